@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+#   make demo   sleep and wake a model of 0.5B parameters on a simulated NPU
+#   make test   the test suite
+#
+# Both set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
+# PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL, torch comes without CUDA.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+TOOLKIT := $(VENV)/npu-sim
+PIP := $(BIN)/pip --disable-pip-version-check -q install -c tests/constraints.txt
+SIM := $(BIN)/npu-sim
+MODELS := $(CURDIR)/build/models
+
+TORCH := torch==2.13.0
+TORCH_NPU := torch_npu==2.13.0
+VLLM := 0.32.0
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: setup toolkit build demo test lint format clean
+
+setup: $(VENV)/.packages toolkit build
+
+# torch first, so that nothing else chooses another build of it; vLLM before torch_npu, since a plain
+# `import torch` fails where torch_npu finds no CANN.
+$(VENV)/.packages: tests/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	@echo "Installing torch, vLLM and torch_npu into .venv (a few minutes, once)"
+	$(BIN)/pip --disable-pip-version-check -q install 'pip>=26'
+	$(PIP) $(TORCH)
+	$(PIP) 'setuptools>=77.0.3,<81' 'setuptools-scm>=8' 'setuptools-rust>=1.9' wheel jinja2 cmake ninja packaging numpy pybind11
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
+	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
+	$(PIP) $(TORCH_NPU)
+	$(PIP) pytest pytest-timeout hypothesis httpx ruff mypy clang-format
+	touch $@
+
+toolkit: $(VENV)/.packages
+	@$(MAKE) --no-print-directory -C csrc/sim PREFIX=$(TOOLKIT) PYTHON=$(BIN)/python
+
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h) | toolkit
+	source $(TOOLKIT)/set_env.sh && COMPILE_CUSTOM_KERNELS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	  $(BIN)/pip --disable-pip-version-check -q install --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
+	NPU_SIM_HBM_GIB=4 $(SIM) $(BIN)/python examples/offline_sleep.py $(MODELS)/qwen2.5-0.5b \
+	  --max-model-len 2048 --max-num-batched-tokens 512
+
+test: setup
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/.packages
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(VENV)/.packages
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+clean:
+	rm -rf build $(TOOLKIT) $(VENV)/.installed vllm_sleep_ascend/*.so *.egg-info

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the compiled allocator against CANN; everything else is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+REMEDY = (
+    "Either source CANN's set_env.sh, or build the simulated toolkit (`make toolkit`) and source "
+    "the set_env.sh that it makes. COMPILE_CUSTOM_KERNELS=0 installs without sleep mode. "
+    "COMPILE.md has the details."
+)
+
+
+def toolkit() -> Path:
+    """The CANN toolkit that ASCEND_HOME_PATH names."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    if not home:
+        raise SystemExit(f"error: ASCEND_HOME_PATH is not set: no CANN to build against. {REMEDY}")
+    for needed in ("include/acl/acl.h", "lib64/libascendcl.so"):
+        if not (Path(home) / needed).exists():
+            raise SystemExit(f"error: ASCEND_HOME_PATH={home} has no {needed}. {REMEDY}")
+    return Path(home)
+
+
+def extensions() -> list:
+    choice = os.environ.get("COMPILE_CUSTOM_KERNELS", "1")
+    if choice == "0":
+        return []
+    if choice != "1":
+        raise SystemExit(f"error: COMPILE_CUSTOM_KERNELS={choice} is neither 0 nor 1")
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+
+    ParallelCompile("CMAKE_BUILD_PARALLEL_LEVEL", default=2).install()
+    home = toolkit()
+    return [
+        Pybind11Extension(
+            "vllm_sleep_ascend._camem",
+            sorted(str(source) for source in Path("csrc").glob("*.cpp")),
+            include_dirs=["csrc", str(home / "include")],
+            library_dirs=[str(home / "lib64")],
+            libraries=["ascendcl"],
+            depends=sorted(str(header) for header in Path("csrc").glob("*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O2", "-g1", "-Wall", "-Wextra"],
+        )
+    ]
+
+
+setup(ext_modules=extensions())
