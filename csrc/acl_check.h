@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Checked AscendCL calls: every return code becomes a typed error that names the call, the code,
+// the bytes it was about and the place.
+#pragma once
+
+#include <acl/acl.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+namespace camem {
+
+// The name of an AscendCL return code, or "unknown".
+const char* code_name(aclError code);
+bool is_out_of_memory(aclError code);
+
+class AclError : public std::runtime_error {
+ public:
+  AclError(std::string call, aclError code, std::size_t bytes, const std::string& detail);
+
+  const std::string& call() const { return call_; }
+  aclError code() const { return code_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::string call_;
+  aclError code_;
+  std::size_t bytes_;
+};
+
+// Memory is short. `needed` and `free` are bytes.
+class OutOfMemory : public std::runtime_error {
+ public:
+  OutOfMemory(const std::string& message, std::size_t needed, std::size_t free)
+      : std::runtime_error(message), needed_(needed), free_(free) {}
+
+  std::size_t needed() const { return needed_; }
+  std::size_t free() const { return free_; }
+
+ private:
+  std::size_t needed_;
+  std::size_t free_;
+};
+
+// `free` is device-wide: other processes move it.
+class OutOfDeviceMemory : public OutOfMemory {
+ public:
+  using OutOfMemory::OutOfMemory;
+};
+
+// Host memory is short, or cannot be pinned.
+class OutOfHostMemory : public OutOfMemory {
+ public:
+  using OutOfMemory::OutOfMemory;
+};
+
+// Free device memory in bytes, device-wide; other processes move it. 0 if it cannot be asked.
+std::size_t free_device_bytes();
+
+// Throws OutOfDeviceMemory or AclError for a code other than ACL_SUCCESS.
+void check(aclError code, const char* expression, std::size_t bytes, const char* file, int line);
+
+// For clean-up paths: reports a failed call on stderr and goes on.
+void check_noexcept(aclError code, const char* expression, std::size_t bytes) noexcept;
+
+}  // namespace camem
+
+#define CAMEM_CHECK(expression, bytes) \
+  ::camem::check((expression), #expression, (bytes), __FILE__, __LINE__)
+#define CAMEM_CHECK_NOEXCEPT(expression, bytes) \
+  ::camem::check_noexcept((expression), #expression, (bytes))

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "acl_optional.h"
+
+#include <dlfcn.h>
+
+namespace camem {
+namespace {
+
+constexpr aclError kNotSupported = 207000;
+
+template <typename Function>
+Function lookup(const char* name) {
+  return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+}
+
+using HostRegister = aclError (*)(void*, uint64_t, aclrtHostRegisterType, void**);
+using HostRegisterV2 = aclError (*)(void*, uint64_t, uint32_t);
+using HostUnregister = aclError (*)(void*);
+using RecentErrMsg = const char* (*)();
+
+}  // namespace
+
+aclError host_register(void* address, std::size_t bytes) {
+  static const auto register_v2 = lookup<HostRegisterV2>("aclrtHostRegisterV2");
+  if (register_v2 != nullptr) {
+    const aclError code = register_v2(address, bytes, ACL_HOST_REG_PINNED);
+    if (code != kNotSupported) return code;
+  }
+  static const auto register_v1 = lookup<HostRegister>("aclrtHostRegister");
+  if (register_v1 == nullptr) return kNotSupported;
+  void* device_address = nullptr;
+  return register_v1(address, bytes, ACL_HOST_REGISTER_MAPPED, &device_address);
+}
+
+aclError host_unregister(void* address) {
+  static const auto unregister = lookup<HostUnregister>("aclrtHostUnregister");
+  return unregister == nullptr ? kNotSupported : unregister(address);
+}
+
+std::string recent_error_message() {
+  static const auto message = lookup<RecentErrMsg>("aclGetRecentErrMsg");
+  const char* text = message == nullptr ? nullptr : message();
+  return text == nullptr ? std::string() : std::string(text);
+}
+
+}  // namespace camem

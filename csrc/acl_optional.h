@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// AscendCL functions that some CANN releases or chips lack, looked up at run time.
+#pragma once
+
+#include <acl/acl.h>
+
+#include <cstddef>
+#include <string>
+
+namespace camem {
+
+// Pins [address, address + bytes), which must be 4 KB aligned. Returns 207000 where the installed
+// AscendCL cannot register host memory (Ascend 310P).
+aclError host_register(void* address, std::size_t bytes);
+aclError host_unregister(void* address);
+
+// AscendCL's own words about the last failure on this thread; empty if it has none.
+std::string recent_error_message();
+
+}  // namespace camem

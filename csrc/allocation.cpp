@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "allocation.h"
+
+#include <algorithm>
+
+#include "acl_check.h"
+
+namespace camem {
+
+void Chunk::attach(int device) {
+  if (!memory) memory = PhysicalMemory(device, bytes);
+  if (!memory.mapped()) memory.map(address);
+}
+
+void Chunk::detach() {
+  if (memory.mapped()) memory.unmap();
+  try {
+    if (memory) memory.release();
+  } catch (const AclError&) {
+  }
+}
+
+bool Chunk::settle(bool keep_backup) noexcept {
+  try {
+    if (content != Content::kDevice) {
+      if (memory.mapped()) memory.unmap();
+      if (memory) memory.release();
+    }
+    if (content == Content::kNone || (content == Content::kDevice && !keep_backup)) {
+      backup.release();
+    }
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+Allocation::Allocation(int device, std::size_t bytes, TagId tag, std::size_t chunk_bytes)
+    : device(device), tag(tag), range(bytes) {
+  chunks.resize((bytes + chunk_bytes - 1) / chunk_bytes);
+  std::size_t offset = 0;
+  for (Chunk& chunk : chunks) {
+    chunk.address = range.base() + offset;
+    chunk.bytes = std::min(chunk_bytes, bytes - offset);
+    offset += chunk.bytes;
+    chunk.attach(device);
+    chunk.content = Content::kDevice;
+  }
+}
+
+State Allocation::state() const {
+  if (trimmed) return State::kTrimmed;
+  bool mapped = true;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.content == Content::kHost) return State::kOffloaded;
+    mapped = mapped && chunk.content == Content::kDevice;
+  }
+  return mapped ? State::kMapped : State::kDiscarded;
+}
+
+void Allocation::release() {
+  for (Chunk& chunk : chunks) {
+    if (chunk.memory.mapped()) chunk.memory.unmap();
+    if (chunk.memory) chunk.memory.release();
+    chunk.content = Content::kNone;
+    chunk.backup.release();
+  }
+  range.release();
+}
+
+}  // namespace camem

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One allocation: a reserved address range, its physical chunks and their host backups.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "host_pool.h"
+#include "vmm.h"
+
+namespace camem {
+
+// Where the bytes of a chunk are. It changes only after the work that it names has succeeded, so
+// it is true also in the middle of a failed transaction.
+enum class Content : std::uint8_t {
+  kDevice,  // mapped, usable
+  kHost,    // in the host backup
+  kNone,    // forgotten
+};
+
+// The unit in which device memory is taken, copied and given back.
+struct Chunk {
+  std::byte* address = nullptr;
+  std::size_t bytes = 0;
+  PhysicalMemory memory;
+  HostMemory backup;
+  Content content = Content::kNone;
+
+  // Makes sure that device memory is mapped at `address`. Throws; a repeated call goes on where
+  // the failed one stopped.
+  void attach(int device);
+
+  // Unmaps and gives the device memory back. Throws if unmapping fails; memory that is unmapped but
+  // could not be given back is left for settle().
+  void detach();
+
+  // Gives back what `content` does not need: device memory unless it is on the device, the backup
+  // unless it is on the host or kept for the next sleep. False if a call failed; then repeat it.
+  bool settle(bool keep_backup) noexcept;
+};
+
+using TagId = std::uint16_t;
+
+// What an allocation is as a whole; derived from its chunks.
+enum class State : std::uint8_t { kMapped, kOffloaded, kDiscarded, kTrimmed };
+
+struct Allocation {
+  // Reserves and maps `bytes` (a multiple of the granularity) in chunks of at most `chunk_bytes`.
+  Allocation(int device, std::size_t bytes, TagId tag, std::size_t chunk_bytes);
+
+  State state() const;
+
+  // Gives back what it holds, device first. Throws at the first failing call and can be repeated.
+  void release();
+
+  int device;
+  TagId tag;
+  Reservation range;
+  std::vector<Chunk> chunks;
+  // torch keeps the segment but uses none of it: its memory was given back for good, and no wake
+  // brings it back.
+  bool trimmed = false;
+};
+
+}  // namespace camem

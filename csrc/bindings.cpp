@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "acl_check.h"
+#include "pool.h"
+
+namespace py = pybind11;
+using namespace camem;
+
+namespace {
+
+Action parse_action(const std::string& name) {
+  if (name == "keep") return Action::kKeep;
+  if (name == "offload") return Action::kOffload;
+  if (name == "discard") return Action::kDiscard;
+  throw py::value_error("unknown action '" + name + "'; one of keep, offload, discard");
+}
+
+const char* state_name(State state) {
+  switch (state) {
+    case State::kMapped:
+      return "mapped";
+    case State::kOffloaded:
+      return "offloaded";
+    case State::kDiscarded:
+      return "discarded";
+    default:
+      return "trimmed";
+  }
+}
+
+py::dict to_dict(const Report& report) {
+  py::dict tags;
+  for (const auto& [tag, moved] : report.tags) {
+    py::dict bytes;
+    bytes["offloaded"] = moved.offloaded;
+    bytes["discarded"] = moved.discarded;
+    bytes["restored"] = moved.restored;
+    bytes["remapped"] = moved.remapped;
+    tags[py::str(Pool::instance().tag_name(tag))] = bytes;
+  }
+  py::dict result;
+  result["tags"] = tags;
+  result["seconds"] = report.seconds;
+  return result;
+}
+
+py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std::string& otherwise) {
+  Pool& pool = Pool::instance();
+  Plan plan;
+  plan.otherwise = parse_action(otherwise);
+  for (const auto& [name, action] : actions) plan.actions[pool.tag(name)] = parse_action(action);
+  Report report;
+  {
+    py::gil_scoped_release release;
+    report = pool.sleep(plan);
+  }
+  return to_dict(report);
+}
+
+py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s) {
+  Pool& pool = Pool::instance();
+  std::set<TagId> ids;
+  for (const std::string& name : tags) ids.insert(pool.tag(name));
+  Report report;
+  {
+    py::gil_scoped_release release;
+    report = pool.wake(ids, std::chrono::duration<double>(timeout_s));
+  }
+  return to_dict(report);
+}
+
+py::list allocations() {
+  std::vector<AllocationInfo> infos;
+  {
+    py::gil_scoped_release release;
+    infos = Pool::instance().allocations();
+  }
+  py::list result;
+  for (const AllocationInfo& info : infos) {
+    py::dict entry;
+    entry["address"] = info.address;
+    entry["bytes"] = info.bytes;
+    entry["device"] = info.device;
+    entry["tag"] = Pool::instance().tag_name(info.tag);
+    entry["state"] = state_name(info.state);
+    entry["device_bytes"] = info.device_bytes;
+    entry["host_bytes"] = info.host_bytes;
+    result.append(entry);
+  }
+  return result;
+}
+
+// Raises vllm_sleep_ascend.errors.<type> with the figures of the error as attributes.
+void raise_error(const char* type, const std::string& message, const py::dict& figures) {
+  const py::object cls = py::module_::import("vllm_sleep_ascend.errors").attr(type);
+  const py::object error = cls(message);
+  for (const auto& item : figures) error.attr(py::str(item.first)) = item.second;
+  PyErr_SetObject(cls.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr error, const std::string& message, const py::dict& where) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const AclError& failed) {
+    where["call"] = failed.call();
+    where["code"] = failed.code();
+    where["needed_bytes"] = failed.bytes();
+    raise_error("AclError", message, where);
+  } catch (const OutOfMemory& failed) {
+    where["needed_bytes"] = failed.needed();
+    where["free_bytes"] = failed.free();
+    const bool host = dynamic_cast<const OutOfHostMemory*>(&failed) != nullptr;
+    raise_error(host ? "HostOutOfMemoryError" : "DeviceOutOfMemoryError", message, where);
+  } catch (const std::exception&) {
+    raise_error("SleepModeError", message, where);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_camem, module) {
+  module.doc() = "The allocator of vllm_sleep_ascend; see _camem.pyi.";
+
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const TransactionError& failed) {
+      py::dict where;
+      where["tag"] = failed.tag();
+      where["device"] = failed.device();
+      translate(failed.cause(), failed.what(), where);
+    } catch (const AclError& failed) {
+      translate(error, failed.what(), py::dict());
+    } catch (const OutOfMemory& failed) {
+      translate(error, failed.what(), py::dict());
+    }
+  });
+
+  module.def(
+      "configure",
+      [](std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
+         unsigned pin_threads) {
+        Pool::instance().configure({chunk_bytes, keep_host_backup, copy_threads, pin_threads});
+      },
+      py::kw_only(), py::arg("chunk_bytes"), py::arg("keep_host_backup"), py::arg("copy_threads"),
+      py::arg("pin_threads"));
+  module.def("set_current_tag", [](const std::string& name) {
+    Pool& pool = Pool::instance();
+    return pool.tag_name(pool.set_current_tag(pool.tag(name)));
+  });
+  module.def("sleep", &sleep_pool, py::arg("actions"), py::arg("otherwise") = "offload");
+  module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0);
+  module.def("trim", [](const std::set<std::uintptr_t>& addresses) {
+    py::gil_scoped_release release;
+    return Pool::instance().trim(addresses);
+  });
+  module.def("allocations", &allocations);
+  module.def("tags", [] { return Pool::instance().tag_names(); });
+  module.def("available_host_bytes", &available_host_bytes);
+  module.def("pinned_host_bytes", &pinned_host_bytes);
+
+  py::module_::import("atexit").attr("register")(
+      py::cpp_function([] { Pool::instance().abandon(); }));
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The registry of all allocations of this process, and the transactions over them.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "allocation.h"
+#include "transfer.h"
+
+namespace camem {
+
+enum class Action : std::uint8_t { kKeep, kOffload, kDiscard };
+
+struct Plan {
+  std::map<TagId, Action> actions;
+  Action otherwise = Action::kOffload;  // for tags that nobody named: never lose what is unknown
+
+  Action action(TagId tag) const {
+    const auto found = actions.find(tag);
+    return found == actions.end() ? otherwise : found->second;
+  }
+};
+
+struct Settings {
+  std::size_t chunk_bytes = std::size_t{64} << 20;
+  bool keep_host_backup = true;
+  unsigned copy_threads = 3;  // copies in flight once the host memory is pinned
+  unsigned pin_threads = 16;  // threads that pin host memory; at most one a core
+};
+
+// Bytes that one operation moved, of one tag.
+struct Moved {
+  std::size_t offloaded = 0;  // device to host
+  std::size_t discarded = 0;  // content forgotten
+  std::size_t restored = 0;   // host to device
+  std::size_t remapped = 0;   // mapped again without content
+};
+
+struct Report {
+  std::map<TagId, Moved> tags;
+  double seconds = 0;
+};
+
+struct AllocationInfo {
+  std::uintptr_t address;
+  std::size_t bytes;
+  int device;
+  TagId tag;
+  State state;
+  std::size_t device_bytes;  // physical memory held now
+  std::size_t host_bytes;    // backup held now
+};
+
+// A transaction failed. `cause` is what failed first; the message also says what was restored.
+class TransactionError : public std::runtime_error {
+ public:
+  TransactionError(const std::string& message, std::exception_ptr cause, std::string tag,
+                   int device)
+      : std::runtime_error(message), cause_(cause), tag_(std::move(tag)), device_(device) {}
+
+  std::exception_ptr cause() const { return cause_; }
+  const std::string& tag() const { return tag_; }
+  int device() const { return device_; }
+
+ private:
+  std::exception_ptr cause_;
+  std::string tag_;
+  int device_;
+};
+
+// Thread-safe. A transaction holds the lock from start to end, so an allocation on another thread
+// waits for it; nothing under the lock calls Python or torch.
+class Pool {
+ public:
+  // Never destroyed: torch may free memory after static destructors have run.
+  static Pool& instance();
+
+  void configure(const Settings& settings);
+  TagId tag(const std::string& name);
+  std::string tag_name(TagId tag);
+  std::vector<std::string> tag_names();
+
+  // The tag that allocations of the calling thread get; returns the one before.
+  TagId set_current_tag(TagId tag);
+
+  // Device memory of at least `bytes`. Throws OutOfDeviceMemory or AclError.
+  void* allocate(std::size_t bytes, int device);
+
+  // Gives an allocation back in whatever state it is. Never throws; what a failing call leaves
+  // behind is given back by a later operation.
+  void free(void* address) noexcept;
+
+  // Carries out the plan for everything that is mapped. Sleeping allocations stay as they are,
+  // except that Action::kDiscard drops their host backup.
+  Report sleep(const Plan& plan);
+
+  // Brings back every sleeping allocation of these tags, waiting up to `timeout` for device memory.
+  Report wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout);
+
+  // Gives back for good the memory of segments of which torch uses nothing. Returns bytes.
+  std::size_t trim(const std::set<std::uintptr_t>& addresses);
+
+  std::vector<AllocationInfo> allocations();
+
+  // After this the hooks do nothing: the runtime below may be gone.
+  void abandon() noexcept;
+
+ private:
+  struct Task {
+    Allocation* allocation;
+    Chunk* chunk;
+    Content before;
+    bool had_backup;
+  };
+  using Tasks = std::vector<Task>;
+
+  Pool();
+  void sweep() noexcept;
+  Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted);
+  void synchronize();
+  void preflight_host(const Tasks& offloads);
+  void preflight_device(const Tasks& tasks);
+  void offload(const Tasks& tasks, const Task** current);
+  void restore(const Tasks& tasks, std::chrono::steady_clock::time_point deadline,
+               const Task** current);
+  std::string undo_sleep(const Tasks& offloads, const Tasks& discards) noexcept;
+  std::string undo_wake(const Tasks& tasks) noexcept;
+  [[noreturn]] void fail(const char* operation, const Task* at, const std::string& outcome);
+  unsigned copy_threads(bool pinning) const;
+
+  std::mutex mutex_;
+  Settings settings_;
+  std::vector<std::string> tag_names_;
+  std::map<std::uintptr_t, std::unique_ptr<Allocation>> allocations_;
+  std::vector<std::unique_ptr<Allocation>> doomed_;  // freed by torch, not yet by AscendCL
+  bool unswept_ = false;
+  std::map<int, std::size_t> granularity_;
+  Transfer transfer_;
+};
+
+}  // namespace camem

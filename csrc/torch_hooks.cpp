@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The two functions that torch's pluggable allocator calls, with torch's allocator lock held and
+// perhaps without the GIL: no Python in here, and no exception gets out.
+#include <acl/acl.h>
+#include <sys/types.h>
+
+#include <cstdio>
+
+#include "acl_check.h"
+#include "pool.h"
+
+#define CAMEM_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Device memory of at least `size` bytes, tagged with the calling thread's current tag; nullptr
+// when there is none, upon which torch frees its caches, tries again, then raises
+// torch.OutOfMemoryError.
+CAMEM_EXPORT void* camem_malloc(ssize_t size, int device, aclrtStream) {
+  if (size <= 0) return nullptr;
+  try {
+    return camem::Pool::instance().allocate(static_cast<std::size_t>(size), device);
+  } catch (const camem::OutOfDeviceMemory&) {
+    return nullptr;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "vllm_sleep_ascend: allocating %zd bytes on device %d: %s\n", size, device,
+                 error.what());
+    return nullptr;
+  }
+}
+
+// Runs when a memory pool is destroyed: perhaps while its memory sleeps, perhaps at interpreter
+// exit.
+CAMEM_EXPORT void camem_free(void* address, ssize_t, int, aclrtStream) {
+  camem::Pool::instance().free(address);
+}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled allocator. Every call releases the GIL while it works; sizes are bytes.
+
+Errors are those of ``vllm_sleep_ascend.errors``. Loading this module as a shared library gives the
+hooks ``camem_malloc`` and ``camem_free`` of torch's pluggable allocator.
+"""
+
+from typing import Literal, TypedDict
+
+class Moved(TypedDict):
+    offloaded: int
+    discarded: int
+    restored: int
+    remapped: int
+
+class Report(TypedDict):
+    tags: dict[str, Moved]
+    seconds: float
+
+class AllocationInfo(TypedDict):
+    address: int
+    bytes: int
+    device: int
+    tag: str
+    state: Literal["mapped", "offloaded", "discarded", "trimmed"]
+    device_bytes: int
+    host_bytes: int
+
+__file__: str
+
+def configure(
+    *, chunk_bytes: int, keep_host_backup: bool, copy_threads: int, pin_threads: int
+) -> None:
+    """Set the unit of later allocations, and how transfers work. ``pin_threads`` pin host memory;
+    ``copy_threads`` copies are in flight once it is pinned."""
+
+def set_current_tag(name: str) -> str:
+    """Tag later allocations of the calling thread; returns the tag before."""
+
+def sleep(
+    actions: dict[str, Literal["keep", "offload", "discard"]],
+    otherwise: Literal["keep", "offload", "discard"] = "offload",
+) -> Report:
+    """Do to every mapped allocation what its tag's action says; ``otherwise`` is for other tags.
+
+    What sleeps already stays as it is, except that ``discard`` drops its host backup. The caller
+    has synchronised torch's own queues. If a call fails, all is mapped again with its content.
+    """
+
+def wake(tags: list[str], timeout_s: float = 0.0) -> Report:
+    """Bring back the sleeping allocations of these tags, waiting up to ``timeout_s`` for device
+    memory. If a call fails, all sleeps as before and the same wake can be repeated."""
+
+def trim(addresses: set[int]) -> int:
+    """Give back for good the memory of segments that torch does not use. Returns bytes."""
+
+def allocations() -> list[AllocationInfo]:
+    """Every allocation, by address."""
+
+def tags() -> list[str]:
+    """Every tag that was ever named."""
+
+def available_host_bytes() -> int:
+    """What the machine, or this process's control group, has left."""
+
+def pinned_host_bytes() -> int:
+    """Host memory that this process's backups hold."""

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong when memory sleeps and wakes."""
+
+import torch
+
+
+class SleepModeError(RuntimeError):
+    """A sleep or a wake did not happen. The message says what was restored and what to do.
+
+    Attributes:
+        tag: the tag of the allocation at which it failed, ``""`` if at none.
+        device: its device index, -1 if at none.
+    """
+
+    tag: str = ""
+    device: int = -1
+
+
+class AclError(SleepModeError):
+    """An AscendCL call failed.
+
+    Attributes:
+        call: the function's name. code: its return code (see acl_base.h and the CANN error list).
+        needed_bytes: the size that the call was about, 0 if none.
+    """
+
+    call: str = ""
+    code: int = 0
+    needed_bytes: int = 0
+
+
+class DeviceOutOfMemoryError(SleepModeError, torch.OutOfMemoryError):
+    """Device memory is short. ``free_bytes`` is device-wide: other processes move it."""
+
+    needed_bytes: int = 0
+    free_bytes: int = 0
+
+
+class HostOutOfMemoryError(SleepModeError, MemoryError):
+    """Host memory for the backup is short, or cannot be pinned."""
+
+    needed_bytes: int = 0
+    free_bytes: int = 0
