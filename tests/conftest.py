@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated machine of a test run, and the models that tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support import make_model
+
+# Before torch is imported. Engines run in this process unless a test says otherwise: the allocator
+# can then be looked into.
+os.environ.setdefault("NPU_SIM_HBM_GIB", "2")
+os.environ.setdefault("NPU_SIM_MACHINE", f"pytest-{os.getpid()}")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    return make_model("tiny-qwen2")
