@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <acl/acl.h>
+
+#include <vector>
+
+#include "context.h"
+#include "control.h"
+#include "error.h"
+#include "faults.h"
+#include "machine.h"
+#include "memory.h"
+
+using sim::device::Direction;
+
+namespace {
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  Direction direction;
+};
+
+struct Sides {
+  bool from_device;
+  bool to_device;
+};
+
+// What the kind says, or for ACL_MEMCPY_DEFAULT what the addresses say.
+aclError find_sides(const char* call, const void* to, const void* from, aclrtMemcpyKind kind,
+                    Sides* sides) {
+  switch (kind) {
+    case ACL_MEMCPY_HOST_TO_HOST:
+      *sides = {false, false};
+      break;
+    case ACL_MEMCPY_HOST_TO_DEVICE:
+    case ACL_MEMCPY_HOST_TO_BUF_TO_DEVICE:
+      *sides = {false, true};
+      break;
+    case ACL_MEMCPY_DEVICE_TO_HOST:
+      *sides = {true, false};
+      break;
+    case ACL_MEMCPY_DEVICE_TO_DEVICE:
+    case ACL_MEMCPY_INNER_DEVICE_TO_DEVICE:
+    case ACL_MEMCPY_INTER_DEVICE_TO_DEVICE:
+      *sides = {true, true};
+      break;
+    case ACL_MEMCPY_DEFAULT:
+      *sides = {sim::touches_device(from, 1), sim::touches_device(to, 1)};
+      break;
+    default:
+      return sim::fail(ACL_ERROR_RT_PARAM_INVALID, "%s: unknown kind %d", call, kind);
+  }
+  SIM_REQUIRE(sides->from_device || sides->to_device, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: copies from host to host are not supported", call);
+  return ACL_SUCCESS;
+}
+
+aclError check_side(const char* call, const char* side, const void* address, size_t bytes,
+                    bool on_device) {
+  if (on_device) {
+    SIM_REQUIRE(sim::is_device_range(address, bytes), ACL_ERROR_RT_PARAM_INVALID,
+                "%s: the %s [%p, +%zu) is not mapped device memory", call, side, address, bytes);
+  } else {
+    SIM_REQUIRE(!sim::touches_device(address, bytes), ACL_ERROR_RT_PARAM_INVALID,
+                "%s: the %s [%p, +%zu) is device memory, the kind says host", call, side, address,
+                bytes);
+  }
+  return ACL_SUCCESS;
+}
+
+aclError check_copy(const char* call, void* to, size_t room, const void* from, size_t bytes,
+                    aclrtMemcpyKind kind, Copy* copy) {
+  SIM_REQUIRE(to != nullptr && from != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null address",
+              call);
+  SIM_REQUIRE(bytes > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: count is 0", call);
+  SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: count %zu is more than destMax %zu", call, bytes, room);
+  Sides sides = {};
+  if (aclError error = find_sides(call, to, from, kind, &sides)) return error;
+  if (aclError error = check_side(call, "source", from, bytes, sides.from_device)) return error;
+  if (aclError error = check_side(call, "destination", to, bytes, sides.to_device)) return error;
+  Direction direction = !sides.from_device ? Direction::kHostToDevice
+                        : sides.to_device  ? Direction::kDeviceToDevice
+                                           : Direction::kDeviceToHost;
+  *copy = {to, from, bytes, direction};
+  return ACL_SUCCESS;
+}
+
+aclError submit(const Copy& copy, sim::Stream& stream) {
+  uint64_t ticket = sim::device::submit_copy(stream.queue, copy.to, copy.from, copy.bytes,
+                                             copy.direction);
+  stream.note_use(ticket, copy.to, copy.bytes);
+  stream.note_use(ticket, copy.from, copy.bytes);
+  bool to_host = copy.direction == Direction::kDeviceToHost;
+  const void* host = to_host ? copy.to : copy.from;
+  bool is_asynchronous = copy.direction == Direction::kDeviceToDevice ||
+                         sim::is_pinned_range(host, copy.bytes);
+  if (!is_asynchronous) sim::device::synchronize(stream.queue, -1);
+  return ACL_SUCCESS;
+}
+
+aclError check_fill(const char* call, void* address, size_t room, size_t bytes) {
+  SIM_REQUIRE(address != nullptr && bytes > 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: null address or count 0", call);
+  SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: count %zu is more than maxCount %zu", call, bytes, room);
+  SIM_REQUIRE(sim::is_device_range(address, bytes), ACL_ERROR_RT_PARAM_INVALID,
+              "%s: [%p, +%zu) is not mapped device memory", call, address, bytes);
+  return ACL_SUCCESS;
+}
+
+aclError check_rows(const char* call, size_t to_pitch, size_t from_pitch, size_t width,
+                    size_t height) {
+  SIM_REQUIRE(width > 0 && height > 0 && width <= to_pitch && width <= from_pitch,
+              ACL_ERROR_RT_PARAM_INVALID,
+              "%s: width %zu, height %zu, pitches %zu and %zu do not fit together", call, width,
+              height, to_pitch, from_pitch);
+  return ACL_SUCCESS;
+}
+
+constexpr size_t kBatchLimit = 4096;
+
+aclError check_batch(const char* call, void** to, size_t* rooms, void** from, size_t* sizes,
+                     size_t count, aclrtMemcpyBatchAttr* attributes, size_t attribute_count,
+                     size_t* failed, std::vector<Copy>* copies) {
+  if (failed != nullptr) *failed = SIZE_MAX;
+  SIM_REQUIRE(count > 0 && count <= kBatchLimit, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: %zu copies, from 1 to %zu are possible", call, count, kBatchLimit);
+  SIM_REQUIRE(attributes != nullptr && attribute_count > 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: no attributes", call);
+  for (size_t i = 0; i < count; ++i) {
+    Copy copy;
+    aclError error =
+        check_copy(call, to[i], rooms[i], from[i], sizes[i], ACL_MEMCPY_DEFAULT, &copy);
+    if (error == ACL_SUCCESS && !copies->empty() &&
+        copy.direction != copies->front().direction) {
+      error = sim::fail(ACL_ERROR_RT_PARAM_INVALID, "%s: copies of several directions", call);
+    }
+    if (error != ACL_SUCCESS) {
+      if (failed != nullptr) *failed = i;
+      return error;
+    }
+    copies->push_back(copy);
+  }
+  return ACL_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+aclError npuSimCopyAsync(void* to, const void* from, size_t bytes, aclrtStream handle) {
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream("simulated library", handle, &stream)) return error;
+  Copy copy;
+  aclError error = check_copy("simulated library", to, bytes, from, bytes,
+                              ACL_MEMCPY_DEVICE_TO_DEVICE, &copy);
+  return error != ACL_SUCCESS ? error : submit(copy, *stream);
+}
+
+aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes,
+                     aclrtMemcpyKind kind) {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  Copy copy;
+  if (aclError error = check_copy("aclrtMemcpy", to, room, from, bytes, kind, &copy)) return error;
+  sim::device::copy(context->physical, copy.to, copy.from, copy.bytes, copy.direction);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes,
+                          aclrtMemcpyKind kind, aclrtStream handle) {
+  SIM_CALL();
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream("aclrtMemcpyAsync", handle, &stream)) return error;
+  Copy copy;
+  aclError error = check_copy("aclrtMemcpyAsync", to, room, from, bytes, kind, &copy);
+  return error != ACL_SUCCESS ? error : submit(copy, *stream);
+}
+
+aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, size_t bytes,
+                                       aclrtMemcpyKind kind, aclrtStream handle) {
+  SIM_CALL();
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream(__func__, handle, &stream)) return error;
+  Copy copy;
+  aclError error = check_copy(__func__, to, room, from, bytes, kind, &copy);
+  return error != ACL_SUCCESS ? error : submit(copy, *stream);
+}
+
+aclError aclrtMemcpy2d(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                       size_t width, size_t height, aclrtMemcpyKind kind) {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  if (aclError error = check_rows(__func__, to_pitch, from_pitch, width, height)) return error;
+  std::vector<Copy> rows(height);
+  for (size_t row = 0; row < height; ++row) {
+    aclError error = check_copy(__func__, static_cast<char*>(to) + row * to_pitch, width,
+                                static_cast<const char*>(from) + row * from_pitch, width, kind,
+                                &rows[row]);
+    if (error != ACL_SUCCESS) return error;
+  }
+  for (const Copy& row : rows) {
+    sim::device::copy(context->physical, row.to, row.from, row.bytes, row.direction);
+  }
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemcpy2dAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                            size_t width, size_t height, aclrtMemcpyKind kind,
+                            aclrtStream handle) {
+  SIM_CALL();
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream(__func__, handle, &stream)) return error;
+  if (aclError error = check_rows(__func__, to_pitch, from_pitch, width, height)) return error;
+  std::vector<Copy> rows(height);
+  for (size_t row = 0; row < height; ++row) {
+    aclError error = check_copy(__func__, static_cast<char*>(to) + row * to_pitch, width,
+                                static_cast<const char*>(from) + row * from_pitch, width, kind,
+                                &rows[row]);
+    if (error != ACL_SUCCESS) return error;
+  }
+  for (const Copy& row : rows) submit(row, *stream);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemcpyBatch(void** to, size_t* rooms, void** from, size_t* sizes, size_t count,
+                          aclrtMemcpyBatchAttr* attributes, size_t*, size_t attribute_count,
+                          size_t* failed) {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  std::vector<Copy> copies;
+  aclError error = check_batch("aclrtMemcpyBatch", to, rooms, from, sizes, count, attributes,
+                               attribute_count, failed, &copies);
+  if (error != ACL_SUCCESS) return error;
+  for (const Copy& copy : copies) {
+    sim::device::copy(context->physical, copy.to, copy.from, copy.bytes, copy.direction);
+  }
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemcpyBatchAsync(void** to, size_t* rooms, void** from, size_t* sizes, size_t count,
+                               aclrtMemcpyBatchAttr* attributes, size_t*, size_t attribute_count,
+                               size_t* failed, aclrtStream handle) {
+  SIM_CALL();
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream("aclrtMemcpyBatchAsync", handle, &stream)) return error;
+  std::vector<Copy> copies;
+  aclError error = check_batch("aclrtMemcpyBatchAsync", to, rooms, from, sizes, count, attributes,
+                               attribute_count, failed, &copies);
+  if (error != ACL_SUCCESS) return error;
+  for (const Copy& copy : copies) submit(copy, *stream);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemset(void* address, size_t room, int32_t value, size_t bytes) {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  if (aclError error = check_fill("aclrtMemset", address, room, bytes)) return error;
+  sim::device::fill(context->physical, address, value, bytes);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtMemsetAsync(void* address, size_t room, int32_t value, size_t bytes,
+                          aclrtStream handle) {
+  SIM_CALL();
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream("aclrtMemsetAsync", handle, &stream)) return error;
+  if (aclError error = check_fill("aclrtMemsetAsync", address, room, bytes)) return error;
+  uint64_t ticket = sim::device::submit_fill(stream->queue, address, value, bytes);
+  stream->note_use(ticket, address, bytes);
+  return ACL_SUCCESS;
+}
+
+}  // extern "C"

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <acl/acl.h>
+#include <pthread.h>
+
+#include <fstream>
+#include <iterator>
+#include <mutex>
+#include <regex>
+#include <string>
+
+#include "context.h"
+#include "error.h"
+#include "faults.h"
+#include "machine.h"
+#include "settings.h"
+
+namespace sim {
+namespace {
+
+struct Devices {
+  std::mutex mutex;
+  Context* primary[kMaxDevices] = {};
+  int initialised = 0;
+  bool finalised = false;
+  int32_t default_device = -1;  // from aclInit's configuration; -1: threads must choose one
+};
+
+Devices& devices() {
+  static Devices* once = new Devices;
+  return *once;
+}
+
+thread_local Context* thread_context = nullptr;
+
+bool is_device(int32_t index) {
+  return index >= 0 && index < static_cast<int32_t>(settings().visible.size());
+}
+
+Context* make_context(int index, bool primary) {
+  static int once = pthread_atfork(nullptr, nullptr, faults::refuse_after_fork);
+  (void)once;
+  auto* context = new Context;  // never freed: a thread may still point to it
+  context->index = index;
+  context->physical = settings().visible[index];
+  context->primary = primary;
+  context->default_stream = make_stream(context, 0, 0);
+  machine::taken(context->physical);  // joins the machine: from now on a fork is refused
+  context->handle = contexts().add(std::shared_ptr<Context>(context, [](Context*) {}));
+  return context;
+}
+
+// With the lock held.
+Context* enter_primary(int32_t index) {
+  Context*& primary = devices().primary[index];
+  if (primary == nullptr) primary = make_context(index, true);
+  ++primary->references;
+  return primary;
+}
+
+// `"defaultDevice": {"default_device": "N"}` of an AscendCL configuration file; -1: not there.
+int32_t configured_default_device(const char* path) {
+  std::ifstream file(path);
+  const std::string text(std::istreambuf_iterator<char>(file), {});
+  std::smatch match;
+  static const std::regex entry("\"default_device\"\\s*:\\s*\"?(\\d+)");
+  return std::regex_search(text, match, entry) ? std::stoi(match[1]) : -1;
+}
+
+void drop_context(Context* context) {
+  synchronize_device(context->physical, -1);
+  context->alive = false;
+  contexts().remove(context->handle);
+  for (auto& [handle, stream] : streams().all()) {
+    if (stream->context == context) streams().remove(handle);
+  }
+}
+
+aclError bad_device(const char* call, int32_t index) {
+  return fail(ACL_ERROR_RT_INVALID_DEVICEID, "%s: there is no device %d, %zu are visible", call,
+              index, settings().visible.size());
+}
+
+aclError reset(const char* call, int32_t index, bool force) {
+  if (!is_device(index)) return bad_device(call, index);
+  std::lock_guard<std::mutex> lock(devices().mutex);
+  Context*& primary = devices().primary[index];
+  SIM_REQUIRE(primary != nullptr, ACL_ERROR_RT_CONTEXT_NULL, "%s: device %d is not set", call,
+              index);
+  if (--primary->references > 0 && !force) return ACL_SUCCESS;
+  drop_context(primary);
+  primary = nullptr;
+  return ACL_SUCCESS;
+}
+
+}  // namespace
+
+Context* current_context() {
+  if (thread_context != nullptr && thread_context->alive) return thread_context;
+  std::lock_guard<std::mutex> lock(devices().mutex);
+  if (!is_device(devices().default_device)) return nullptr;
+  return thread_context = enter_primary(devices().default_device);
+}
+
+}  // namespace sim
+
+extern "C" {
+
+aclError aclInit(const char* configuration) {
+  SIM_CALL();
+  std::lock_guard<std::mutex> lock(sim::devices().mutex);
+  SIM_REQUIRE(sim::devices().initialised == 0, ACL_ERROR_REPEAT_INITIALIZE,
+              "aclInit: already initialised");
+  sim::devices().initialised = 1;
+  sim::devices().finalised = false;
+  sim::devices().default_device =
+      configuration == nullptr ? -1 : sim::configured_default_device(configuration);
+  return ACL_SUCCESS;
+}
+
+aclError aclFinalize() {
+  SIM_CALL();
+  std::lock_guard<std::mutex> lock(sim::devices().mutex);
+  SIM_REQUIRE(!sim::devices().finalised, ACL_ERROR_REPEAT_FINALIZE,
+              "aclFinalize: already finalised");
+  SIM_REQUIRE(sim::devices().initialised != 0, ACL_ERROR_UNINITIALIZE,
+              "aclFinalize: not initialised");
+  sim::devices().initialised = 0;
+  sim::devices().finalised = true;
+  return ACL_SUCCESS;
+}
+
+const char* aclGetRecentErrMsg() { return sim::take_recent_message(); }
+
+aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return sim::last_error(false); }
+aclError aclrtGetLastError(aclrtLastErrLevel) { return sim::last_error(true); }
+
+aclError aclrtGetDeviceCount(uint32_t* count) {
+  SIM_CALL();
+  SIM_REQUIRE(count != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtGetDeviceCount: null count");
+  *count = static_cast<uint32_t>(sim::settings().visible.size());
+  return ACL_SUCCESS;
+}
+
+aclError aclrtSetDevice(int32_t index) {
+  SIM_CALL();
+  if (!sim::is_device(index)) return sim::bad_device("aclrtSetDevice", index);
+  std::lock_guard<std::mutex> lock(sim::devices().mutex);
+  sim::thread_context = sim::enter_primary(index);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtResetDevice(int32_t index) {
+  SIM_CALL();
+  return sim::reset("aclrtResetDevice", index, false);
+}
+
+aclError aclrtResetDeviceForce(int32_t index) {
+  SIM_CALL();
+  return sim::reset("aclrtResetDeviceForce", index, true);
+}
+
+aclError aclrtGetDevice(int32_t* index) {
+  SIM_CALL();
+  SIM_REQUIRE(index != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtGetDevice: null device");
+  SIM_CONTEXT(context);
+  *index = context->index;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtSynchronizeDevice() {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  sim::synchronize_device(context->physical, -1);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
+  SIM_CALL();
+  SIM_REQUIRE(timeout >= -1, ACL_ERROR_RT_PARAM_INVALID, "%s: timeout %d", __func__, timeout);
+  SIM_CONTEXT(context);
+  SIM_REQUIRE(sim::synchronize_device(context->physical, timeout), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+              "%s: the device is busy after %d ms", __func__, timeout);
+  return ACL_SUCCESS;
+}
+
+aclError aclrtCreateContext(aclrtContext* handle, int32_t index) {
+  SIM_CALL();
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtCreateContext: null context");
+  if (!sim::is_device(index)) return sim::bad_device("aclrtCreateContext", index);
+  sim::thread_context = sim::make_context(index, false);
+  *handle = sim::thread_context->handle;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtDestroyContext(aclrtContext handle) {
+  SIM_CALL();
+  auto context = sim::contexts().find(handle);
+  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
+              "aclrtDestroyContext: %p is not a context", handle);
+  SIM_REQUIRE(!context->primary, ACL_ERROR_RT_PARAM_INVALID,
+              "aclrtDestroyContext: a device's default context is destroyed by aclrtResetDevice");
+  sim::drop_context(context.get());
+  return ACL_SUCCESS;
+}
+
+aclError aclrtSetCurrentContext(aclrtContext handle) {
+  SIM_CALL();
+  auto context = sim::contexts().find(handle);
+  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
+              "aclrtSetCurrentContext: %p is not a context", handle);
+  sim::thread_context = context.get();
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetCurrentContext(aclrtContext* handle) {
+  SIM_CALL();
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null context", __func__);
+  SIM_CONTEXT(context);
+  *handle = context->handle;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtGetPrimaryCtxState(int32_t index, uint32_t* flags, int32_t* active) {
+  SIM_CALL();
+  if (!sim::is_device(index)) return sim::bad_device("aclrtGetPrimaryCtxState", index);
+  std::lock_guard<std::mutex> lock(sim::devices().mutex);
+  if (flags != nullptr) *flags = 0;
+  if (active != nullptr) *active = sim::devices().primary[index] != nullptr ? 1 : 0;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtCtxGetCurrentDefaultStream(aclrtStream* stream) {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  (void)context;
+  *stream = nullptr;
+  return ACL_SUCCESS;
+}
+
+}  // extern "C"

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Host memory that copies can use asynchronously.
+#include <acl/acl.h>
+
+#include "context.h"
+#include "error.h"
+#include "faults.h"
+#include "memory.h"
+#include "settings.h"
+
+using sim::memory;
+
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kAllocationLimit = 200 * sim::kGiB;
+
+aclError allocate(const char* call, void** result, size_t size) {
+  SIM_REQUIRE(result != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", call);
+  SIM_REQUIRE(size > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: size is 0", call);
+  SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
+              "%s: this thread has no context; call aclrtSetDevice", call);
+  SIM_REQUIRE(size <= kAllocationLimit, ACL_ERROR_RT_MEMORY_ALLOCATION,
+              "%s: %zu bytes in one call, at most %zu", call, size, kAllocationLimit);
+  size_t bytes = (size + kPage - 1) / kPage * kPage;
+  void* address = sim::device::allocate_host(bytes);
+  SIM_REQUIRE(address != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION, "%s: no host memory for %zu "
+              "bytes", call, size);
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  memory().host[static_cast<char*>(address)] = {bytes, false};
+  *result = address;
+  return ACL_SUCCESS;
+}
+
+aclError deallocate(const char* call, void* pointer) {
+  SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
+              "%s: this thread has no context; call aclrtSetDevice", call);
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  auto range = memory().host.find(static_cast<char*>(pointer));
+  SIM_REQUIRE(range != memory().host.end() && !range->second.is_registered,
+              ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not from aclrtMallocHost, or was freed", call,
+              pointer);
+  sim::require_unused(call, pointer, range->second.bytes);
+  sim::device::free_host(pointer, range->second.bytes);
+  memory().host.erase(range);
+  return ACL_SUCCESS;
+}
+
+aclError register_range(const char* call, void* pointer, uint64_t size) {
+  SIM_REQUIRE(pointer != nullptr && size > 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: null address or size 0", call);
+  SIM_REQUIRE(reinterpret_cast<uintptr_t>(pointer) % kPage == 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: the address %p is not a multiple of %zu", call, pointer, kPage);
+  SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
+              "%s: this thread has no context; call aclrtSetDevice", call);
+  std::unique_lock<std::mutex> lock(memory().mutex);
+  SIM_REQUIRE(!sim::overlaps(memory().reservations, pointer, size), ACL_ERROR_RT_PARAM_INVALID,
+              "%s: %p is device memory", call, pointer);
+  SIM_REQUIRE(!sim::overlaps(memory().host, pointer, size),
+              ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
+              "%s: part of [%p, +%llu) is already registered", call, pointer,
+              static_cast<unsigned long long>(size));
+  memory().host[static_cast<char*>(pointer)] = {size, true};
+  lock.unlock();  // pinning takes long, and several threads pin at once
+  if (sim::device::register_host(pointer, size)) return ACL_SUCCESS;
+  lock.lock();
+  memory().host.erase(static_cast<char*>(pointer));
+  return sim::fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: the memory cannot be pinned", call);
+}
+
+}  // namespace
+
+extern "C" {
+
+aclError aclrtMallocHost(void** pointer, size_t size) {
+  SIM_CALL();
+  return allocate("aclrtMallocHost", pointer, size);
+}
+
+aclError aclrtMallocHostWithCfg(void** pointer, uint64_t size, aclrtMallocConfig*) {
+  SIM_CALL();
+  return allocate("aclrtMallocHostWithCfg", pointer, size);
+}
+
+aclError aclrtFreeHost(void* pointer) {
+  SIM_CALL();
+  return deallocate("aclrtFreeHost", pointer);
+}
+
+aclError aclrtFreeHostWithDevSync(void* pointer) {
+  SIM_CALL();
+  SIM_CONTEXT(context);
+  sim::synchronize_device(context->physical, -1);
+  return deallocate("aclrtFreeHostWithDevSync", pointer);
+}
+
+// Host and device share addresses here, so a registered range is its own device address.
+aclError aclrtHostRegister(void* pointer, uint64_t size, aclrtHostRegisterType type,
+                           void** device_pointer) {
+  SIM_CALL();
+  SIM_REQUIRE(device_pointer != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", __func__);
+  SIM_REQUIRE(type == ACL_HOST_REGISTER_MAPPED, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: type %d, only ACL_HOST_REGISTER_MAPPED is supported", __func__, type);
+  if (aclError error = register_range("aclrtHostRegister", pointer, size)) return error;
+  *device_pointer = pointer;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtHostRegisterV2(void* pointer, uint64_t size, uint32_t flag) {
+  SIM_CALL();
+  constexpr uint32_t kSupported = ACL_HOST_REG_MAPPED | ACL_HOST_REG_PINNED;
+  SIM_REQUIRE(flag != 0 && (flag & ~kSupported) == 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: flag %#x, only ACL_HOST_REG_MAPPED and ACL_HOST_REG_PINNED are supported",
+              __func__, flag);
+  return register_range("aclrtHostRegisterV2", pointer, size);
+}
+
+aclError aclrtHostGetDevicePointer(void* pointer, void** device_pointer, uint32_t flag) {
+  SIM_CALL();
+  SIM_REQUIRE(pointer != nullptr && device_pointer != nullptr && flag == 0,
+              ACL_ERROR_RT_PARAM_INVALID, "%s: null argument, or flag not 0", __func__);
+  SIM_REQUIRE(sim::is_pinned_range(pointer, 1), ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
+              "%s: %p is not registered", __func__, pointer);
+  *device_pointer = pointer;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtHostUnregister(void* pointer) {
+  SIM_CALL();
+  SIM_REQUIRE(pointer != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null address", __func__);
+  SIM_CONTEXT(context);
+  (void)context;
+  std::unique_lock<std::mutex> lock(memory().mutex);
+  auto range = memory().host.find(static_cast<char*>(pointer));
+  SIM_REQUIRE(range != memory().host.end() && range->second.is_registered,
+              ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
+              "%s: %p is not the start of a registered range", __func__, pointer);
+  sim::require_unused(__func__, pointer, range->second.bytes);
+  memory().host.erase(range);
+  lock.unlock();
+  sim::device::unregister_host(pointer);
+  return ACL_SUCCESS;
+}
+
+}  // extern "C"

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Descriptions of tensors and buffers, which the framework makes for compiled operators.
+#include <acl/acl.h>
+#include <acl/acl_op.h>
+
+#include <string>
+#include <vector>
+
+struct aclTensorDesc {
+  aclDataType type;
+  aclFormat format;
+  std::vector<int64_t> sizes;
+  std::string name;
+};
+
+struct aclDataBuffer {
+  void* data;
+  size_t bytes;
+};
+
+extern "C" {
+
+aclTensorDesc* aclCreateTensorDesc(aclDataType type, int count, const int64_t* sizes,
+                                   aclFormat format) {
+  return new aclTensorDesc{type, format, {sizes, sizes + (sizes == nullptr ? 0 : count)}, ""};
+}
+
+void aclDestroyTensorDesc(const aclTensorDesc* tensor) { delete tensor; }
+aclDataType aclGetTensorDescType(const aclTensorDesc* tensor) { return tensor->type; }
+aclFormat aclGetTensorDescFormat(const aclTensorDesc* tensor) { return tensor->format; }
+size_t aclGetTensorDescNumDims(const aclTensorDesc* tensor) { return tensor->sizes.size(); }
+
+aclError aclGetTensorDescDimV2(const aclTensorDesc* tensor, size_t index, int64_t* size) {
+  if (index >= tensor->sizes.size()) return ACL_ERROR_INVALID_PARAM;
+  *size = tensor->sizes[index];
+  return ACL_SUCCESS;
+}
+
+void aclSetTensorDescName(aclTensorDesc* tensor, const char* name) { tensor->name = name; }
+aclError aclSetTensorFormat(aclTensorDesc*, aclFormat) { return ACL_SUCCESS; }
+aclError aclSetTensorShape(aclTensorDesc*, int, const int64_t*) { return ACL_SUCCESS; }
+aclError aclSetTensorPlaceMent(aclTensorDesc*, aclMemType) { return ACL_SUCCESS; }
+
+aclDataBuffer* aclCreateDataBuffer(void* data, size_t bytes) {
+  return new aclDataBuffer{data, bytes};
+}
+aclError aclDestroyDataBuffer(const aclDataBuffer* buffer) {
+  delete buffer;
+  return ACL_SUCCESS;
+}
+void* aclGetDataBufferAddr(const aclDataBuffer* buffer) { return buffer->data; }
+size_t aclGetDataBufferSizeV2(const aclDataBuffer* buffer) { return buffer->bytes; }
+
+}  // extern "C"

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "context.h"
+
+#include <time.h>
+
+#include <algorithm>
+
+#include "error.h"
+
+namespace sim {
+
+void Stream::note_use(uint64_t ticket, const void* begin, size_t bytes) {
+  std::lock_guard<std::mutex> lock(uses_mutex);
+  uint64_t completed = device::completed(queue);
+  while (!uses.empty() && uses.front().ticket <= completed) uses.pop_front();
+  auto* first = static_cast<const char*>(begin);
+  uses.push_back({ticket, first, first + bytes});
+}
+
+bool Stream::uses_range(const void* begin, size_t bytes) {
+  std::lock_guard<std::mutex> lock(uses_mutex);
+  uint64_t completed = device::completed(queue);
+  auto* first = static_cast<const char*>(begin);
+  return std::any_of(uses.begin(), uses.end(), [&](const Use& use) {
+    return use.ticket > completed && use.begin < first + bytes && first < use.end;
+  });
+}
+
+Handles<Stream>& streams() {
+  static auto* once = new Handles<Stream>(0x51);
+  return *once;
+}
+
+Handles<Event>& events() {
+  static auto* once = new Handles<Event>(0x52);
+  return *once;
+}
+
+Handles<Context>& contexts() {
+  static auto* once = new Handles<Context>(0x53);
+  return *once;
+}
+
+std::shared_ptr<Stream> make_stream(Context* context, uint32_t priority, uint32_t flags) {
+  static std::atomic<int32_t> next_id{0};
+  auto stream = std::make_shared<Stream>();
+  stream->context = context;
+  stream->queue = device::create_stream(context->physical);
+  stream->id = next_id++;
+  stream->priority = priority;
+  stream->flags = flags;
+  return stream;
+}
+
+aclError find_stream(const char* call, aclrtStream handle, std::shared_ptr<Stream>* stream) {
+  Context* context = current_context();
+  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
+              "%s: this thread has no context; call aclrtSetDevice", call);
+  if (handle == nullptr) {
+    *stream = context->default_stream;
+    return ACL_SUCCESS;
+  }
+  *stream = streams().find(handle);
+  SIM_REQUIRE(*stream != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
+              "%s: %p is not a stream, or was destroyed", call, handle);
+  SIM_REQUIRE((*stream)->context == context, ACL_ERROR_RT_STREAM_CONTEXT,
+              "%s: the stream belongs to another context than this thread's", call);
+  return ACL_SUCCESS;
+}
+
+namespace {
+
+template <typename Function>
+void for_each_stream(Function function) {
+  for (auto& [handle, context] : contexts().all()) function(*context->default_stream);
+  for (auto& [handle, stream] : streams().all()) function(*stream);
+}
+
+int64_t now_ms() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+}  // namespace
+
+void require_unused(const char* call, const void* begin, size_t bytes) {
+  for_each_stream([&](Stream& stream) {
+    if (!stream.uses_range(begin, bytes)) return;
+    fault(
+        "%s(%p): work of stream %d that is not complete uses this memory (%zu bytes); the call "
+        "does not synchronise, synchronise first",
+        call, begin, stream.id, bytes);
+  });
+}
+
+bool synchronize_device(int physical, int64_t timeout_ms) {
+  int64_t deadline = now_ms() + timeout_ms;
+  bool done = true;
+  for_each_stream([&](Stream& stream) {
+    if (stream.context->physical != physical) return;
+    int64_t left = timeout_ms < 0 ? -1 : std::max<int64_t>(deadline - now_ms(), 0);
+    done = device::synchronize(stream.queue, left) && done;
+  });
+  return done;
+}
+
+}  // namespace sim

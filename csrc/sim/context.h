@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Contexts, streams and events of this process.
+#pragma once
+
+#include <acl/acl_rt.h>
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "device.h"
+#include "handles.h"
+
+namespace sim {
+
+struct Context;
+
+struct Stream {
+  Context* context;
+  device::Stream* queue;
+  int32_t id;
+  uint32_t priority;
+  uint32_t flags;
+
+  // Work in flight and the memory that it touches.
+  struct Use {
+    uint64_t ticket;
+    const char* begin;
+    const char* end;
+  };
+  std::mutex uses_mutex;
+  std::deque<Use> uses;
+
+  void note_use(uint64_t ticket, const void* begin, size_t bytes);
+  bool uses_range(const void* begin, size_t bytes);
+};
+
+struct Context {
+  int index;     // of the visible device
+  int physical;  // device of the machine
+  bool primary;
+  int references = 0;  // aclrtSetDevice calls, of a primary context
+  std::atomic<bool> alive{true};
+  aclrtContext handle = nullptr;
+  std::shared_ptr<Stream> default_stream;
+};
+
+struct Event {
+  uint32_t flags;
+  std::mutex mutex;
+  std::shared_ptr<device::Marker> marker;  // of the last record, null: not recorded
+
+  std::shared_ptr<device::Marker> recorded() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return marker;
+  }
+};
+
+Handles<Stream>& streams();
+Handles<Event>& events();
+Handles<Context>& contexts();
+
+Context* current_context();  // of this thread, null: none
+std::shared_ptr<Stream> make_stream(Context* context, uint32_t priority, uint32_t flags);
+
+// The stream behind a handle (null: the default stream) if it belongs to the current context.
+aclError find_stream(const char* call, aclrtStream handle, std::shared_ptr<Stream>* stream);
+
+// Aborts if work in flight of any stream touches the range: what hardware answers with a fault of
+// the device, or with silent corruption, must not go unnoticed here.
+void require_unused(const char* call, const void* begin, size_t bytes);
+
+// Waits for all streams of the device; a negative timeout waits for ever. False: timed out.
+bool synchronize_device(int physical, int64_t timeout_ms);
+
+}  // namespace sim
+
+// Answers for calls that need a context.
+#define SIM_CONTEXT(context)                                                             \
+  ::sim::Context* context = ::sim::current_context();                                    \
+  if (context == nullptr) {                                                              \
+    return ::sim::fail(ACL_ERROR_RT_CONTEXT_NULL,                                        \
+                       "%s: this thread has no context; call aclrtSetDevice", __func__); \
+  }
+
+#define SIM_REQUIRE(condition, code, ...)                 \
+  do {                                                    \
+    if (!(condition)) return ::sim::fail(code, __VA_ARGS__); \
+  } while (false)

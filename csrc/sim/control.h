@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the simulator offers to tests and to its own other libraries, beside AscendCL.
+#pragma once
+
+#include <acl/acl_rt.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define NPU_SIM_EXPORT __attribute__((visibility("default")))
+
+// Of this process, all devices together.
+typedef struct {
+  uint64_t deviceBytes;      // physical memory taken from the devices
+  uint64_t physicalHandles;  // live handles of aclrtMallocPhysical
+  uint64_t mappings;         // of aclrtMapMem
+  uint64_t reservations;     // of aclrtReserveMemAddress
+  uint64_t allocations;      // of aclrtMalloc
+  uint64_t pinnedBytes;      // of aclrtMallocHost
+  uint64_t registeredBytes;  // of aclrtHostRegister
+  uint64_t streams;
+  uint64_t events;
+} npuSimCounters;
+
+NPU_SIM_EXPORT void npuSimGetCounters(npuSimCounters* counters);
+
+// Rules as in NPU_SIM_FAULTS, counted from now on. Not 0: not understood.
+NPU_SIM_EXPORT int npuSimSetFaults(const char* rules);
+
+NPU_SIM_EXPORT uint64_t npuSimCallCount(const char* name);
+NPU_SIM_EXPORT void npuSimResetCounters(void);
+
+// Names of calls in order, one a line, since the log was last turned on. Returns the length of the
+// whole log; at most room bytes, with a final zero, are written.
+NPU_SIM_EXPORT void npuSimKeepCallLog(int on);
+NPU_SIM_EXPORT size_t npuSimCallLog(char* log, size_t room);
+
+// Waits until the stream, of any context, is idle. Neither counted nor failed on request.
+NPU_SIM_EXPORT aclError npuSimDrain(aclrtStream stream);
+
+// What a call of a simulated library must return at once, 0 to go on. Counted under the name.
+NPU_SIM_EXPORT int npuSimEnterCall(const char* name);
+
+// Keeps the message for aclGetRecentErrMsg and returns the code.
+NPU_SIM_EXPORT int npuSimFail(int code, const char* message);
+
+// Device memory and copies of the simulated libraries themselves, on the current context. Not
+// counted as calls and not failed on request; the memory counts as the device's.
+NPU_SIM_EXPORT aclError npuSimAllocate(void** pointer, size_t bytes);
+NPU_SIM_EXPORT aclError npuSimFree(void* pointer);
+NPU_SIM_EXPORT aclError npuSimCopyAsync(void* to, const void* from, size_t bytes,
+                                        aclrtStream stream);
+
+// Size of one of a communicator's two buffers.
+NPU_SIM_EXPORT size_t npuSimCommunicatorBufferBytes(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "memory.h"
+
+#include "machine.h"
+
+namespace sim {
+namespace {
+
+template <typename Map>
+bool covers(Map& ranges, const void* begin, size_t bytes) {
+  auto* first = static_cast<const char*>(begin);
+  auto* end = first + bytes;
+  auto entry = find_containing(ranges, first);
+  while (entry != ranges.end() && first >= entry->first) {
+    first = entry->first + entry->second.bytes;
+    if (first >= end) return true;
+    ++entry;
+  }
+  return false;
+}
+
+}  // namespace
+
+Physical::~Physical() {
+  device::destroy_physical(memory);
+  if (!imported) machine::give(device, bytes);
+}
+
+std::shared_ptr<Physical> make_physical(int device, size_t bytes) {
+  if (!machine::take(device, bytes)) return nullptr;
+  device::Physical* memory = device::create_physical(device, bytes);
+  if (memory == nullptr) {
+    machine::give(device, bytes);
+    return nullptr;
+  }
+  auto physical = std::make_shared<Physical>();
+  physical->device = device;
+  physical->bytes = bytes;
+  physical->memory = memory;
+  return physical;
+}
+
+Memory& memory() {
+  static Memory* once = new Memory;
+  return *once;
+}
+
+Handles<Physical>& physicals() {
+  static auto* once = new Handles<Physical>(0x54);
+  return *once;
+}
+
+bool is_device_range(const void* begin, size_t bytes, int* device) {
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  if (!covers(memory().mappings, begin, bytes)) return false;
+  if (device != nullptr) {
+    *device = find_containing(memory().mappings, begin)->second.physical->device;
+  }
+  return true;
+}
+
+bool touches_device(const void* begin, size_t bytes) {
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  return overlaps(memory().reservations, begin, bytes);
+}
+
+bool is_pinned_range(const void* begin, size_t bytes) {
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  return covers(memory().host, begin, bytes);
+}
+
+}  // namespace sim

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What this process has of device and host memory: reservations, mappings, pinned ranges.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "device.h"
+#include "handles.h"
+
+namespace sim {
+
+// Physical memory behind a handle of aclrtMallocPhysical, or under an aclrtMalloc.
+struct Physical {
+  int device;  // of the machine
+  size_t bytes;
+  device::Physical* memory;
+  bool imported = false;         // counted by the process that made it
+  const char* mapped = nullptr;  // where it is mapped
+
+  ~Physical();
+};
+
+// Takes the bytes from the machine; null: out of memory.
+std::shared_ptr<Physical> make_physical(int device, size_t bytes);
+
+struct Mapping {
+  size_t bytes;
+  std::shared_ptr<Physical> physical;
+};
+
+struct Reservation {
+  size_t bytes;
+  bool is_malloc;  // belongs to an aclrtMalloc, which maps all of it
+};
+
+struct HostRange {
+  size_t bytes;
+  bool is_registered;  // else from aclrtMallocHost
+};
+
+struct Memory {
+  std::mutex mutex;
+  std::map<const char*, Reservation> reservations;
+  std::map<const char*, Mapping> mappings;
+  std::map<const char*, HostRange> host;
+};
+
+Memory& memory();
+Handles<Physical>& physicals();
+
+// True if every byte of the range is mapped device memory; the device that holds its start.
+bool is_device_range(const void* begin, size_t bytes, int* device = nullptr);
+bool touches_device(const void* begin, size_t bytes);
+bool is_pinned_range(const void* begin, size_t bytes);
+
+// The entry of an ordered map of ranges that contains the address, or end().
+template <typename Map>
+typename Map::iterator find_containing(Map& ranges, const void* address) {
+  auto* wanted = static_cast<const char*>(address);
+  auto next = ranges.upper_bound(wanted);
+  if (next == ranges.begin()) return ranges.end();
+  auto entry = std::prev(next);
+  return wanted < entry->first + entry->second.bytes ? entry : ranges.end();
+}
+
+template <typename Map>
+bool overlaps(Map& ranges, const void* begin, size_t bytes) {
+  auto* first = static_cast<const char*>(begin);
+  if (find_containing(ranges, first) != ranges.end()) return true;
+  auto next = ranges.lower_bound(first);
+  return next != ranges.end() && next->first < first + bytes;
+}
+
+}  // namespace sim

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "settings.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <sstream>
+
+namespace sim {
+namespace {
+
+double number(const char* name, double otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr || *text == '\0') return otherwise;
+  char* end = nullptr;
+  double value = std::strtod(text, &end);
+  return *end == '\0' && value >= 0 ? value : otherwise;
+}
+
+// As CANN reads it: the list is cut at the first entry that names no device or names one again.
+std::vector<int> visible_devices(int count) {
+  std::vector<int> visible;
+  const char* text = std::getenv("ASCEND_RT_VISIBLE_DEVICES");
+  if (text == nullptr) {
+    for (int device = 0; device < count; ++device) visible.push_back(device);
+    return visible;
+  }
+  std::stringstream entries(text);
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    char* end = nullptr;
+    long device = std::strtol(entry.c_str(), &end, 10);
+    bool is_number = end != entry.c_str() && *end == '\0';
+    bool repeated = std::find(visible.begin(), visible.end(), device) != visible.end();
+    if (!is_number || device < 0 || device >= count || repeated) break;
+    visible.push_back(static_cast<int>(device));
+  }
+  return visible;
+}
+
+std::string state_directory() {
+  std::string base = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+  std::string name = base + "/npu-sim-" + std::to_string(getuid());
+  const char* machine = std::getenv("NPU_SIM_MACHINE");
+  return machine != nullptr && *machine != '\0' ? name + "-" + machine : name;
+}
+
+Settings read() {
+  Settings read;
+  int count = std::clamp(static_cast<int>(number("NPU_SIM_DEVICES", 1)), 0, kMaxDevices);
+  read.visible = visible_devices(count);
+  double hbm = number("NPU_SIM_HBM_GIB", 8) * static_cast<double>(kGiB);
+  read.hbm_bytes = static_cast<size_t>(hbm) / (2 * kMiB) * (2 * kMiB);
+  read.link_bytes_per_ns = number("NPU_SIM_LINK_GBPS", 0);
+  double buffer = number("NPU_SIM_HCCL_BUFFER_MIB", 4) * static_cast<double>(kMiB);
+  read.hccl_buffer_bytes = static_cast<size_t>(buffer);
+  read.state_directory = state_directory();
+  return read;
+}
+
+}  // namespace
+
+const Settings& settings() {
+  static const Settings* once = new Settings(read());
+  return *once;
+}
+
+}  // namespace sim

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace sim {
+
+// What the environment says about the simulated machine, read once.
+struct Settings {
+  std::vector<int> visible;     // physical device of each visible device
+  size_t hbm_bytes;             // of every device
+  double link_bytes_per_ns;     // one direction, 0: not throttled
+  size_t hccl_buffer_bytes;     // of one of a communicator's two buffers
+  std::string state_directory;  // shared by all processes of the simulated machine
+};
+
+const Settings& settings();
+
+constexpr int kMaxDevices = 16;
+constexpr size_t kKiB = size_t{1} << 10;
+constexpr size_t kMiB = size_t{1} << 20;
+constexpr size_t kGiB = size_t{1} << 30;
+
+}  // namespace sim

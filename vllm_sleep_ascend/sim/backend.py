@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the simulated device's operators when torch starts."""
+
+import os
+from pathlib import Path
+
+
+def load_operators() -> None:
+    """Entry point of `torch.backends`: a no-op unless the active toolkit ships operators."""
+    toolkit = os.environ.get("ASCEND_HOME_PATH")
+    library = Path(toolkit or "") / "lib64" / "libnpu_sim_operators.so"
+    if not toolkit or not library.exists():
+        return
+    import torch
+    import torch_npu  # noqa: F401  registers the device that the library adds operators to
+
+    torch.ops.load_library(str(library))

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests ask of the simulator in this process: counters, calls, faults."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+
+class _Counters(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "deviceBytes",
+            "physicalHandles",
+            "mappings",
+            "reservations",
+            "allocations",
+            "pinnedBytes",
+            "registeredBytes",
+            "streams",
+            "events",
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What this process holds, all devices together."""
+
+    device_bytes: int
+    physical_handles: int
+    mappings: int
+    reservations: int
+    allocations: int
+    pinned_bytes: int
+    registered_bytes: int
+    streams: int
+    events: int
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL("libascendcl.so")
+    library.npuSimCallCount.restype = ctypes.c_uint64
+    library.npuSimCallLog.restype = ctypes.c_size_t
+    return library
+
+
+def counters() -> Counters:
+    """The figures now."""
+    figures = _Counters()
+    _library().npuSimGetCounters(ctypes.byref(figures))
+    return Counters(*(getattr(figures, name) for name, _ in figures._fields_))
+
+
+def set_faults(rules: str) -> None:
+    """Fail calls from now on, by rules as in ``NPU_SIM_FAULTS``; ``""`` ends it.
+
+    Raises:
+        ValueError: the rules are not understood.
+    """
+    if _library().npuSimSetFaults(rules.encode()) != 0:
+        raise ValueError(f"faults {rules!r} are not call:nth:code[:times], comma separated")
+
+
+def call_count(name: str) -> int:
+    """How often this AscendCL function was called since the last reset."""
+    return _library().npuSimCallCount(name.encode())
+
+
+def reset_counters() -> None:
+    """Count calls from zero again."""
+    _library().npuSimResetCounters()
+
+
+def keep_call_log(on: bool) -> None:
+    """Start an empty log of calls, or end it."""
+    _library().npuSimKeepCallLog(int(on))
+
+
+def call_log() -> list[str]:
+    """The names of the calls since the log was started, in order."""
+    room = _library().npuSimCallLog(None, ctypes.c_size_t(0)) + 1
+    text = ctypes.create_string_buffer(room)
+    _library().npuSimCallLog(text, ctypes.c_size_t(room))
+    return text.value.decode().split()

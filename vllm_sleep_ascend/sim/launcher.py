@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`npu-sim CMD…`: run a command with the simulated toolkit in place of CANN."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def toolkit_path() -> Path:
+    """The simulated toolkit: `$NPU_SIM_HOME`, else `npu-sim` in this Python's prefix."""
+    return Path(os.environ.get("NPU_SIM_HOME") or Path(sys.prefix) / "npu-sim")
+
+
+def toolkit_environment(toolkit: Path) -> dict[str, str]:
+    """The variables that the toolkit's `set_env.sh` exports, on top of the current environment."""
+    environment = dict(os.environ)
+    libraries = [str(toolkit / "lib64"), environment.get("LD_LIBRARY_PATH", "")]
+    environment.update(
+        ASCEND_TOOLKIT_HOME=str(toolkit),
+        ASCEND_HOME_PATH=str(toolkit),
+        ASCEND_OPP_PATH=str(toolkit / "opp"),
+        ASCEND_AICPU_PATH=str(toolkit),
+        LD_LIBRARY_PATH=":".join(filter(None, libraries)),
+    )
+    return environment
+
+
+def main() -> None:
+    """Entry point of the `npu-sim` command."""
+    command = sys.argv[1:]
+    if not command or command[0] in ("-h", "--help"):
+        sys.exit("usage: npu-sim COMMAND [ARGUMENT …]")
+    toolkit = toolkit_path()
+    if not (toolkit / "lib64" / "libascendcl.so").exists():
+        sys.exit(
+            f"npu-sim: no simulated toolkit in {toolkit}; build it with "
+            f"`make -C csrc/sim PREFIX={toolkit} PYTHON={sys.executable}` in the source tree, "
+            "or name its folder in NPU_SIM_HOME"
+        )
+    # Commands of this Python's environment come first, as if it were activated.
+    environment = toolkit_environment(toolkit)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
+    try:
+        os.execvpe(command[0], command, environment)
+    except FileNotFoundError:
+        sys.exit(f"npu-sim: command not found: {command[0]}")
+
+
+if __name__ == "__main__":
+    main()
