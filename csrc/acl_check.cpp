@@ -60,9 +60,7 @@ const char* code_name(aclError code) {
   }
 }
 
-bool is_out_of_memory(aclError code) {
-  return code == 207001 || code == 207018 || code == 200000;
-}
+bool is_out_of_memory(aclError code) { return code == 207001 || code == 207018 || code == 200000; }
 
 AclError::AclError(std::string call, aclError code, std::size_t bytes, const std::string& detail)
     : std::runtime_error([&] {

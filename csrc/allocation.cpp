@@ -58,6 +58,12 @@ State Allocation::state() const {
   return mapped ? State::kMapped : State::kDiscarded;
 }
 
+bool Allocation::backed_up(std::uint64_t sum) const {
+  return backup_sum == sum && std::all_of(chunks.begin(), chunks.end(), [](const Chunk& chunk) {
+           return chunk.content == Content::kDevice && chunk.backup;
+         });
+}
+
 void Allocation::release() {
   for (Chunk& chunk : chunks) {
     if (chunk.memory.mapped()) chunk.memory.unmap();

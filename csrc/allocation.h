@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "host_pool.h"
@@ -52,6 +53,9 @@ struct Allocation {
 
   State state() const;
 
+  // Whether the backups hold this content, so that it need not be copied again.
+  bool backed_up(std::uint64_t sum) const;
+
   // Gives back what it holds, device first. Throws at the first failing call and can be repeated.
   void release();
 
@@ -59,6 +63,8 @@ struct Allocation {
   TagId tag;
   Reservation range;
   std::vector<Chunk> chunks;
+  // Checksum of the content that the backups of all chunks hold; empty when that is not certain.
+  std::optional<std::uint64_t> backup_sum;
   // torch keeps the segment but uses none of it: its memory was given back for good, and no wake
   // brings it back.
   bool trimmed = false;

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "acl_check.h"
 #include "pool.h"
 
@@ -35,6 +37,7 @@ py::dict to_dict(const Report& report) {
   for (const auto& [tag, moved] : report.tags) {
     py::dict bytes;
     bytes["offloaded"] = moved.offloaded;
+    bytes["unchanged"] = moved.unchanged;
     bytes["discarded"] = moved.discarded;
     bytes["restored"] = moved.restored;
     bytes["remapped"] = moved.remapped;
@@ -46,7 +49,8 @@ py::dict to_dict(const Report& report) {
   return result;
 }
 
-py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std::string& otherwise) {
+py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std::string& otherwise,
+                    const Sums& checksums) {
   Pool& pool = Pool::instance();
   Plan plan;
   plan.otherwise = parse_action(otherwise);
@@ -54,15 +58,27 @@ py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std
   Report report;
   {
     py::gil_scoped_release release;
-    report = pool.sleep(plan);
+    report = pool.sleep(plan, checksums);
   }
   return to_dict(report);
 }
 
+std::set<TagId> tag_ids(const std::vector<std::string>& names) {
+  std::set<TagId> ids;
+  for (const std::string& name : names) ids.insert(Pool::instance().tag(name));
+  return ids;
+}
+
+void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
+                    unsigned pin_threads, std::size_t scratch_chunk_bytes,
+                    const std::vector<std::string>& scratch_tags) {
+  Pool::instance().configure({chunk_bytes, keep_host_backup, copy_threads, pin_threads,
+                              scratch_chunk_bytes, tag_ids(scratch_tags)});
+}
+
 py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s) {
   Pool& pool = Pool::instance();
-  std::set<TagId> ids;
-  for (const std::string& name : tags) ids.insert(pool.tag(name));
+  const std::set<TagId> ids = tag_ids(tags);
   Report report;
   {
     py::gil_scoped_release release;
@@ -87,9 +103,22 @@ py::list allocations() {
     entry["state"] = state_name(info.state);
     entry["device_bytes"] = info.device_bytes;
     entry["host_bytes"] = info.host_bytes;
+    entry["checksum"] = info.backup_sum;
     result.append(entry);
   }
   return result;
+}
+
+std::optional<py::bytes> read_backup(std::uintptr_t address, std::size_t bytes) {
+  std::string content(bytes, '\0');
+  auto* target = reinterpret_cast<std::byte*>(content.data());
+  bool found = false;
+  {
+    py::gil_scoped_release release;
+    found = Pool::instance().read_backup(address, bytes, target);
+  }
+  if (!found) return std::nullopt;
+  return content;
 }
 
 // Raises vllm_sleep_ascend.errors.<type> with the figures of the error as attributes.
@@ -138,25 +167,32 @@ PYBIND11_MODULE(_camem, module) {
     }
   });
 
-  module.def(
-      "configure",
-      [](std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
-         unsigned pin_threads) {
-        Pool::instance().configure({chunk_bytes, keep_host_backup, copy_threads, pin_threads});
-      },
-      py::kw_only(), py::arg("chunk_bytes"), py::arg("keep_host_backup"), py::arg("copy_threads"),
-      py::arg("pin_threads"));
+  module.def("configure", &configure_pool, py::kw_only(), py::arg("chunk_bytes"),
+             py::arg("keep_host_backup"), py::arg("copy_threads"), py::arg("pin_threads"),
+             py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
+             py::arg("scratch_tags") = std::vector<std::string>());
   module.def("set_current_tag", [](const std::string& name) {
     Pool& pool = Pool::instance();
     return pool.tag_name(pool.set_current_tag(pool.tag(name)));
   });
-  module.def("sleep", &sleep_pool, py::arg("actions"), py::arg("otherwise") = "offload");
+  module.def("sleep", &sleep_pool, py::arg("actions"), py::arg("otherwise") = "offload",
+             py::arg("checksums") = Sums());
   module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0);
+  module.def("prepare", [](const std::vector<std::string>& tags) {
+    const std::set<TagId> ids = tag_ids(tags);
+    py::gil_scoped_release release;
+    Pool::instance().prepare(ids);
+  });
+  module.def(
+      "wait_prepared", [](double timeout_s) { return Pool::instance().wait_prepared(timeout_s); },
+      py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>());
+  module.def("copied_bytes", [] { return Pool::instance().copied_bytes(); });
   module.def("trim", [](const std::set<std::uintptr_t>& addresses) {
     py::gil_scoped_release release;
     return Pool::instance().trim(addresses);
   });
   module.def("allocations", &allocations);
+  module.def("read_backup", &read_backup, py::arg("address"), py::arg("bytes"));
   module.def("tags", [] { return Pool::instance().tag_names(); });
   module.def("available_host_bytes", &available_host_bytes);
   module.def("pinned_host_bytes", &pinned_host_bytes);

@@ -20,8 +20,12 @@ namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kPage = 4096;
-constexpr aclError kNotSupported = 207000;
-constexpr aclError kApiNotSupported = 200001;
+
+// Registering is not available, or no more can be registered: aclrtMallocHost may still work.
+bool can_do_without_registering(aclError code) {
+  constexpr aclError kNotSupported = 207000, kApiNotSupported = 200001, kNoResource = 207005;
+  return code == kNotSupported || code == kApiNotSupported || code == kNoResource;
+}
 
 std::atomic<std::size_t> g_pinned_bytes{0};
 
@@ -35,9 +39,9 @@ std::atomic<std::size_t> g_pinned_bytes{0};
 void check_host(aclError code, const char* call, std::size_t bytes) {
   if (code == ACL_SUCCESS) return;
   if (is_out_of_memory(code)) {
-    throw_out_of_host_memory(std::string(call) + " failed with " + std::to_string(code) + " (" +
-                                 code_name(code) + ")",
-                             bytes);
+    throw_out_of_host_memory(
+        std::string(call) + " failed with " + std::to_string(code) + " (" + code_name(code) + ")",
+        bytes);
   }
   throw AclError(call, code, bytes, recent_error_message());
 }
@@ -107,9 +111,7 @@ HostMemory::HostMemory(std::size_t bytes) : bytes_(bytes) {
     data_ = data;
   } else {
     munmap(data, bytes);
-    if (code != kNotSupported && code != kApiNotSupported) {
-      check_host(code, "aclrtHostRegister", bytes);
-    }
+    if (!can_do_without_registering(code)) check_host(code, "aclrtHostRegister", bytes);
     void* pinned = nullptr;
     check_host(aclrtMallocHost(&pinned, bytes), "aclrtMallocHost", bytes);
     data_ = static_cast<std::byte*>(pinned);

@@ -1,15 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Pinned host memory for backups: exact sizes, huge pages advised, never rounded up.
+//
+// Whoever touches a page first decides its NUMA node, and the threads that do inherit the affinity
+// of the thread that sleeps: where the worker is bound to the node of its device, the backup lies
+// there too.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace camem {
 
 // One pinned block. The constructor maps, touches and registers it on the calling thread, so that
-// several threads make several blocks at once; where registering is not available the block comes
-// from aclrtMallocHost. Throws OutOfHostMemory or AclError.
+// several threads make several blocks at once; where registering is not available, or a limit on
+// registered memory is reached, the block comes from aclrtMallocHost. Throws OutOfHostMemory or
+// AclError.
 class HostMemory {
  public:
   HostMemory() = default;
@@ -29,6 +40,32 @@ class HostMemory {
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
   bool registered_ = false;  // else from aclrtMallocHost
+};
+
+// Blocks that are pinned ahead of their use by threads in the background. Thread-safe.
+class HostReserve {
+ public:
+  // Starts to pin blocks of these sizes and returns. A block that cannot be had ends the work: who
+  // needs it meets the reason.
+  void prepare(int device, const std::vector<std::size_t>& sizes, unsigned threads);
+
+  // A block of exactly this size: one that is ready, or a new one.
+  HostMemory take(std::size_t bytes);
+
+  void stop();                // ends the background work; what is ready stays
+  bool wait(double seconds);  // until all that was asked for is ready; false: not in that time
+  void clear() noexcept;      // stops and gives everything back
+  std::size_t ready_bytes();
+
+ private:
+  void work(int device);
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::size_t> wanted_;
+  std::multimap<std::size_t, HostMemory> ready_;
+  std::size_t running_ = 0;
+  std::vector<std::thread> threads_;
 };
 
 // Bytes that this process could still take: the machine's available memory, or what its control

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -35,13 +36,17 @@ struct Plan {
 struct Settings {
   std::size_t chunk_bytes = std::size_t{64} << 20;
   bool keep_host_backup = true;
-  unsigned copy_threads = 3;  // copies in flight once the host memory is pinned
+  unsigned copy_threads = 3;  // threads that copy once the host memory is pinned
   unsigned pin_threads = 16;  // threads that pin host memory; at most one a core
+  // Tags of which nothing is ever copied take memory in larger chunks: fewer calls.
+  std::size_t scratch_chunk_bytes = std::size_t{1} << 30;
+  std::set<TagId> scratch_tags;
 };
 
 // Bytes that one operation moved, of one tag.
 struct Moved {
   std::size_t offloaded = 0;  // device to host
+  std::size_t unchanged = 0;  // not copied: the backup holds it already
   std::size_t discarded = 0;  // content forgotten
   std::size_t restored = 0;   // host to device
   std::size_t remapped = 0;   // mapped again without content
@@ -58,9 +63,13 @@ struct AllocationInfo {
   int device;
   TagId tag;
   State state;
-  std::size_t device_bytes;  // physical memory held now
-  std::size_t host_bytes;    // backup held now
+  std::size_t device_bytes;                 // physical memory held now
+  std::size_t host_bytes;                   // backup held now
+  std::optional<std::uint64_t> backup_sum;  // checksum of the backup, if one was given
 };
+
+// Checksums of the content of allocations, by address.
+using Sums = std::map<std::uintptr_t, std::uint64_t>;
 
 // A transaction failed. `cause` is what failed first; the message also says what was restored.
 class TransactionError : public std::runtime_error {
@@ -102,8 +111,9 @@ class Pool {
   void free(void* address) noexcept;
 
   // Carries out the plan for everything that is mapped. Sleeping allocations stay as they are,
-  // except that Action::kDiscard drops their host backup.
-  Report sleep(const Plan& plan);
+  // except that Action::kDiscard drops their host backup. What has a checksum in `sums` equal to
+  // that of its backup is not copied; the sums are kept with the backups that are made.
+  Report sleep(const Plan& plan, const Sums& sums = {});
 
   // Brings back every sleeping allocation of these tags, waiting up to `timeout` for device memory.
   Report wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout);
@@ -113,7 +123,20 @@ class Pool {
 
   std::vector<AllocationInfo> allocations();
 
-  // After this the hooks do nothing: the runtime below may be gone.
+  // Copies [address, address + bytes) of a sleeping allocation from its host backup to `target`.
+  // False if that memory is not in a backup.
+  bool read_backup(std::uintptr_t address, std::size_t bytes, std::byte* target);
+
+  // Pins host memory for the backups of these tags in the background, and returns at once.
+  void prepare(const std::set<TagId>& tags);
+  // Waits until that is done; false: not in that time.
+  bool wait_prepared(double seconds) { return reserve_.wait(seconds); }
+
+  // Bytes that the transaction that runs has copied so far. Never waits for it.
+  std::size_t copied_bytes() const { return transfer_.copied_bytes(); }
+
+  // After this the hooks do nothing and everything else throws: the runtime below may be gone. The
+  // same holds in a forked child.
   void abandon() noexcept;
 
  private:
@@ -126,27 +149,34 @@ class Pool {
   using Tasks = std::vector<Task>;
 
   Pool();
+  static void require_alive();
   void sweep() noexcept;
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted);
   void synchronize();
+  std::size_t chunk_bytes(TagId tag) const;
   void preflight_host(const Tasks& offloads);
   void preflight_device(const Tasks& tasks);
   void offload(const Tasks& tasks, const Task** current);
   void restore(const Tasks& tasks, std::chrono::steady_clock::time_point deadline,
                const Task** current);
-  std::string undo_sleep(const Tasks& offloads, const Tasks& discards) noexcept;
+  void unmap(const Tasks& tasks, const Task** current);
+  std::string undo_sleep(const Tasks& offloads, const Tasks& unchanged,
+                         const Tasks& discards) noexcept;
   std::string undo_wake(const Tasks& tasks) noexcept;
   [[noreturn]] void fail(const char* operation, const Task* at, const std::string& outcome);
-  unsigned copy_threads(bool pinning) const;
+  unsigned pin_threads() const;
+  Parallelism parallelism(bool pinning) const;
 
+  std::mutex tags_mutex_;  // of the names alone: whoever asks for one may hold the GIL
+  std::vector<std::string> tag_names_;
   std::mutex mutex_;
   Settings settings_;
-  std::vector<std::string> tag_names_;
   std::map<std::uintptr_t, std::unique_ptr<Allocation>> allocations_;
   std::vector<std::unique_ptr<Allocation>> doomed_;  // freed by torch, not yet by AscendCL
   bool unswept_ = false;
   std::map<int, std::size_t> granularity_;
   Transfer transfer_;
+  HostReserve reserve_;
 };
 
 }  // namespace camem

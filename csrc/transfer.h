@@ -5,6 +5,7 @@
 
 #include <acl/acl.h>
 
+#include <atomic>
 #include <cstddef>
 #include <functional>
 #include <map>
@@ -16,22 +17,40 @@ namespace camem {
 
 enum class Direction { kDeviceToHost, kHostToDevice };
 
+// How much is done at once: `threads` work at chunks, each with up to `depth` copies in flight, so
+// that the link has work while the threads map, unmap or pin.
+struct Parallelism {
+  unsigned threads = 1;
+  unsigned depth = 1;
+};
+
 class Transfer {
  public:
   using Step = std::function<void(std::size_t index)>;
 
   // For every chunk, in order of start: before(i), an asynchronous copy that is waited for and
-  // checked, after(i). While one thread is in before or after, the copies of the others run, so
-  // `threads` is also the number of copies in flight. At the first exception no further chunk is
-  // started, all copies in flight are waited for, and that exception is thrown; `failed_index`
-  // then tells whose it was.
-  void run(int device, Direction direction, const std::vector<Chunk*>& chunks, unsigned threads,
-           const Step& before, const Step& after, std::size_t* failed_index);
+  // checked, after(i). At the first exception no further chunk is started, all copies in flight are
+  // waited for, and that exception is thrown; `failed_index` then tells whose it was. A chunk whose
+  // copy was in flight then got no after(i).
+  void run(int device, Direction direction, const std::vector<Chunk*>& chunks,
+           Parallelism parallelism, const Step& before, const Step& after,
+           std::size_t* failed_index);
+
+  // Bytes that the copies of the current or last operation have moved. Thread-safe.
+  std::size_t copied_bytes() const { return copied_; }
+  void reset_copied_bytes() { copied_ = 0; }
 
  private:
-  std::vector<aclrtStream>& streams(int device, unsigned count);
+  // A stream and the events behind its copies in flight.
+  struct Lane {
+    aclrtStream stream = nullptr;
+    std::vector<aclrtEvent> events;
+  };
 
-  std::map<int, std::vector<aclrtStream>> streams_;  // kept for the life of the process
+  std::vector<Lane>& lanes(int device, Parallelism parallelism);
+
+  std::map<int, std::vector<Lane>> lanes_;  // kept for the life of the process
+  std::atomic<std::size_t> copied_{0};
 };
 
 }  // namespace camem

@@ -35,9 +35,8 @@ DeviceGuard::~DeviceGuard() {
 std::size_t granularity(int device) {
   aclrtPhysicalMemProp property = physical_property(device);
   std::size_t bytes = 0;
-  CAMEM_CHECK(aclrtMemGetAllocationGranularity(&property, ACL_RT_MEM_ALLOC_GRANULARITY_MINIMUM,
-                                               &bytes),
-              0);
+  CAMEM_CHECK(
+      aclrtMemGetAllocationGranularity(&property, ACL_RT_MEM_ALLOC_GRANULARITY_MINIMUM, &bytes), 0);
   return bytes;
 }
 

@@ -57,6 +57,9 @@ def trim(addresses: set[int]) -> int:
 def allocations() -> list[AllocationInfo]:
     """Every allocation, by address."""
 
+def read_backup(address: int, bytes: int) -> bytes | None:
+    """The content of sleeping memory, from its host backup; None if it is not in one."""
+
 def tags() -> list[str]:
     """Every tag that was ever named."""
 
