@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a model with seeded random weights in Hugging Face's format, without a download.
+
+    python examples/make_model.py tiny-qwen2 build/models/tiny-qwen2
+
+The folder holds what a published model's does: config.json, model.safetensors, tokenizer.json and
+their companions. The same name gives the same weights everywhere. The tokenizer is a real
+byte-level BPE, trained on the Python standard library's own source. The weights mean nothing, but
+are scaled so that attention looks at few tokens and the next token has a clear winner: greedy
+decoding depends on the whole context and does not settle on one token.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Weights are made on the host.
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT_MODULES = "argparse ast calendar csv datetime difflib doctest email.message inspect"
+TEXT_MODULES += " ipaddress json.decoder locale logging mailbox optparse pathlib pickle pydoc"
+TEXT_MODULES += " statistics string subprocess tarfile textwrap threading typing unittest.mock"
+# As in Qwen2's tokenizer.json.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+RECIPE = 1
+"""Changes when the same name makes other weights."""
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny-qwen2": {**_TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "tiny-llama": {
+        **_TINY,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "tiny-gemma2": {
+        **_TINY,
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 30.0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "tiny-qwen3-moe": {
+        **_TINY,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "attention_bias": False,
+    },
+    "qwen2.5-0.5b": {
+        **_TINY,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+}
+
+TIED_DEVIATION = 0.03
+LEAN = 1.5
+
+Shape = tuple[int, ...]
+
+
+def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
+    """Name, shape and gain of every parameter; a matrix's deviation is gain / sqrt(inputs)."""
+    hidden, kind = config["hidden_size"], config["model_type"]
+    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden), 1.0
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}."
+        # Large queries and keys: a softmax that prefers few tokens to the mean of all.
+        for name, rows, gain in (("q", q, 2.0), ("k", kv, 2.0), ("v", kv, 1.0)):
+            yield f"{layer}self_attn.{name}_proj.weight", (rows, hidden), gain
+            if kind == "qwen2":
+                yield f"{layer}self_attn.{name}_proj.bias", (rows,), 0.1 * gain
+        yield f"{layer}self_attn.o_proj.weight", (hidden, q), 0.7
+        if kind == "qwen3_moe":
+            yield f"{layer}self_attn.q_norm.weight", (head,), 1.5
+            yield f"{layer}self_attn.k_norm.weight", (head,), 1.5
+            yield f"{layer}mlp.gate.weight", (config["num_experts"], hidden), 2.0
+            mlps = [f"{layer}mlp.experts.{e}." for e in range(config["num_experts"])]
+            inner = config["moe_intermediate_size"]
+        else:
+            mlps, inner = [f"{layer}mlp."], config["intermediate_size"]
+        for mlp in mlps:
+            yield f"{mlp}gate_proj.weight", (inner, hidden), 1.5
+            yield f"{mlp}up_proj.weight", (inner, hidden), 1.5
+            yield f"{mlp}down_proj.weight", (hidden, inner), 0.5
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if kind == "gemma2":
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for norm in norms:
+            yield f"{layer}{norm}.weight", (hidden,), 1.0
+    # Brings the logits of tied embeddings, which are small, to a deviation of about 3.
+    tied = config["tie_word_embeddings"]
+    yield "model.norm.weight", (hidden,), 3.0 / (TIED_DEVIATION * hidden**0.5) if tied else 1.0
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (config["vocab_size"], hidden), 2.0
+
+
+def make_weight(
+    name: str, shape: Shape, gain: float, config: dict[str, Any], used_vocab: int
+) -> torch.Tensor:
+    """One parameter, bfloat16, from a seed of its own name."""
+    random = torch.Generator().manual_seed(zlib.crc32(f"{config['model_type']} {name}".encode()))
+    weight = torch.randn(shape, generator=random)
+    if name.endswith("norm.weight"):
+        # Gemma stores a norm's weight less one.
+        weight = weight * 0.1 + gain - (1.0 if config["model_type"] == "gemma2" else 0.0)
+    elif len(shape) == 1:
+        weight *= gain
+    elif shape[0] != config["vocab_size"]:
+        weight *= gain / shape[1] ** 0.5
+    elif config["tie_word_embeddings"]:
+        # Small as an input, beside what the layers add: else every token predicts itself.
+        weight *= TIED_DEVIATION
+        # Rows that no text uses must not win.
+        weight[used_vocab:] *= 0.01
+    elif name == "lm_head.weight":
+        # A token leans towards its neighbour's successor, by about as much as the context weighs:
+        # sequences move on, and the best logit leads by more than rounding can change.
+        before = make_weight("model.embed_tokens.weight", shape, 1.0, config, used_vocab).float()
+        order = torch.randperm(shape[0], generator=random)
+        weight[order] += LEAN * before[order.roll(1)]
+        weight *= gain / shape[1] ** 0.5
+    return weight.to(torch.bfloat16)
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, special tokens first."""
+    library = Path(argparse.__file__).parent
+    files = [library / f"{name.replace('.', '/')}" for name in TEXT_MODULES.split()]
+    files = [f / "__init__.py" if f.is_dir() else f.with_suffix(".py") for f in files]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f.read_text(encoding="utf-8") for f in files), trainer)
+    return tokenizer
+
+
+def write_model(config: dict[str, Any], folder: Path) -> None:
+    """Write every file of a model into an existing folder."""
+    tokenizer = train_tokenizer(min(config["vocab_size"], 8192))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    texts = {
+        "config.json": {**config, **end, "torch_dtype": "bfloat16", "use_cache": True},
+        "generation_config.json": {**end, "do_sample": False},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": SPECIAL_TOKENS[0],
+            "pad_token": SPECIAL_TOKENS[0],
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["max_position_embeddings"],
+            "chat_template": CHAT_TEMPLATE,
+        },
+        "special_tokens_map.json": {"eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0]},
+    }
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    used_vocab = tokenizer.get_vocab_size()
+    weights = {
+        name: make_weight(name, shape, gain, config, used_vocab)
+        for name, shape, gain in parameters(config)
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_model(name: str, out: str | os.PathLike[str]) -> Path:
+    """Make a model folder, or leave a complete one of that name as it is.
+
+    Raises:
+        ValueError: no such model, or ``out`` exists and holds something else.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(CONFIGS)}")
+    folder = Path(out)
+    marker, recipe = folder / "make_model.json", {"recipe": RECIPE, **CONFIGS[name]}
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == recipe:
+        print(f"{folder}: {name} is there already")
+        return folder
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_model(CONFIGS[name], unfinished)
+        (unfinished / marker.name).write_text(json.dumps(recipe), encoding="utf-8")
+        unfinished.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    print(f"{folder}: made {name}, {size / 1e6:.1f} MB")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", metavar="NAME", help=", ".join(CONFIGS))
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    args = parser.parse_args()
+    try:
+        make_model(args.name, args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"make_model: {error}")
+
+
+if __name__ == "__main__":
+    main()

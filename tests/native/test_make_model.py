@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model maker: the same model every time, whole or not at all."""
+
+import subprocess
+import sys
+
+import pytest
+from safetensors import safe_open
+from support import ROOT
+
+SCRIPT = ROOT / "examples" / "make_model.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+
+def run(*args):
+    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True)
+
+
+def test_the_same_name_gives_the_same_model(tmp_path):
+    from make_model import make_model
+
+    one, two = (make_model("tiny-qwen2", tmp_path / name) for name in ("a", "b"))
+    files = sorted(f.name for f in one.iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < set(files)
+    for name in files:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert sum(f.stat().st_size for f in one.iterdir()) < 10e6
+    with safe_open(one / "model.safetensors", "pt") as weights:
+        assert weights.get_tensor("model.embed_tokens.weight").shape == (2048, 128)
+
+
+def test_a_complete_model_is_reused(tmp_path):
+    out = tmp_path / "m"
+    assert "made tiny-llama" in run("tiny-llama", out).stdout
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert "is there already" in run("tiny-llama", out).stdout
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert "made tiny-qwen2" in run("tiny-qwen2", out).stdout
+
+
+def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+    import make_model
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(make_model, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        make_model.make_model("tiny-qwen2", tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_name_the_remedy(tmp_path):
+    done = run("tiny-qwen", tmp_path / "m")
+    assert done.returncode == 1
+    assert "no model 'tiny-qwen'; there are tiny-qwen2, tiny-llama" in done.stderr
+    (tmp_path / "mine").write_text("x")
+    done = run("tiny-qwen2", tmp_path)
+    assert done.returncode == 1
+    assert "holds something else; name a new folder" in done.stderr
+    assert (tmp_path / "mine").read_text() == "x"

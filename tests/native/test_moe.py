@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain-PyTorch experts against one token, one expert at a time. Needs CANN or the simulator."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("torch_npu", exc_type=ImportError, reason="needs CANN or the simulator")
+
+TOKENS, HIDDEN, INNER, EXPERTS, CHOSEN = 13, 8, 6, 5, 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weigh_input", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_experts(bias, weigh_input, elsewhere):
+    from vllm_sleep_ascend.native.moe import experts
+
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, HIDDEN)
+    gate_up, down = torch.randn(EXPERTS, 2 * INNER, HIDDEN), torch.randn(EXPERTS, HIDDEN, INNER)
+    b1, b2 = (
+        (torch.randn(EXPERTS, 2 * INNER), torch.randn(EXPERTS, HIDDEN)) if bias else (None,) * 2
+    )
+    weights = torch.rand(TOKENS, CHOSEN)
+    ids = torch.stack([torch.randperm(EXPERTS - 1)[:CHOSEN] for _ in range(TOKENS)]).int()
+    if elsewhere:
+        ids[::3, 0] = -1
+    want = torch.zeros(TOKENS, HIDDEN)
+    for t in range(TOKENS):
+        for weight, e in zip(weights[t], ids[t].tolist(), strict=True):
+            if e < 0:
+                continue
+            row = x[t] * weight if weigh_input else x[t]
+            left, right = F.linear(row, gate_up[e], None if b1 is None else b1[e]).chunk(2)
+            out = F.linear(F.silu(left) * right, down[e], None if b2 is None else b2[e])
+            want[t] += out if weigh_input else out * weight
+    got = experts(x, gate_up, down, weights, ids, F.silu, b1, b2, weigh_input)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_router(renormalize):
+    from vllm_sleep_ascend.native.moe import topk_sigmoid, topk_softmax
+
+    logits = torch.randn(7, EXPERTS)
+    like = torch.empty(7, CHOSEN, dtype=torch.int32)
+    for choose, score in ((topk_softmax, logits.softmax(-1)), (topk_sigmoid, logits.sigmoid())):
+        weights, ids = choose(torch.empty(7, CHOSEN), like, like, logits, renormalize)
+        assert ids.dtype == like.dtype
+        best = score.sort(descending=True).values[:, :CHOSEN]
+        if renormalize:
+            best = best / best.sum(-1, keepdim=True)
+        torch.testing.assert_close(weights, best)
+        assert torch.equal(ids.long(), score.topk(CHOSEN).indices)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the platform answers vLLM, and what it refuses. Needs CANN or the simulator."""
+
+import importlib.util
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from support import make_model
+
+pytest.importorskip("torch_npu", exc_type=ImportError, reason="needs CANN or the simulator")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return str(make_model("tiny-qwen2"))
+
+
+def config_of(model: str, **options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model, max_model_len=512, **options).create_engine_config()
+
+
+def test_vllm_finds_the_platform():
+    from vllm.platforms import current_platform
+
+    assert type(current_platform).__name__ == "NPUPlatform"
+    assert current_platform.is_out_of_tree()
+    assert torch.device(f"{current_platform.device_name}:0").type == "npu"
+    assert current_platform.is_sleep_mode_available() == bool(
+        importlib.util.find_spec("vllm_sleep_ascend._camem")
+    )
+    assert current_platform.get_device_total_memory() == torch.npu.mem_get_info()[1]
+    assert current_platform.get_device_uuid(0)
+    assert current_platform.num_compute_units() >= 1
+
+
+def test_defaults(model):
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    config = config_of(model)
+    assert config.parallel_config.worker_cls == "vllm_sleep_ascend.worker.NPUWorker"
+    assert config.use_v2_model_runner is False
+    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert config.model_config.dtype == torch.bfloat16
+
+
+def test_model_runner_v1_even_where_triton_works(model, monkeypatch):
+    import vllm.config.vllm
+
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)
+    assert config_of(model).use_v2_model_runner is False
+
+
+def test_model_runner_v2_is_refused(model, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+        config_of(model)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"kv_cache_dtype": "fp8"}, "KV cache dtype fp8; use --kv-cache-dtype auto"),
+        ({"enable_dbo": True}, "leave out --enable-dbo"),
+        ({"additional_config": {"sleep_mode": {"chunk": 1}}}, "chunk"),
+    ],
+)
+def test_refused_options(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(model, **options)
+
+
+@pytest.mark.parametrize(
+    "trait,message",
+    [
+        ("use_mla", "multi-head latent attention"),
+        ("is_hybrid", "Mamba or linear-attention layers"),
+        ("has_inner_state", "Mamba or linear-attention layers"),
+        ("is_encoder_decoder", "encoder-decoder cross attention"),
+        ("is_multimodal_model", "image, audio or video inputs"),
+        ("quantization", "quantisation needs compiled kernels"),
+    ],
+)
+def test_refused_models(trait, message):
+    from vllm_sleep_ascend.native.unsupported import refuse_unsupported
+
+    traits = dict.fromkeys(
+        ("use_mla", "is_hybrid", "has_inner_state", "is_attention_free", "is_encoder_decoder"),
+        False,
+    )
+    traits |= {"is_multimodal_model": False, "quantization": None, trait: "awq"}
+    config = Mock()
+    config.model_config = SimpleNamespace(model="some/model", architectures=["SomeLM"], **traits)
+    config.cache_config.cache_dtype = "auto"
+    config.parallel_config = SimpleNamespace(
+        prefill_context_parallel_size=1, decode_context_parallel_size=1, enable_dbo=False
+    )
+    config.speculative_config = None
+    config.use_v2_model_runner = False
+    with pytest.raises(ValueError, match=message) as refused:
+        refuse_unsupported(config)
+    assert "some/model (SomeLM)" in str(refused.value)
+    assert str(refused.value).count("\n- ") == 1
+
+
+def test_attention_backends(model):
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plain = {"head_size": 80, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 3}
+    config = AttentionSelectorConfig(**plain, has_sink=True, has_sliding_window=True)
+    path = current_platform.get_attn_backend_cls(None, config)
+    assert path == "vllm_sleep_ascend.native.attention.NPUAttentionBackend"
+    with pytest.raises(ValueError, match="FLASH_ATTN is not available; leave out"):
+        current_platform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, config)
+    for option in ("use_mla", "use_sparse", "use_mm_prefix", "use_rswa", "use_dcp"):
+        with pytest.raises(ValueError, match="is not supported: "):
+            current_platform.get_attn_backend_cls(None, config._replace(**{option: True}))

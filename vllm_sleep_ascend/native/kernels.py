@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch in place of the Triton kernels on the path of vLLM's V1 model runner."""
+
+import warnings
+from collections.abc import Callable
+
+from vllm.triton_utils import HAS_TRITON
+from vllm.triton_utils.dispatcher import register_kernels
+
+from vllm_sleep_ascend.native import rejection
+from vllm_sleep_ascend.native.slot_mapping import compute_slot_mapping
+
+_REJECTION = "vllm.v1.sample.rejection_sampler"
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
+    f"{_REJECTION}.rejection_greedy_sample_kernel": rejection.rejection_greedy_sample,
+    f"{_REJECTION}.rejection_random_sample_kernel": rejection.rejection_random_sample,
+    f"{_REJECTION}.expand_kernel": rejection.expand,
+    f"{_REJECTION}.sample_recovered_tokens_kernel": rejection.sample_recovered_tokens,
+}
+"""Each has its kernel's parameters, by name."""
+
+_done = False
+
+
+def replace_triton_kernels() -> None:
+    """Register the replacements, once per process; later calls do nothing."""
+    global _done
+    if _done:
+        return
+    _done = True
+    with warnings.catch_warnings():
+        # vLLM looks at every attribute of every module for copies, deprecated ones included.
+        warnings.simplefilter("ignore", FutureWarning)
+        register_kernels(KERNELS)
+    if HAS_TRITON:
+        # Where Triton works, vLLM takes its Triton top-k/top-p sampling on every accelerator.
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        plain = topk_topp_sampler.apply_top_k_top_p_pytorch
+        topk_topp_sampler.apply_top_k_top_p_triton = plain  # type: ignore[assignment]

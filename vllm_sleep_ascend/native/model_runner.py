@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's V1 model runner on an NPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_npu
+from torch.overrides import TorchFunctionMode
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+def _npu_event(*args: Any, blocking: bool = False, **kwargs: Any) -> Any:
+    """``torch.npu.Event``, which has no ``blocking``: its wait never spins."""
+    return torch_npu.npu.Event(*args, **kwargs)
+
+
+@contextmanager
+def cuda_streams_on_npu() -> Iterator[None]:
+    """Point the stream functions of ``torch.cuda`` that vLLM calls at ``torch.npu``'s."""
+    names = {
+        "Stream": torch_npu.npu.Stream,
+        "Event": _npu_event,
+        "stream": torch_npu.npu.stream,
+        "current_stream": torch_npu.npu.current_stream,
+        "default_stream": torch_npu.npu.default_stream,
+        "set_stream": torch_npu.npu.set_stream,
+    }
+    saved = {name: getattr(torch.cuda, name) for name in names}
+    for name, value in names.items():
+        setattr(torch.cuda, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(torch.cuda, name, value)
+
+
+class _UnwrittenZeros(TorchFunctionMode):
+    """``torch.zeros`` gives memory that nobody has written yet."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (torch.empty if func is torch.zeros else func)(*args, **(kwargs or {}))
+
+
+class NPUModelRunner(GPUModelRunner):
+    """The stock V1 model runner; the methods that use streams see the NPU's."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        with cuda_streams_on_npu():
+            super().__init__(vllm_config, device)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        with cuda_streams_on_npu():
+            return super().execute_model(*args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        with cuda_streams_on_npu():
+            return super().sample_tokens(*args, **kwargs)
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        with cuda_streams_on_npu():
+            return super()._dummy_run(*args, **kwargs)
+
+    def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave a new cache unwritten, as a wake leaves it: attention reads only written slots."""
+        with _UnwrittenZeros():
+            return super().initialize_kv_cache_tensors(*args, **kwargs)

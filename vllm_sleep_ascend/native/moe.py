@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture-of-experts layers in plain PyTorch, for unquantised weights.
+
+Importing this module registers it with vLLM: the experts through vLLM's register of out-of-tree
+operators, the router's top-k in place of a compiled kernel.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+
+_GATES: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
+    MoEActivation.SILU: F.silu,
+    MoEActivation.GELU: F.gelu,
+    MoEActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    weigh_input: bool = False,
+) -> torch.Tensor:
+    """Sum of each token's chosen experts, weighted.
+
+    Tokens are sorted by expert, so that every expert that has any runs once over all of its own.
+    Their counts are read on the host: one synchronisation per layer.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        gate_up: ``[experts, 2 * inner, hidden]``.
+        down: ``[experts, hidden, inner]``.
+        weights: ``[tokens, chosen]``.
+        ids: ``[tokens, chosen]``; negative entries (another rank's experts) count for nothing.
+        gate: applied to the first half of the inner values.
+        gate_up_bias: ``[experts, 2 * inner]``.
+        down_bias: ``[experts, hidden]``.
+        weigh_input: weigh what goes in rather than what comes out.
+
+    Returns:
+        ``[tokens, hidden]`` in ``x``'s dtype; sums in float32.
+    """
+    num_experts, chosen = gate_up.shape[0], ids.shape[1]
+    # Negative ids sort as one more expert, whose part is left at zero.
+    flat = torch.where(ids < 0, num_experts, ids).flatten().long()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].tolist()
+    rows = x.index_select(0, order // chosen)
+    weights = weights.flatten().index_select(0, order).unsqueeze(1).float()
+    if weigh_input:
+        rows = (rows * weights).to(x.dtype)
+    results = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        here = slice(start, start + count)
+        bias = None if gate_up_bias is None else gate_up_bias[expert]
+        left, right = F.linear(rows[here], gate_up[expert], bias).chunk(2, dim=-1)
+        bias = None if down_bias is None else down_bias[expert]
+        part = F.linear(gate(left) * right, down[expert], bias)
+        results[here] = part.float() if weigh_input else part * weights[here]
+        start += count
+    scattered = torch.empty_like(results).index_copy_(0, order, results)
+    return scattered.view(x.shape[0], chosen, -1).sum(dim=1).to(x.dtype)
+
+
+def _choose(scores: torch.Tensor, like: torch.Tensor, renormalize: bool) -> tuple[Any, Any]:
+    weights, ids = scores.topk(like.shape[-1], dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, ids.to(like.dtype)
+
+
+def topk_softmax(
+    topk_weights: torch.Tensor,
+    topk_indices: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Weights and ids ``[tokens, chosen]`` of the likeliest experts; vLLM's signature."""
+    return _choose(gating_output.float().softmax(dim=-1), topk_indices, renormalize)
+
+
+def topk_sigmoid(
+    topk_weights: torch.Tensor,
+    topk_indices: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """As ``topk_softmax``, with each expert scored by itself."""
+    return _choose(gating_output.float().sigmoid(), topk_indices, renormalize)
+
+
+@UnquantizedFusedMoEMethod.register_oot(name="UnquantizedFusedMoEMethod")
+class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
+    """vLLM's method for unquantised experts, over ``experts``."""
+
+    @property
+    def is_monolithic(self) -> bool:
+        return False
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the chosen experts; shared experts run apart.
+
+        Raises:
+            NotImplementedError: the activation is not gated SiLU or GELU, or is clamped.
+        """
+        gate = _GATES.get(layer.activation)
+        if gate is None or self.moe.swiglu_limit is not None:
+            raise NotImplementedError(
+                f"NPU mixture of experts: activation {layer.activation} with limit "
+                f"{self.moe.swiglu_limit} is not supported; choose a model with gated SiLU or GELU"
+            )
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        return experts(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            topk_weights,
+            topk_ids,
+            gate,
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
+            layer.apply_router_weight_on_input,
+        )
+
+
+fused_topk_router.vllm_topk_softmax = topk_softmax
+fused_topk_router.vllm_topk_sigmoid = topk_sigmoid

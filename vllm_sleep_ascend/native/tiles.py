@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting a batch of requests into rectangular pieces of attention work.
+
+A batch holds requests with different numbers of new tokens (query rows) and of tokens in all
+(keys). A tile is a rectangle ``requests by query rows by keys`` that plain tensor operations can
+compute at once. Requests of similar shape share a tile, long prompts are cut into several, and no
+tile needs more than a fixed amount of scratch memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+SCRATCH_BYTES = 32 << 20
+"""Float32 scratch for the gathered keys and values of a tile, and again for its scores."""
+
+PEAK_BYTES = 4 * SCRATCH_BYTES
+"""What one tile may hold at its peak, temporary copies included."""
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """A tile in numbers: which requests, which of their query rows, how many keys."""
+
+    requests: tuple[int, ...]
+    first_row: int
+    num_rows: int
+    """Query rows per request; requests with fewer repeat their last one, which is not stored."""
+    num_keys: int
+    """Keys per request, counted from its first key in sight; masked where a request has fewer."""
+
+
+@dataclass
+class Tile:
+    """A tile's index tensors, on the device. R requests, Q query rows, S keys each."""
+
+    rows: torch.Tensor
+    """``[R, Q]`` int64: rows of the flat query."""
+    positions: torch.Tensor
+    """``[R, Q]`` int64: position of each query row in its request."""
+    first_key: torch.Tensor
+    """``[R, 1]`` int64: position of the first key in sight."""
+    last_key: torch.Tensor
+    """``[R, 1]`` int64: position of the last key that exists."""
+    num_keys: int
+    block_table: torch.Tensor
+    """``[R, blocks]``."""
+    stored: torch.Tensor | None
+    """Flat indices into ``[R, Q]`` of the rows to store; None for all."""
+    stored_rows: torch.Tensor
+    """The flat query's rows that these are written to."""
+    chunks: dict = field(default_factory=dict)
+    """Slots and masks shared by the layers of one step."""
+
+
+def keys_per_chunk(num_requests: int, kv_heads: int, content: int) -> int:
+    """Keys per request that fit the scratch memory at once (at least 64)."""
+    return max(64, SCRATCH_BYTES // (_FLOAT_BYTES * num_requests * kv_heads * content))
+
+
+def plan_tiles(
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    *,
+    heads: int,
+    kv_heads: int,
+    content: int,
+    causal: bool = True,
+    window: int | None = None,
+) -> Iterator[TilePlan]:
+    """Cut a batch into tiles.
+
+    Args:
+        query_lens: new tokens of each request; requests with none are skipped.
+        seq_lens: tokens of each request in all, or an upper bound.
+        heads: query heads.
+        kv_heads: key heads.
+        content: numbers per key and value together.
+        causal: whether keys after the query row are out of sight.
+        window: keys in sight of a query row, itself included; None for all.
+    """
+    score_budget = SCRATCH_BYTES // (_FLOAT_BYTES * heads)
+    order = sorted(
+        (r for r, n in enumerate(query_lens) if n > 0),
+        key=lambda r: (query_lens[r].bit_length(), seq_lens[r]),
+    )
+    start = 0
+    while start < len(order):
+        # A group: query lengths within one power of two, keys that fit in one chunk together.
+        end = start + 1
+        kind = query_lens[order[start]].bit_length()
+        while end < len(order) and query_lens[order[end]].bit_length() == kind:
+            keys, size = seq_lens[order[end]], end + 1 - start
+            rows = max(query_lens[r] for r in order[start : end + 1])
+            if keys > keys_per_chunk(size, kv_heads, content) or rows * keys * size > score_budget:
+                break
+            end += 1
+        yield from _group_tiles(
+            tuple(sorted(order[start:end])), query_lens, seq_lens, score_budget, causal, window
+        )
+        start = end
+
+
+def _group_tiles(
+    requests: tuple[int, ...],
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    score_budget: int,
+    causal: bool,
+    window: int | None,
+) -> Iterator[TilePlan]:
+    rows = max(query_lens[r] for r in requests)
+    keys = max(seq_lens[r] for r in requests)
+    step = min(rows, max(1, score_budget // (keys * len(requests))))
+    if causal and rows > 1:
+        # Smaller steps leave out more of the half of the scores that is out of sight.
+        step = min(step, 512)
+    for first in range(0, rows, step):
+        here = tuple(r for r in requests if query_lens[r] > first)
+        num_rows = min(step, max(query_lens[r] for r in here) - first)
+        num_keys = max(
+            min(seq_lens[r], seq_lens[r] - query_lens[r] + first + num_rows)
+            if causal
+            else seq_lens[r]
+            for r in here
+        )
+        if window is not None:
+            sides = 1 if causal else 2
+            num_keys = min(num_keys, num_rows + sides * (window - 1))
+        yield TilePlan(here, first, num_rows, num_keys)
+
+
+def make_tile(
+    plan: TilePlan,
+    query_lens: Sequence[int],
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window: int | None = None,
+) -> Tile:
+    """Make a plan's index tensors on the device of ``seq_lens``.
+
+    Args:
+        plan: one of ``plan_tiles``.
+        query_lens: as given to ``plan_tiles``.
+        query_start: ``[requests + 1]``, first query row of each request.
+        seq_lens: ``[requests]``, exact.
+        block_table: ``[requests, blocks]``.
+        window: as given to ``plan_tiles``.
+    """
+    device = seq_lens.device
+    num_requests = len(plan.requests)
+    if plan.requests == tuple(range(num_requests)):
+        start, end = query_start[:num_requests], query_start[1 : num_requests + 1]
+        lens, table = seq_lens[:num_requests], block_table[:num_requests]
+    else:
+        index = torch.tensor(plan.requests, device=device)
+        start, end = query_start[index], query_start[index + 1]
+        lens, table = seq_lens[index], block_table[index]
+    start, end, lens = (t.long().unsqueeze(1) for t in (start, end, lens))
+    offsets = torch.arange(plan.first_row, plan.first_row + plan.num_rows, device=device)
+    rows = torch.minimum(start + offsets, end - 1)
+    positions = lens - end + rows
+    counts = [min(plan.num_rows, query_lens[r] - plan.first_row) for r in plan.requests]
+    stored = None
+    stored_rows = rows.flatten()
+    if min(counts) < plan.num_rows:
+        flat = [i * plan.num_rows + j for i, count in enumerate(counts) for j in range(count)]
+        stored = torch.tensor(flat, device=device)
+        stored_rows = stored_rows[stored]
+    first_key = torch.zeros_like(lens)
+    if window is not None:
+        first_key = (positions[:, :1] - window + 1).clamp(min=0)
+    return Tile(rows, positions, first_key, lens - 1, plan.num_keys, table, stored, stored_rows)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this platform cannot run, said before a weight is read."""
+
+import os
+from collections.abc import Iterator
+
+from vllm.config import VllmConfig
+
+_MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+
+
+def choose_model_runner_v1() -> None:
+    """Keep vLLM from Model Runner V2, which needs Triton kernels and is its choice with Triton.
+
+    Raises:
+        ValueError: the environment asks for it.
+    """
+    if os.environ.get(_MODEL_RUNNER_V2, "0").strip().lower() not in ("", "0", "false"):
+        raise ValueError(
+            f"NPU: Model Runner V2 is not supported; unset {_MODEL_RUNNER_V2} or set it to 0"
+        )
+    os.environ[_MODEL_RUNNER_V2] = "0"
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration that would fail later, or compute something else than asked.
+
+    Raises:
+        ValueError: names the feature and what to do instead, one line for each.
+    """
+    reasons = list(_reasons(vllm_config))
+    if reasons:
+        raise ValueError("Not supported on the NPU:\n" + "\n".join(f"- {r}" for r in reasons))
+
+
+def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    if model is not None:
+        name = f"model {model.model} ({', '.join(model.architectures)})"
+        if model.use_mla:
+            yield f"{name}: multi-head latent attention; choose a model with ordinary attention"
+        if model.is_hybrid or model.has_inner_state or model.is_attention_free:
+            yield (
+                f"{name}: Mamba or linear-attention layers; choose a model with attention in "
+                "every layer"
+            )
+        if model.is_encoder_decoder:
+            yield f"{name}: encoder-decoder cross attention; choose a decoder-only model"
+        if model.is_multimodal_model:
+            yield f"{name}: image, audio or video inputs; choose a text model"
+        if model.quantization is not None:
+            yield (
+                f"{name}: {model.quantization} quantisation needs compiled kernels; "
+                "use the unquantised model"
+            )
+    if cache is not None and cache.cache_dtype not in _KV_CACHE_DTYPES:
+        yield f"KV cache dtype {cache.cache_dtype}; use --kv-cache-dtype auto"
+    if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        yield "context parallelism; use tensor parallelism instead"
+    if parallel.enable_dbo:
+        yield "dual-batch overlap; leave out --enable-dbo"
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        yield (
+            f"speculative decoding with method {speculative.method} needs Triton kernels; "
+            "use method ngram"
+        )
+    if vllm_config.use_v2_model_runner:
+        yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
