@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sleep mode for vLLM on Ascend NPUs.
+
+The functions below are this package's entry points. vLLM calls them in every process, so they
+import nothing heavy before they know that they are needed.
+"""
+
+import importlib.util
+import logging
+
+logger = logging.getLogger(__name__)
+
+__version__ = "0.1.0"
+
+
+def register_platform() -> str | None:
+    """``vllm.platform_plugins``: the platform class, or None where there is no NPU for us."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return None
+    if importlib.util.find_spec("vllm_ascend") is not None:
+        return None  # vllm-ascend brings its own platform, and vLLM takes only one
+    try:
+        import torch_npu
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("No NPU: torch_npu cannot be imported (%s)", error)
+        return None
+    if torch_npu.npu.device_count() == 0:
+        return None
+    return "vllm_sleep_ascend.platform.NPUPlatform"
+
+
+def register_general() -> None:
+    """``vllm.general_plugins``: the sleep-mode backend, and the checks in front of it."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+    from vllm.platforms import current_platform
+
+    if "camem" not in SleepModeBackendFactory._registry:
+        SleepModeBackendFactory.register_backend(
+            "camem", "vllm_sleep_ascend.backend", "CamemBackend"
+        )
+    if type(current_platform).__module__ == "vllm_sleep_ascend.platform":
+        from vllm_sleep_ascend import guards, server
+
+        guards.install()
+        server.install()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``camem``: vLLM's SleepModeBackend over the compiled allocator."""
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+from vllm.logger import init_logger
+from vllm_sleep_ascend import _camem, pool
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, Action
+
+logger = init_logger(f"vllm.{__name__}")
+
+_GIB = 1 << 30
+_ASLEEP = ("offloaded", "discarded")
+
+
+class CamemBackend(SleepModeBackend):
+    """Frees and restores the memory of this process's allocations, each operation a transaction:
+    it either happens, or everything is as it was and the error says why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_operation: dict[str, Any] | None = None
+        self.configure(SleepModeConfig())
+
+    def configure(self, config: SleepModeConfig) -> None:
+        """Take the engine's options, before its first allocation."""
+        self._wake_timeout_s = config.wake_timeout_s
+        _camem.configure(
+            chunk_bytes=config.chunk_mib << 20,
+            keep_host_backup=config.keep_host_backup,
+            copy_threads=3,
+            pin_threads=16,
+        )
+
+    def suspend(self, level: int = 1) -> None:
+        """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""
+        self._sleep(f"sleep level {level}", POLICY[level])
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Free the device memory of these tags and forget its content; keep all others."""
+        self._sleep(f"discard {', '.join(tags)}", {tag: "discard" for tag in tags}, "keep")
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        """Bring back these tags, and every tag that cannot be deferred; None brings back all."""
+        deferred = set() if tags is None else set(DEFERRABLE_TAGS) - set(tags)
+        wanted = [tag for tag in _camem.tags() if tag not in deferred]
+        gc.collect()
+        torch.npu.empty_cache()
+        report = _camem.wake(wanted, self._wake_timeout_s)
+        self._finish("wake", report)
+
+    def asleep(self, tag: str) -> bool:
+        """Whether memory of this tag is unmapped."""
+        return not self.states(tag).isdisjoint(_ASLEEP)
+
+    def states(self, tag: str) -> set[str]:
+        """The states in which allocations of this tag are: see ``_camem.AllocationInfo``."""
+        return {a["state"] for a in _camem.allocations() if a["tag"] == tag}
+
+    def usage(self) -> dict[str, dict[str, int]]:
+        """Bytes by tag: ``mapped``, ``offloaded``, ``discarded`` (addresses that sleep),
+        ``device`` (memory held now), ``host`` (pinned backup held now), and ``allocations``."""
+        tags: dict[str, dict[str, int]] = {}
+        for allocation in _camem.allocations():
+            if allocation["state"] == "trimmed":
+                continue
+            usage = tags.setdefault(
+                allocation["tag"],
+                dict.fromkeys(
+                    ("allocations", "mapped", "offloaded", "discarded", "device", "host"), 0
+                ),
+            )
+            usage["allocations"] += 1
+            usage[allocation["state"]] += allocation["bytes"]
+            usage["device"] += allocation["device_bytes"]
+            usage["host"] += allocation["host_bytes"]
+        return tags
+
+    def _sleep(
+        self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
+    ) -> None:
+        pool.trim()
+        report = _camem.sleep(actions, otherwise)
+        gc.collect()
+        torch.npu.empty_cache()
+        self._finish(operation, report)
+
+    def _finish(self, operation: str, report: dict[str, Any]) -> None:
+        asleep = any(self.asleep(tag) for tag in _camem.tags())
+        self._state = "SUSPENDED" if asleep else "RUNNING"
+        self.last_operation = {"operation": operation, **report}
+        copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
+        logger.info(
+            "camem: %s took %.3f s, copied %.2f GiB at %.1f GB/s: %s",
+            operation,
+            report["seconds"],
+            copied / _GIB,
+            copied / 1e9 / max(report["seconds"], 1e-9),
+            _describe(report["tags"]) or "nothing to do",
+        )
+
+    @classmethod
+    def is_supported(cls) -> bool:
+        return True
+
+    @classmethod
+    def preserves_communicators(cls) -> bool:
+        return True
+
+    @classmethod
+    def preserves_compiled_artifacts(cls) -> bool:
+        return True
+
+
+def _describe(tags: dict[str, dict[str, int]]) -> str:
+    def moves() -> Iterable[str]:
+        for tag, moved in tags.items():
+            for what, count in moved.items():
+                if count:
+                    yield f"{tag} {count / _GIB:.2f} GiB {what}"
+
+    return ", ".join(moves())

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "sleep_mode"
+
+
+class SleepModeConfig(BaseModel):
+    """How memory sleeps and wakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    keep_host_backup: bool = Field(default=True)
+    """Keep the pinned host memory of a backup after the wake, so that the next sleep has it."""
+
+    chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
+    """MiB of device memory that are taken, copied and given back at a time."""
+
+    wake_timeout_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Seconds that a wake waits for device memory that another process still holds."""
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: "VllmConfig") -> "SleepModeConfig":
+        """The options of this engine.
+
+        Raises:
+            ValueError: an option or a value that does not exist; names it and what is allowed.
+        """
+        options = (vllm_config.additional_config or {}).get(KEY, {})
+        if not isinstance(options, dict):
+            raise ValueError(f"additional_config[{KEY!r}] must be a mapping, not {options!r}")
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}"
+                for problem in error.errors()
+            )
+            raise ValueError(
+                f"additional_config[{KEY!r}]: {problems}. "
+                f"The options are {', '.join(cls.model_fields)}."
+            ) from None

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to the memory of each tag at each sleep level: one table, and the checks of names."""
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+Action = Literal["keep", "offload", "discard"]
+PauseMode = Literal["abort", "wait", "keep"]
+
+# (level, tag) -> action. vLLM's contract: runtime state and graph pools survive every level, scratch
+# and KV cache none, weights level 1 alone. A tag that is not here is offloaded.
+POLICY: dict[int, dict[str, Action]] = {
+    1: {
+        "weights": "offload",
+        "runtime": "offload",
+        "cudagraph": "offload",
+        "kv_cache": "discard",
+        "workspace": "discard",
+    },
+    2: {
+        "weights": "discard",
+        "runtime": "offload",
+        "cudagraph": "offload",
+        "kv_cache": "discard",
+        "workspace": "discard",
+    },
+}
+LEVELS = (0, *POLICY)
+# The tags whose content no level keeps.
+SCRATCH_TAGS = tuple(
+    tag for tag in POLICY[1] if all(actions[tag] == "discard" for actions in POLICY.values())
+)
+# The tags that a wake may leave asleep; every other tag comes back with any wake.
+DEFERRABLE_TAGS = ("weights", "kv_cache")
+# Not memory: level 0 pauses scheduling alone, and this tag resumes it.
+SCHEDULING_TAG = "scheduling"
+
+
+def check_level(level: object) -> int:
+    """``level`` as it is.
+
+    Raises:
+        ValueError: it is not one of 0, 1 and 2.
+    """
+    if isinstance(level, bool) or not isinstance(level, int) or level not in LEVELS:
+        raise ValueError(
+            f"sleep level {level!r} does not exist; use 0 (pause scheduling), 1 (weights to host "
+            "memory, KV cache discarded) or 2 (both discarded)"
+        )
+    return level
+
+
+def check_mode(mode: object) -> str:
+    """``mode`` as it is.
+
+    Raises:
+        ValueError: it is not one of vLLM's pause modes.
+    """
+    if mode not in get_args(PauseMode):
+        raise ValueError(
+            f"pause mode {mode!r} does not exist; use one of {', '.join(get_args(PauseMode))}"
+        )
+    return str(mode)
+
+
+def check_tags(tags: Iterable[str] | None) -> list[str] | None:
+    """The tags in their order, each once; None stands for all.
+
+    Raises:
+        ValueError: a tag does not exist, or ``tags`` is one string.
+    """
+    if tags is None:
+        return None
+    allowed = (*DEFERRABLE_TAGS, SCHEDULING_TAG)
+    if isinstance(tags, str):
+        raise ValueError(f"tags must be a list, such as [{tags!r}], not the string {tags!r}")
+    tags = list(dict.fromkeys(tags))
+    for tag in tags:
+        if tag not in allowed:
+            raise ValueError(f"tag {tag!r} does not exist; use some of {', '.join(allowed)}")
+    return tags

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's part of sleep and wake: what must survive level 2 beside the allocator's own work."""
+
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vllm.distributed.parallel_state import resume_device_comms, suspend_device_comms
+from vllm.logger import init_logger
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, check_level
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.backend import CamemBackend
+
+logger = init_logger(f"vllm.{__name__}")
+
+_GIB = 1 << 30
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, also of a tensor whose memory sleeps in a host backup."""
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    content = None
+    if tensor.numel() > 0:
+        content = _camem.read_backup(tensor.data_ptr(), span * tensor.element_size())
+    if content is None:
+        return tensor.detach().cpu().clone()
+    flat = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride()).clone()
+
+
+class SleepingWorker:
+    """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
+
+    sleep_mode_backend: "CamemBackend"
+
+    def sleep(self, level: int = 1) -> None:
+        """Free this rank's device memory.
+
+        Level 1 keeps the weights in host memory; level 2 forgets them and keeps the model's buffers
+        and the parameters that match ``sleep_preserve_parameter_names``.
+
+        Raises:
+            ValueError: the level does not exist.
+            SleepModeError: it failed; all memory is as it was before.
+        """
+        worker: Any = self
+        if check_level(level) == 0:
+            return
+        torch.npu.synchronize()
+        free_before, _ = torch.npu.mem_get_info()
+        backend = self.sleep_mode_backend
+        saves = level == 2 and "discarded" not in backend.states("weights")
+        try:
+            if saves:
+                self._save_for_level_2()
+            backend.suspend(level)
+        except BaseException:
+            if saves:
+                self._forget_saved()
+            raise
+        if worker.model_config.enable_nccl_comm_suspend:
+            suspend_device_comms()
+        free_after, total = torch.npu.mem_get_info()
+        logger.info(
+            "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in use "
+            "on the device, by all processes.",
+            level,
+            (free_after - free_before) / _GIB,
+            (total - free_after) / _GIB,
+            total / _GIB,
+        )
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Bring memory back: of these tags and of all that cannot be deferred, or all.
+
+        Raises:
+            SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
+        """
+        worker: Any = self
+        self.sleep_mode_backend.resume(tags)
+        if worker.model_config.enable_nccl_comm_suspend:
+            resume_device_comms()
+        if not self.sleep_mode_backend.asleep("weights"):
+            self._restore_saved()
+        torch.npu.synchronize()
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Free the device memory of these tags and forget its content."""
+        torch.npu.synchronize()
+        self.sleep_mode_backend.discard(tags)
+
+    def sleeping_tags(self) -> set[str]:
+        """Those of vLLM's tags whose memory sleeps on this rank."""
+        return {tag for tag in DEFERRABLE_TAGS if self.sleep_mode_backend.asleep(tag)}
+
+    def sleep_status(self) -> dict[str, Any]:
+        """What this rank holds: bytes by tag and state, and the last operation."""
+        worker: Any = self
+        free, total = torch.npu.mem_get_info()
+        status = {"rank": worker.rank, "device": worker.device.index, "free": free, "total": total}
+        if not worker.model_config.enable_sleep_mode:
+            return {**status, "enabled": False}
+        backend = self.sleep_mode_backend
+        return {
+            **status,
+            "enabled": True,
+            "state": backend.state(),
+            "tags": backend.usage(),
+            "last_operation": backend.last_operation,
+        }
+
+    def _models(self) -> dict[str, nn.Module]:
+        worker: Any = self
+        draft = worker.get_draft_model()
+        models = {"": worker.model_runner.model}
+        return models if draft is None else {**models, "draft.": draft}
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {
+            prefix + name: buffer
+            for prefix, model in self._models().items()
+            for name, buffer in model.named_buffers()
+        }
+
+    def _preserved_parameters(self) -> dict[str, torch.Tensor]:
+        worker: Any = self
+        parameters = worker._get_sleep_parameters(worker.model_runner.model)
+        names: set[str] = set()
+        for pattern in worker.model_config.sleep_preserve_parameter_names:
+            matches = fnmatch.filter(parameters, pattern)
+            if not matches and pattern != "draft.*":
+                raise ValueError(
+                    f"sleep_preserve_parameter_names: {pattern!r} matches no parameter"
+                )
+            names.update(matches)
+        return {name: parameters[name] for name in names}
+
+    def _save_for_level_2(self) -> None:
+        worker: Any = self
+        worker._sleep_saved_parameters = {
+            name: host_copy(parameter) for name, parameter in self._preserved_parameters().items()
+        }
+        worker._sleep_saved_buffers = {
+            name: host_copy(buffer) for name, buffer in self._buffers().items()
+        }
+
+    @torch.no_grad()
+    def _restore_saved(self) -> None:
+        worker: Any = self
+        if worker._sleep_saved_parameters:
+            parameters = worker._get_sleep_parameters(worker.model_runner.model)
+            for name, saved in worker._sleep_saved_parameters.items():
+                parameters[name].copy_(saved)
+        buffers = self._buffers() if worker._sleep_saved_buffers else {}
+        for name, saved in worker._sleep_saved_buffers.items():
+            if name in buffers:
+                buffers[name].data.copy_(saved)
+        self._forget_saved()
+
+    def _forget_saved(self) -> None:
+        worker: Any = self
+        worker._sleep_saved_parameters = {}
+        worker._sleep_saved_buffers = {}

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker on an NPU."""
+
+import atexit
+import gc
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch_npu
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
+from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
+from vllm.utils.mem_utils import MemorySnapshot, format_gib
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.utils import request_memory
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.sleeper import SleepingWorker
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.native.model_runner import NPUModelRunner
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = init_logger(f"vllm.{__name__}")
+
+
+@cache
+def finish_before_torch_npu() -> None:
+    """At exit, let objects finish that own device memory or process groups, then torch_npu.
+
+    An engine in the main process ends in a finalizer. Python runs finalizers in the place of the
+    first one ever made, which is after torch_npu has closed the device and its process groups.
+    """
+    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
+
+
+class NPUWorker(SleepingWorker, Worker):
+    """The stock worker, with an NPU for its device."""
+
+    device: torch.device
+
+    def init_device(self) -> None:
+        """Take the device, join the other ranks, and measure the memory that there is.
+
+        Raises:
+            ValueError: the rank has no device, or too little memory is free for
+                ``gpu_memory_utilization``.
+        """
+        # vLLM's start-up collects garbage a dozen times; what is imported by now is not garbage.
+        freeze_gc_heap()
+        self._choose_device()
+        finish_before_torch_npu()
+        if self.model_config.enable_sleep_mode:
+            self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
+        current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]
+        # Before the snapshot, so that the communicator's buffers are not counted as free.
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        set_random_seed(self.model_config.seed)
+        gc.collect()
+        torch_npu.npu.empty_cache()
+        self.init_snapshot = MemorySnapshot(device=self.device)
+        self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        self._init_workspace_and_model_runner()
+
+    def _choose_device(self) -> None:
+        parallel = self.parallel_config
+        if (
+            parallel.distributed_executor_backend not in ("ray", "external_launcher")
+            and parallel.data_parallel_backend != "ray"
+            and parallel.nnodes_within_dp == 1
+        ):
+            replica = parallel.data_parallel_rank_local
+            if replica is None:
+                replica = parallel.data_parallel_index
+            self.local_rank += replica * parallel.world_size
+        assigned = parallel.assigned_physical_gpu_ids
+        if assigned is not None:
+            set_assigned_physical_gpu_ids(assigned)
+        available = current_platform.device_count() if assigned is None else len(assigned)
+        if self.local_rank >= available:
+            raise ValueError(
+                f"NPU: rank {self.rank} needs device {self.local_rank}, but {available} "
+                f"{'is' if available == 1 else 'are'} available; make more visible with "
+                f"{current_platform.device_control_env_var} or use fewer ranks"
+            )
+        index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+        self.device = torch.device(current_platform.device_type, index)
+        current_platform.set_device(self.device)
+
+    def _make_model_runner(self) -> "NPUModelRunner":
+        from vllm_sleep_ascend.native.model_runner import NPUModelRunner
+
+        if self.model_config.is_moe:
+            import vllm_sleep_ascend.native.moe  # noqa: F401
+
+        return NPUModelRunner(self.vllm_config, self.device)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
+        """Where allocations of a tag go: a pool that can sleep, if sleep mode is on."""
+        if not self.model_config.enable_sleep_mode:
+            return nullcontext()
+        from vllm_sleep_ascend.pool import use_pool
+
+        return use_pool(tag)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Make ready to serve. There is nothing to compile, and profiling has run a full batch.
+
+        The stock method is not called: its kernel warm-up imports files that need torchvision.
+        """
+        self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
+        # Sampling must not depend on how much randomness start-up used.
+        set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
+        freeze_gc_heap()
+        maybe_attach_gc_debug_callback()
+        logger.info(
+            "NPU %s: %s GiB free of %s GiB after start-up.",
+            self.device.index,
+            *(format_gib(n) for n in torch_npu.npu.mem_get_info(self.device)),
+        )
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def shutdown(self) -> None:
+        """Give device memory back while the process still has a device to give it to."""
+        super().shutdown()
+        if self.model_config.enable_sleep_mode:
+            from vllm_sleep_ascend.pool import release_pools
+
+            release_pools()
