@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Runs every case, or those whose name contains the first argument. After each one the process
+// holds exactly what it held before: what a case leaks, fails that case.
+#include <acl/acl.h>
+
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "check.h"
+#include "device.h"
+#include "host_pool.h"
+#include "pool.h"
+
+namespace {
+
+void run(const check::Case& test) {
+  aclrtSetDevice(0);
+  const device::Held before = device::held();
+  const std::size_t pinned = camem::pinned_host_bytes();
+  test.run();
+  CHECK_EQ(device::held(), before);
+  CHECK_EQ(camem::Pool::instance().allocations().size(), 0u);
+  CHECK_EQ(camem::pinned_host_bytes() - pinned, device::held().host_bytes() - before.host_bytes());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string wanted = count > 1 ? arguments[1] : "";
+  aclInit(nullptr);
+  int passed = 0, failed = 0;
+  for (const check::Case& test : check::cases()) {
+    if (test.name.find(wanted) == std::string::npos) continue;
+    try {
+      run(test);
+      ++passed;
+    } catch (const std::exception& error) {
+      ++failed;
+      std::printf("FAILED %s\n  %s\n", test.name.c_str(), error.what());
+    }
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}

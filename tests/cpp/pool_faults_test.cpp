@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Each AscendCL call of each operation fails once; then the operation is repeated. tests/
+// test_faults.py does the same through Python with more operations; here the sanitizers watch.
+#include <functional>
+
+#include "acl_check.h"
+#include "blocks.h"
+#include "check.h"
+#include "pool.h"
+
+using camem::Action;
+using device::Faults;
+using device::held;
+using device::kMiB;
+
+namespace {
+
+camem::Plan level(int number) {
+  return plan({{"weights", number == 1 ? Action::kOffload : Action::kDiscard},
+               {"runtime", Action::kOffload},
+               {"kv_cache", Action::kDiscard}});
+}
+
+void wake_all() { wake({"weights", "runtime", "kv_cache"}); }
+
+struct Operation {
+  const char* name;
+  std::function<void()> prepare;
+  std::function<void()> run;
+  bool keeps_weights;  // once it has succeeded
+};
+
+const Operation kOperations[] = {
+    {"sleep 1", [] {}, [] { pool().sleep(level(1)); }, true},
+    {"sleep 2", [] {}, [] { pool().sleep(level(2)); }, false},
+    {"sleep 2 after 1", [] { pool().sleep(level(1)); }, [] { pool().sleep(level(2)); }, false},
+    {"wake", [] { pool().sleep(level(1)); }, wake_all, true},
+    {"wake weights", [] { pool().sleep(level(1)); }, [] { wake({"weights"}); }, true},
+    {"wake after 2", [] { pool().sleep(level(2)); }, wake_all, false},
+};
+
+struct World {
+  Block weights{"weights", 6 * kMiB, 1};
+  Block small{"weights", 2 * kMiB, 2};
+  Block runtime{"runtime", 2 * kMiB, 3};
+  Block cache{"kv_cache", 4 * kMiB, 4};
+
+  void check_intact(bool with_weights) const {
+    CHECK(runtime.intact());
+    CHECK(!with_weights || (weights.intact() && small.intact()));
+  }
+};
+
+// True if the operation reported the fault; false if it made good for it.
+bool survive(const Operation& operation, const std::string& rules) {
+  const device::Held before = held();
+  bool failed = false;
+  {
+    World world;
+    operation.prepare();
+    const bool had_weights = world.weights.info().state != camem::State::kDiscarded;
+    {
+      const Faults faults(rules);
+      try {
+        operation.run();
+      } catch (const camem::TransactionError& error) {
+        failed = true;
+        const std::string message = error.what();
+        CHECK(message.find("the same call can be repeated") != std::string::npos ||
+              message.find("comes back with wake_up") != std::string::npos);
+      }
+    }
+    if (failed) {
+      CHECK((world.weights.info().state != camem::State::kDiscarded) == had_weights);
+      if (world.weights.info().state == camem::State::kMapped) world.check_intact(true);
+    }
+    operation.run();
+    wake_all();
+    CHECK_EQ(held().device_bytes, before.device_bytes + 14 * kMiB);
+    CHECK_EQ(held().mappings, before.mappings + 7);
+    world.check_intact(operation.keeps_weights);
+  }
+  CHECK_EQ(held(), before);
+  return failed;
+}
+
+void sweep(const Operation& operation, aclError code) {
+  std::vector<std::string> calls;
+  {
+    World world;
+    operation.prepare();
+    const device::CallLog log;
+    operation.run();
+    calls = log.calls();
+  }
+  CHECK(calls.size() >= 5);
+  int reported = 0;
+  for (const std::string& rule : device::single_faults(calls, code)) {
+    try {
+      reported += survive(operation, rule);
+    } catch (const std::exception& error) {
+      throw std::logic_error(std::string(operation.name) + " with " + rule + ": " + error.what());
+    }
+  }
+  CHECK(reported > 0 || std::string(operation.name) == "sleep 2 after 1");
+}
+
+TEST(every_call_of_every_operation_may_fail_once) {
+  configure();
+  for (const Operation& operation : kOperations) sweep(operation, device::kDriverError);
+}
+
+TEST(every_call_may_find_no_memory) {
+  configure(false);
+  for (const Operation& operation : kOperations) sweep(operation, device::kOutOfMemory);
+}
+
+TEST(weights_that_a_failed_discard_cannot_map_again_are_not_lost) {
+  configure();
+  World world;
+  {
+    const Faults faults("aclrtUnmapMem:6:507899,aclrtMapMem:1:507899:2");
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level(2)));
+  }
+  wake_all();
+  world.check_intact(true);
+}
+
+TEST(a_free_whose_calls_all_fail_is_made_good_by_the_next_operation) {
+  configure();
+  const device::Held before = held();
+  for (const char* call : {"aclrtSynchronizeDevice", "aclrtUnmapMem", "aclrtFreePhysical",
+                           "aclrtReleaseMemAddress"}) {
+    {
+      Block block("weights", 4 * kMiB);
+      npuSimSetFaults((std::string(call) + ":1:507899:*").c_str());
+    }
+    CHECK(!(held() == before));
+    CHECK_EQ(pool().allocations().size(), 0u);
+    npuSimSetFaults("");
+    pool().sleep(level(1));
+    CHECK_EQ(held(), before);
+  }
+}
+
+TEST(errors_name_the_call_the_tag_and_the_device) {
+  configure();
+  Block block("weights", 4 * kMiB);
+  const Faults faults("aclrtMemcpyAsync:1:507899");
+  try {
+    pool().sleep(level(1));
+    CHECK(false);
+  } catch (const camem::TransactionError& error) {
+    CHECK_EQ(error.tag(), "weights");
+    CHECK_EQ(error.device(), 0);
+    const std::string message = error.what();
+    CHECK(message.find("aclrtMemcpyAsync failed with 507899 (ACL_ERROR_RT_DRV_INTERNAL_ERROR) for "
+                       "2097152 bytes") != std::string::npos);
+    CHECK_THROWS(camem::AclError, std::rethrow_exception(error.cause()));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real ``vllm serve`` process, and what tests ask of it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+SMALL = ("--max-model-len", "512", "--max-num-batched-tokens", "256", "--max-num-seqs", "8")
+
+
+class Server:
+    """One server process group on a free loopback port. Usable as a context manager."""
+
+    def __init__(self, model: Path, *options: str, log: Path, env: dict[str, str] | None = None):
+        self.model = str(model)
+        self.log = log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+        started = time.monotonic()
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
+                + ["--host", "127.0.0.1", "--port", str(self.port), *options],
+                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy(started + 150)
+        except BaseException:
+            self.kill()
+            raise
+        self.startup_s = time.monotonic() - started
+
+    def _wait_until_healthy(self, deadline: float) -> None:
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if self.http.get("/health", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.25)
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-6000:]}")
+
+    def post(self, path: str, **kwargs: Any) -> Any:
+        """The JSON answer of a POST that must succeed."""
+        answer = self.http.post(path, **kwargs)
+        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    def is_sleeping(self) -> bool:
+        return self.http.get("/is_sleeping").json()["is_sleeping"]
+
+    def complete(self, prompt: str = "The future of AI is", tokens: int = 8) -> str:
+        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        return self.post("/v1/completions", json=body)["choices"][0]["text"]
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        """End the server and every process that it started."""
+        if self.process.poll() is None or sig == signal.SIGKILL:
+            try:
+                os.killpg(self.process.pid, sig)
+            except ProcessLookupError:
+                pass
+        self.process.wait(timeout=60)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.http.close()
+        self.kill()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sleep and wake through ``LLM``, engine in this process: memory, tokens, refusals."""
+
+import gc
+import re
+
+import psutil
+import pytest
+import torch
+from reference import PROMPTS, hf_greedy
+from support import MIB
+
+from vllm import SamplingParams
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.sim import control
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    return hf_greedy(tiny_model, PROMPTS, TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def awake(llm):
+    yield
+    llm.wake_up()
+    assert not llm.llm_engine.is_sleeping()
+
+
+def tokens(llm) -> list[list[int]]:
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def used() -> int:
+    free, total = torch.npu.mem_get_info()
+    return total - free
+
+
+def mapped(tag: str) -> int:
+    return sum(a["device_bytes"] for a in _camem.allocations() if a["tag"] == tag)
+
+
+def test_level_1_frees_weights_and_cache_and_keeps_the_tokens(llm, expected):
+    assert tokens(llm) == expected
+    awake = used()
+    ours = mapped("weights") + mapped("kv_cache")
+    llm.sleep(level=1)
+    assert llm.llm_engine.is_sleeping()
+    assert mapped("weights") == mapped("kv_cache") == 0
+    asleep = used()
+    assert asleep <= awake - ours
+    assert asleep < 64 * MIB
+    llm.wake_up()
+    assert not llm.llm_engine.is_sleeping()
+    assert used() - asleep == ours
+    assert tokens(llm) == expected
+
+
+def test_level_2_with_reload_keeps_the_tokens(llm, expected):
+    llm.sleep(level=2)
+    assert _camem.pinned_host_bytes() == sum(
+        a["host_bytes"] for a in _camem.allocations() if a["tag"] == "runtime"
+    )
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    assert llm.llm_engine.is_sleeping()
+    llm.wake_up(tags=["kv_cache"])
+    llm.reset_prefix_cache()
+    assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("first", [None, 1])
+def test_level_2_keeps_buffers_and_forgets_parameters(llm, first):
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers()}
+    parameter = dict(model.named_parameters())["model.norm.weight"]
+    before = parameter.cpu()
+    assert buffers
+    if first is not None:
+        llm.sleep(level=first)
+    llm.sleep(level=2)
+    llm.wake_up()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer.cpu(), buffers[name]), name
+    assert not torch.equal(parameter.cpu(), before)
+    llm.collective_rpc("reload_weights")
+    assert torch.equal(parameter.cpu(), before)
+
+
+@pytest.mark.parametrize("order", [["weights", "kv_cache"], ["kv_cache", "weights"]])
+def test_tags_wake_in_any_order(llm, expected, order):
+    llm.sleep(level=1)
+    assert llm.wake_up(tags=order[:1]) is False
+    assert mapped(order[0]) > 0
+    assert mapped(order[1]) == 0
+    assert llm.llm_engine.is_sleeping()
+    assert llm.wake_up(tags=order[1:]) is True
+    assert tokens(llm) == expected
+
+
+def test_a_wake_that_names_an_awake_tag_wakes_the_other(llm, expected):
+    llm.sleep(level=1)
+    llm.wake_up(tags=["weights"])
+    assert llm.wake_up(tags=["weights", "kv_cache", "kv_cache"]) is True
+    assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("level", [3, -1, "1"])
+def test_a_level_that_does_not_exist_is_refused_and_the_engine_serves_on(llm, expected, level):
+    with pytest.raises(ValueError, match=f"sleep level {level!r} does not exist"):
+        llm.sleep(level=level)
+    assert not llm.llm_engine.is_sleeping()
+    assert tokens(llm) == expected
+
+
+def test_a_tag_that_does_not_exist_is_refused_awake_and_asleep(llm, expected):
+    message = re.escape("tag 'wieghts' does not exist; use some of weights, kv_cache, scheduling")
+    with pytest.raises(ValueError, match=message):
+        llm.wake_up(tags=["wieghts"])
+    llm.sleep(level=1)
+    with pytest.raises(ValueError, match=message):
+        llm.wake_up(tags=["wieghts"])
+    assert mapped("weights") == 0
+    llm.wake_up()
+    assert tokens(llm) == expected
+
+
+def test_a_second_sleep_and_a_wake_while_awake_do_nothing(llm, expected):
+    llm.wake_up()
+    llm.sleep(level=1)
+    asleep = used()
+    llm.sleep(level=1)
+    assert used() == asleep
+    llm.wake_up()
+    llm.wake_up()
+    assert tokens(llm) == expected
+
+
+def test_level_0_moves_no_memory(llm, expected):
+    before = used()
+    llm.sleep(level=0)
+    assert llm.llm_engine.is_sleeping()
+    assert used() == before
+    assert llm.wake_up(tags=["scheduling"]) is True
+    assert tokens(llm) == expected
+
+
+def test_20_cycles_leave_memory_handles_mappings_and_rss_where_they_were(llm, expected):
+    process = psutil.Process()
+    figures = []
+    for _ in range(20):
+        llm.sleep(level=1)
+        llm.wake_up()
+        gc.collect()
+        figures.append((used(), control.counters(), _camem.pinned_host_bytes()))
+        if len(figures) == 3:
+            rss = process.memory_info().rss
+    assert len(set(figures[2:])) == 1
+    assert process.memory_info().rss - rss < 32 * MIB
+    assert tokens(llm) == expected

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_sleep_ascend.config import SleepModeConfig
+
+
+def parse(options):
+    return SleepModeConfig.from_vllm_config(SimpleNamespace(additional_config=options))
+
+
+def test_defaults():
+    config = parse({})
+    assert (config.keep_host_backup, config.chunk_mib, config.wake_timeout_s) == (True, 64, 0.0)
+
+
+def test_values_are_taken():
+    config = parse({"sleep_mode": {"chunk_mib": 2, "wake_timeout_s": 1.5}, "other": 1})
+    assert (config.chunk_mib, config.wake_timeout_s) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"chunk_mb": 64}, "chunk_mb=64"),
+        ({"chunk_mib": 3}, "chunk_mib=3.*multiple of 2"),
+        ({"chunk_mib": 0}, "chunk_mib=0"),
+        ({"chunk_mib": "64"}, "chunk_mib='64'"),
+        ({"wake_timeout_s": -1}, "wake_timeout_s=-1"),
+        ({"wake_timeout_s": float("inf")}, "wake_timeout_s=inf"),
+        ({"keep_host_backup": "yes"}, "keep_host_backup='yes'"),
+    ],
+)
+def test_bad_options_are_named_with_those_that_exist(options, named):
+    with pytest.raises(ValueError, match=f"{named}.*The options are keep_host_backup, chunk_mib"):
+        parse({"sleep_mode": options})
+
+
+def test_the_section_must_be_a_mapping():
+    with pytest.raises(ValueError, match="must be a mapping, not 64"):
+        parse({"sleep_mode": 64})
