@@ -22,8 +22,8 @@ void Chunk::detach() {
 
 bool Chunk::settle(bool keep_backup) noexcept {
   try {
-    if (content != Content::kDevice) {
-      if (memory.mapped()) memory.unmap();
+    if (content != Content::kDevice && memory.mapped()) memory.unmap();
+    if (content == Content::kHost || content == Content::kNone) {
       if (memory) memory.release();
     }
     if (content == Content::kNone || (content == Content::kDevice && !keep_backup)) {
@@ -52,7 +52,9 @@ State Allocation::state() const {
   if (trimmed) return State::kTrimmed;
   bool mapped = true;
   for (const Chunk& chunk : chunks) {
-    if (chunk.content == Content::kHost) return State::kOffloaded;
+    if (chunk.content == Content::kHost || chunk.content == Content::kParked) {
+      return State::kOffloaded;
+    }
     mapped = mapped && chunk.content == Content::kDevice;
   }
   return mapped ? State::kMapped : State::kDiscarded;

@@ -17,6 +17,7 @@ namespace camem {
 // it is true also in the middle of a failed transaction.
 enum class Content : std::uint8_t {
   kDevice,  // mapped, usable
+  kParked,  // in device memory that is not mapped: a failed sleep could not map it again
   kHost,    // in the host backup
   kNone,    // forgotten
 };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <optional>
 
@@ -11,6 +12,23 @@ namespace py = pybind11;
 using namespace camem;
 
 namespace {
+
+// Releases the GIL. Python ends a thread that asks for it after the interpreter has ended, in the
+// middle of C++ frames that cannot be unwound: such a thread waits for the end of the process.
+class WithoutGil {
+ public:
+  WithoutGil() : alive_(!Pool::instance().has_ended()), state_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    while (alive_ && Pool::instance().has_ended()) pause();
+    PyEval_RestoreThread(state_);
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  bool alive_;
+  PyThreadState* state_;
+};
 
 Action parse_action(const std::string& name) {
   if (name == "keep") return Action::kKeep;
@@ -57,7 +75,7 @@ py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std
   for (const auto& [name, action] : actions) plan.actions[pool.tag(name)] = parse_action(action);
   Report report;
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     report = pool.sleep(plan, checksums);
   }
   return to_dict(report);
@@ -72,8 +90,10 @@ std::set<TagId> tag_ids(const std::vector<std::string>& names) {
 void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
                     unsigned pin_threads, std::size_t scratch_chunk_bytes,
                     const std::vector<std::string>& scratch_tags) {
-  Pool::instance().configure({chunk_bytes, keep_host_backup, copy_threads, pin_threads,
-                              scratch_chunk_bytes, tag_ids(scratch_tags)});
+  const Settings settings{chunk_bytes, keep_host_backup,    copy_threads,
+                          pin_threads, scratch_chunk_bytes, tag_ids(scratch_tags)};
+  const WithoutGil released;  // a transaction may hold the lock for long
+  Pool::instance().configure(settings);
 }
 
 py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s) {
@@ -81,7 +101,7 @@ py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s) {
   const std::set<TagId> ids = tag_ids(tags);
   Report report;
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     report = pool.wake(ids, std::chrono::duration<double>(timeout_s));
   }
   return to_dict(report);
@@ -90,7 +110,7 @@ py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s) {
 py::list allocations() {
   std::vector<AllocationInfo> infos;
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     infos = Pool::instance().allocations();
   }
   py::list result;
@@ -114,7 +134,7 @@ std::optional<py::bytes> read_backup(std::uintptr_t address, std::size_t bytes) 
   auto* target = reinterpret_cast<std::byte*>(content.data());
   bool found = false;
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     found = Pool::instance().read_backup(address, bytes, target);
   }
   if (!found) return std::nullopt;
@@ -180,15 +200,15 @@ PYBIND11_MODULE(_camem, module) {
   module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0);
   module.def("prepare", [](const std::vector<std::string>& tags) {
     const std::set<TagId> ids = tag_ids(tags);
-    py::gil_scoped_release release;
+    const WithoutGil released;
     Pool::instance().prepare(ids);
   });
   module.def(
       "wait_prepared", [](double timeout_s) { return Pool::instance().wait_prepared(timeout_s); },
-      py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>());
+      py::arg("timeout_s"), py::call_guard<WithoutGil>());
   module.def("copied_bytes", [] { return Pool::instance().copied_bytes(); });
   module.def("trim", [](const std::set<std::uintptr_t>& addresses) {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     return Pool::instance().trim(addresses);
   });
   module.def("allocations", &allocations);

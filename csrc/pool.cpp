@@ -16,6 +16,7 @@ namespace {
 
 thread_local TagId t_current_tag = 0;
 std::atomic<bool> g_abandoned{false};
+std::atomic<bool> g_ended{false};
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
@@ -43,9 +44,12 @@ void Pool::require_alive() {
 }
 
 void Pool::abandon() noexcept {
+  g_ended = true;
   if (g_abandoned.exchange(true)) return;  // a forked child cannot join its parent's threads
   reserve_.stop();
 }
+
+bool Pool::has_ended() const noexcept { return g_ended; }
 
 void Pool::configure(const Settings& settings) {
   require_alive();

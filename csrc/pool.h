@@ -138,6 +138,7 @@ class Pool {
   // After this the hooks do nothing and everything else throws: the runtime below may be gone. The
   // same holds in a forked child.
   void abandon() noexcept;
+  bool has_ended() const noexcept;  // by abandon() in this process, not by a fork
 
  private:
   struct Task {

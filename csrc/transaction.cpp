@@ -149,7 +149,7 @@ void Pool::restore(const Tasks& tasks, std::chrono::steady_clock::time_point dea
     }
     DeviceGuard guard(device);
     for (auto task = first; task != last; ++task) {
-      if (task->chunk->content != Content::kNone) continue;
+      if (task->chunk->content == Content::kDevice) continue;
       *current = &*task;
       attach_before(deadline, *task->chunk, device);
       task->chunk->content = Content::kDevice;
@@ -188,7 +188,8 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   Tasks unmapped = discards;
   unmapped.insert(unmapped.end(), unchanged.begin(), unchanged.end());
   const Tasks forgets = select([&](const Allocation& allocation, const Chunk& chunk) {
-    return chunk.content == Content::kHost && plan.action(allocation.tag) == Action::kDiscard;
+    return (chunk.content == Content::kHost || chunk.content == Content::kParked) &&
+           plan.action(allocation.tag) == Action::kDiscard;
   });
 
   const Task* current = nullptr;
@@ -285,7 +286,7 @@ std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged,
     }
   };
   remap(unchanged, Content::kHost);
-  remap(discards, Content::kNone);
+  remap(discards, Content::kParked);
   try {
     const Task* current = nullptr;
     restore(offloads, {}, &current);
@@ -298,7 +299,7 @@ std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged,
   if (trouble.empty()) return "everything is mapped as it was, and the same call can be repeated";
   unswept_ = true;
   return "taking it back failed too (" + trouble +
-         "); nothing is lost: what is not mapped is in host memory and comes back with wake_up";
+         "); nothing is lost: what is not mapped is kept and comes back with wake_up";
 }
 
 // Gives back what a failed wake mapped; the host backups were never touched.
@@ -308,7 +309,11 @@ std::string Pool::undo_wake(const Tasks& tasks) noexcept {
     task.chunk->content = task.before;
     try {
       DeviceGuard guard(task.allocation->device);
-      task.chunk->detach();
+      if (task.before == Content::kParked) {
+        if (task.chunk->memory.mapped()) task.chunk->memory.unmap();
+      } else {
+        task.chunk->detach();
+      }
     } catch (...) {
       trouble = message_of(std::current_exception());
     }

@@ -199,7 +199,9 @@ def test_no_host_memory_is_its_own_error_and_leaves_all_awake():
 
     blocks = [core.Block("weights", 8 * MIB, seed) for seed in range(3)]
     control.set_faults(f"aclrtHostRegisterV2:3:{OUT_OF_MEMORY}:*")
-    with pytest.raises(HostOutOfMemoryError, match="tag 'weights'.*bytes of host memory") as caught:
+    with pytest.raises(
+        HostOutOfMemoryError, match=r"tag 'weights'.*bytes of host memory"
+    ) as caught:
         _camem.sleep(core.LEVEL_1)
     control.set_faults("")
     assert isinstance(caught.value, MemoryError)

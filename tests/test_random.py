@@ -147,7 +147,11 @@ class Allocator(RuleBasedStateMachine):
         self.neighbour.stdin.flush()
         assert self.neighbour.stdout.readline() == "done\n"
 
-    @rule(call=st.sampled_from(CALLS), nth=st.integers(1, 6), code=st.sampled_from((507899, 207001)))
+    @rule(
+        call=st.sampled_from(CALLS),
+        nth=st.integers(1, 6),
+        code=st.sampled_from((507899, 207001)),
+    )
     def fault(self, call, nth, code):
         control.set_faults(f"{call}:{nth}:{code}")
 

@@ -59,6 +59,8 @@ def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
+        # The development install would still find its own compiled allocator.
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
         "from vllm import LLM, SamplingParams\n"
         "import vllm_sleep_ascend\n"
         f"assert vllm_sleep_ascend.__file__.startswith({str(site)!r})\n"
@@ -73,7 +75,7 @@ def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
     )
     done = subprocess.run(
         [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": str(site), "NPU_SIM_MACHINE": f"setup-{os.getpid()}"},
         capture_output=True,
         text=True,
         timeout=180,

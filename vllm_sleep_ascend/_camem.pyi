@@ -26,7 +26,7 @@ class AllocationInfo(TypedDict):
     device_bytes: int
     host_bytes: int
 
-__file__: str
+__file__: str  # type: ignore[no-redef]
 
 def configure(
     *, chunk_bytes: int, keep_host_backup: bool, copy_threads: int, pin_threads: int

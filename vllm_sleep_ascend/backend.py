@@ -2,13 +2,13 @@
 """``camem``: vLLM's SleepModeBackend over the compiled allocator."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 from vllm.logger import init_logger
+
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, Action
@@ -44,14 +44,14 @@ class CamemBackend(SleepModeBackend):
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content; keep all others."""
-        self._sleep(f"discard {', '.join(tags)}", {tag: "discard" for tag in tags}, "keep")
+        self._sleep(f"discard {', '.join(tags)}", dict.fromkeys(tags, "discard"), "keep")
 
     def resume(self, tags: list[str] | None = None) -> None:
         """Bring back these tags, and every tag that cannot be deferred; None brings back all."""
         deferred = set() if tags is None else set(DEFERRABLE_TAGS) - set(tags)
         wanted = [tag for tag in _camem.tags() if tag not in deferred]
         gc.collect()
-        torch.npu.empty_cache()
+        torch.accelerator.empty_cache()
         report = _camem.wake(wanted, self._wake_timeout_s)
         self._finish("wake", report)
 
@@ -82,16 +82,29 @@ class CamemBackend(SleepModeBackend):
             usage["host"] += allocation["host_bytes"]
         return tags
 
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, also of a tensor whose memory sleeps in a host backup."""
+        span = 1 + sum(
+            (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        content = None
+        if tensor.numel() > 0:
+            content = _camem.read_backup(tensor.data_ptr(), span * tensor.element_size())
+        if content is None:
+            return tensor.detach().cpu().clone()
+        flat = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride()).clone()
+
     def _sleep(
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
     ) -> None:
         pool.trim()
         report = _camem.sleep(actions, otherwise)
         gc.collect()
-        torch.npu.empty_cache()
+        torch.accelerator.empty_cache()
         self._finish(operation, report)
 
-    def _finish(self, operation: str, report: dict[str, Any]) -> None:
+    def _finish(self, operation: str, report: "_camem.Report") -> None:
         asleep = any(self.asleep(tag) for tag in _camem.tags())
         self._state = "SUSPENDED" if asleep else "RUNNING"
         self.last_operation = {"operation": operation, **report}
@@ -118,7 +131,7 @@ class CamemBackend(SleepModeBackend):
         return True
 
 
-def _describe(tags: dict[str, dict[str, int]]) -> str:
+def _describe(tags: Mapping[str, Mapping[str, Any]]) -> str:
     def moves() -> Iterable[str]:
         for tag, moved in tags.items():
             for what, count in moved.items():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,7 +32,8 @@ class SleepModeConfig(BaseModel):
         Raises:
             ValueError: an option or a value that does not exist; names it and what is allowed.
         """
-        options = (vllm_config.additional_config or {}).get(KEY, {})
+        additional: Any = vllm_config.additional_config or {}
+        options = additional.get(KEY, {})
         if not isinstance(options, dict):
             raise ValueError(f"additional_config[{KEY!r}] must be a mapping, not {options!r}")
         try:

@@ -14,10 +14,12 @@ from functools import wraps
 from typing import Any
 
 from vllm.logger import init_logger
+
 from vllm_sleep_ascend import policy
 
 logger = init_logger(f"vllm.{__name__}")
 
+_MARK = "guarded_by_camem"
 _FROM_ENGINE = re.compile(r"Call to \w+ method failed: ((?:(\w+): )?.*)", re.DOTALL)
 
 
@@ -72,9 +74,9 @@ def check_wake_up(vllm_config: Any, tags: list[str] | None = None) -> None:
 
 def _wrap(owner: type, name: str, wrapper: Callable) -> None:
     stock = getattr(owner, name)
-    if not hasattr(stock, "guarded_by_camem"):
+    if not hasattr(stock, _MARK):
         wrapped = wraps(stock)(wrapper(stock))
-        wrapped.guarded_by_camem = True
+        setattr(wrapped, _MARK, True)
         setattr(owner, name, wrapped)
 
 
@@ -108,9 +110,9 @@ def _core_sleep(stock: Callable) -> Callable:
                 self.model_executor.collective_rpc("sleep", kwargs={"level": 2})
                 return None
             result = stock(self, level, mode)
-        if isinstance(result, Future):
+        if isinstance(result, Future):  # mode "wait": the sleep is still to come
             result.add_done_callback(
-                lambda future: future.exception() and _settle(self, was_paused)
+                lambda done: _settle(self, was_paused) if done.exception() else None
             )
         return result
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to the memory of each tag at each sleep level: one table, and the checks of names."""
+"""What happens to the memory of each tag at each level: one table, and the checks of names."""
 
 from collections.abc import Iterable
 from typing import Literal, get_args
@@ -7,8 +7,8 @@ from typing import Literal, get_args
 Action = Literal["keep", "offload", "discard"]
 PauseMode = Literal["abort", "wait", "keep"]
 
-# (level, tag) -> action. vLLM's contract: runtime state and graph pools survive every level, scratch
-# and KV cache none, weights level 1 alone. A tag that is not here is offloaded.
+# (level, tag) -> action. vLLM's contract: runtime state and graph pools survive every level,
+# scratch and KV cache none, weights level 1 alone. A tag that is not here is offloaded.
 POLICY: dict[int, dict[str, Action]] = {
     1: {
         "weights": "offload",

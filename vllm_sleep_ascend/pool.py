@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory pools whose allocations can sleep: ``with use_pool("weights"): tensor = torch.empty(...)``.
+"""Memory pools whose allocations can sleep: ``with use_pool("weights"): torch.empty(...)``.
 
 torch's caching allocator asks the compiled allocator (``_camem``) for segments inside ``use_pool``
 and nowhere else.
@@ -40,7 +40,7 @@ def use_pool(tag: str) -> Iterator[None]:
     Raises:
         SleepModeError: torch took memory elsewhere, which then cannot sleep.
     """
-    torch.npu.init()
+    torch_npu.npu.init()
     previous_tag = _camem.set_current_tag(tag)
     try:
         with _expandable_segments_off():
@@ -60,7 +60,7 @@ def use_pool(tag: str) -> Iterator[None]:
 
 def trim() -> int:
     """Give back the memory of segments in which torch holds no tensor. Returns bytes."""
-    torch.npu.synchronize()
+    torch.accelerator.synchronize()
     unused = {
         segment["address"]
         for pool in _pools
@@ -71,7 +71,7 @@ def trim() -> int:
 
 
 def release_pools() -> None:
-    """Destroy the pools: segments without tensors go back now, the others with their last tensor."""
+    """Destroy the pools: segments without tensors go back now, others with their last one."""
     _pools.clear()
 
 

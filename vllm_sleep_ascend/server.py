@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sleep endpoints of vLLM's development mode, as the guides of vLLM and vllm-ascend write them.
 
-They take the place of stock vLLM's where ``VLLM_SERVER_DEV_MODE=1`` shows those: the level may also
-come in a JSON body, ``/is_sleeping`` also answers POST, ``/sleep_status`` says what each rank holds,
-and every refusal is a 4xx or 5xx with a reason.
+They take the place of stock vLLM's where ``VLLM_SERVER_DEV_MODE=1`` shows those: the level may
+also come in a JSON body, ``/is_sleeping`` also answers POST, ``/sleep_status`` says what each rank
+holds, and every refusal is a 4xx or 5xx with a reason.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,8 @@ def attach_router(app: "FastAPI") -> None:
 
 async def _answer(handler: Any, operation: Any, request: "Request") -> "JSONResponse":
     from fastapi.responses import JSONResponse
-
     from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
+
     from vllm_sleep_ascend.errors import SleepModeError
 
     try:
@@ -84,7 +84,7 @@ async def _sleep(request: "Request") -> dict[str, Any]:
 
 
 async def _wake_up(request: "Request") -> dict[str, Any]:
-    tags = request.query_params.getlist("tags")
+    tags: Any = request.query_params.getlist("tags")
     if not tags:
         tags = (await _options(request, ("tags",))).get("tags")
     fully_awake = await request.app.state.engine_client.wake_up(policy.check_tags(tags))

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's part of sleep and wake: what must survive level 2 beside the allocator's own work."""
+"""The worker's part of sleep and wake: what must survive level 2, and what a rank reports."""
 
 import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-
 from vllm.distributed.parallel_state import resume_device_comms, suspend_device_comms
 from vllm.logger import init_logger
-from vllm_sleep_ascend import _camem
+
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, check_level
 
 if TYPE_CHECKING:
@@ -18,18 +17,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _GIB = 1 << 30
-
-
-def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, also of a tensor whose memory sleeps in a host backup."""
-    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    content = None
-    if tensor.numel() > 0:
-        content = _camem.read_backup(tensor.data_ptr(), span * tensor.element_size())
-    if content is None:
-        return tensor.detach().cpu().clone()
-    flat = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
-    return flat.as_strided(tensor.shape, tensor.stride()).clone()
 
 
 class SleepingWorker:
@@ -50,8 +37,8 @@ class SleepingWorker:
         worker: Any = self
         if check_level(level) == 0:
             return
-        torch.npu.synchronize()
-        free_before, _ = torch.npu.mem_get_info()
+        torch.accelerator.synchronize()
+        free_before, _ = torch.accelerator.get_memory_info()
         backend = self.sleep_mode_backend
         saves = level == 2 and "discarded" not in backend.states("weights")
         try:
@@ -64,7 +51,7 @@ class SleepingWorker:
             raise
         if worker.model_config.enable_nccl_comm_suspend:
             suspend_device_comms()
-        free_after, total = torch.npu.mem_get_info()
+        free_after, total = torch.accelerator.get_memory_info()
         logger.info(
             "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in use "
             "on the device, by all processes.",
@@ -86,11 +73,11 @@ class SleepingWorker:
             resume_device_comms()
         if not self.sleep_mode_backend.asleep("weights"):
             self._restore_saved()
-        torch.npu.synchronize()
+        torch.accelerator.synchronize()
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
-        torch.npu.synchronize()
+        torch.accelerator.synchronize()
         self.sleep_mode_backend.discard(tags)
 
     def sleeping_tags(self) -> set[str]:
@@ -100,7 +87,7 @@ class SleepingWorker:
     def sleep_status(self) -> dict[str, Any]:
         """What this rank holds: bytes by tag and state, and the last operation."""
         worker: Any = self
-        free, total = torch.npu.mem_get_info()
+        free, total = torch.accelerator.get_memory_info()
         status = {"rank": worker.rank, "device": worker.device.index, "free": free, "total": total}
         if not worker.model_config.enable_sleep_mode:
             return {**status, "enabled": False}
@@ -141,6 +128,7 @@ class SleepingWorker:
 
     def _save_for_level_2(self) -> None:
         worker: Any = self
+        host_copy = self.sleep_mode_backend.host_copy
         worker._sleep_saved_parameters = {
             name: host_copy(parameter) for name, parameter in self._preserved_parameters().items()
         }

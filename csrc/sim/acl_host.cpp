@@ -2,6 +2,10 @@
 //
 // Host memory that copies can use asynchronously.
 #include <acl/acl.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <vector>
 
 #include "context.h"
 #include "error.h"
@@ -47,6 +51,12 @@ aclError deallocate(const char* call, void* pointer) {
   return ACL_SUCCESS;
 }
 
+// Whether every page of the range is mapped into the process.
+bool exists(void* pointer, uint64_t size) {
+  std::vector<unsigned char> pages((size + kPage - 1) / kPage);
+  return mincore(pointer, size, pages.data()) == 0 || errno != ENOMEM;
+}
+
 aclError register_range(const char* call, void* pointer, uint64_t size) {
   SIM_REQUIRE(pointer != nullptr && size > 0, ACL_ERROR_RT_PARAM_INVALID,
               "%s: null address or size 0", call);
@@ -60,6 +70,9 @@ aclError register_range(const char* call, void* pointer, uint64_t size) {
   SIM_REQUIRE(!sim::overlaps(memory().host, pointer, size),
               ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
               "%s: part of [%p, +%llu) is already registered", call, pointer,
+              static_cast<unsigned long long>(size));
+  SIM_REQUIRE(exists(pointer, size), ACL_ERROR_RT_PARAM_INVALID,
+              "%s: part of [%p, +%llu) is not memory of this process", call, pointer,
               static_cast<unsigned long long>(size));
   memory().host[static_cast<char*>(pointer)] = {size, true};
   lock.unlock();  // pinning takes long, and several threads pin at once

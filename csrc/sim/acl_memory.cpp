@@ -35,6 +35,7 @@ aclError allocate(const char* call, void** result, size_t size) {
               sim::settings().hbm_bytes, context->index);
   auto* address = static_cast<char*>(sim::device::reserve(bytes, unit));
   bool mapped = address != nullptr && sim::device::map(address, physical->memory);
+  if (!mapped && address != nullptr) sim::device::release(address, bytes);
   SIM_REQUIRE(mapped, ACL_ERROR_RT_DRV_INTERNAL_ERROR, "%s: the device cannot map %zu bytes", call,
               bytes);
   physical->mapped = address;

@@ -135,7 +135,7 @@ bool map(void* address, Physical* memory) {
     mapped = move_pages(to, memory->place, memory->bytes);
     if (mapped) munmap(memory->place, memory->bytes);
   }
-  if (!mapped) return false;
+  if (!mapped) return map_inaccessible(to, memory->bytes), false;
   memory->place = to;
   memory->hidden = false;
   return true;

@@ -118,6 +118,7 @@ struct Installed {
     c10::WarningUtils::WarningHandlerGuard guard(&quiet);
     install_copies();
     install_products();
+    install_casts();
     static const std::set<std::string> done = {"copy_", "_to_copy", "mm", "mm.out", "addmm",
                                                "addmm.out", "bmm", "bmm.out", "baddbmm",
                                                "baddbmm.out", "addmm_",  "baddbmm_"};

@@ -45,5 +45,6 @@ void install(const c10::OperatorHandle& op, c10::DispatchKey key, c10::KernelFun
 
 void install_copies();
 void install_products();
+void install_casts();
 
 }  // namespace sim::operators

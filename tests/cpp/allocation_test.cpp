@@ -108,12 +108,10 @@ TEST(settle_keeps_what_the_content_needs) {
     Content content;
     bool keep, has_device, has_backup;
   };
-  for (const Row& row : {Row{Content::kDevice, true, true, true},
-                         Row{Content::kDevice, false, true, false},
-                         Row{Content::kHost, true, false, true},
-                         Row{Content::kHost, false, false, true},
-                         Row{Content::kNone, true, false, false},
-                         Row{Content::kNone, false, false, false}}) {
+  for (const Row& row :
+       {Row{Content::kDevice, true, true, true}, Row{Content::kDevice, false, true, false},
+        Row{Content::kHost, true, false, true}, Row{Content::kHost, false, false, true},
+        Row{Content::kNone, true, false, false}, Row{Content::kNone, false, false, false}}) {
     Allocation allocation = make(kChunk);
     camem::Chunk& chunk = allocation.chunks[0];
     chunk.backup = camem::HostMemory(kChunk);

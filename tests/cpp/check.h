@@ -53,13 +53,13 @@ void equal(const Left& left, const Right& right, const char* what, const char* f
   ::check::equal((left), (right), #left " == " #right, __FILE__, __LINE__)
 
 // The statement throws this type.
-#define CHECK_THROWS(type, statement)                                    \
-  do {                                                                   \
-    bool thrown = false;                                                 \
-    try {                                                                \
-      statement;                                                         \
-    } catch (const type&) {                                              \
-      thrown = true;                                                     \
-    }                                                                    \
+#define CHECK_THROWS(type, statement)                                               \
+  do {                                                                              \
+    bool thrown = false;                                                            \
+    try {                                                                           \
+      statement;                                                                    \
+    } catch (const type&) {                                                         \
+      thrown = true;                                                                \
+    }                                                                               \
     if (!thrown) ::check::fail(__FILE__, __LINE__, #statement " throws no " #type); \
   } while (false)

@@ -16,8 +16,8 @@ using device::kMiB;
 
 namespace {
 
-constexpr std::size_t kBytes = 5 * kMiB;    // asked for
-constexpr std::size_t kHeld = 6 * kMiB;     // rounded up to the granularity
+constexpr std::size_t kBytes = 5 * kMiB;  // asked for
+constexpr std::size_t kHeld = 6 * kMiB;   // rounded up to the granularity
 constexpr auto kKeep = Action::kKeep, kOffload = Action::kOffload, kDiscard = Action::kDiscard;
 
 // A block in the given state, with a kept backup if it is mapped after a sleep.

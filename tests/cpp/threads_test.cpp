@@ -155,9 +155,7 @@ TEST(each_thread_has_its_own_tag) {
   configure();
   const camem::TagId mine = pool().tag("weights"), others = pool().tag("kv_cache");
   const camem::TagId before = pool().set_current_tag(mine);
-  std::async(std::launch::async, [&] {
-    CHECK_EQ(pool().set_current_tag(others), 0);
-  }).get();
+  std::async(std::launch::async, [&] { CHECK_EQ(pool().set_current_tag(others), 0); }).get();
   CHECK_EQ(pool().set_current_tag(before), mine);
 }
 

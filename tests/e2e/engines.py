@@ -21,6 +21,7 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         "max_model_len": 2048,
         "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
         "kv_cache_memory_bytes": 64 << 20,
+        "gpu_memory_utilization": 0.5,
     }
     llm = LLM(str(model), **{**defaults, **options})
     try:

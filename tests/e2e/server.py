@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real ``vllm serve`` process, and what tests ask of it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -28,8 +29,10 @@ class Server:
         started = time.monotonic()
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
-                + ["--host", "127.0.0.1", "--port", str(self.port), *options],
+                [
+                    *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model),
+                    *("--host", "127.0.0.1", "--port", str(self.port), *options),
+                ],
                 env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})},
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -67,10 +70,8 @@ class Server:
     def kill(self, sig: int = signal.SIGKILL) -> None:
         """End the server and every process that it started."""
         if self.process.poll() is None or sig == signal.SIGKILL:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sig)
-            except ProcessLookupError:
-                pass
         self.process.wait(timeout=60)
 
     def __enter__(self) -> "Server":

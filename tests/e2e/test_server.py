@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import MIB, ROOT
 from server import SMALL, Server
+from support import MIB, ROOT
 
 HBM_GIB = 1
 MEMORY = ("--gpu-memory-utilization", "0.5")
@@ -181,7 +181,9 @@ def test_without_dev_mode_there_are_no_endpoints_and_without_the_flag_no_sleep(
     tiny_model, tmp_path
 ):
     env = {"NPU_SIM_MACHINE": f"plain-{os.getpid()}", "NPU_SIM_HBM_GIB": str(HBM_GIB)}
-    with Server(tiny_model, "--enable-sleep-mode", *SMALL, *MEMORY, log=tmp_path / "a", env=env) as s:
+    with Server(
+        tiny_model, "--enable-sleep-mode", *SMALL, *MEMORY, log=tmp_path / "a", env=env
+    ) as s:
         for path in ("/sleep", "/wake_up"):
             assert s.http.post(path).status_code == 404
         for path in ("/is_sleeping", "/sleep_status"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from reference import PROMPTS, hf_greedy
 from support import MIB
-
 from vllm import SamplingParams
+
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.sim import control
 

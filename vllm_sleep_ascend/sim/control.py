@@ -50,7 +50,7 @@ def counters() -> Counters:
     """The figures now."""
     figures = _Counters()
     _library().npuSimGetCounters(ctypes.byref(figures))
-    return Counters(*(getattr(figures, name) for name, _ in figures._fields_))
+    return Counters(*(getattr(figures, field[0]) for field in figures._fields_))
 
 
 def set_faults(rules: str) -> None:

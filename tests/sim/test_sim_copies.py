@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies and fills."""
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import byref, c_int32, c_size_t
+
+import pytest
+from ascendcl import (
+    DEFAULT,
+    DEVICE_TO_DEVICE,
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    HOST_TO_HOST,
+    HUGE,
+    MIB,
+    RT_PARAM,
+    SUCCESS,
+    UNSUPPORTED,
+    HostFunction,
+    bytes_at,
+    call,
+    malloc,
+    malloc_host,
+    memcpy,
+    memcpy_async,
+    ok,
+    run_python,
+    stream,
+    stream_is_idle,
+)
+
+
+@pytest.fixture
+def on_device() -> Iterator[int]:
+    code, pointer = malloc(HUGE)
+    assert code == SUCCESS
+    yield pointer
+    ok("aclrtFree", pointer)
+
+
+@pytest.fixture
+def pinned() -> Iterator[int]:
+    pointer = malloc_host(HUGE)
+    yield pointer
+    ok("aclrtFreeHost", pointer)
+
+
+@pytest.fixture
+def pageable() -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(b"abcd" * (HUGE // 4), HUGE)
+
+
+@pytest.mark.parametrize("kinds", [(HOST_TO_DEVICE, DEVICE_TO_HOST), (DEFAULT, DEFAULT)])
+def test_there_and_back(on_device: int, pinned: int, kinds: tuple[int, int]) -> None:
+    ctypes.memset(pinned, 3, HUGE)
+    assert memcpy(on_device, pinned, HUGE, kinds[0]) == SUCCESS
+    ctypes.memset(pinned, 0, HUGE)
+    assert memcpy(pinned, on_device, HUGE, kinds[1]) == SUCCESS
+    assert bytes_at(pinned, HUGE) == b"\3" * HUGE
+
+
+def test_a_copy_refuses(on_device: int, pinned: int) -> None:
+    assert memcpy(on_device, pinned, 100, HOST_TO_DEVICE, room=99) == RT_PARAM
+    assert memcpy(on_device, pinned, 0, HOST_TO_DEVICE) == RT_PARAM
+    assert memcpy(on_device, pinned, 100, 77) == RT_PARAM
+    assert memcpy(pinned, pinned, 100, HOST_TO_HOST) == UNSUPPORTED
+    assert memcpy(pinned, pinned, 100, DEFAULT) == UNSUPPORTED
+    assert memcpy(on_device, pinned, 100, DEVICE_TO_HOST) == RT_PARAM, "the wrong way round"
+    assert memcpy(on_device, pinned, HUGE + 1, HOST_TO_DEVICE) == RT_PARAM, "beyond the memory"
+    assert call("aclrtMemcpy", None, c_size_t(1), pinned, c_size_t(1), 1) == RT_PARAM
+    assert bytes_at(on_device, 2) == b"\xff\x7f", "a refused copy copies nothing"
+
+
+def test_an_asynchronous_copy_refuses(on_device: int, pinned: int) -> None:
+    queue = stream()
+    assert memcpy_async(on_device, pinned, 100, HOST_TO_DEVICE, queue, room=99) == RT_PARAM
+    assert memcpy_async(pinned, pinned, 100, HOST_TO_HOST, queue) == UNSUPPORTED
+    assert stream_is_idle(queue)
+    ok("aclrtDestroyStream", queue)
+
+
+def blocked(queue: int) -> tuple[HostFunction, list[bool]]:
+    """Holds the stream until the list is filled."""
+    released: list[bool] = []
+
+    def wait(_: object) -> None:
+        while not released:
+            ctypes.CDLL(None).usleep(1000)
+
+    function = HostFunction(wait)
+    ok("aclrtLaunchHostFunc", queue, function, None)
+    return function, released
+
+
+def test_pinned_copies_are_asynchronous(on_device: int, pinned: int) -> None:
+    queue = stream()
+    _function, released = blocked(queue)
+    ctypes.memset(pinned, 1, HUGE)
+    assert memcpy_async(on_device, pinned, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+    assert bytes_at(on_device, 2) == b"\xff\x7f", "not copied yet"
+    ctypes.memset(pinned, 2, HUGE)
+    released.append(True)
+    ok("aclrtSynchronizeStream", queue)
+    assert bytes_at(on_device, HUGE) == b"\2" * HUGE, "the source is read when the copy runs"
+    ok("aclrtDestroyStream", queue)
+
+
+def test_pageable_copies_complete_first(on_device: int, pageable: ctypes.Array) -> None:
+    queue = stream()
+    source = ctypes.addressof(pageable)
+    for _ in range(20):
+        assert memcpy_async(on_device, source, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+        assert stream_is_idle(queue)
+    assert bytes_at(on_device, HUGE) == pageable.raw
+    ok("aclrtDestroyStream", queue)
+
+
+def test_part_of_a_pinned_range_is_pinned(on_device: int, pinned: int) -> None:
+    queue = stream()
+    _function, released = blocked(queue)
+    assert memcpy_async(on_device, pinned + 64, 64, HOST_TO_DEVICE, queue) == SUCCESS
+    assert not stream_is_idle(queue)
+    released.append(True)
+    ok("aclrtSynchronizeStream", queue)
+    ok("aclrtDestroyStream", queue)
+
+
+def test_fills(on_device: int) -> None:
+    queue = stream()
+    ok("aclrtMemset", on_device, c_size_t(HUGE), c_int32(9), c_size_t(MIB))
+    end = on_device + MIB
+    ok("aclrtMemsetAsync", end, c_size_t(MIB), c_int32(8), c_size_t(MIB), queue)
+    ok("aclrtSynchronizeStream", queue)
+    assert bytes_at(on_device, HUGE) == b"\x09" * MIB + b"\x08" * MIB
+    refused = ("aclrtMemset", on_device, c_size_t(10), c_int32(9), c_size_t(11))
+    assert call(*refused) == RT_PARAM
+    ok("aclrtDestroyStream", queue)
+
+
+def test_rows(on_device: int, pageable: ctypes.Array) -> None:
+    ok("aclrtMemset", on_device, c_size_t(HUGE), c_int32(0), c_size_t(HUGE))
+    sizes = (c_size_t(8), c_size_t(2), c_size_t(3))
+    source = ctypes.addressof(pageable)
+    ok("aclrtMemcpy2d", on_device, c_size_t(16), source, *sizes, HOST_TO_DEVICE)
+    assert bytes_at(on_device, 34) == (b"ab" + b"\0" * 14) * 2 + b"ab"
+    bad = ("aclrtMemcpy2d", on_device, c_size_t(1), source, *sizes, HOST_TO_DEVICE)
+    assert call(*bad) == RT_PARAM
+
+
+def test_batches(on_device: int, pinned: int) -> None:
+    pointers, sizes = ctypes.c_void_p * 2, c_size_t * 2
+    attributes = (ctypes.c_uint8 * 64)()
+    failed = c_size_t()
+    ctypes.memset(pinned, 4, HUGE)
+
+    def batch(to: tuple[int, int], source: tuple[int, int], count: int) -> int:
+        lengths = sizes(16, 16)
+        return call(
+            "aclrtMemcpyBatch",
+            pointers(*to),
+            lengths,
+            pointers(*source),
+            lengths,
+            c_size_t(count),
+            attributes,
+            sizes(0, 0),
+            c_size_t(1),
+            byref(failed),
+        )
+
+    assert batch((on_device, on_device + 64), (pinned, pinned + 64), 2) == SUCCESS
+    assert bytes_at(on_device, 16) == bytes_at(on_device + 64, 16) == b"\4" * 16
+    assert bytes_at(on_device + 16, 2) == b"\xff\x7f"
+    assert batch((on_device, pinned), (pinned, on_device), 2) == RT_PARAM, "two directions"
+    assert failed.value == 1
+    assert batch((on_device, on_device), (pinned, pinned), 4097) == RT_PARAM
+
+
+def test_between_device_addresses(on_device: int) -> None:
+    queue = stream()
+    ok("aclrtMemset", on_device, c_size_t(64), c_int32(1), c_size_t(64))
+    assert memcpy_async(on_device + MIB, on_device, 64, DEVICE_TO_DEVICE, queue) == SUCCESS
+    ok("aclrtSynchronizeStream", queue)
+    assert bytes_at(on_device + MIB, 64) == b"\1" * 64
+    ok("aclrtDestroyStream", queue)
+
+
+PENDING = """
+queue = stream()
+hold = HostFunction(lambda _: time.sleep(5))
+host = malloc_host(HUGE)
+memory = mapped()
+ok('aclrtLaunchHostFunc', queue, hold, None)
+assert memcpy_async(memory.address, host, 64, HOST_TO_DEVICE, queue) == SUCCESS
+"""
+
+
+@pytest.mark.parametrize(
+    "code", ["call('aclrtUnmapMem', memory.address)", "call('aclrtFreeHost', host)"]
+)
+def test_taking_memory_from_work_in_flight_aborts(code: str) -> None:
+    result = run_python(PENDING + code)
+    assert result.returncode == -6
+    assert "device fault" in result.stderr
+    assert "synchronise first" in result.stderr
+
+
+def test_freeing_memory_in_flight_aborts() -> None:
+    result = run_python(
+        PENDING.replace("memory = mapped()", "_, address = malloc(HUGE)").replace(
+            "memory.address", "address"
+        )
+        + "call('aclrtFree', address)"
+    )
+    assert result.returncode == -6
+    assert "device fault" in result.stderr
+
+
+def test_other_memory_may_go_while_work_is_in_flight() -> None:
+    result = run_python(
+        PENDING + "other = mapped()\nother.free()\nok('aclrtSynchronizeStream', queue)\n"
+        "memory.free()\nok('aclrtFreeHost', host)"
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What processes of one simulated machine share, and how a process ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from ctypes import byref, c_uint32
+
+import pytest
+from ascendcl import (
+    GIB,
+    HOST_TO_DEVICE,
+    HUGE,
+    MIB,
+    OUT_OF_MEMORY,
+    call,
+    free_and_total,
+    malloc,
+    malloc_host,
+    malloc_physical,
+    memcpy,
+    ok,
+    run_python,
+    subprocess_environment,
+)
+
+
+class Neighbour:
+    """Another process of the machine, which takes memory and then waits."""
+
+    def __init__(self, code: str, **environment: str) -> None:
+        setup = "from ascendcl import *\nimport sys\nok('aclrtSetDevice', 0)\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"{setup}{code}\nprint('ready', flush=True)\nsys.stdin.read()"],
+            env=subprocess_environment(**environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __enter__(self) -> "Neighbour":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_processes_see_each_other() -> None:
+    with Neighbour("malloc(64 * MIB); physical(64 * MIB)"):
+        assert free_and_total() == (GIB - 128 * MIB, GIB)
+        assert malloc_physical(GIB - 126 * MIB)[0] == OUT_OF_MEMORY
+    assert free_and_total() == (GIB, GIB)
+
+
+def test_a_killed_process_gives_everything_back_even_as_a_zombie() -> None:
+    with Neighbour("malloc(64 * MIB); mapped(64 * MIB)") as neighbour:
+        assert free_and_total()[0] == GIB - 128 * MIB
+        neighbour.process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, neighbour.process.pid, os.WEXITED | os.WNOWAIT)
+        assert free_and_total()[0] == GIB
+        code, pointer = malloc(GIB)
+        assert code == 0
+        ok("aclrtFree", pointer)
+
+
+def test_many_processes_never_take_more_than_there_is() -> None:
+    code = (
+        "taken = []\n"
+        "while True:\n"
+        "    code, handle = malloc_physical(16 * MIB)\n"
+        "    if code: break\n"
+        "    taken.append(handle)\n"
+        "print(len(taken), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    prelude = "from ascendcl import *\nimport sys\nok('aclrtSetDevice', 0)\n"
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", prelude + code],
+            env=subprocess_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    counts = [int(other.stdout.readline()) for other in others if other.stdout]
+    assert sum(counts) == GIB // (16 * MIB)
+    assert free_and_total()[0] == 0
+    for other in others:
+        other.communicate()
+    assert free_and_total()[0] == GIB
+
+
+def test_machines_with_other_names_are_other_machines() -> None:
+    with Neighbour("malloc(64 * MIB)", NPU_SIM_MACHINE=f"other-{os.getpid()}"):
+        assert free_and_total()[0] == GIB
+
+
+def test_devices_have_memory_of_their_own() -> None:
+    with Neighbour("ok('aclrtSetDevice', 1); malloc(64 * MIB)"):
+        assert free_and_total()[0] == GIB
+        ok("aclrtSetDevice", 1)
+        assert free_and_total()[0] == GIB - 64 * MIB
+        ok("aclrtSetDevice", 0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("0", 1), ("1", 1), ("1,0", 2), ("", 0), ("0,5,1", 1), ("0,0", 1), ("x", 0), ("0,1,2", 2)],
+)
+def test_visible_devices(visible: str, count: int) -> None:
+    code = (
+        "from ascendcl import *\ncount = c_uint32()\n"
+        "ok('aclrtGetDeviceCount', byref(count)); print(count.value)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=subprocess_environment(ASCEND_RT_VISIBLE_DEVICES=visible),
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == str(count), result.stderr
+
+
+def test_visible_devices_are_renumbered() -> None:
+    with Neighbour("malloc(64 * MIB)", ASCEND_RT_VISIBLE_DEVICES="1"):
+        assert free_and_total()[0] == GIB
+        ok("aclrtSetDevice", 1)
+        assert free_and_total()[0] == GIB - 64 * MIB
+        ok("aclrtSetDevice", 0)
+
+
+def test_a_forked_child_is_refused_and_harms_nothing() -> None:
+    code, pointer = malloc(64 * MIB)
+    assert code == 0
+    child = os.fork()
+    if child == 0:
+        refused = malloc(MIB)[0], call("aclrtSetDevice", 0), call("aclrtFree", pointer)
+        os._exit(0 if refused == (500000, 500000, 500000) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert free_and_total()[0] == GIB - 64 * MIB
+    ok("aclrtFree", pointer)
+
+
+def test_a_fork_before_the_first_use_is_a_process_like_any_other() -> None:
+    code = (
+        "import os\nfrom ascendcl import *\n"
+        "child = os.fork()\n"
+        "ok('aclrtSetDevice', 0)\n"
+        "assert malloc(MIB)[0] == 0\n"
+        "if child: assert os.waitpid(child, 0)[1] == 0"
+    )
+    environment = subprocess_environment()
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+
+
+WORK_IN_FLIGHT = """
+queue = stream()
+host, (_, address) = malloc_host(64 * MIB), malloc(64 * MIB)
+for _ in range(50):
+    memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, queue)
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(3)", "call('aclFinalize')"])
+def test_exit_with_work_in_flight_is_quick_and_silent(ending: str) -> None:
+    started = time.monotonic()
+    result = run_python(WORK_IN_FLIGHT + ending)
+    assert result.returncode == (3 if "exit" in ending else 0)
+    assert result.stdout == result.stderr == ""
+    assert time.monotonic() - started < 5
+    assert free_and_total()[0] == GIB
+
+
+def test_the_link_is_as_slow_as_it_is_set() -> None:
+    code = (
+        "host, (_, address) = malloc_host(64 * MIB), malloc(64 * MIB)\n"
+        "memcpy(address, host, 64 * MIB, HOST_TO_DEVICE)\n"
+        "started = time.monotonic()\n"
+        "memcpy(address, host, 64 * MIB, HOST_TO_DEVICE)\n"
+        "alone = time.monotonic() - started\n"
+        "first, second = stream(), stream()\n"
+        "started = time.monotonic()\n"
+        "memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, first)\n"
+        "memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, second)\n"
+        "ok('aclrtSynchronizeDevice')\n"
+        "shared = time.monotonic() - started\n"
+        "other = malloc_host(64 * MIB)\n"
+        "ctypes.memset(other, 0, 64 * MIB)\n"
+        "started = time.monotonic()\n"
+        "memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, first)\n"
+        "memcpy_async(other, address, 64 * MIB, DEVICE_TO_HOST, second)\n"
+        "ok('aclrtSynchronizeDevice')\n"
+        "print(alone, shared, time.monotonic() - started)\n"
+    )
+    result = run_python(code, NPU_SIM_LINK_GBPS="0.2")
+    assert result.returncode == 0, result.stderr
+    alone, shared, duplex = (float(word) for word in result.stdout.split())
+    expected = 64 * MIB / 0.2e9
+    assert 0.95 * expected < alone < 1.8 * expected
+    assert 1.95 * expected < shared < 3 * expected, "two copies of one direction share the link"
+    assert 0.95 * expected < duplex < 1.8 * expected, "two directions do not"
+
+
+def test_processes_share_the_link() -> None:
+    code = (
+        "host, (_, address) = malloc_host(32 * MIB), malloc(32 * MIB)\n"
+        "memcpy(address, host, 32 * MIB, HOST_TO_DEVICE)\n"
+        "started = time.monotonic()\n"
+        "while time.monotonic() < started + 8: memcpy(address, host, 4 * MIB, HOST_TO_DEVICE)\n"
+    )
+    environment = {"NPU_SIM_LINK_GBPS": "0.2"}
+    setup = code.split("started")[0]
+    with Neighbour(setup, **environment) as neighbour:
+        neighbour.process.kill()
+    busy = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from ascendcl import *\nimport time\nok('aclrtSetDevice', 0)\n"
+            + code.replace("started = ", "print('ready', flush=True); started = "),
+        ],
+        env=subprocess_environment(**environment),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert busy.stdout is not None
+    busy.stdout.readline()
+    result = run_python(
+        setup + "started = time.monotonic()\n"
+        "memcpy(address, host, 32 * MIB, HOST_TO_DEVICE)\n"
+        "print(time.monotonic() - started)",
+        **environment,
+    )
+    busy.kill()
+    busy.communicate()
+    assert float(result.stdout) > 1.4 * 32 * MIB / 0.2e9
+
+
+def test_a_fraction_of_a_gib() -> None:
+    result = run_python("print(*free_and_total())", NPU_SIM_HBM_GIB="0.25")
+    assert result.stdout.split() == [str(256 * MIB)] * 2
+
+
+def test_resetting_a_device() -> None:
+    result = run_python(
+        "ok('aclrtSetDevice', 0)\n"
+        "queue = stream()\n"
+        "ok('aclrtResetDevice', 0)\n"
+        "assert call('aclrtSynchronizeStream', queue) == SUCCESS, 'set twice, reset once'\n"
+        "ok('aclrtResetDevice', 0)\n"
+        "assert call('aclrtSynchronizeStream', queue) == NO_CONTEXT\n"
+        "ok('aclrtSetDevice', 0)\n"
+        "assert call('aclrtSynchronizeStream', queue) == HANDLE\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_copies_need_no_more_than_they_are_given() -> None:
+    _, pointer = malloc(HUGE)
+    host = malloc_host(HUGE)
+    count = c_uint32()
+    ok("aclrtGetDeviceCount", byref(count))
+    assert memcpy(pointer, host, HUGE, HOST_TO_DEVICE) == 0
+    ok("aclrtFree", pointer)
+    ok("aclrtFreeHost", host)

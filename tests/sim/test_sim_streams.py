@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contexts, streams and events."""
+
+import threading
+import time
+from collections.abc import Iterator
+from ctypes import byref, c_int32, c_uint32, c_uint64, c_void_p
+
+import pytest
+from ascendcl import (
+    DEVICE_ID,
+    HANDLE,
+    HOST_TO_DEVICE,
+    HUGE,
+    NO_CONTEXT,
+    NO_TIMESTAMP,
+    OTHER_CONTEXT,
+    RT_PARAM,
+    SUCCESS,
+    SYNC_TIMEOUT,
+    HostFunction,
+    call,
+    elapsed_ms,
+    event,
+    malloc,
+    malloc_physical,
+    memcpy_async,
+    ok,
+    stream,
+    stream_is_idle,
+)
+
+from vllm_sleep_ascend.sim import control
+
+
+class Recorder:
+    """Functions for streams that note when they ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self._kept: list[HostFunction] = []
+
+    def launch(self, queue: int | None, name: str, seconds: float = 0) -> None:
+        def run(_: object) -> None:
+            time.sleep(seconds)
+            self.ran.append(name)
+
+        self._kept.append(HostFunction(run))
+        ok("aclrtLaunchHostFunc", queue, self._kept[-1], None)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def queues() -> Iterator[tuple[int, int]]:
+    pair = (stream(), stream())
+    yield pair
+    for queue in pair:
+        ok("aclrtDestroyStream", queue)
+
+
+def in_thread(function: object) -> object:
+    """The result of a function in a thread that never called AscendCL."""
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(function()))  # type: ignore[operator]
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_a_thread_without_a_context() -> None:
+    index = c_int32()
+    assert in_thread(lambda: call("aclrtGetDevice", byref(index))) == NO_CONTEXT
+    assert in_thread(lambda: malloc(HUGE)[0]) == NO_CONTEXT
+    assert in_thread(lambda: malloc_physical(HUGE)[0]) == NO_CONTEXT
+    assert in_thread(lambda: call("aclrtSynchronizeDevice")) == NO_CONTEXT
+    assert in_thread(lambda: call("aclrtSynchronizeStream", None)) == NO_CONTEXT
+
+
+def test_devices() -> None:
+    assert call("aclrtSetDevice", 2) == DEVICE_ID
+    assert call("aclrtSetDevice", -1) == DEVICE_ID
+    count, index = c_uint32(), c_int32()
+    ok("aclrtGetDeviceCount", byref(count))
+    assert count.value == 2
+    ok("aclrtSetDevice", 1)
+    ok("aclrtGetDevice", byref(index))
+    assert index.value == 1
+
+
+def test_threads_share_the_default_context(queues: tuple[int, int]) -> None:
+    def use() -> int:
+        ok("aclrtSetDevice", 0)
+        return call("aclrtSynchronizeStream", queues[0])
+
+    assert in_thread(use) == SUCCESS
+
+
+def test_another_context(queues: tuple[int, int]) -> None:
+    ours, other = c_void_p(), c_void_p()
+    ok("aclrtGetCurrentContext", byref(ours))
+    ok("aclrtCreateContext", byref(other), 0)
+    assert call("aclrtSynchronizeStream", queues[0]) == OTHER_CONTEXT
+    mark = event()
+    assert call("aclrtRecordEvent", mark, queues[0]) == OTHER_CONTEXT
+    assert memcpy_async(1 << 40, 1 << 40, 1, HOST_TO_DEVICE, queues[0]) == OTHER_CONTEXT
+    theirs = stream()
+    ok("aclrtSetCurrentContext", ours)
+    assert call("aclrtSynchronizeStream", theirs) == OTHER_CONTEXT
+    assert call("aclrtDestroyContext", ours) == RT_PARAM, "the default context"
+    ok("aclrtSetCurrentContext", other)
+    ok("aclrtDestroyContext", other)
+    assert call("aclrtSynchronizeStream", None) == NO_CONTEXT, "the context is gone"
+    ok("aclrtSetCurrentContext", ours)
+    assert call("aclrtSynchronizeStream", theirs) == HANDLE, "and its streams"
+    ok("aclrtDestroyEvent", mark)
+
+
+def test_work_of_one_stream_runs_in_order(queues: tuple[int, int], recorder: Recorder) -> None:
+    for i in range(50):
+        recorder.launch(queues[0], str(i), 0.001 if i % 10 == 0 else 0)
+    ok("aclrtSynchronizeStream", queues[0])
+    assert recorder.ran == [str(i) for i in range(50)]
+
+
+def test_launching_does_not_wait(queues: tuple[int, int], recorder: Recorder) -> None:
+    started = time.monotonic()
+    recorder.launch(queues[0], "slow", 0.3)
+    assert time.monotonic() - started < 0.2
+    assert not stream_is_idle(queues[0])
+    assert stream_is_idle(queues[1])
+    ok("aclrtSynchronizeStream", queues[1])
+    assert recorder.ran == [], "another stream is not waited for"
+    ok("aclrtSynchronizeStream", queues[0])
+    assert recorder.ran == ["slow"]
+
+
+def test_the_device_waits_for_all_streams(queues: tuple[int, int], recorder: Recorder) -> None:
+    for i, queue in enumerate((None, *queues)):
+        recorder.launch(queue, str(i), 0.05)
+    ok("aclrtSynchronizeDevice")
+    assert sorted(recorder.ran) == ["0", "1", "2"]
+
+
+def test_timeouts(queues: tuple[int, int], recorder: Recorder) -> None:
+    recorder.launch(queues[0], "slow", 0.3)
+    mark = event()
+    ok("aclrtRecordEvent", mark, queues[0])
+    assert call("aclrtSynchronizeStreamWithTimeout", queues[0], 20) == SYNC_TIMEOUT
+    assert call("aclrtSynchronizeDeviceWithTimeout", 20) == SYNC_TIMEOUT
+    assert call("aclrtSynchronizeEventWithTimeout", mark, 20) == SYNC_TIMEOUT + 1
+    assert call("aclrtSynchronizeStreamWithTimeout", queues[0], -2) == RT_PARAM
+    assert recorder.ran == []
+    assert call("aclrtSynchronizeStreamWithTimeout", queues[0], -1) == SUCCESS
+    ok("aclrtDestroyEvent", mark)
+
+
+def test_a_stream_waits_for_an_event(queues: tuple[int, int], recorder: Recorder) -> None:
+    mark = event()
+    recorder.launch(queues[0], "first", 0.1)
+    ok("aclrtRecordEvent", mark, queues[0])
+    recorder.launch(queues[0], "after the event", 0.3)
+    ok("aclrtStreamWaitEvent", queues[1], mark)
+    recorder.launch(queues[1], "second")
+    ok("aclrtDestroyEvent", mark)  # what waits for it goes on waiting
+    ok("aclrtSynchronizeStream", queues[1])
+    assert recorder.ran == ["first", "second"]
+    ok("aclrtSynchronizeStream", queues[0])
+
+
+def test_an_event_is_what_was_recorded_last(queues: tuple[int, int], recorder: Recorder) -> None:
+    mark = event()
+    recorder.launch(queues[0], "slow", 0.1)
+    ok("aclrtRecordEvent", mark, queues[0])
+    ok("aclrtRecordEvent", mark, queues[1])
+    ok("aclrtSynchronizeEvent", mark)
+    assert recorder.ran == []
+    ok("aclrtSynchronizeStream", queues[0])
+    ok("aclrtDestroyEvent", mark)
+
+
+def test_querying_an_event(queues: tuple[int, int], recorder: Recorder) -> None:
+    mark, status = event(), c_int32(-1)
+    recorder.launch(queues[0], "slow", 0.1)
+    ok("aclrtRecordEvent", mark, queues[0])
+    ok("aclrtQueryEventStatus", mark, byref(status))
+    assert status.value == 0, "not ready"
+    ok("aclrtSynchronizeEvent", mark)
+    ok("aclrtQueryEventStatus", mark, byref(status))
+    assert status.value == 1, "complete"
+    ok("aclrtDestroyEvent", mark)
+
+
+def test_elapsed_time(queues: tuple[int, int], recorder: Recorder) -> None:
+    start, end, untimed = event(), event(), event(flags=1)
+    assert elapsed_ms(start, end)[0] == NO_TIMESTAMP, "not recorded"
+    ok("aclrtRecordEvent", start, queues[0])
+    recorder.launch(queues[0], "slow", 0.1)
+    ok("aclrtRecordEvent", end, queues[0])
+    ok("aclrtRecordEvent", untimed, queues[0])
+    ok("aclrtSynchronizeStream", queues[0])
+    code, milliseconds = elapsed_ms(start, end)
+    assert code == SUCCESS
+    assert 90 < milliseconds < 2000
+    assert elapsed_ms(start, untimed)[0] == NO_TIMESTAMP
+    for mark in (start, end, untimed):
+        ok("aclrtDestroyEvent", mark)
+
+
+def test_destroyed_handles_are_unknown() -> None:
+    queue, mark = stream(), event()
+    ok("aclrtDestroyStream", queue)
+    ok("aclrtDestroyEvent", mark)
+    assert call("aclrtSynchronizeStream", queue) == HANDLE
+    assert call("aclrtDestroyStream", queue) == HANDLE
+    assert call("aclrtRecordEvent", mark, None) == HANDLE
+    assert call("aclrtDestroyEvent", mark) == HANDLE
+    assert call("aclrtSynchronizeStream", mark) == HANDLE, "a handle of another kind"
+
+
+def test_destroying_a_stream_finishes_its_work(recorder: Recorder) -> None:
+    queue = stream()
+    recorder.launch(queue, "work", 0.1)
+    ok("aclrtDestroyStream", queue)
+    assert recorder.ran == ["work"]
+
+
+def test_idle_streams_cost_no_threads(recorder: Recorder) -> None:
+    before = threading.active_count(), count_threads()
+    queues = [stream() for _ in range(300)]
+    assert control.counters().streams == 300
+    assert count_threads() == before[1]
+    for queue in queues:
+        ok("aclrtDestroyStream", queue)
+
+
+def count_threads() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
+
+
+def test_synchronising_an_idle_stream_is_cheap(queues: tuple[int, int]) -> None:
+    handle = c_void_p(queues[0])
+    started = time.perf_counter()
+    for _ in range(10000):
+        call("aclrtSynchronizeStream", handle)
+    assert time.perf_counter() - started < 0.5
+
+
+def test_initialising_twice_is_refused() -> None:
+    first = call("aclInit", None)
+    assert first in (SUCCESS, 100002)
+    assert call("aclInit", None) == 100002
+
+
+def test_callbacks(queues: tuple[int, int], recorder: Recorder) -> None:
+    function = HostFunction(lambda _: recorder.ran.append("callback"))
+    ok("aclrtSubscribeReport", c_uint64(1), queues[0])
+    ok("aclrtLaunchCallback", function, None, 1, queues[0])
+    ok("aclrtProcessReport", 10)
+    ok("aclrtSynchronizeStream", queues[0])
+    assert recorder.ran == ["callback"]
+    ok("aclrtUnSubscribeReport", c_uint64(1), queues[0])
