@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from support import MIB
+from support import MIB, ROOT
 
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
@@ -237,6 +237,54 @@ def test_expandable_segments_pause_inside_a_pool(variable):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split()[-1] == "20"
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_expandable_segments_switched_on_at_run_time_are_noticed():
+    done = run(
+        "import torch, torch_npu\n"
+        "from vllm_sleep_ascend import pool\n"
+        "torch.npu.set_device(0)\n"
+        "torch.npu.memory._set_allocator_settings('expandable_segments:True')\n"
+        "with pool.use_pool('weights'):\n"
+        "    x = torch.ones(20 << 20, dtype=torch.uint8, device='npu')\n"
+    )
+    assert done.returncode == 1
+    assert "SleepModeError" in done.stderr
+    assert "were not allocated by sleep mode and cannot sleep" in done.stderr
+    assert "Leave expandable_segments out of the allocator settings" in done.stderr
+
+
+def test_a_backup_that_does_not_fit_into_host_memory_is_refused_before_anything_is_copied():
+    """Device memory that nobody wrote costs the simulated machine nothing, a backup would."""
+    done = run(
+        "import core\n"
+        "from vllm_sleep_ascend import _camem\n"
+        "from vllm_sleep_ascend.errors import HostOutOfMemoryError\n"
+        "core.start()\n"
+        "core._hooks.camem_malloc(64 << 30, 0, None)\n"
+        "try:\n"
+        "    _camem.sleep({'default': 'offload'})\n"
+        "except HostOutOfMemoryError as error:\n"
+        "    assert error.needed_bytes == 64 << 30 > error.free_bytes > 0\n"
+        "    print(error)\n"
+        "print(_camem.pinned_host_bytes(), _camem.allocations()[0]['state'])\n",
+        NPU_SIM_HBM_GIB="65",
+        NPU_SIM_MACHINE=f"large-{os.getpid()}",
+        PYTHONPATH=str(ROOT / "tests"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "free host memory, or use level 2" in done.stdout
+    assert "everything is mapped as it was" in done.stdout
+    assert done.stdout.split()[-2:] == ["0", "mapped"]
 
 
 def test_an_unknown_action_is_refused_before_anything_happens():

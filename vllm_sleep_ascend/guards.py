@@ -7,6 +7,7 @@ anything is touched, and after every call, failed or not, take the workers' word
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ def install() -> None:
     ):
         _wrap(LLMEngine, name, _checked(check))
         _wrap(AsyncLLM, name, _checked_async(check))
+    offline = sys.modules.get("vllm.entrypoints.llm")  # not loaded: nobody can have an LLM here
+    if offline is not None:
+        for name in ("generate", "chat", "encode", "embed", "classify", "score", "beam_search"):
+            if hasattr(offline.LLM, name):
+                _wrap(offline.LLM, name, _awake)
 
 
 def check_enabled(vllm_config: Any) -> None:
@@ -173,6 +179,19 @@ def _typed() -> Iterator[None]:
         if crossed is None:
             raise
         raise getattr(errors, crossed[2] or "", errors.SleepModeError)(crossed[1]) from None
+
+
+def _awake(stock: Callable) -> Callable:
+    """``LLM`` steps its engine until all answers are there, which never comes while it sleeps."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.llm_engine.is_sleeping():
+            from vllm_sleep_ascend.errors import SleepModeError
+
+            raise SleepModeError(f"the engine sleeps; call wake_up() before {stock.__name__}()")
+        return stock(self, *args, **kwargs)
+
+    return call
 
 
 def _checked(check: Callable) -> Callable:

@@ -2,6 +2,8 @@
 """The worker's part of sleep and wake: what must survive level 2, and what a rank reports."""
 
 import fnmatch
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,42 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _GIB = 1 << 30
+
+
+# What vLLM's worker does with weights: on sleeping memory each would fault the device.
+_NEEDS_WEIGHTS = (
+    "reload_weights",
+    "reset_weights",
+    "compute_weight_checksums",
+    "save_sharded_state",
+    "save_tensorized_model",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "add_lora",
+)
+
+
+def needs_weights_awake(cls: type) -> type:
+    """Class decorator: have the methods above refuse to touch weights that sleep."""
+
+    def refusing(name: str, stock: Callable) -> Callable:
+        @wraps(stock)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.model_config.enable_sleep_mode and self.sleep_mode_backend.asleep("weights"):
+                from vllm_sleep_ascend.errors import SleepModeError
+
+                raise SleepModeError(
+                    f"{name} needs the weights, which sleep; call wake_up(tags=['weights']) first"
+                )
+            return stock(self, *args, **kwargs)
+
+        return call
+
+    for name in _NEEDS_WEIGHTS:
+        setattr(cls, name, refusing(name, getattr(cls, name)))
+    return cls
 
 
 class SleepingWorker:

@@ -21,7 +21,7 @@ from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.sleeper import SleepingWorker
+from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.native.model_runner import NPUModelRunner
@@ -40,6 +40,7 @@ def finish_before_torch_npu() -> None:
     atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
 
 
+@needs_weights_awake
 class NPUWorker(SleepingWorker, Worker):
     """The stock worker, with an NPU for its device."""
 
@@ -113,6 +114,12 @@ class NPUWorker(SleepingWorker, Worker):
             return nullcontext()
         from vllm_sleep_ascend.pool import use_pool
 
+        if tag == "weights" and self.sleep_mode_backend.states(tag) - {"trimmed"}:
+            raise ValueError(
+                "another engine of this process has its weights in sleep mode's memory; a process "
+                "can have one engine with enable_sleep_mode=True at a time: shut the other down, "
+                "or start this one in a process of its own"
+            )
         return use_pool(tag)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:

@@ -19,7 +19,8 @@ namespace {
 
 struct Options {
   std::mutex mutex;
-  std::map<aclCompileOpt, std::string> values = {{ACL_PRECISION_MODE, "allow_fp32_to_fp16"}};
+  std::map<aclCompileOpt, std::string> values = {{ACL_PRECISION_MODE, "allow_fp32_to_fp16"},
+                                                 {ACL_OP_JIT_COMPILE, "disable"}};
 
   const std::string& get(aclCompileOpt option) {
     std::string& value = values[option];

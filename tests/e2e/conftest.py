@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that tests share."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,3 +16,36 @@ def llm(tiny_model) -> Iterator[Any]:
 
     with engine(tiny_model, enable_sleep_mode=True) as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory) -> Path:
+    """The file from which the shared server's simulated device reads its faults."""
+    path = tmp_path_factory.mktemp("faults") / "rules"
+    path.touch()
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model, tmp_path_factory, faults):
+    """A server with sleep mode and the development endpoints, on a simulated NPU of its own."""
+    from server import HBM_GIB, MEMORY, SMALL, Server
+
+    env = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "NPU_SIM_MACHINE": f"server-{os.getpid()}",
+        "NPU_SIM_HBM_GIB": str(HBM_GIB),
+        "NPU_SIM_FAULTS_FILE": str(faults),
+    }
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(tiny_model, "--enable-sleep-mode", *SMALL, *MEMORY, log=log, env=env) as server:
+        yield server
+
+
+@pytest.fixture
+def left_awake(server, faults):
+    """Whatever the test did, the next one finds the server awake and its device in order."""
+    yield
+    faults.write_text("")
+    server.post("/wake_up")
+    assert not server.is_sleeping()

@@ -15,6 +15,9 @@ import httpx
 
 SMALL = ("--max-model-len", "512", "--max-num-batched-tokens", "256", "--max-num-seqs", "8")
 
+HBM_GIB = 1
+MEMORY = ("--gpu-memory-utilization", "0.5")
+
 
 class Server:
     """One server process group on a free loopback port. Usable as a context manager."""
@@ -59,6 +62,11 @@ class Server:
         answer = self.http.post(path, **kwargs)
         assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
+
+    def rank_status(self) -> dict[str, Any]:
+        """What the one rank says of itself."""
+        (status,) = self.http.get("/sleep_status").json()["ranks"]
+        return status
 
     def is_sleeping(self) -> bool:
         return self.http.get("/is_sleeping").json()["is_sleeping"]

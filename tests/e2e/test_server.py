@@ -6,41 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from server import SMALL, Server
+from server import HBM_GIB, MEMORY, SMALL, Server
 from support import MIB, ROOT
 
-HBM_GIB = 1
-MEMORY = ("--gpu-memory-utilization", "0.5")
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    env = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "NPU_SIM_MACHINE": f"server-{os.getpid()}",
-        "NPU_SIM_HBM_GIB": str(HBM_GIB),
-    }
-    with Server(tiny_model, "--enable-sleep-mode", *SMALL, *MEMORY, log=log, env=env) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def awake(server):
-    yield
-    server.post("/wake_up")
-    assert not server.is_sleeping()
-
-
-def rank_status(server) -> dict:
-    status = server.http.get("/sleep_status").json()
-    assert len(status["ranks"]) == 1
-    return status["ranks"][0]
+pytestmark = pytest.mark.usefixtures("left_awake")
 
 
 def held(server) -> int:
     """Bytes that all processes hold on the device."""
-    status = rank_status(server)
+    status = server.rank_status()
     return status["total"] - status["free"]
 
 
@@ -69,7 +43,7 @@ def test_the_guides_curl_sequence_as_written(server):
 
 def test_level_1_frees_the_device_and_keeps_the_text(server):
     text, awake = server.complete(), held(server)
-    mapped = sum(tag["device"] for tag in rank_status(server)["tags"].values())
+    mapped = sum(tag["device"] for tag in server.rank_status()["tags"].values())
     server.post("/sleep")
     asleep = held(server)
     assert asleep < 64 * MIB < awake
@@ -84,7 +58,7 @@ def test_it_sleeps_until_every_tag_is_awake(server):
     server.post("/sleep?level=1")
     assert server.post("/wake_up?tags=weights")["status"] == "sleeping"
     assert server.is_sleeping()
-    tags = rank_status(server)["tags"]
+    tags = server.rank_status()["tags"]
     assert tags["weights"]["discarded"] == tags["weights"]["offloaded"] == 0
     assert tags["kv_cache"]["mapped"] == 0
     assert server.post("/wake_up?tags=kv_cache")["status"] == "awake"
@@ -95,7 +69,7 @@ def test_it_sleeps_until_every_tag_is_awake(server):
 def test_level_2_reload_and_staged_wake(server):
     text = server.complete()
     server.post("/sleep?level=2")
-    assert rank_status(server)["tags"]["weights"]["host"] == 0
+    assert server.rank_status()["tags"]["weights"]["host"] == 0
     server.post("/wake_up?tags=weights")
     reload_weights(server)
     server.post("/wake_up?tags=kv_cache")
@@ -106,9 +80,9 @@ def test_level_2_reload_and_staged_wake(server):
 def test_level_2_after_level_1_frees_the_host_copies(server):
     text = server.complete()
     server.post("/sleep?level=1")
-    assert rank_status(server)["tags"]["weights"]["host"] > 0
+    assert server.rank_status()["tags"]["weights"]["host"] > 0
     server.post("/sleep?level=2")
-    assert rank_status(server)["tags"]["weights"]["host"] == 0
+    assert server.rank_status()["tags"]["weights"]["host"] == 0
     server.post("/wake_up")
     reload_weights(server)
     server.post("/reset_prefix_cache")
@@ -162,7 +136,7 @@ def test_the_kv_cache_alone_can_be_released(server):
     text = server.complete()
     server.post("/sleep?level=0")
     server.post("/release_kv_cache_memory")
-    tags = rank_status(server)["tags"]
+    tags = server.rank_status()["tags"]
     assert tags["kv_cache"]["device"] == 0
     assert tags["weights"]["device"] > 0
     assert server.is_sleeping()

@@ -188,7 +188,7 @@ def test_between_device_addresses(on_device: int) -> None:
 
 PENDING = """
 queue = stream()
-hold = HostFunction(lambda _: time.sleep(5))
+hold = HostFunction(lambda _: time.sleep(2))
 host = malloc_host(HUGE)
 memory = mapped()
 ok('aclrtLaunchHostFunc', queue, hold, None)

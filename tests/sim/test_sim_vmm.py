@@ -110,12 +110,12 @@ def test_physical_memory_of_what_is_not_a_device() -> None:
 
 
 def test_physical_memory_runs_out() -> None:
-    _, total = free_and_total()
-    handle = physical(total - HUGE)
+    free, total = free_and_total()
+    handle = physical(free - HUGE)
     assert malloc_physical(2 * HUGE)[0] == OUT_OF_MEMORY
     assert str(2 * HUGE) in message()
     ok("aclrtFreePhysical", handle)
-    assert free_and_total() == (total, total)
+    assert free_and_total() == (free, total)
 
 
 def test_unknown_and_freed_handles() -> None:

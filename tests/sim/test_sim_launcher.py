@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `npu-sim` command, the toolkit's layout, and the torch hook."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = [sys.executable, "-m", "vllm_sleep_ascend.sim.launcher"]
+TOOLKIT = Path(os.environ["ASCEND_HOME_PATH"])
+
+
+def launch(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ASCEND_")}
+    kept.pop("LD_LIBRARY_PATH")
+    return subprocess.run(
+        [*LAUNCHER, *command],
+        env={**kept, "NPU_SIM_HOME": str(TOOLKIT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_command_runs_under_the_toolkit() -> None:
+    code = "import os, torch; print(os.environ['ASCEND_HOME_PATH'], torch.npu.device_count())"
+    result = launch("python", "-c", code)
+    assert result.stdout.split() == [str(TOOLKIT), "2"], result.stderr
+
+
+def test_its_exit_status_is_the_commands() -> None:
+    assert launch("sh", "-c", "exit 7").returncode == 7
+
+
+def test_a_command_that_is_not_there() -> None:
+    result = launch("no-such-command")
+    assert result.returncode == 1
+    assert "no-such-command" in result.stderr
+    assert launch().returncode == 1
+
+
+def test_a_toolkit_that_is_not_there(tmp_path: Path) -> None:
+    result = launch("true", NPU_SIM_HOME=str(tmp_path))
+    assert result.returncode == 1
+    assert f"make -C csrc/sim PREFIX={tmp_path}" in result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_set_env(shell: str) -> None:
+    script = f". {TOOLKIT}/set_env.sh; echo $ASCEND_HOME_PATH $ASCEND_OPP_PATH $LD_LIBRARY_PATH"
+    if shell == "sh":
+        script = f"cd {TOOLKIT} && . ./set_env.sh; echo ok"
+    result = subprocess.run([shell, "-c", script], capture_output=True, text=True)
+    expected = [f"{TOOLKIT}", f"{TOOLKIT}/opp"]
+    assert result.stdout.split()[:2] == (expected if shell == "bash" else ["ok"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "include/acl/acl.h",
+        "include/hccl/hccl.h",
+        "lib64/libascendcl.so",
+        "lib64/libhccl.so",
+        "opp",
+        "runtime",
+        "compiler",
+        "version.cfg",
+        "set_env.sh",
+    ],
+)
+def test_the_toolkit_is_laid_out_as_cann(path: str) -> None:
+    assert (TOOLKIT / path).exists()
+
+
+def test_the_hook_does_nothing_without_the_operators(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from vllm_sleep_ascend.sim.backend import load_operators\n"
+        "load_operators()\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for toolkit in ({}, {"ASCEND_HOME_PATH": str(tmp_path)}):
+        kept = {k: v for k, v in os.environ.items() if k != "ASCEND_HOME_PATH"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env={**kept, **toolkit}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
