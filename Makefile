@@ -48,18 +48,18 @@ toolkit: $(VENV)/.packages
 
 $(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h) | toolkit
 	source $(TOOLKIT)/set_env.sh && COMPILE_CUSTOM_KERNELS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-	  $(BIN)/pip --disable-pip-version-check -q install --no-build-isolation --no-deps -e .
+	  $(BIN)/pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
 	touch $@
 
 build: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
-	NPU_SIM_HBM_GIB=4 $(SIM) $(BIN)/python examples/offline_sleep.py $(MODELS)/qwen2.5-0.5b \
+	NPU_SIM_HBM_GIB=4 $(SIM) python examples/offline_sleep.py $(MODELS)/qwen2.5-0.5b \
 	  --max-model-len 2048 --max-num-batched-tokens 512
 
 test: setup
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(SIM) python -m pytest tests $(ARGS)
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
