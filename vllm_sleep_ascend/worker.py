@@ -40,6 +40,9 @@ def finish_before_torch_npu() -> None:
     atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
 
 
+_sleeping_worker: "weakref.ref[NPUWorker] | None" = None  # the one with sleep mode on
+
+
 @needs_weights_awake
 class NPUWorker(SleepingWorker, Worker):
     """The stock worker, with an NPU for its device."""
@@ -58,6 +61,7 @@ class NPUWorker(SleepingWorker, Worker):
         self._choose_device()
         finish_before_torch_npu()
         if self.model_config.enable_sleep_mode:
+            self._require_no_other_engine()
             self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]
         # Before the snapshot, so that the communicator's buffers are not counted as free.
@@ -74,6 +78,14 @@ class NPUWorker(SleepingWorker, Worker):
         self.init_snapshot = MemorySnapshot(device=self.device)
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
         self._init_workspace_and_model_runner()
+
+    def _require_no_other_engine(self) -> None:
+        """Sleep puts away the tagged memory of the whole process, so one engine may have it."""
+        if _sleeping_worker is not None and _sleeping_worker() is not None:
+            raise ValueError(
+                "another engine of this process has sleep mode on, and a process can have one at a "
+                "time: shut the other down, or start this one in a process of its own"
+            )
 
     def _choose_device(self) -> None:
         parallel = self.parallel_config
@@ -114,12 +126,6 @@ class NPUWorker(SleepingWorker, Worker):
             return nullcontext()
         from vllm_sleep_ascend.pool import use_pool
 
-        if tag == "weights" and self.sleep_mode_backend.states(tag) - {"trimmed"}:
-            raise ValueError(
-                "another engine of this process has its weights in sleep mode's memory; a process "
-                "can have one engine with enable_sleep_mode=True at a time: shut the other down, "
-                "or start this one in a process of its own"
-            )
         return use_pool(tag)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
@@ -127,11 +133,14 @@ class NPUWorker(SleepingWorker, Worker):
 
         The stock method is not called: its kernel warm-up imports files that need torchvision.
         """
+        global _sleeping_worker
         self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
         # Sampling must not depend on how much randomness start-up used.
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
         freeze_gc_heap()
         maybe_attach_gc_debug_callback()
+        if self.model_config.enable_sleep_mode:
+            _sleeping_worker = weakref.ref(self)
         logger.info(
             "NPU %s: %s GiB free of %s GiB after start-up.",
             self.device.index,
@@ -141,8 +150,11 @@ class NPUWorker(SleepingWorker, Worker):
 
     def shutdown(self) -> None:
         """Give device memory back while the process still has a device to give it to."""
+        global _sleeping_worker
         super().shutdown()
         if self.model_config.enable_sleep_mode:
             from vllm_sleep_ascend.pool import release_pools
 
             release_pools()
+        if _sleeping_worker is not None and _sleeping_worker() is self:
+            _sleeping_worker = None
