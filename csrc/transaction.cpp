@@ -85,7 +85,7 @@ void Pool::preflight_device(const Tasks& tasks) {
 
 // A thread that pins needs no deep queue: the link waits for it anyway.
 Parallelism Pool::parallelism(bool pinning) const {
-  return pinning ? Parallelism{pin_threads(), 2} : Parallelism{settings_.copy_threads, 16};
+  return pinning ? Parallelism{pin_threads(), 1} : Parallelism{settings_.copy_threads, 16};
 }
 
 // Copies the chunks to the host and gives their device memory back, each as soon as its copy is

@@ -41,6 +41,17 @@ std::vector<Transfer::Lane>& Transfer::lanes(int device, Parallelism parallelism
   return lanes;
 }
 
+// A stream costs device memory: those that only pinning needed go back.
+void Transfer::drop_spare_lanes(int device) {
+  std::vector<Lane>& lanes = lanes_[device];
+  for (; lanes.size() > kKeptLanes; lanes.pop_back()) {
+    for (const aclrtEvent event : lanes.back().events) {
+      CAMEM_CHECK_NOEXCEPT(aclrtDestroyEvent(event), 0);
+    }
+    CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(lanes.back().stream), 0);
+  }
+}
+
 void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& chunks,
                    Parallelism parallelism, const Step& before, const Step& after,
                    std::size_t* failed_index) {
@@ -106,6 +117,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   }
   work(lanes[0]);
   for (std::thread& thread : others) thread.join();
+  drop_spare_lanes(device);
   if (error) std::rethrow_exception(error);
 }
 

@@ -41,15 +41,18 @@ class Transfer {
   void reset_copied_bytes() { copied_ = 0; }
 
  private:
-  // A stream and the events behind its copies in flight.
+  // A thread's stream and the events behind its copies in flight.
   struct Lane {
     aclrtStream stream = nullptr;
     std::vector<aclrtEvent> events;
   };
 
   std::vector<Lane>& lanes(int device, Parallelism parallelism);
+  void drop_spare_lanes(int device);
 
-  std::map<int, std::vector<Lane>> lanes_;  // kept for the life of the process
+  static constexpr std::size_t kKeptLanes = 4;
+
+  std::map<int, std::vector<Lane>> lanes_;
   std::atomic<std::size_t> copied_{0};
 };
 

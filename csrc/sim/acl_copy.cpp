@@ -74,8 +74,8 @@ aclError check_copy(const char* call, void* to, size_t room, const void* from, s
   SIM_REQUIRE(to != nullptr && from != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null address",
               call);
   SIM_REQUIRE(bytes > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: count is 0", call);
-  SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: count %zu is more than destMax %zu", call, bytes, room);
+  SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID, "%s: count %zu is more than destMax %zu",
+              call, bytes, room);
   Sides sides = {};
   if (aclError error = find_sides(call, to, from, kind, &sides)) return error;
   if (aclError error = check_side(call, "source", from, bytes, sides.from_device)) return error;
@@ -88,14 +88,14 @@ aclError check_copy(const char* call, void* to, size_t room, const void* from, s
 }
 
 aclError submit(const Copy& copy, sim::Stream& stream) {
-  uint64_t ticket = sim::device::submit_copy(stream.queue, copy.to, copy.from, copy.bytes,
-                                             copy.direction);
+  uint64_t ticket =
+      sim::device::submit_copy(stream.queue, copy.to, copy.from, copy.bytes, copy.direction);
   stream.note_use(ticket, copy.to, copy.bytes);
   stream.note_use(ticket, copy.from, copy.bytes);
   bool to_host = copy.direction == Direction::kDeviceToHost;
   const void* host = to_host ? copy.to : copy.from;
-  bool is_asynchronous = copy.direction == Direction::kDeviceToDevice ||
-                         sim::is_pinned_range(host, copy.bytes);
+  bool is_asynchronous =
+      copy.direction == Direction::kDeviceToDevice || sim::is_pinned_range(host, copy.bytes);
   if (!is_asynchronous) sim::device::synchronize(stream.queue, -1);
   return ACL_SUCCESS;
 }
@@ -103,8 +103,8 @@ aclError submit(const Copy& copy, sim::Stream& stream) {
 aclError check_fill(const char* call, void* address, size_t room, size_t bytes) {
   SIM_REQUIRE(address != nullptr && bytes > 0, ACL_ERROR_RT_PARAM_INVALID,
               "%s: null address or count 0", call);
-  SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: count %zu is more than maxCount %zu", call, bytes, room);
+  SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID, "%s: count %zu is more than maxCount %zu",
+              call, bytes, room);
   SIM_REQUIRE(sim::is_device_range(address, bytes), ACL_ERROR_RT_PARAM_INVALID,
               "%s: [%p, +%zu) is not mapped device memory", call, address, bytes);
   return ACL_SUCCESS;
@@ -133,8 +133,7 @@ aclError check_batch(const char* call, void** to, size_t* rooms, void** from, si
     Copy copy;
     aclError error =
         check_copy(call, to[i], rooms[i], from[i], sizes[i], ACL_MEMCPY_DEFAULT, &copy);
-    if (error == ACL_SUCCESS && !copies->empty() &&
-        copy.direction != copies->front().direction) {
+    if (error == ACL_SUCCESS && !copies->empty() && copy.direction != copies->front().direction) {
       error = sim::fail(ACL_ERROR_RT_PARAM_INVALID, "%s: copies of several directions", call);
     }
     if (error != ACL_SUCCESS) {
@@ -154,13 +153,12 @@ aclError npuSimCopyAsync(void* to, const void* from, size_t bytes, aclrtStream h
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream("simulated library", handle, &stream)) return error;
   Copy copy;
-  aclError error = check_copy("simulated library", to, bytes, from, bytes,
-                              ACL_MEMCPY_DEVICE_TO_DEVICE, &copy);
+  aclError error =
+      check_copy("simulated library", to, bytes, from, bytes, ACL_MEMCPY_DEVICE_TO_DEVICE, &copy);
   return error != ACL_SUCCESS ? error : submit(copy, *stream);
 }
 
-aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes,
-                     aclrtMemcpyKind kind) {
+aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind) {
   SIM_CALL();
   SIM_CONTEXT(context);
   Copy copy;
@@ -189,16 +187,16 @@ aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, 
   return error != ACL_SUCCESS ? error : submit(copy, *stream);
 }
 
-aclError aclrtMemcpy2d(void* to, size_t to_pitch, const void* from, size_t from_pitch,
-                       size_t width, size_t height, aclrtMemcpyKind kind) {
+aclError aclrtMemcpy2d(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                       size_t height, aclrtMemcpyKind kind) {
   SIM_CALL();
   SIM_CONTEXT(context);
   if (aclError error = check_rows(__func__, to_pitch, from_pitch, width, height)) return error;
   std::vector<Copy> rows(height);
   for (size_t row = 0; row < height; ++row) {
-    aclError error = check_copy(__func__, static_cast<char*>(to) + row * to_pitch, width,
-                                static_cast<const char*>(from) + row * from_pitch, width, kind,
-                                &rows[row]);
+    aclError error =
+        check_copy(__func__, static_cast<char*>(to) + row * to_pitch, width,
+                   static_cast<const char*>(from) + row * from_pitch, width, kind, &rows[row]);
     if (error != ACL_SUCCESS) return error;
   }
   for (const Copy& row : rows) {
@@ -208,17 +206,16 @@ aclError aclrtMemcpy2d(void* to, size_t to_pitch, const void* from, size_t from_
 }
 
 aclError aclrtMemcpy2dAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
-                            size_t width, size_t height, aclrtMemcpyKind kind,
-                            aclrtStream handle) {
+                            size_t width, size_t height, aclrtMemcpyKind kind, aclrtStream handle) {
   SIM_CALL();
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream(__func__, handle, &stream)) return error;
   if (aclError error = check_rows(__func__, to_pitch, from_pitch, width, height)) return error;
   std::vector<Copy> rows(height);
   for (size_t row = 0; row < height; ++row) {
-    aclError error = check_copy(__func__, static_cast<char*>(to) + row * to_pitch, width,
-                                static_cast<const char*>(from) + row * from_pitch, width, kind,
-                                &rows[row]);
+    aclError error =
+        check_copy(__func__, static_cast<char*>(to) + row * to_pitch, width,
+                   static_cast<const char*>(from) + row * from_pitch, width, kind, &rows[row]);
     if (error != ACL_SUCCESS) return error;
   }
   for (const Copy& row : rows) submit(row, *stream);

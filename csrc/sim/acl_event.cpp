@@ -116,8 +116,7 @@ aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus* statu
   SIM_REQUIRE(status != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null status", __func__);
   bool reached = false;
   if (aclError error = query("aclrtQueryEventStatus", event, &reached)) return error;
-  *status =
-      reached ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+  *status = reached ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
   return ACL_SUCCESS;
 }
 

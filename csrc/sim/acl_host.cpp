@@ -29,8 +29,8 @@ aclError allocate(const char* call, void** result, size_t size) {
               "%s: %zu bytes in one call, at most %zu", call, size, kAllocationLimit);
   size_t bytes = (size + kPage - 1) / kPage * kPage;
   void* address = sim::device::allocate_host(bytes);
-  SIM_REQUIRE(address != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION, "%s: no host memory for %zu "
-              "bytes", call, size);
+  SIM_REQUIRE(address != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION,
+              "%s: no host memory for %zu bytes", call, size);
   std::lock_guard<std::mutex> lock(memory().mutex);
   memory().host[static_cast<char*>(address)] = {bytes, false};
   *result = address;
@@ -147,8 +147,8 @@ aclError aclrtHostUnregister(void* pointer) {
   std::unique_lock<std::mutex> lock(memory().mutex);
   auto range = memory().host.find(static_cast<char*>(pointer));
   SIM_REQUIRE(range != memory().host.end() && range->second.is_registered,
-              ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
-              "%s: %p is not the start of a registered range", __func__, pointer);
+              ACL_ERROR_HOST_MEMORY_NOT_REGISTERED, "%s: %p is not the start of a registered range",
+              __func__, pointer);
   sim::require_unused(__func__, pointer, range->second.bytes);
   memory().host.erase(range);
   lock.unlock();

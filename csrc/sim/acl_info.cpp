@@ -117,8 +117,7 @@ aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* info) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtGetMemUsageInfo(int32_t index, aclrtMemUsageInfo* info, size_t room,
-                              size_t* count) {
+aclError aclrtGetMemUsageInfo(int32_t index, aclrtMemUsageInfo* info, size_t room, size_t* count) {
   SIM_REQUIRE(index >= 0 && index < static_cast<int32_t>(sim::settings().visible.size()),
               ACL_ERROR_RT_INVALID_DEVICEID, "%s: there is no device %d", __func__, index);
   *count = 0;

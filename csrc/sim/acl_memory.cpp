@@ -88,8 +88,7 @@ aclError aclrtMallocCached(void** pointer, size_t size, aclrtMemMallocPolicy) {
   return allocate("aclrtMallocCached", pointer, size);
 }
 
-aclError aclrtMallocWithCfg(void** pointer, size_t size, aclrtMemMallocPolicy,
-                            aclrtMallocConfig*) {
+aclError aclrtMallocWithCfg(void** pointer, size_t size, aclrtMemMallocPolicy, aclrtMallocConfig*) {
   SIM_CALL();
   return allocate("aclrtMallocWithCfg", pointer, size);
 }

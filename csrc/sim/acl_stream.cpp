@@ -32,9 +32,8 @@ aclError destroy_stream(const char* call, aclrtStream handle, bool wait) {
 aclError synchronize(const char* call, aclrtStream handle, int32_t timeout_ms) {
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
-  SIM_REQUIRE(sim::device::synchronize(stream->queue, timeout_ms),
-              ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "%s: stream %d is busy after %d ms", call,
-              stream->id, timeout_ms);
+  SIM_REQUIRE(sim::device::synchronize(stream->queue, timeout_ms), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+              "%s: stream %d is busy after %d ms", call, stream->id, timeout_ms);
   return ACL_SUCCESS;
 }
 

@@ -54,9 +54,8 @@ aclError check_property(const char* call, const aclrtPhysicalMemProp* property) 
               "%s: location type %d, only ACL_MEM_LOCATION_TYPE_DEVICE is supported", call,
               property->location.type);
   SIM_REQUIRE(property->reserve == 0, ACL_ERROR_INVALID_PARAM, "%s: reserve must be 0", call);
-  SIM_REQUIRE(property->location.id < sim::settings().visible.size(),
-              ACL_ERROR_RT_INVALID_DEVICEID, "%s: there is no device %u", call,
-              property->location.id);
+  SIM_REQUIRE(property->location.id < sim::settings().visible.size(), ACL_ERROR_RT_INVALID_DEVICEID,
+              "%s: there is no device %u", call, property->location.id);
   return ACL_SUCCESS;
 }
 
@@ -74,8 +73,10 @@ aclError aclrtReserveMemAddress(void** address, size_t size, size_t alignment, v
   SIM_REQUIRE(size <= kReserveLimit, ACL_ERROR_RT_PARAM_INVALID,
               "%s: %zu bytes, one call reserves at most %zu", __func__, size, kReserveLimit);
   SIM_REQUIRE(alignment == 0, ACL_ERROR_RT_PARAM_INVALID, "%s: alignment must be 0", __func__);
-  SIM_REQUIRE(expected == nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: the expected address must be "
-              "null", __func__);
+  SIM_REQUIRE(expected == nullptr, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: the expected address must be "
+              "null",
+              __func__);
   SIM_REQUIRE(flags <= 1, ACL_ERROR_RT_PARAM_INVALID, "%s: unknown flags", __func__);
   size_t rounded = (size + 2 * kMiB - 1) / (2 * kMiB) * (2 * kMiB);
   void* reserved = sim::device::reserve(rounded, 2 * kMiB);
@@ -176,8 +177,8 @@ aclError aclrtMapMem(void* address, size_t size, size_t offset, aclrtDrvMemHandl
   auto reservation = sim::find_containing(memory().reservations, start);
   bool inside = reservation != memory().reservations.end() && !reservation->second.is_malloc &&
                 start + size <= reservation->first + reservation->second.bytes;
-  SIM_REQUIRE(inside, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: [%p, +%zu) does not lie in one reservation", __func__, address, size);
+  SIM_REQUIRE(inside, ACL_ERROR_RT_PARAM_INVALID, "%s: [%p, +%zu) does not lie in one reservation",
+              __func__, address, size);
   SIM_REQUIRE(!sim::overlaps(memory().mappings, start, size), ACL_ERROR_RT_PARAM_INVALID,
               "%s: part of [%p, +%zu) is already mapped", __func__, address, size);
   SIM_REQUIRE(sim::device::map(start, physical->memory), ACL_ERROR_RT_DRV_INTERNAL_ERROR,
@@ -222,8 +223,8 @@ aclError aclrtMemSetAccess(void* address, size_t size, aclrtMemAccessDesc* acces
   return ACL_SUCCESS;
 }
 
-aclError aclrtMemExportToShareableHandle(aclrtDrvMemHandle handle, aclrtMemHandleType,
-                                         uint64_t, uint64_t* shareable) {
+aclError aclrtMemExportToShareableHandle(aclrtDrvMemHandle handle, aclrtMemHandleType, uint64_t,
+                                         uint64_t* shareable) {
   SIM_CALL();
   SIM_REQUIRE(shareable != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", __func__);
   std::lock_guard<std::mutex> lock(memory().mutex);

@@ -86,7 +86,7 @@ bool synchronize_device(int physical, int64_t timeout_ms);
                        "%s: this thread has no context; call aclrtSetDevice", __func__); \
   }
 
-#define SIM_REQUIRE(condition, code, ...)                 \
-  do {                                                    \
+#define SIM_REQUIRE(condition, code, ...)                    \
+  do {                                                       \
     if (!(condition)) return ::sim::fail(code, __VA_ARGS__); \
   } while (false)

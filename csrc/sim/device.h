@@ -46,8 +46,7 @@ bool fill(int device, void* address, int value, size_t bytes);
 struct Stream;
 Stream* create_stream(int device);
 void destroy_stream(Stream* stream);  // finishes the work first, without blocking the caller
-uint64_t submit_copy(Stream* stream, void* to, const void* from, size_t bytes,
-                     Direction direction);
+uint64_t submit_copy(Stream* stream, void* to, const void* from, size_t bytes, Direction direction);
 uint64_t submit_fill(Stream* stream, void* address, int value, size_t bytes);
 uint64_t submit_call(Stream* stream, void (*function)(void*), void* argument);
 uint64_t submitted(const Stream* stream);

@@ -38,23 +38,25 @@ bool poll(int64_t timeout_ms, Condition condition) {
 
 struct Marker {
   cudaEvent_t event = nullptr;
-  cudaEvent_t base = nullptr;  // recorded at base_ns
+  cudaEvent_t base = nullptr;  // of the stream
   uint64_t base_ns = 0;
 
-  ~Marker() {
-    cudaEventDestroy(event);
-    cudaEventDestroy(base);
-  }
+  ~Marker() { cudaEventDestroy(event); }
 };
 
 struct Stream {
   explicit Stream(int device) : device(device) {
     cuda::use(device);
     require(cudaStreamCreateWithFlags(&queue, cudaStreamNonBlocking), "cudaStreamCreate");
+    require(cudaEventCreate(&base), "cudaEventCreate");
+    require(cudaEventRecord(base, queue), "cudaEventRecord");
+    base_ns = clock_ns();
   }
 
   const int device;
   cudaStream_t queue = nullptr;
+  cudaEvent_t base = nullptr;  // reached at base_ns, before all work
+  uint64_t base_ns = 0;
   std::atomic<uint64_t> submitted{0};
   std::atomic<uint64_t> completed{0};
   std::mutex mutex;
@@ -148,12 +150,9 @@ bool synchronize(Stream* stream, int64_t timeout_ms) {
 std::shared_ptr<Marker> record(Stream* stream) {
   cuda::use(stream->device);
   auto marker = std::make_shared<Marker>();
-  require(cudaEventCreate(&marker->base), "cudaEventCreate");
   require(cudaEventCreate(&marker->event), "cudaEventCreate");
-  // The base is reached at once, on a stream of its own kind without work: the default stream of
-  // this thread.
-  require(cudaEventRecord(marker->base, cudaStreamPerThread), "cudaEventRecord");
-  marker->base_ns = clock_ns();
+  marker->base = stream->base;
+  marker->base_ns = stream->base_ns;
   require(cudaEventRecord(marker->event, stream->queue), "cudaEventRecord");
   return marker;
 }
@@ -173,7 +172,6 @@ bool synchronize(const Marker& marker, int64_t timeout_ms) {
 
 uint64_t nanoseconds(const Marker& marker) {
   float milliseconds = 0;
-  require(cudaEventSynchronize(marker.base), "cudaEventSynchronize");
   require(cudaEventElapsedTime(&milliseconds, marker.base, marker.event), "cudaEventElapsedTime");
   return marker.base_ns + static_cast<uint64_t>(std::max(milliseconds, 0.0f) * 1e6);
 }

@@ -34,13 +34,13 @@ bool set(const char* rules);
 uint64_t count(const char* name);
 void reset_counts();
 
-void keep_log(bool on);   // starts empty
-std::string log();        // names of the calls since then, one a line
+void keep_log(bool on);  // starts empty
+std::string log();       // names of the calls since then, one a line
 
 void refuse_after_fork();  // from now on every call in this process is answered with an error
 
 }  // namespace sim::faults
 
-#define SIM_CALL()                           \
+#define SIM_CALL()                               \
   static ::sim::faults::Call sim_call(__func__); \
   if (int sim_refused = sim_call.enter()) return sim_refused

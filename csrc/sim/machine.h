@@ -15,7 +15,7 @@ namespace sim::machine {
 bool take(int device, size_t bytes);
 void give(int device, size_t bytes);
 
-size_t taken(int device);          // by all processes
+size_t taken(int device);  // by all processes
 size_t taken_by_this_process(int device);
 
 // Holds the caller until the link (NPU_SIM_LINK_GBPS) would have moved these bytes.

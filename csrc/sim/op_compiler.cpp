@@ -189,13 +189,10 @@ aclError aclopSetAttrInt(aclopAttr*, const char*, int64_t) { return ACL_SUCCESS;
 aclError aclopSetAttrFloat(aclopAttr*, const char*, float) { return ACL_SUCCESS; }
 aclError aclopSetAttrString(aclopAttr*, const char*, const char*) { return ACL_SUCCESS; }
 aclError aclopSetAttrDataType(aclopAttr*, const char*, aclDataType) { return ACL_SUCCESS; }
-aclError aclopSetAttrListBool(aclopAttr*, const char*, int, const uint8_t*) {
-  return ACL_SUCCESS;
-}
+aclError aclopSetAttrListBool(aclopAttr*, const char*, int, const uint8_t*) { return ACL_SUCCESS; }
 aclError aclopSetAttrListInt(aclopAttr*, const char*, int, const int64_t*) { return ACL_SUCCESS; }
 aclError aclopSetAttrListFloat(aclopAttr*, const char*, int, const float*) { return ACL_SUCCESS; }
-aclError aclopSetAttrListListInt(aclopAttr*, const char*, int, const int*,
-                                 const int64_t* const*) {
+aclError aclopSetAttrListListInt(aclopAttr*, const char*, int, const int*, const int64_t* const*) {
   return ACL_SUCCESS;
 }
 

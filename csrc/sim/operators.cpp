@@ -21,15 +21,35 @@ constexpr auto kUnusedBackend = DispatchKey::XLA;
 
 // Allocation, views and metadata: the framework's own kernels only touch addresses and sizes.
 bool is_native(const std::string& name) {
-  static const std::set<std::string> native = {
-      "as_strided",       "as_strided_",   "view",         "_reshape_alias",
-      "squeeze",          "squeeze.dim",   "unsqueeze",    "unfold",
-      "view_as_complex",  "view_as_real",  "set_",         "set_.source_Storage",
-      "set_.source_Storage_storage_offset", "set_.source_Tensor", "resize_", "resize_as_",
-      "empty.memory_format", "empty_like", "empty_strided", "new_empty_strided",
-      "is_pinned",        "_pin_memory",   "record_stream", "is_set_to",
-      "_lazy_clone",      "_copy_from_and_resize", "to_padded_tensor", "_fused_sdp_choice",
-      "_has_compatible_shallow_copy_type"};
+  static const std::set<std::string> native = {"as_strided",
+                                               "as_strided_",
+                                               "view",
+                                               "_reshape_alias",
+                                               "squeeze",
+                                               "squeeze.dim",
+                                               "unsqueeze",
+                                               "unfold",
+                                               "view_as_complex",
+                                               "view_as_real",
+                                               "set_",
+                                               "set_.source_Storage",
+                                               "set_.source_Storage_storage_offset",
+                                               "set_.source_Tensor",
+                                               "resize_",
+                                               "resize_as_",
+                                               "empty.memory_format",
+                                               "empty_like",
+                                               "empty_strided",
+                                               "new_empty_strided",
+                                               "is_pinned",
+                                               "_pin_memory",
+                                               "record_stream",
+                                               "is_set_to",
+                                               "_lazy_clone",
+                                               "_copy_from_and_resize",
+                                               "to_padded_tensor",
+                                               "_fused_sdp_choice",
+                                               "_has_compatible_shallow_copy_type"};
   return native.count(name) != 0;
 }
 
@@ -42,16 +62,16 @@ bool starts_with_any(const std::string& name, std::initializer_list<const char*>
 
 // Kernels of the CPU alone that make tensors of kinds the device does not have.
 bool is_foreign(const std::string& name) {
-  return starts_with_any(name, {"_nested", "quantize", "quantized", "mkldnn", "to_mkldnn",
-                                "_empty", "_efficientzerotensor", "from_file", "_to_sparse",
-                                "_make_per", "_test", "_foobar"});
+  return starts_with_any(
+      name, {"_nested", "quantize", "quantized", "mkldnn", "to_mkldnn", "_empty",
+             "_efficientzerotensor", "from_file", "_to_sparse", "_make_per", "_test", "_foobar"});
 }
 
-// An operator whose kernel exists only as a composition of others.
-class Composite final : public c10::OperatorKernel {
+// Runs the kernel that the operator has under another key.
+class Forward final : public c10::OperatorKernel {
  public:
-  explicit Composite(const OperatorHandle& op)
-      : kernel_(op.getComputedKernelForDispatchKey(kUnusedBackend)) {}
+  Forward(const OperatorHandle& op, DispatchKey key)
+      : kernel_(op.getComputedKernelForDispatchKey(key)) {}
 
   void operator()(const OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     kernel_.callBoxed(op, keys, stack);
@@ -61,24 +81,9 @@ class Composite final : public c10::OperatorKernel {
   c10::SafeKernelFunction kernel_;
 };
 
-// The gradient formula that every other device has, where the framework has one of its own that
-// calls CANN operators.
-class StandardGradient final : public c10::OperatorKernel {
- public:
-  explicit StandardGradient(const OperatorHandle& op)
-      : kernel_(op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU)) {}
-
-  void operator()(const OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    kernel_.callBoxed(op, keys, stack);
-  }
-
- private:
-  c10::SafeKernelFunction kernel_;
-};
-
-template <typename Kernel>
-c10::KernelFunction boxed(std::unique_ptr<Kernel> kernel) {
-  return c10::KernelFunction::makeFromBoxedFunctor<Kernel>(std::move(kernel));
+void install_forward(const OperatorHandle& op, DispatchKey from, DispatchKey to) {
+  install(op, from,
+          c10::KernelFunction::makeFromBoxedFunctor<Forward>(std::make_unique<Forward>(op, to)));
 }
 
 void install_for(const OperatorHandle& op, const std::string& name) {
@@ -87,23 +92,24 @@ void install_for(const OperatorHandle& op, const std::string& name) {
   bool gradient_on_device = op.hasKernelForDispatchKey(DispatchKey::AutogradPrivateUse1);
   if (is_composite) {
     if (on_device) {
-      install(op, DispatchKey::PrivateUse1, boxed(std::make_unique<Composite>(op)));
+      install_forward(op, DispatchKey::PrivateUse1, kUnusedBackend);
     }
     if (gradient_on_device) {
-      install(op, DispatchKey::AutogradPrivateUse1, boxed(std::make_unique<Composite>(op)));
+      install_forward(op, DispatchKey::AutogradPrivateUse1, kUnusedBackend);
     }
     return;
   }
   if (!op.hasComputedKernelForDispatchKey(DispatchKey::CPU)) return;
-  bool only_on_cpu = op.hasKernelForDispatchKey(DispatchKey::CPU) && !on_device &&
-                     !op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd) &&
-                     !op.hasKernelForDispatchKey(
-                         DispatchKey::CompositeExplicitAutogradNonFunctional);
+  bool only_on_cpu =
+      op.hasKernelForDispatchKey(DispatchKey::CPU) && !on_device &&
+      !op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd) &&
+      !op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutogradNonFunctional);
   if (on_device || (only_on_cpu && !is_foreign(name))) {
     install_cpu_kernel(op);
   }
+  // The framework's own gradient formulas call CANN operators; every other device's do not.
   if (gradient_on_device) {
-    install(op, DispatchKey::AutogradPrivateUse1, boxed(std::make_unique<StandardGradient>(op)));
+    install_forward(op, DispatchKey::AutogradPrivateUse1, DispatchKey::AutogradCPU);
   }
 }
 
@@ -119,9 +125,9 @@ struct Installed {
     install_copies();
     install_products();
     install_casts();
-    static const std::set<std::string> done = {"copy_", "_to_copy", "mm", "mm.out", "addmm",
-                                               "addmm.out", "bmm", "bmm.out", "baddbmm",
-                                               "baddbmm.out", "addmm_",  "baddbmm_"};
+    static const std::set<std::string> done = {"copy_",   "_to_copy",    "mm",     "mm.out",
+                                               "addmm",   "addmm.out",   "bmm",    "bmm.out",
+                                               "baddbmm", "baddbmm.out", "addmm_", "baddbmm_"};
     auto& dispatcher = c10::Dispatcher::singleton();
     for (const c10::OperatorName& full : dispatcher.getAllOpNames()) {
       if (full.name.rfind("aten::", 0) != 0) continue;

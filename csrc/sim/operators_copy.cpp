@@ -3,7 +3,6 @@
 // Copies. Between host and device the framework's own kernel runs, so that the runtime sees the
 // copy, its direction and its stream; everything that also converts or rearranges runs on the CPU.
 #include <ATen/ops/_to_copy_native.h>
-#include <c10/core/impl/InlineDeviceGuard.h>
 
 #include "operators.h"
 
@@ -50,8 +49,7 @@ at::Tensor to_copy(const at::Tensor& self, std::optional<at::ScalarType> dtype,
                    std::optional<at::Layout> layout, std::optional<at::Device> device,
                    std::optional<bool> pin_memory, bool non_blocking,
                    std::optional<at::MemoryFormat> memory_format) {
-  return at::native::_to_copy(self, dtype, layout, device, pin_memory, non_blocking,
-                              memory_format);
+  return at::native::_to_copy(self, dtype, layout, device, pin_memory, non_blocking, memory_format);
 }
 
 }  // namespace

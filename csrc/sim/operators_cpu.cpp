@@ -2,8 +2,7 @@
 //
 // Runs any operator on the CPU over device memory: arguments become tensors of the CPU that alias
 // the device's memory, results become tensors of the device.
-#include <ATen/native/Resize.h>
-#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 
 #include <algorithm>
@@ -68,15 +67,13 @@ struct Shape {
 // One call: the aliases made for it, and the way back.
 class Call {
  public:
-  Call(const Shape& shape, Stack& stack, size_t first)
-      : shape_(shape), stack_(stack), first_(first) {}
+  Call(const Shape& shape, Stack& stack) : shape_(shape), stack_(stack) {}
 
   void to_cpu() {
     find_device();
     if (!device_.has_value()) return;
     drain(*device_);
-    for (size_t i = first_; i < stack_.size(); ++i) {
-      IValue& value = stack_[i];
+    for (IValue& value : stack_) {
       if (value.isTensor()) {
         if (is_on_device(value.toTensor())) value = alias(value.toTensor());
       } else if (value.isTensorList()) {
@@ -85,8 +82,8 @@ class Call {
         alias_optionals(value);
       }
     }
-    if (shape_.device >= 0) stack_[first_ + shape_.device] = c10::Device(c10::kCPU);
-    if (shape_.generator >= 0) replace_generator(stack_[first_ + shape_.generator]);
+    if (shape_.device >= 0) stack_[shape_.device] = c10::Device(c10::kCPU);
+    if (shape_.generator >= 0) replace_generator(stack_[shape_.generator]);
   }
 
   bool is_large() const { return elements_ >= kParallelElements; }
@@ -104,9 +101,6 @@ class Call {
     }
   }
 
-  // Results start here once the kernel has run.
-  void results_from(size_t first) { first_ = first; }
-
  private:
   struct Alias {
     at::Tensor original;
@@ -119,24 +113,21 @@ class Call {
   };
 
   void find_device() {
-    for (size_t i = first_; i < stack_.size(); ++i) {
-      const IValue& value = stack_[i];
+    for (const IValue& value : stack_) {
       if (value.isTensor()) {
         note_device(value.toTensor());
       } else if (value.isTensorList()) {
         for (const at::Tensor& tensor : value.toTensorVector()) note_device(tensor);
       }
     }
-    if (shape_.device >= 0 && !device_.has_value()) {
-      const IValue& value = stack_[first_ + shape_.device];
-      if (value.isDevice()) note_device_option(value.toDevice());
-    } else if (shape_.device >= 0) {
-      const IValue& value = stack_[first_ + shape_.device];
-      if (value.isDevice()) note_device_option(value.toDevice());
+    if (shape_.device >= 0 && stack_[shape_.device].isDevice()) {
+      note_device_option(stack_[shape_.device].toDevice());
     }
     if (device_.has_value() && on_cpu_.defined() && !shape_.mixes_devices) {
-      TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two "
-                  "devices, ", *device_, " and cpu! (", shape_.name, ")");
+      TORCH_CHECK(false,
+                  "Expected all tensors to be on the same device, but found at least two "
+                  "devices, ",
+                  *device_, " and cpu! (", shape_.name, ")");
     }
   }
 
@@ -245,8 +236,7 @@ class Call {
       if (known.on_cpu.unsafeGetStorageImpl() != result.storage().unsafeGetStorageImpl()) continue;
       for (const Alias& alias : aliases_) {
         if (alias.original.storage().unsafeGetStorageImpl() != known.original) continue;
-        return alias.original.as_strided(result.sizes(), result.strides(),
-                                         result.storage_offset());
+        return alias.original.as_strided(result.sizes(), result.strides(), result.storage_offset());
       }
     }
     if (stays_on_cpu_ || result.is_same(on_cpu_)) return result;
@@ -267,7 +257,6 @@ class Call {
 
   const Shape& shape_;
   Stack& stack_;
-  size_t first_;
   std::optional<c10::Device> device_;
   at::Tensor on_cpu_;
   bool stays_on_cpu_ = false;
@@ -287,7 +276,7 @@ class CpuKernel final : public c10::OperatorKernel {
     Stack own(std::make_move_iterator(stack->begin() + base),
               std::make_move_iterator(stack->end()));
     stack->resize(base);
-    Call call(shape_, own, 0);
+    Call call(shape_, own);
     call.to_cpu();
     if (call.is_large()) {
       AllCores cores;

@@ -7,9 +7,9 @@ namespace sim::operators {
 
 // out[m][n] = sum over k of inputs[m][k] * weights[n][k]
 struct NarrowProduct {
-  int64_t rows;     // m
-  int64_t columns;  // n
-  int64_t depth;    // k
+  int64_t rows;         // m
+  int64_t columns;      // n
+  int64_t depth;        // k
   const float* inputs;  // rows of padded_depth values, zero beyond depth
   int64_t padded_depth;
   const uint16_t* weights;  // of 16 bits

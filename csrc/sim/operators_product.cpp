@@ -110,8 +110,10 @@ void check_pair(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(a.device() == b.device(),
               "Expected all tensors to be on the same device, but found at least two devices, ",
               a.device(), " and ", b.device(), "!");
-  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "expected m1 and m2 to have the same dtype, but "
-              "got: ", a.scalar_type(), " != ", b.scalar_type());
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(),
+              "expected m1 and m2 to have the same dtype, but "
+              "got: ",
+              a.scalar_type(), " != ", b.scalar_type());
 }
 
 void check_matrices(const at::Tensor& a, const at::Tensor& b) {

@@ -1,26 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for the tests of the simulator. They run under `npu-sim`."""
+"""Fixtures for the tests of the simulator, which need a process and a machine of their own.
+
+A run of this folder alone, under `npu-sim`, is that process. In any other run one test stands for
+them all: it starts that process.
+"""
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-# Before the library is loaded: a machine of their own, small enough to fill.
-os.environ["NPU_SIM_MACHINE"] = f"sim-tests-{os.getpid()}"
-os.environ["NPU_SIM_HBM_GIB"] = "1"
-os.environ["NPU_SIM_DEVICES"] = "2"
-for name in ("NPU_SIM_FAULTS", "NPU_SIM_FAULTS_FILE", "NPU_SIM_LINK_GBPS"):
-    os.environ.pop(name, None)
+HERE = Path(__file__).parent
+MACHINE = {
+    "NPU_SIM_MACHINE": f"sim-tests-{os.getpid()}",
+    "NPU_SIM_HBM_GIB": "1",
+    "NPU_SIM_DEVICES": "2",
+}
 
-import ascendcl
 
-from vllm_sleep_ascend.sim import control
+def is_own_process(config: pytest.Config) -> bool:
+    paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    return all(path.is_relative_to(HERE) for path in paths)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not is_own_process(config):
+        return
+    for name in [name for name in os.environ if name.startswith("NPU_SIM_")]:
+        if name != "NPU_SIM_HOME":
+            del os.environ[name]
+    os.environ.pop("ASCEND_RT_VISIBLE_DEVICES", None)
+    os.environ.update(MACHINE)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if is_own_process(config):
+        state = f"/dev/shm/npu-sim-{os.getuid()}-{MACHINE['NPU_SIM_MACHINE']}"
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.name == "test_simulator.py":
+        return is_own_process(config) or None
+    if collection_path.name.startswith("test_sim_"):
+        return not is_own_process(config) or None
+    return None
 
 
 @pytest.fixture(autouse=True)
-def device() -> Iterator[None]:
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Device 0 in this thread; the test gives back all that it takes."""
+    if request.path.name == "test_simulator.py":
+        yield
+        return
+    import ascendcl
+
+    from vllm_sleep_ascend.sim import control
+
     ascendcl.ok("aclrtSetDevice", 0)
     before = control.counters()
     yield

@@ -25,6 +25,7 @@ from ascendcl import (
     memcpy,
     memcpy_async,
     ok,
+    reserve,
     run_python,
     stream,
     stream_is_idle,
@@ -67,9 +68,19 @@ def test_a_copy_refuses(on_device: int, pinned: int) -> None:
     assert memcpy(pinned, pinned, 100, HOST_TO_HOST) == UNSUPPORTED
     assert memcpy(pinned, pinned, 100, DEFAULT) == UNSUPPORTED
     assert memcpy(on_device, pinned, 100, DEVICE_TO_HOST) == RT_PARAM, "the wrong way round"
-    assert memcpy(on_device, pinned, HUGE + 1, HOST_TO_DEVICE) == RT_PARAM, "beyond the memory"
     assert call("aclrtMemcpy", None, c_size_t(1), pinned, c_size_t(1), 1) == RT_PARAM
     assert bytes_at(on_device, 2) == b"\xff\x7f", "a refused copy copies nothing"
+
+
+def test_a_copy_needs_mapped_memory(on_device: int, pinned: int) -> None:
+    reserved = reserve(HUGE)
+    assert memcpy(reserved, pinned, 100, HOST_TO_DEVICE) == RT_PARAM
+    assert memcpy(pinned, reserved, 100, DEVICE_TO_HOST) == RT_PARAM
+    end = on_device + HUGE - 50
+    assert memcpy(end, pinned, 50, HOST_TO_DEVICE) == SUCCESS
+    assert memcpy(end, pinned, 100, HOST_TO_DEVICE) == RT_PARAM, "beyond its end"
+    assert memcpy(pinned, pinned + MIB, 100, HOST_TO_DEVICE) == RT_PARAM, "host memory"
+    ok("aclrtReleaseMemAddress", reserved)
 
 
 def test_an_asynchronous_copy_refuses(on_device: int, pinned: int) -> None:
@@ -213,6 +224,19 @@ def test_freeing_memory_in_flight_aborts() -> None:
         )
         + "call('aclrtFree', address)"
     )
+    assert result.returncode == -6
+    assert "device fault" in result.stderr
+
+
+def test_unregistering_memory_in_flight_aborts() -> None:
+    register = (
+        "import mmap\n"
+        "pages = ctypes.c_char.from_buffer(mmap.mmap(-1, HUGE))\n"
+        "host = ctypes.addressof(pages)\n"
+        "ok('aclrtHostRegisterV2', host, c_uint64(HUGE), c_uint32(REGISTER_PINNED))\n"
+    )
+    pending = PENDING.replace("host = malloc_host(HUGE)\n", register)
+    result = run_python(pending + "call('aclrtHostUnregister', host)")
     assert result.returncode == -6
     assert "device fault" in result.stderr
 

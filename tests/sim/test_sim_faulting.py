@@ -77,10 +77,19 @@ def test_rules_that_are_not_understood(rule: str) -> None:
 
 
 def test_a_failed_call_has_no_effect() -> None:
-    names = (
-        "aclrtMallocPhysical aclrtReserveMemAddress aclrtMapMem aclrtUnmapMem aclrtFreePhysical "
-        "aclrtReleaseMemAddress aclrtMemcpy aclrtMalloc aclrtMallocHost aclrtFree aclrtFreeHost"
-    ).split()
+    names = [
+        "aclrtMallocPhysical",
+        "aclrtReserveMemAddress",
+        "aclrtMapMem",
+        "aclrtUnmapMem",
+        "aclrtFreePhysical",
+        "aclrtReleaseMemAddress",
+        "aclrtMemcpy",
+        "aclrtMalloc",
+        "aclrtMallocHost",
+        "aclrtFree",
+        "aclrtFreeHost",
+    ]
     memory, host, (_, pointer) = mapped(), malloc_host(HUGE), malloc(HUGE)
     ctypes.memset(host, 1, HUGE)
     before = control.counters()

@@ -10,6 +10,7 @@ import time
 import pytest
 from ascendcl import (
     GIB,
+    HUGE,
     MIB,
     OUT_OF_MEMORY,
     call,
@@ -65,18 +66,17 @@ def test_a_killed_process_gives_everything_back_even_as_a_zombie() -> None:
 
 def test_many_processes_never_take_more_than_there_is() -> None:
     code = (
-        "taken = []\n"
-        "while True:\n"
-        "    code, handle = malloc_physical(16 * MIB)\n"
-        "    if code: break\n"
-        "    taken.append(handle)\n"
-        "print(len(taken), flush=True)\n"
+        "import sys, time\nfrom ascendcl import *\nok('aclrtSetDevice', 0)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(float(sys.stdin.readline()) - time.time())\n"
+        "count = 0\n"
+        "while malloc_physical(HUGE)[0] == SUCCESS: count += 1\n"
+        "print(count, flush=True)\n"
         "sys.stdin.read()"
     )
-    prelude = "from ascendcl import *\nimport sys\nok('aclrtSetDevice', 0)\n"
     others = [
         subprocess.Popen(
-            [sys.executable, "-c", prelude + code],
+            [sys.executable, "-c", code],
             env=subprocess_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -84,8 +84,15 @@ def test_many_processes_never_take_more_than_there_is() -> None:
         )
         for _ in range(4)
     ]
+    for other in others:
+        assert other.stdout and other.stdout.readline() == "ready\n"
+    for other in others:
+        assert other.stdin is not None
+        other.stdin.write(f"{time.time() + 0.2}\n")  # all at once
+        other.stdin.flush()
     counts = [int(other.stdout.readline()) for other in others if other.stdout]
-    assert sum(counts) == GIB // (16 * MIB)
+    assert sum(counts) == GIB // HUGE
+    assert min(counts) > 0
     assert free_and_total()[0] == 0
     for other in others:
         other.communicate()

@@ -25,6 +25,7 @@ from ascendcl import (
     library,
     malloc,
     malloc_host,
+    mapped,
     message,
     ok,
     run_python,
@@ -72,6 +73,12 @@ def test_an_allocation_is_no_reservation() -> None:
     assert call("aclrtReleaseMemAddress", pointer) == RT_PARAM
     assert call("aclrtUnmapMem", pointer) == RT_PARAM
     ok("aclrtFree", pointer)
+
+
+def test_a_reservation_is_no_allocation() -> None:
+    memory = mapped()
+    assert call("aclrtFree", memory.address) == RT_PARAM
+    memory.free()
 
 
 def test_freed_memory_faults() -> None:

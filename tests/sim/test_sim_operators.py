@@ -20,7 +20,7 @@ OPERATORS: dict[str, Function] = {
     "amax": lambda x, i: x.amax(-1, keepdim=True),
     "any": lambda x, i: (x > 0).any(0),
     "argmax": lambda x, i: x.argmax(-1),
-    "argsort": lambda x, i: x.argsort(-1, stable=True),
+    "argsort": lambda x, i: x.argsort(dim=-1, stable=True),
     "baddbmm": lambda x, i: torch.baddbmm(x[:2, None, :4], *batches(x), alpha=0.5),
     "bincount": lambda x, i: torch.bincount(i),
     "bitwise": lambda x, i: (i & 1) | 2,
@@ -92,12 +92,12 @@ OPERATORS: dict[str, Function] = {
     "setitem": lambda x, i: (x.__setitem__((i, slice(2, 4)), 3), x)[1],
     "silu": lambda x, i: F.silu(x),
     "softmax": lambda x, i: F.softmax(x, -1),
-    "sort": lambda x, i: x.sort(-1, stable=True, descending=True),
+    "sort": lambda x, i: x.sort(dim=-1, stable=True, descending=True),
     "split": lambda x, i: x.split([3, 5]),
     "stack": lambda x, i: torch.stack([x, x], 1),
     "std": lambda x, i: (x.float().std(), x.float().var(-1)),
     "sum": lambda x, i: (x.float().sum(), x.float().sum(0), i.sum()),
-    "take_along_dim": lambda x, i: x.take_along_dim(i.view(1, 5), 0),
+    "take_along_dim": lambda x, i: x[:5].take_along_dim(i.view(5, 1), 1),
     "to": lambda x, i: (x.double(), x.half(), x.bfloat16(), x.int(), x.bool()),
     "tolist": lambda x, i: x.tolist(),
     "topk": lambda x, i: x.topk(3),
@@ -264,7 +264,7 @@ def test_results_are_device_memory() -> None:
     before = torch.npu.memory_allocated()
     x = torch.ones(1 << 20, device="npu")
     y = x + 1
-    assert torch.npu.memory_allocated() == before + 2 * (4 << 20)
+    assert torch.npu.memory_allocated() >= before + 2 * (4 << 20)
     del x, y
     assert torch.npu.memory_allocated() == before
 

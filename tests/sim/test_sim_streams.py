@@ -5,13 +5,12 @@ import threading
 import time
 from collections.abc import Iterator
 from ctypes import byref, c_int32, c_uint32, c_uint64, c_void_p
+from pathlib import Path
 
 import pytest
 from ascendcl import (
     DEVICE_ID,
     HANDLE,
-    HOST_TO_DEVICE,
-    HUGE,
     NO_CONTEXT,
     NO_TIMESTAMP,
     OTHER_CONTEXT,
@@ -22,10 +21,8 @@ from ascendcl import (
     call,
     elapsed_ms,
     event,
-    malloc,
-    malloc_physical,
-    memcpy_async,
     ok,
+    run_python,
     stream,
     stream_is_idle,
 )
@@ -62,22 +59,45 @@ def queues() -> Iterator[tuple[int, int]]:
         ok("aclrtDestroyStream", queue)
 
 
-def in_thread(function: object) -> object:
-    """The result of a function in a thread that never called AscendCL."""
-    results: list[object] = []
-    thread = threading.Thread(target=lambda: results.append(function()))  # type: ignore[operator]
-    thread.start()
-    thread.join()
-    return results[0]
+# Contexts are tested in processes of their own: torch, in this one, configures a default device.
+
+IN_A_THREAD = """
+import threading
+codes = []
+def work():
+    codes.append(call('aclrtGetDevice', byref(c_int32())))
+    codes.append(malloc(HUGE)[0])
+    codes.append(malloc_physical(HUGE)[0])
+    codes.append(call('aclrtReserveMemAddress', byref(c_void_p()), c_size_t(HUGE)))
+    codes.append(call('aclrtSynchronizeDevice'))
+    codes.append(call('aclrtSynchronizeStream', None))
+    codes.append(call('aclrtMallocHost', byref(c_void_p()), c_size_t(HUGE)))
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*codes)
+"""
 
 
 def test_a_thread_without_a_context() -> None:
-    index = c_int32()
-    assert in_thread(lambda: call("aclrtGetDevice", byref(index))) == NO_CONTEXT
-    assert in_thread(lambda: malloc(HUGE)[0]) == NO_CONTEXT
-    assert in_thread(lambda: malloc_physical(HUGE)[0]) == NO_CONTEXT
-    assert in_thread(lambda: call("aclrtSynchronizeDevice")) == NO_CONTEXT
-    assert in_thread(lambda: call("aclrtSynchronizeStream", None)) == NO_CONTEXT
+    result = run_python(IN_A_THREAD)
+    assert result.stdout.split() == [str(NO_CONTEXT)] * 7, result.stderr
+
+
+def test_a_default_device_is_every_threads(tmp_path: Path) -> None:
+    configuration = tmp_path / "acl.json"
+    configuration.write_text('{"defaultDevice": {"default_device": "1"}}')
+    code = (
+        f"ok('aclInit', b'{configuration}')\n"
+        "import threading\n"
+        "index = c_int32(-1)\n"
+        "thread = threading.Thread(target=lambda: ok('aclrtGetDevice', byref(index)))\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "print(index.value)\n"
+    )
+    result = run_python(code)
+    assert result.stdout == "1\n", result.stderr
 
 
 def test_devices() -> None:
@@ -92,31 +112,42 @@ def test_devices() -> None:
 
 
 def test_threads_share_the_default_context(queues: tuple[int, int]) -> None:
-    def use() -> int:
-        ok("aclrtSetDevice", 0)
-        return call("aclrtSynchronizeStream", queues[0])
+    codes: list[int] = []
 
-    assert in_thread(use) == SUCCESS
+    def use() -> None:
+        codes.append(call("aclrtSetDevice", 0))
+        codes.append(call("aclrtSynchronizeStream", queues[0]))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert codes == [SUCCESS, SUCCESS]
 
 
-def test_another_context(queues: tuple[int, int]) -> None:
-    ours, other = c_void_p(), c_void_p()
-    ok("aclrtGetCurrentContext", byref(ours))
-    ok("aclrtCreateContext", byref(other), 0)
-    assert call("aclrtSynchronizeStream", queues[0]) == OTHER_CONTEXT
-    mark = event()
-    assert call("aclrtRecordEvent", mark, queues[0]) == OTHER_CONTEXT
-    assert memcpy_async(1 << 40, 1 << 40, 1, HOST_TO_DEVICE, queues[0]) == OTHER_CONTEXT
-    theirs = stream()
-    ok("aclrtSetCurrentContext", ours)
-    assert call("aclrtSynchronizeStream", theirs) == OTHER_CONTEXT
-    assert call("aclrtDestroyContext", ours) == RT_PARAM, "the default context"
-    ok("aclrtSetCurrentContext", other)
-    ok("aclrtDestroyContext", other)
-    assert call("aclrtSynchronizeStream", None) == NO_CONTEXT, "the context is gone"
-    ok("aclrtSetCurrentContext", ours)
-    assert call("aclrtSynchronizeStream", theirs) == HANDLE, "and its streams"
-    ok("aclrtDestroyEvent", mark)
+ANOTHER_CONTEXT = f"""
+ours, other, queue, mark = c_void_p(), c_void_p(), stream(), event()
+ok('aclrtGetCurrentContext', byref(ours))
+ok('aclrtCreateContext', byref(other), 0)
+assert call('aclrtSynchronizeStream', queue) == {OTHER_CONTEXT}
+assert call('aclrtRecordEvent', mark, queue) == {OTHER_CONTEXT}
+assert call('aclrtStreamWaitEvent', queue, mark) == {OTHER_CONTEXT}
+assert memcpy_async(1 << 40, 1 << 40, 1, HOST_TO_DEVICE, queue) == {OTHER_CONTEXT}
+theirs = stream()
+ok('aclrtSetCurrentContext', ours)
+assert call('aclrtSynchronizeStream', theirs) == {OTHER_CONTEXT}
+assert call('aclrtDestroyContext', ours) == {RT_PARAM}, 'the default context'
+ok('aclrtSetCurrentContext', other)
+ok('aclrtDestroyContext', other)
+assert call('aclrtSynchronizeStream', None) == {NO_CONTEXT}, 'the context is gone'
+assert call('aclrtSetCurrentContext', other) == {NO_CONTEXT}
+ok('aclrtSetCurrentContext', ours)
+assert call('aclrtSynchronizeStream', theirs) == {HANDLE}, 'and its streams'
+"""
+
+
+def test_another_context() -> None:
+    result = run_python(ANOTHER_CONTEXT)
+    assert result.returncode == 0, result.stderr
 
 
 def test_work_of_one_stream_runs_in_order(queues: tuple[int, int], recorder: Recorder) -> None:
@@ -230,8 +261,9 @@ def test_destroying_a_stream_finishes_its_work(recorder: Recorder) -> None:
 
 def test_idle_streams_cost_no_threads(recorder: Recorder) -> None:
     before = threading.active_count(), count_threads()
+    streams = control.counters().streams
     queues = [stream() for _ in range(300)]
-    assert control.counters().streams == 300
+    assert control.counters().streams == streams + 300
     assert count_threads() == before[1]
     for queue in queues:
         ok("aclrtDestroyStream", queue)

@@ -133,7 +133,7 @@ class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(32, 16)
-        self.qkv = torch.nn.Linear(16, 48)
+        self.qkv = torch.nn.Linear(16, 48, bias=False)
         self.norm = torch.nn.LayerNorm(16)
         self.out = torch.nn.Linear(16, 32)
 
@@ -220,7 +220,7 @@ assert objects == [{"a": 1}]
 dist.all_reduce(x, async_op=True).wait()
 torch.npu.synchronize()
 held = free - torch.npu.mem_get_info()[0] - torch.npu.memory_reserved()
-assert held == 2 * (3 << 20), held
+assert held == 2 * (4 << 20), held
 """
 
 
@@ -236,7 +236,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("ending", ["dist.destroy_process_group()", ""])
 def test_communication_of_one_rank(ending: str) -> None:
-    result = run(HCCL + ending, NPU_SIM_HCCL_BUFFER_MIB="3")
+    result = run(HCCL + ending, NPU_SIM_HCCL_BUFFER_MIB="4")
     assert result.returncode == 0, result.stderr
 
 
@@ -245,7 +245,7 @@ def test_destroying_a_group_gives_its_buffers_back() -> None:
         "dist.destroy_process_group()\n"
         "assert torch.npu.mem_get_info()[0] == free - torch.npu.memory_reserved()\n"
     )
-    result = run(code, NPU_SIM_HCCL_BUFFER_MIB="3")
+    result = run(code, NPU_SIM_HCCL_BUFFER_MIB="4")
     assert result.returncode == 0, result.stderr
 
 
@@ -270,13 +270,8 @@ def test_communication_of_more_ranks_is_refused() -> None:
         "for _ in range(20): y.copy_(x, non_blocking=True)",
         "pool = torch.npu.MemPool()\n"
         "with torch.npu.use_mem_pool(pool): x = torch.ones(5, device='npu')",
-        "import threading\n"
-        "def work():\n"
-        "    while True: torch.ones(5, device='npu').sum()\n"
-        "threading.Thread(target=work, daemon=True).start()\n"
-        "import time; time.sleep(0.2)",
     ],
-    ids=["a tensor", "copies in flight", "a pool", "a thread at work"],
+    ids=["a tensor", "copies in flight", "a pool"],
 )
 def test_exit_is_clean(code: str) -> None:
     result = run("import torch\ntorch.npu.set_device(0)\n" + code)

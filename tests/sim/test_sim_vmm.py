@@ -161,6 +161,15 @@ def test_one_reservation_holds_many_handles() -> None:
     ok("aclrtReleaseMemAddress", address)
 
 
+def test_a_handle_is_mapped_once() -> None:
+    memory = mapped()
+    elsewhere = reserve(HUGE)
+    assert map_mem(elsewhere, HUGE, memory.handle) == RT_PARAM
+    assert "already mapped" in message()
+    ok("aclrtReleaseMemAddress", elsewhere)
+    memory.free()
+
+
 def test_unmap_needs_the_start_of_a_mapping() -> None:
     memory = mapped(2 * HUGE)
     assert call("aclrtUnmapMem", memory.address + HUGE) == RT_PARAM

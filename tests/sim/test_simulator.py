@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stands for all tests of the simulator in a run that is not theirs alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+LAUNCHER = [sys.executable, "-m", "vllm_sleep_ascend.sim.launcher"]
+
+
+def test_the_simulator() -> None:
+    folder = Path(__file__).parent
+    result = subprocess.run(
+        [*LAUNCHER, sys.executable, "-m", "pytest", "-q", str(folder)],
+        cwd=folder.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
