@@ -2,6 +2,7 @@
 #
 #   make demo   sleep and wake a model of 0.5B parameters on a simulated NPU
 #   make test   the test suite
+#   make sanitize   the allocator core under the sanitizers of the compiler
 #
 # Both set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
 # PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL, torch comes without CUDA.
@@ -24,7 +25,7 @@ VLLM := 0.32.0
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build demo test lint format clean
+.PHONY: setup toolkit build demo test sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -60,6 +61,13 @@ demo: setup
 
 test: setup
 	$(SIM) python -m pytest tests $(ARGS)
+
+# The core and its C++ contract tests under AddressSanitizer, UBSan and LeakSanitizer, then under
+# ThreadSanitizer.
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: $(VENV)/.packages
+	@$(MAKE) --no-print-directory -C tests/cpp run SANITIZE=$(@:sanitize-%=%) PYTHON=$(BIN)/python
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -5,7 +5,6 @@
 
 #include <map>
 #include <ostream>
-#include <random>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -19,9 +18,9 @@ auto as_tuple(const Held& held) {
 }
 
 std::vector<std::uint64_t> content(std::size_t bytes, std::uint64_t seed) {
-  std::mt19937_64 random(seed);
   std::vector<std::uint64_t> words(bytes / sizeof(std::uint64_t));
-  for (std::uint64_t& word : words) word = random();
+  std::uint64_t word = seed * 0x9e3779b97f4a7c15;
+  for (std::uint64_t& each : words) each = word += 0xbf58476d1ce4e5b9;
   return words;
 }
 

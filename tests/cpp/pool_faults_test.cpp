@@ -41,10 +41,10 @@ const Operation kOperations[] = {
 };
 
 struct World {
-  Block weights{"weights", 6 * kMiB, 1};
+  Block weights{"weights", 4 * kMiB, 1};
   Block small{"weights", 2 * kMiB, 2};
   Block runtime{"runtime", 2 * kMiB, 3};
-  Block cache{"kv_cache", 4 * kMiB, 4};
+  Block cache{"kv_cache", 2 * kMiB, 4};
 
   void check_intact(bool with_weights) const {
     CHECK(runtime.intact());
@@ -77,12 +77,17 @@ bool survive(const Operation& operation, const std::string& rules) {
     }
     operation.run();
     wake_all();
-    CHECK_EQ(held().device_bytes, before.device_bytes + 14 * kMiB);
-    CHECK_EQ(held().mappings, before.mappings + 7);
+    CHECK_EQ(held().device_bytes, before.device_bytes + 10 * kMiB);
+    CHECK_EQ(held().mappings, before.mappings + 5);
     world.check_intact(operation.keeps_weights);
   }
   CHECK_EQ(held(), before);
   return failed;
+}
+
+bool may_run_out(const std::string& rule) {
+  return rule.find("Malloc") != std::string::npos || rule.find("Register") != std::string::npos ||
+         rule.find("MapMem") == std::string("aclrt").size();
 }
 
 void sweep(const Operation& operation, aclError code) {
@@ -97,13 +102,15 @@ void sweep(const Operation& operation, aclError code) {
   CHECK(calls.size() >= 5);
   int reported = 0;
   for (const std::string& rule : device::single_faults(calls, code)) {
+    if (code == device::kOutOfMemory && !may_run_out(rule)) continue;
     try {
       reported += survive(operation, rule);
     } catch (const std::exception& error) {
       throw std::logic_error(std::string(operation.name) + " with " + rule + ": " + error.what());
     }
   }
-  CHECK(reported > 0 || std::string(operation.name) == "sleep 2 after 1");
+  CHECK(reported > 0 || code == device::kOutOfMemory ||
+        std::string(operation.name) == "sleep 2 after 1");
 }
 
 TEST(every_call_of_every_operation_may_fail_once) {
@@ -120,7 +127,7 @@ TEST(weights_that_a_failed_discard_cannot_map_again_are_not_lost) {
   configure();
   World world;
   {
-    const Faults faults("aclrtUnmapMem:7:507899,aclrtMapMem:1:507899:*");
+    const Faults faults("aclrtUnmapMem:5:507899,aclrtMapMem:1:507899:*");
     CHECK_THROWS(camem::TransactionError, pool().sleep(level(2)));
   }
   wake_all();

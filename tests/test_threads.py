@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads that allocate, free and look while another one sleeps and wakes."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import core
+import pytest
+from support import MIB
+
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.sim import control
+
+pytestmark = pytest.mark.timeout(120)
+
+WEIGHTS_ONLY = ({"weights": "offload"}, "keep")
+SLOW_COPY = "aclrtMemcpyAsync:1:delay_ms=600"
+
+
+@pytest.fixture(autouse=True)
+def device():
+    core.start()
+    core.configure(chunk_mib=2)
+    before = control.counters()
+    yield
+    control.set_faults("")
+    after = control.counters()
+    assert after.device_bytes == before.device_bytes
+    assert after.physical_handles == before.physical_handles
+    assert after.mappings == before.mappings
+    assert after.reservations == before.reservations
+    assert after.registered_bytes == before.registered_bytes
+
+
+class Worker(threading.Thread):
+    """A thread with a device, which ends in time and hands its exception on."""
+
+    def __init__(self, work: Callable[[], None]):
+        super().__init__(daemon=True)
+        self.work = work
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self):
+        core.start()
+        try:
+            self.work()
+        except BaseException as error:
+            self.error = error
+
+    def done(self, timeout: float = 60) -> None:
+        self.join(timeout)
+        assert not self.is_alive(), "the thread hangs"
+        if self.error is not None:
+            raise self.error
+
+
+def slow_sleep() -> Worker:
+    """A sleep that has begun and takes a while."""
+    control.reset_counters()
+    control.set_faults(SLOW_COPY)
+    sleeper = Worker(lambda: _camem.sleep(*WEIGHTS_ONLY))
+    while control.call_count("aclrtMemcpyAsync") == 0:
+        time.sleep(0.001)
+    return sleeper
+
+
+def test_threads_allocate_write_and_free_while_another_sleeps_and_wakes():
+    weights = [core.Block("weights", 4 * MIB, seed) for seed in range(3)]
+    finished = []
+
+    def work(number: int) -> None:
+        for turn in range(25):
+            stays = core.Block("stays", 2 * MIB, seed=100 * number + turn)
+            passing = _allocate("weights", 2 * MIB)  # may fall asleep before it is freed
+            assert stays.intact()
+            _free(passing, 2 * MIB)
+            stays.free()
+        finished.append(number)
+
+    workers = [Worker(lambda number=number: work(number)) for number in range(3)]
+    cycles = 0
+    while any(worker.is_alive() for worker in workers) or cycles < 3:
+        _camem.sleep(*WEIGHTS_ONLY)
+        _camem.wake(["weights"])
+        cycles += 1
+    for worker in workers:
+        worker.done()
+    assert sorted(finished) == [0, 1, 2]
+    assert all(block.state == "mapped" and block.intact() for block in weights)
+    for block in weights:
+        block.free()
+    assert _camem.allocations() == []
+
+
+def _allocate(tag: str, size: int) -> int:
+    previous = _camem.set_current_tag(tag)
+    address = core._hooks.camem_malloc(size, 0, None)
+    _camem.set_current_tag(previous)
+    assert address is not None
+    return address
+
+
+def _free(address: int, size: int) -> None:
+    core._hooks.camem_free(address, size, 0, None)
+
+
+def test_tags_belong_to_their_thread():
+    meeting = threading.Barrier(4, timeout=30)
+    found: dict[str, str] = {}
+
+    def work(tag: str) -> None:
+        assert _camem.set_current_tag(tag) == "default"
+        meeting.wait()
+        address = core._hooks.camem_malloc(2 * MIB, 0, None)
+        meeting.wait()
+        found[tag] = next(a["tag"] for a in _camem.allocations() if a["address"] == address)
+        meeting.wait()
+        _free(address, 2 * MIB)
+
+    tags = [f"tag of thread {number}" for number in range(4)]
+    for worker in [Worker(lambda tag=tag: work(tag)) for tag in tags]:
+        worker.done()
+    assert found == {tag: tag for tag in tags}
+
+
+def test_other_python_threads_go_on_during_a_slow_sleep():
+    """Also those that ask the allocator for what needs no waiting."""
+    block = core.Block("weights", 4 * MIB)
+    sleeper = slow_sleep()
+    steps, longest, last = 0, 0.0, time.monotonic()
+    begin = last
+    while sleeper.is_alive():
+        _camem.set_current_tag(_camem.set_current_tag("runtime"))
+        _camem.tags()
+        _camem.copied_bytes()
+        _camem.pinned_host_bytes()
+        now = time.monotonic()
+        steps, longest, last = steps + 1, max(longest, now - last), now
+    sleeper.done()
+    assert last - begin > 0.3, "the GIL was held while sleeping"
+    assert steps > 50
+    assert longest < 0.4, "a call held the GIL until the sleep had ended"
+    assert block.state == "offloaded"
+    block.free()
+
+
+@pytest.mark.parametrize("wait", ["configure", "allocations", "malloc", "free"])
+def test_what_waits_for_a_slow_sleep_waits_without_the_gil(wait):
+    weights = core.Block("weights", 4 * MIB, seed=1)
+    other = core.Block("stays", 2 * MIB)
+    sleeper = slow_sleep()
+    got = []
+    waiting = {
+        "configure": lambda: core.configure(chunk_mib=2),
+        "allocations": lambda: got.extend(_camem.allocations()),
+        "malloc": lambda: got.append(_allocate("stays", 2 * MIB)),
+        "free": other.free,
+    }[wait]
+    start = time.monotonic()
+    waiter = Worker(waiting)
+    longest, last = 0.0, time.monotonic()
+    while waiter.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    waited = time.monotonic() - start
+    waiter.done()
+    sleeper.done()
+    assert waited > 0.2
+    assert longest < waited / 2, "the GIL was held while waiting"
+    states = [allocation["state"] for allocation in _camem.allocations()]
+    assert sorted(states) == sorted(
+        ["offloaded"] + ["mapped"] * {"malloc": 2, "free": 0}.get(wait, 1)
+    )
+    _camem.wake(["weights"])
+    assert weights.intact()
+    weights.free()
+    if wait != "free":
+        other.free()
+    if wait == "malloc":
+        _free(got[0], 2 * MIB)
+
+
+def test_torch_allocates_in_several_threads_while_another_sleeps_and_wakes():
+    import torch
+
+    from vllm_sleep_ascend import pool
+
+    torch.npu.init()
+
+    def tensor(tag: str, value: int):
+        with pool.use_pool(tag):
+            return torch.full((3 * MIB,), value, dtype=torch.uint8, device="npu")
+
+    weights = tensor("weights", 5)
+    torch.npu.synchronize()
+    sums = []
+
+    def work(number: int) -> None:
+        torch.npu.set_device(0)
+        for turn in range(8):
+            stays = tensor("stays", number + turn)
+            sums.append(int(stays.sum(dtype=torch.int64)) == (number + turn) * 3 * MIB)
+            del stays
+
+    workers = [Worker(lambda number=number: work(number)) for number in (1, 2)]
+    cycles = 0
+    while any(worker.is_alive() for worker in workers) or cycles < 3:
+        _camem.sleep(*WEIGHTS_ONLY)
+        _camem.wake(["weights"])
+        cycles += 1
+    for worker in workers:
+        worker.done()
+    assert sums == [True] * 16
+    assert int(weights.sum(dtype=torch.int64)) == 5 * 3 * MIB
+    del weights
+    pool.release_pools()
+    assert _camem.allocations() == []
+    torch.npu.empty_cache()
+
+
+def test_torch_neither_deadlocks_with_the_gil_nor_with_its_own_lock():
+    """During a slow sleep one thread allocates (torch's lock, then ours) while another destroys
+    pools (the GIL, torch's lock, then ours)."""
+    import torch
+
+    from vllm_sleep_ascend import pool
+
+    torch.npu.init()
+    with pool.use_pool("weights"):
+        weights = torch.full((4 * MIB,), 9, dtype=torch.uint8, device="npu")
+    with pool.use_pool("kv_cache"):
+        cache = torch.zeros(4 * MIB, dtype=torch.uint8, device="npu")
+    torch.npu.synchronize()
+    made = []
+
+    def allocate() -> None:
+        torch.npu.set_device(0)
+        with pool.use_pool("stays"):
+            made.append(torch.full((3 * MIB,), 1, dtype=torch.uint8, device="npu"))
+
+    sleeper = slow_sleep()
+    allocating = Worker(allocate)
+    del cache
+    destroying = Worker(pool.release_pools)
+    for worker in (sleeper, allocating, destroying):
+        worker.done(30)
+    control.set_faults("")
+    assert int(made[0].sum(dtype=torch.int64)) == 3 * MIB
+    _camem.wake(["weights"])
+    assert int(weights.sum(dtype=torch.int64)) == 9 * 4 * MIB
+    made.clear()
+    del weights
+    pool.release_pools()
+    torch.npu.empty_cache()  # torch keeps the segment of a tensor that outlived its pool
+    assert _camem.allocations() == []
