@@ -2,6 +2,7 @@
 """The simulated machine of a test run, and the models that tests share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ os.environ.setdefault("NPU_SIM_MACHINE", f"pytest-{os.getpid()}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the simulated machines of this run; their names end with its process id."""
+    for machine in Path("/dev/shm").glob(f"npu-sim-{os.getuid()}-*-{os.getpid()}"):
+        shutil.rmtree(machine, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

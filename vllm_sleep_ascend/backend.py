@@ -10,6 +10,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend import _camem, pool
+from vllm_sleep_ascend.checksum import checksums
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, Action
 
@@ -30,13 +31,19 @@ class CamemBackend(SleepModeBackend):
 
     def configure(self, config: SleepModeConfig) -> None:
         """Take the engine's options, before its first allocation."""
-        self._wake_timeout_s = config.wake_timeout_s
+        self._config = config
         _camem.configure(
             chunk_bytes=config.chunk_mib << 20,
             keep_host_backup=config.keep_host_backup,
             copy_threads=3,
             pin_threads=16,
+            scratch_tags=list(SCRATCH_TAGS),
         )
+
+    def prepare(self) -> None:
+        """Pin host memory for the weights in the background, if ``host_backup`` says so."""
+        if self._config.host_backup == "prepared":
+            _camem.prepare(["weights"])
 
     def suspend(self, level: int = 1) -> None:
         """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""
@@ -52,7 +59,10 @@ class CamemBackend(SleepModeBackend):
         wanted = [tag for tag in _camem.tags() if tag not in deferred]
         gc.collect()
         torch.accelerator.empty_cache()
-        report = _camem.wake(wanted, self._wake_timeout_s)
+        asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
+        report = _camem.wake(wanted, self._config.wake_timeout_s)
+        if self._config.verify_wake:
+            self._verify(asleep)
         self._finish("wake", report)
 
     def asleep(self, tag: str) -> bool:
@@ -99,10 +109,46 @@ class CamemBackend(SleepModeBackend):
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
     ) -> None:
         pool.trim()
-        report = _camem.sleep(actions, otherwise)
+        report = _camem.sleep(actions, otherwise, self._checksums(actions, otherwise))
         gc.collect()
         torch.accelerator.empty_cache()
         self._finish(operation, report)
+
+    def _checksums(self, actions: dict[str, Action], otherwise: Action) -> dict[int, int]:
+        """Of what will be copied, by address; empty unless an option asks for them."""
+        if not (self._config.skip_unchanged or self._config.verify_wake):
+            return {}
+        device = torch.device("npu", torch.npu.current_device())
+        sums = checksums(
+            [
+                (a["address"], a["bytes"])
+                for a in _camem.allocations()
+                if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
+            ],
+            device,
+        )
+        if self._config.skip_unchanged:
+            return sums
+        # Only to verify: nothing may pass for unchanged, so a known sum is not given again.
+        known = {a["address"]: a["checksum"] for a in _camem.allocations()}
+        return {address: total for address, total in sums.items() if known[address] != total}
+
+    def _verify(self, addresses: set[int]) -> None:
+        """Raises SleepModeError if memory that just woke is not what went to sleep."""
+        woken = [
+            a
+            for a in _camem.allocations()
+            if a["address"] in addresses and a["state"] == "mapped" and a["checksum"] is not None
+        ]
+        device = torch.device("npu", torch.npu.current_device())
+        sums = checksums([(a["address"], a["bytes"]) for a in woken], device)
+        for a in woken:
+            if sums[a["address"]] != a["checksum"]:
+                raise SleepModeError(
+                    f"wake brought back other content than went to sleep: tag {a['tag']!r}, "
+                    f"{a['bytes']} bytes at {a['address']:#x}, checksum {sums[a['address']]:#018x} "
+                    f"instead of {a['checksum']:#018x}. Load the weights again or restart"
+                )
 
     def _finish(self, operation: str, report: "_camem.Report") -> None:
         asleep = any(self.asleep(tag) for tag in _camem.tags())

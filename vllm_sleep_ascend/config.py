@@ -19,6 +19,16 @@ class SleepModeConfig(BaseModel):
     keep_host_backup: bool = Field(default=True)
     """Keep the pinned host memory of a backup after the wake, so that the next sleep has it."""
 
+    host_backup: Literal["on_demand", "prepared"] = Field(default="on_demand")
+    """When the host memory of a level-1 backup is pinned: at the first sleep, or in the background
+    once the weights are loaded."""
+
+    skip_unchanged: bool = Field(default=False)
+    """Copy only allocations whose checksum changed since the backup that is kept."""
+
+    verify_wake: bool = Field(default=False)
+    """Compare checksums after a wake that copied memory back."""
+
     chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
     """MiB of device memory that are taken, copied and given back at a time."""
 

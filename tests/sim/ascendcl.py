@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 HUGE = 2 * MIB

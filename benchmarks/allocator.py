@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sleep and wake of a model's weights and KV cache, beside other allocators and the link's peak.
+
+Every allocator runs in a fresh process of its own, which measures the link first. ``--device cuda``
+runs the compiled allocator over CUDA; ``sim`` runs it at toy size under npu-sim and checks the
+contents only, for times of host memory say nothing.
+
+    python benchmarks/allocator.py --device cuda --peer cumem,tms,tms_retain --out build/results
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One allocator, in this process."""
+    import torch
+    from bench import allocators
+    from bench.machine import Machine, checksum, host_bytes, summary
+    from bench.models import MODELS
+
+    machine = Machine(options.device)
+    peak = machine.link_peak(options.link_mib * MIB)
+    allocator = allocators.make(name, machine, options.chunk_mib)
+    machine.warm_up()
+    allocator.sleep()  # of nothing: what the allocator itself loads counts as context
+    context, resident = machine.used(), host_bytes()
+
+    with allocator.use_pool("weights"):
+        weights = [
+            torch.empty(shape, dtype=torch.bfloat16, device=machine.device)
+            for shape in MODELS[options.model].shapes()
+        ]
+    for weight in weights:
+        weight.view(torch.int16).random_(-3000, 3000)
+    sums = [checksum(weight) for weight in weights]
+    with allocator.use_pool("kv_cache"):
+        cache = [
+            torch.empty(options.kv_block_mib * MIB, dtype=torch.uint8, device=machine.device)
+            for _ in range(options.kv_blocks)
+        ]
+    awake = machine.used()
+    start = machine.now()
+    allocator.prepare()
+    prepare_s = machine.now() - start
+
+    sleeps, wakes, kv_wakes, left, contents_kept = [], [], [], [], True
+    host = 0
+    for _ in range(options.cycles):
+        time.sleep(options.pause_s)
+        start = machine.now()
+        allocator.sleep()
+        sleeps.append(machine.now() - start)
+        left.append(machine.used() - context)
+        host = max(host, host_bytes() - resident)
+        time.sleep(options.pause_s)
+        start = machine.now()
+        allocator.wake(["weights"])
+        wakes.append(machine.now() - start)
+        start = machine.now()
+        allocator.wake(["kv_cache"])
+        kv_wakes.append(machine.now() - start)
+        contents_kept = contents_kept and sums == [checksum(weight) for weight in weights]
+        cache[0].fill_(1)
+    result = {
+        "weights_bytes": sum(weight.numel() * 2 for weight in weights),
+        "tensors": len(weights),
+        "kv_bytes": sum(block.numel() for block in cache),
+        "link_peak_gb_s": peak,
+        "context_bytes": context,
+        "awake_bytes": awake - context,
+        "left_bytes": max(left),
+        "host_bytes": host,
+        "prepare_s": prepare_s,
+        "first_sleep_s": sleeps[0],
+        "later_sleep_s": summary(sleeps[1:]),
+        "wake_weights_s": summary(wakes),
+        "wake_kv_s": summary(kv_wakes),
+        "sleeps_s": sleeps,
+        "wakes_s": wakes,
+        "kv_wakes_s": kv_wakes,
+        "contents_kept": contents_kept,
+        **allocator.figures(),
+    }
+    if isinstance(allocator, allocators.Ours):
+        result["discard_all_s"] = discard_all(allocator, machine, options)
+    return result
+
+
+def discard_all(allocator: Any, machine: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds to give everything back without a copy: the floor under every sleep."""
+    from bench.machine import summary
+
+    seconds = []
+    for _ in range(3):
+        time.sleep(options.pause_s)
+        start = machine.now()
+        allocator.discard_all()
+        seconds.append(machine.now() - start)
+        time.sleep(options.pause_s)
+        allocator.wake(["weights", "kv_cache"])
+    return summary(seconds)
+
+
+def touch_host(size: int) -> None:
+    """Use that much host memory once and give it back.
+
+    A virtual machine is given its memory by the hypervisor when it first touches it, which takes
+    longer than what is measured here and would burden whoever comes first.
+    """
+    code = f"import numpy; numpy.ones({size}, numpy.uint8)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def run_child(name: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, *arguments, "--child", name]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        return {"error": f"exit code {done.returncode}: {done.stdout.strip()[-200:]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
+    parser.add_argument("--peer", default="", help="some of cumem,tms,tms_retain (CUDA)")
+    parser.add_argument("--ours", default="ours,ours_prepared,ours_skip_unchanged")
+    parser.add_argument("--model", default=None, help="qwen2.5-7b, qwen2.5-14b or toy")
+    parser.add_argument("--kv-blocks", type=int, default=None)
+    parser.add_argument("--kv-block-mib", type=int, default=None)
+    parser.add_argument("--cycles", type=int, default=5)
+    parser.add_argument("--chunk-mib", type=int, default=None)
+    parser.add_argument("--pause-s", type=float, default=0.5, help="between two operations")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the PNG")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    toy = options.device == "sim"
+    options.model = options.model or ("toy" if toy else "qwen2.5-7b")
+    options.kv_blocks = options.kv_blocks or (2 if toy else 28)
+    options.kv_block_mib = options.kv_block_mib or (20 if toy else 1024)
+    options.chunk_mib = options.chunk_mib or (4 if toy else 64)
+    options.link_mib = 16 if toy else 1024
+    options.pause_s = 0.0 if toy else options.pause_s
+    return options
+
+
+def main() -> None:
+    options = parse()
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if options.child is not None:
+        print(json.dumps(measure(options.child, options)), flush=True)
+        os._exit(0)  # how an allocator ends its process is not measured
+    from bench import build, report
+    from bench.machine import Machine
+    from bench.models import MODELS
+
+    environment = dict(os.environ)
+    if options.device == "cuda":
+        build.build()
+        environment.setdefault("NPU_SIM_HBM_GIB", str(build.device_gib() - 3))
+        touch_host(min(3 * MODELS[options.model].bytes(), 90 * GIB))
+    names = [name for name in f"{options.ours},{options.peer}".split(",") if name]
+    runs: dict[str, Any] = {}
+    for name in names:
+        runs[name] = run_child(name, sys.argv[1:], environment)
+        print(f"{name}: {json.dumps(runs[name])}", flush=True)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": Machine.describe_host(options.device),
+        "model": options.model,
+        "weights_bytes": MODELS[options.model].bytes(),
+        "kv_bytes": options.kv_blocks * options.kv_block_mib * MIB,
+        "chunk_mib": options.chunk_mib,
+        "runs": runs,
+    }
+    report.print_table(report.allocator_rows(result))
+    if options.out is not None:
+        stem = f"allocator_{options.device}_{options.model}"
+        report.write_json(options.out / f"{stem}.json", result)
+        if options.device != "sim":
+            report.draw_allocators(options.out / f"{stem}.png", result)
+    if any("error" in run or not run["contents_kept"] for run in runs.values()):
+        raise SystemExit("an allocator failed, or lost contents")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The allocators under measurement behind one face: use_pool, sleep (weights kept), wake."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from bench import build
+from bench.machine import MIB, Machine
+
+OURS = ("ours", "ours_prepared", "ours_skip_unchanged", "ours_released")
+PEERS = ("cumem", "tms", "tms_retain")
+
+
+class Allocator(Protocol):
+    def use_pool(self, tag: str) -> AbstractContextManager[None]: ...
+    def prepare(self) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self, tags: list[str], timeout_s: float = 0.0) -> None: ...
+    def figures(self) -> dict[str, Any]: ...
+
+
+class Ours:
+    """vllm_sleep_ascend's compiled allocator. ``variant`` chooses the options."""
+
+    def __init__(self, machine: Machine, variant: str, chunk_mib: int) -> None:
+        self._machine = machine
+        self._camem = build.load(machine.name)
+        from vllm_sleep_ascend.policy import POLICY, SCRATCH_TAGS
+
+        self._actions = POLICY[1]
+        self._skip = variant == "ours_skip_unchanged"
+        self._prepared = variant == "ours_prepared"
+        self._pools: list[Any] = []
+        self._camem.configure(
+            chunk_bytes=chunk_mib * MIB,
+            keep_host_backup=variant != "ours_released",
+            copy_threads=3,
+            pin_threads=16,
+            scratch_tags=list(SCRATCH_TAGS),
+        )
+        self._hooks: Any = None
+        if machine.name == "cuda":
+            self._hooks = torch.cuda.memory.CUDAPluggableAllocator(
+                self._camem.__file__, "camem_malloc", "camem_free"
+            )
+
+    @contextmanager
+    def use_pool(self, tag: str) -> Iterator[None]:
+        if self._hooks is None:
+            from vllm_sleep_ascend import pool
+
+            with pool.use_pool(tag):
+                yield
+            return
+        self._pools.append(torch.cuda.MemPool(self._hooks.allocator()))
+        before = self._camem.set_current_tag(tag)
+        with torch.cuda.use_mem_pool(self._pools[-1]):
+            yield
+        self._camem.set_current_tag(before)
+
+    def prepare(self) -> None:
+        if self._prepared:
+            self._camem.prepare(["weights"])
+            self._camem.wait_prepared(600.0)
+
+    def sleep(self) -> None:
+        self._machine.synchronize()
+        self._camem.sleep(self._actions, "offload", self._checksums() if self._skip else {})
+
+    def discard_all(self) -> None:
+        """Everything is given back and nothing copied: what the driver takes for that alone."""
+        self._machine.synchronize()
+        self._camem.sleep({}, "discard")
+
+    def wake(self, tags: list[str], timeout_s: float = 0.0) -> None:
+        self._camem.wake(tags, timeout_s)
+
+    def figures(self) -> dict[str, Any]:
+        return {"pinned_bytes": self._camem.pinned_host_bytes()}
+
+    def _checksums(self) -> dict[int, int]:
+        from vllm_sleep_ascend.checksum import checksums
+
+        ranges = [
+            (allocation["address"], allocation["bytes"])
+            for allocation in self._camem.allocations()
+            if allocation["state"] == "mapped" and self._actions[allocation["tag"]] == "offload"
+        ]
+        return checksums(ranges, self._machine.device)
+
+
+class Cumem:
+    """vLLM's own allocator for CUDA."""
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(build.PEERS))
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        self._allocator = CuMemAllocator.get_instance()
+
+    def use_pool(self, tag: str) -> AbstractContextManager[None]:
+        return self._allocator.use_memory_pool(tag)
+
+    def prepare(self) -> None: ...
+
+    def sleep(self) -> None:
+        self._allocator.sleep(("weights",))
+
+    def wake(self, tags: list[str], timeout_s: float = 0.0) -> None:
+        self._allocator.wake_up(tags)
+
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+
+class MemorySaver:
+    """torch_memory_saver; ``retain`` keeps its host backup from one sleep to the next."""
+
+    def __init__(self, retain: bool) -> None:
+        if retain:
+            os.environ["TMS_RETAIN_CPU_BACKUP"] = "1"
+        sys.path.insert(0, str(build.PEERS))
+        from torch_memory_saver import torch_memory_saver
+
+        self._saver = torch_memory_saver
+        self._saver.hook_mode = "torch"
+
+    @contextmanager
+    def use_pool(self, tag: str) -> Iterator[None]:
+        with self._saver.region(tag=tag, enable_cpu_backup=tag == "weights"):
+            yield
+
+    def prepare(self) -> None: ...
+
+    def sleep(self) -> None:
+        self._saver.pause("kv_cache")
+        self._saver.pause("weights")
+
+    def wake(self, tags: list[str], timeout_s: float = 0.0) -> None:
+        for tag in tags:
+            self._saver.resume(tag)
+
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+
+def make(name: str, machine: Machine, chunk_mib: int = 64) -> Allocator:
+    if name == "cumem":
+        return Cumem()
+    if name in ("tms", "tms_retain"):
+        return MemorySaver(retain=name == "tms_retain")
+    return Ours(machine, name, chunk_mib)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch from model A to model B on one device, in two processes: one after the other, and
+overlapped, where B's wake takes the memory that A's sleep gives back, chunk by chunk.
+
+Both models have weights and a KV cache; the device cannot hold both. The link carries A's weights
+down and B's weights up, at the same time when overlapped.
+
+    python benchmarks/overlap.py --device cuda --out build/results
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+MIB = 1 << 20
+TAGS = ["weights", "kv_cache"]
+
+
+class Engine:
+    """A child process that holds one model and does what it is told, one line a command."""
+
+    def __init__(self, name: str, arguments: list[str], environment: dict[str, str]) -> None:
+        command = [sys.executable, __file__, *arguments, "--child", name]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.answer()
+
+    def tell(self, command: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # else something that a library prints
+                return json.loads(line)
+        raise SystemExit(f"an engine ended with {self._process.wait()}")
+
+    def do(self, command: str) -> dict[str, Any]:
+        self.tell(command)
+        return self.answer()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def serve(options: argparse.Namespace) -> None:
+    """A child: allocates, sleeps, and then obeys."""
+    import torch
+    from bench import allocators
+    from bench.machine import Machine, checksum
+    from bench.models import MODELS
+
+    machine = Machine(options.device)
+    allocator = allocators.make("ours", machine, options.chunk_mib)
+    with allocator.use_pool("weights"):
+        weights = [
+            torch.empty(shape, dtype=torch.bfloat16, device=machine.device)
+            for shape in MODELS[options.model].shapes()
+        ]
+    for weight in weights:
+        weight.view(torch.int16).random_(-3000, 3000)
+    sums = [checksum(weight) for weight in weights]
+    with allocator.use_pool("kv_cache"):
+        cache = [
+            torch.empty(options.kv_block_mib * MIB, dtype=torch.uint8, device=machine.device)
+            for _ in range(options.kv_blocks)
+        ]
+    allocator.sleep()
+    machine.torch.empty_cache()
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        start = time.monotonic()
+        if line == "sleep\n":
+            allocator.sleep()
+        elif line == "wake\n":
+            allocator.wake(TAGS, 120.0)
+        end = time.monotonic()
+        kept = True
+        if line == "check\n":
+            kept = sums == [checksum(weight) for weight in weights]
+            cache[0].fill_(1)
+            machine.synchronize()
+        print(json.dumps({"start": start, "end": end, "kept": kept}), flush=True)
+
+
+def switch(a: Engine, b: Engine, overlapped: bool) -> dict[str, float]:
+    """Seconds of A's sleep, of B's wake, and from the first start to the last end."""
+    if overlapped:
+        b.tell("wake")
+        a.tell("sleep")
+        slept, woke = a.answer(), b.answer()
+    else:
+        slept = a.do("sleep")
+        woke = b.do("wake")
+    return {
+        "sleep_s": slept["end"] - slept["start"],
+        "wake_s": woke["end"] - woke["start"],
+        "total_s": max(slept["end"], woke["end"]) - min(slept["start"], woke["start"]),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
+    parser.add_argument("--model", default=None, help="qwen2.5-7b, qwen2.5-14b or toy")
+    parser.add_argument("--kv-blocks", type=int, default=None)
+    parser.add_argument("--kv-block-mib", type=int, default=None)
+    parser.add_argument("--cycles", type=int, default=6, help="switches of each kind")
+    parser.add_argument("--chunk-mib", type=int, default=None)
+    parser.add_argument("--pause-s", type=float, default=0.5, help="between two switches")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    toy = options.device == "sim"
+    options.model = options.model or ("toy" if toy else "qwen2.5-7b")
+    options.kv_blocks = options.kv_blocks or (2 if toy else 28)
+    options.kv_block_mib = options.kv_block_mib or (20 if toy else 1024)
+    options.chunk_mib = options.chunk_mib or (4 if toy else 64)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if options.child is not None:
+        serve(options)
+        return
+    from bench import build, report
+    from bench.machine import Machine
+    from bench.models import MODELS
+
+    environment = dict(os.environ)
+    kv = options.kv_blocks * options.kv_block_mib * MIB
+    one = MODELS[options.model].bytes() + kv
+    if options.device == "cuda":
+        build.build()
+        environment.setdefault("NPU_SIM_HBM_GIB", str(min(build.device_gib() - 4, one * 1.5 / GIB)))
+    if options.device == "sim":
+        environment["NPU_SIM_HBM_GIB"] = str(one * 1.95 / GIB)
+    engines = [Engine(name, sys.argv[1:], environment) for name in ("a", "b")]
+    engines[0].do("wake")
+    runs: dict[str, list[dict[str, float]]] = {"serial": [], "overlapped": []}
+    awake, kept = 0, True
+    for kind in ("serial", "overlapped") * options.cycles:
+        time.sleep(0 if options.device == "sim" else options.pause_s)
+        asleep = 1 - awake
+        runs[kind].append(switch(engines[awake], engines[asleep], kind == "overlapped"))
+        awake = asleep
+        kept = kept and engines[awake].do("check")["kept"]
+    for engine in engines:
+        engine.close()
+    median = {
+        kind: {key: statistics.median(run[key] for run in measured) for key in measured[0]}
+        for kind, measured in runs.items()
+    }
+    rows = [["switch", "A sleeps", "B wakes", "together"]]
+    for kind, run in median.items():
+        rows.append([kind, *(f"{run[key] * 1e3:.0f} ms" for key in run)])
+    report.print_table(rows)
+    ratio = median["overlapped"]["total_s"] / median["serial"]["total_s"]
+    print(f"overlapped / serial: {ratio:.3f}")
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": Machine.describe_host(options.device),
+        "model": options.model,
+        "weights_bytes": MODELS[options.model].bytes(),
+        "kv_bytes": kv,
+        "device_gib": environment.get("NPU_SIM_HBM_GIB"),
+        "ratio": ratio,
+        "median": median,
+        "runs": runs,
+        "contents_kept": kept,
+    }
+    if options.out is not None:
+        report.write_json(options.out / f"overlap_{options.device}_{options.model}.json", result)
+    if not kept:
+        raise SystemExit("contents were lost")
+
+
+if __name__ == "__main__":
+    main()
