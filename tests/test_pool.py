@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The allocator through torch: tensors that sleep and wake on a simulated NPU."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def clean():
     _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=True, copy_threads=2, pin_threads=2)
     before = used()
     yield
+    gc.collect()
     pool.release_pools()
     torch.npu.empty_cache()
     assert _camem.allocations() == []

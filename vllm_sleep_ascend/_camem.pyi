@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 
 class Moved(TypedDict):
     offloaded: int
+    unchanged: int
     discarded: int
     restored: int
     remapped: int
@@ -25,14 +26,22 @@ class AllocationInfo(TypedDict):
     state: Literal["mapped", "offloaded", "discarded", "trimmed"]
     device_bytes: int
     host_bytes: int
+    checksum: int | None  # of the content in the backup, if one was given
 
 __file__: str  # type: ignore[no-redef]
 
 def configure(
-    *, chunk_bytes: int, keep_host_backup: bool, copy_threads: int, pin_threads: int
+    *,
+    chunk_bytes: int,
+    keep_host_backup: bool,
+    copy_threads: int,
+    pin_threads: int,
+    scratch_chunk_bytes: int = 1 << 30,
+    scratch_tags: list[str] = ...,
 ) -> None:
     """Set the unit of later allocations, and how transfers work. ``pin_threads`` pin host memory;
-    ``copy_threads`` copies are in flight once it is pinned."""
+    ``copy_threads`` copy once it is pinned. ``scratch_tags``, of which nothing is ever copied, are
+    allocated in units of ``scratch_chunk_bytes``."""
 
 def set_current_tag(name: str) -> str:
     """Tag later allocations of the calling thread; returns the tag before."""
@@ -40,8 +49,12 @@ def set_current_tag(name: str) -> str:
 def sleep(
     actions: dict[str, Literal["keep", "offload", "discard"]],
     otherwise: Literal["keep", "offload", "discard"] = "offload",
+    checksums: dict[int, int] = ...,
 ) -> Report:
     """Do to every mapped allocation what its tag's action says; ``otherwise`` is for other tags.
+
+    ``checksums`` are of contents, by address: what has the checksum of its kept backup is not
+    copied, and the others are remembered with the new backups.
 
     What sleeps already stays as it is, except that ``discard`` drops its host backup. The caller
     has synchronised torch's own queues. If a call fails, all is mapped again with its content.
@@ -50,6 +63,15 @@ def sleep(
 def wake(tags: list[str], timeout_s: float = 0.0) -> Report:
     """Bring back the sleeping allocations of these tags, waiting up to ``timeout_s`` for device
     memory. If a call fails, all sleeps as before and the same wake can be repeated."""
+
+def prepare(tags: list[str]) -> None:
+    """Pin host memory for the backups of these tags in the background, and return at once."""
+
+def wait_prepared(timeout_s: float) -> bool:
+    """Wait until ``prepare`` is done; False if it takes longer."""
+
+def copied_bytes() -> int:
+    """Bytes that the current operation has copied so far. Does not wait for it."""
 
 def trim(addresses: set[int]) -> int:
     """Give back for good the memory of segments that torch does not use. Returns bytes."""

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch_npu
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, Action
+from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -118,20 +120,14 @@ class CamemBackend(SleepModeBackend):
         """Of what will be copied, by address; empty unless an option asks for them."""
         if not (self._config.skip_unchanged or self._config.verify_wake):
             return {}
-        device = torch.device("npu", torch.npu.current_device())
-        sums = checksums(
+        return checksums(
             [
                 (a["address"], a["bytes"])
                 for a in _camem.allocations()
                 if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
             ],
-            device,
+            torch.device("npu", torch_npu.npu.current_device()),
         )
-        if self._config.skip_unchanged:
-            return sums
-        # Only to verify: nothing may pass for unchanged, so a known sum is not given again.
-        known = {a["address"]: a["checksum"] for a in _camem.allocations()}
-        return {address: total for address, total in sums.items() if known[address] != total}
 
     def _verify(self, addresses: set[int]) -> None:
         """Raises SleepModeError if memory that just woke is not what went to sleep."""
@@ -140,7 +136,7 @@ class CamemBackend(SleepModeBackend):
             for a in _camem.allocations()
             if a["address"] in addresses and a["state"] == "mapped" and a["checksum"] is not None
         ]
-        device = torch.device("npu", torch.npu.current_device())
+        device = torch.device("npu", torch_npu.npu.current_device())
         sums = checksums([(a["address"], a["bytes"]) for a in woken], device)
         for a in woken:
             if sums[a["address"]] != a["checksum"]:

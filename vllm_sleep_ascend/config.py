@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,7 +27,8 @@ class SleepModeConfig(BaseModel):
     """Copy only allocations whose checksum changed since the backup that is kept."""
 
     verify_wake: bool = Field(default=False)
-    """Compare checksums after a wake that copied memory back."""
+    """Compare checksums after a wake that copied memory back. The checksums also tell what need
+    not be copied, as with skip_unchanged."""
 
     chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
     """MiB of device memory that are taken, copied and given back at a time."""
