@@ -37,6 +37,11 @@ def test_bad_options_are_named_with_those_that_exist(options, named):
         parse({"sleep_mode": options})
 
 
+def test_options_that_exclude_each_other():
+    with pytest.raises(ValueError, match="skip_unchanged needs the backup"):
+        parse({"sleep_mode": {"skip_unchanged": True, "keep_host_backup": False}})
+
+
 def test_the_section_must_be_a_mapping():
     with pytest.raises(ValueError, match="must be a mapping, not 64"):
         parse({"sleep_mode": 64})

@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,6 +19,12 @@ class SleepModeConfig(BaseModel):
     keep_host_backup: bool = Field(default=True)
     """Keep the pinned host memory of a backup after the wake, so that the next sleep has it."""
 
+    chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
+    """MiB of device memory that are taken, copied and given back at a time."""
+
+    wake_timeout_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Seconds that a wake waits for device memory that another process still holds."""
+
     host_backup: Literal["on_demand", "prepared"] = Field(default="on_demand")
     """When the host memory of a level-1 backup is pinned: at the first sleep, or in the background
     once the weights are loaded."""
@@ -30,11 +36,11 @@ class SleepModeConfig(BaseModel):
     """Compare checksums after a wake that copied memory back. The checksums also tell what need
     not be copied, as with skip_unchanged."""
 
-    chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
-    """MiB of device memory that are taken, copied and given back at a time."""
-
-    wake_timeout_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Seconds that a wake waits for device memory that another process still holds."""
+    @model_validator(mode="after")
+    def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
+        if self.skip_unchanged and not self.keep_host_backup:
+            raise ValueError("skip_unchanged needs the backup that keep_host_backup=false gives up")
+        return self
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "SleepModeConfig":
