@@ -2,7 +2,8 @@
 """The worker's part of sleep and wake: what must survive level 2, and what a rank reports."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,8 @@ class SleepingWorker:
         try:
             if saves:
                 self._save_for_level_2()
-            backend.suspend(level)
+            with self._named():
+                backend.suspend(level)
         except BaseException:
             if saves:
                 self._forget_saved()
@@ -106,7 +108,8 @@ class SleepingWorker:
             SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
         """
         worker: Any = self
-        self.sleep_mode_backend.resume(tags)
+        with self._named():
+            self.sleep_mode_backend.resume(tags)
         if worker.model_config.enable_nccl_comm_suspend:
             resume_device_comms()
         if not self.sleep_mode_backend.asleep("weights"):
@@ -116,7 +119,8 @@ class SleepingWorker:
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
         torch.accelerator.synchronize()
-        self.sleep_mode_backend.discard(tags)
+        with self._named():
+            self.sleep_mode_backend.discard(tags)
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank."""
@@ -137,6 +141,16 @@ class SleepingWorker:
             "tags": backend.usage(),
             "last_operation": backend.last_operation,
         }
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say in an error whose it is: of many ranks one may fail."""
+        worker: Any = self
+        try:
+            yield
+        except RuntimeError as error:
+            error.args = (f"rank {worker.rank}: {error}",)
+            raise
 
     def _models(self) -> dict[str, nn.Module]:
         worker: Any = self
