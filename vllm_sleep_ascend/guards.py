@@ -40,11 +40,21 @@ def install() -> None:
     ):
         _wrap(LLMEngine, name, _checked(check))
         _wrap(AsyncLLM, name, _checked_async(check))
-    offline = sys.modules.get("vllm.entrypoints.llm")  # not loaded: nobody can have an LLM here
-    if offline is not None:
-        for name in ("generate", "chat", "encode", "embed", "classify", "score", "beam_search"):
-            if hasattr(offline.LLM, name):
-                _wrap(offline.LLM, name, _awake)
+    _wrap(LLMEngine, "__init__", _with_guarded_llm)
+
+
+def _with_guarded_llm(stock: Callable) -> Callable:
+    """``LLM`` is wrapped when it makes its engine: other processes never load its module."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        offline = sys.modules.get("vllm.entrypoints.llm")
+        if offline is not None:
+            for name in ("generate", "chat", "encode", "embed", "classify", "score", "beam_search"):
+                if hasattr(offline.LLM, name):
+                    _wrap(offline.LLM, name, _awake)
+        stock(self, *args, **kwargs)
+
+    return init
 
 
 def check_enabled(vllm_config: Any) -> None:
