@@ -147,7 +147,7 @@ class CamemBackend(SleepModeBackend):
                 )
 
     def _finish(self, operation: str, report: "_camem.Report") -> None:
-        asleep = any(self.asleep(tag) for tag in _camem.tags())
+        asleep = any(a["state"] in _ASLEEP for a in _camem.allocations())
         self._state = "SUSPENDED" if asleep else "RUNNING"
         self.last_operation = {"operation": operation, **report}
         copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())

@@ -3,7 +3,7 @@
 
 Stock vLLM pauses the scheduler before anybody looks at the level, takes any tag, and notes what
 sleeps by what was asked rather than by what happened. The wrappers here refuse bad input before
-anything is touched, and after every call, failed or not, take the workers' word for what sleeps.
+anything is touched, and after a failed call take the workers' word for what sleeps.
 """
 
 import re

@@ -20,7 +20,6 @@ from vllm_sleep_ascend.errors import SleepModeError
 # Each entry into a tag gets its own torch MemPool, and none is entered twice: memory of a segment
 # that torch no longer uses can then be given back behind torch's back.
 _pools: list[Any] = []
-_open_pools: list[Any] = []
 
 _EXPANDABLE = "expandable_segments"
 
@@ -45,13 +44,11 @@ def use_pool(tag: str) -> Iterator[None]:
     try:
         with _expandable_segments_off():
             pool = torch_npu.npu.MemPool(_allocator()._allocator)
-            _open_pools.append(pool)
             try:
                 with torch_npu.npu.use_mem_pool(pool):
                     yield
             finally:
-                _open_pools.remove(pool)
-                _pools.append(pool)
+                _pools.append(pool)  # closed from here on, so that trim() may look at it
     finally:
         _camem.set_current_tag(previous_tag)
     _check_owned(pool, tag)

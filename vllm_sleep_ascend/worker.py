@@ -134,14 +134,13 @@ class NPUWorker(SleepingWorker, Worker):
         The stock method is not called: its kernel warm-up imports files that need torchvision.
         """
         global _sleeping_worker
-        if self.model_config.enable_sleep_mode:
-            self.sleep_mode_backend.prepare()
         self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
         # Sampling must not depend on how much randomness start-up used.
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
         freeze_gc_heap()
         maybe_attach_gc_debug_callback()
         if self.model_config.enable_sleep_mode:
+            self.sleep_mode_backend.prepare()
             _sleeping_worker = weakref.ref(self)
         logger.info(
             "NPU %s: %s GiB free of %s GiB after start-up.",
