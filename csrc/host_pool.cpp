@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <fstream>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -44,22 +45,6 @@ void check_host(aclError code, const char* call, std::size_t bytes) {
         bytes);
   }
   throw AclError(call, code, bytes, recent_error_message());
-}
-
-// Anonymous memory that starts on a huge-page boundary. A forked child does not inherit it: a
-// copy-on-write of a pinned page would leave the device writing to the wrong one.
-std::byte* map_host(std::size_t bytes) {
-  const std::size_t padded = bytes + kHugePage;
-  void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (raw == MAP_FAILED) throw_out_of_host_memory("mmap failed", bytes);
-  const auto start = reinterpret_cast<std::uintptr_t>(raw);
-  const auto aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
-  if (aligned > start) munmap(raw, aligned - start);
-  munmap(reinterpret_cast<void*>(aligned + bytes), start + padded - aligned - bytes);
-  auto* data = reinterpret_cast<std::byte*>(aligned);
-  madvise(data, bytes, MADV_HUGEPAGE);
-  madvise(data, bytes, MADV_DONTFORK);
-  return data;
 }
 
 void touch(std::byte* data, std::size_t bytes) {
@@ -102,8 +87,40 @@ std::size_t cgroup_headroom(const std::string& directory, const char* limit, con
 
 }  // namespace
 
-HostMemory::HostMemory(std::size_t bytes) : bytes_(bytes) {
-  std::byte* data = map_host(bytes);
+// Starts on a huge-page boundary. A forked child does not inherit it: a copy-on-write of a pinned
+// page would leave the device writing to the wrong one.
+HostSpace::HostSpace(std::size_t bytes) {
+  if (bytes == 0) return;
+  const std::size_t padded = bytes + kHugePage;
+  void* raw = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (raw == MAP_FAILED) throw_out_of_host_memory("mmap failed", bytes);
+  const auto start = reinterpret_cast<std::uintptr_t>(raw);
+  const auto aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > start) munmap(raw, aligned - start);
+  munmap(reinterpret_cast<void*>(aligned + bytes), start + padded - aligned - bytes);
+  next_ = reinterpret_cast<std::byte*>(aligned);
+  end_ = next_ + bytes;
+  madvise(next_, bytes, MADV_HUGEPAGE);
+  madvise(next_, bytes, MADV_DONTFORK);
+}
+
+HostSpace::~HostSpace() {
+  if (next_ != end_) munmap(next_, static_cast<std::size_t>(end_ - next_));
+}
+
+std::byte* HostSpace::take(std::size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (bytes > static_cast<std::size_t>(end_ - next_)) {
+    throw std::logic_error("more host memory taken than was mapped for it");
+  }
+  return std::exchange(next_, next_ + bytes);
+}
+
+HostMemory::HostMemory(std::size_t bytes)
+    : HostMemory(bytes, *std::make_unique<HostSpace>(bytes)) {}
+
+HostMemory::HostMemory(std::size_t bytes, HostSpace& space) : bytes_(bytes) {
+  std::byte* data = space.take(bytes);
   touch(data, bytes);
   const aclError code = host_register(data, bytes);
   if (code == ACL_SUCCESS) {

@@ -11,20 +11,40 @@
 #include <cstddef>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace camem {
 
-// One pinned block. The constructor maps, touches and registers it on the calling thread, so that
-// several threads make several blocks at once; where registering is not available, or a limit on
-// registered memory is reached, the block comes from aclrtMallocHost. Throws OutOfHostMemory or
-// AclError.
+// Addresses for blocks that several threads pin at once, mapped in one go: a thread that maps has
+// to wait for all that touch their pages meanwhile, and they for it. Holds no memory itself.
+class HostSpace {
+ public:
+  explicit HostSpace(std::size_t bytes);  // throws OutOfHostMemory
+  ~HostSpace();                           // unmaps what nobody took
+  HostSpace(const HostSpace&) = delete;
+  HostSpace& operator=(const HostSpace&) = delete;
+
+  // The next `bytes`, which are the caller's to unmap. Thread-safe. Throws std::logic_error when no
+  // more are left.
+  std::byte* take(std::size_t bytes);
+
+ private:
+  std::mutex mutex_;
+  std::byte* next_ = nullptr;
+  std::byte* end_ = nullptr;
+};
+
+// One pinned block. The constructor touches and registers it on the calling thread, so that several
+// threads make several blocks at once; where registering is not available, or a limit on registered
+// memory is reached, the block comes from aclrtMallocHost. Throws OutOfHostMemory or AclError.
 class HostMemory {
  public:
   HostMemory() = default;
-  explicit HostMemory(std::size_t bytes);
+  HostMemory(std::size_t bytes, HostSpace& space);
+  explicit HostMemory(std::size_t bytes);  // in a space of its own
   ~HostMemory();
   HostMemory(HostMemory&& other) noexcept;
   HostMemory& operator=(HostMemory&& other) noexcept;
@@ -49,8 +69,8 @@ class HostReserve {
   // needs it meets the reason.
   void prepare(int device, const std::vector<std::size_t>& sizes, unsigned threads);
 
-  // A block of exactly this size: one that is ready, or a new one.
-  HostMemory take(std::size_t bytes);
+  // A block of exactly this size: one that is ready, or a new one in `space`.
+  HostMemory take(std::size_t bytes, HostSpace& space);
 
   void stop();                // ends the background work; what is ready stays
   bool wait(double seconds);  // until all that was asked for is ready; false: not in that time
@@ -63,6 +83,7 @@ class HostReserve {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::size_t> wanted_;
+  std::unique_ptr<HostSpace> space_;  // of those that are wanted
   std::multimap<std::size_t, HostMemory> ready_;
   std::size_t running_ = 0;
   std::vector<std::thread> threads_;

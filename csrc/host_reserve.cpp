@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <chrono>
 #include <exception>
+#include <numeric>
 #include <utility>
 
 #include "host_pool.h"
@@ -11,6 +12,7 @@ namespace camem {
 void HostReserve::prepare(int device, const std::vector<std::size_t>& sizes, unsigned threads) {
   stop();
   std::lock_guard<std::mutex> lock(mutex_);
+  space_ = std::make_unique<HostSpace>(std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}));
   wanted_.assign(sizes.begin(), sizes.end());
   for (unsigned thread = 0; thread < threads && thread < sizes.size(); ++thread) {
     ++running_;
@@ -26,7 +28,7 @@ void HostReserve::work(int device) {
       const std::size_t bytes = wanted_.front();
       wanted_.pop_front();
       lock.unlock();
-      HostMemory block(bytes);
+      HostMemory block(bytes, *space_);
       lock.lock();
       ready_.emplace(bytes, std::move(block));
     }
@@ -38,7 +40,7 @@ void HostReserve::work(int device) {
   changed_.notify_all();
 }
 
-HostMemory HostReserve::take(std::size_t bytes) {
+HostMemory HostReserve::take(std::size_t bytes, HostSpace& space) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = ready_.find(bytes);
@@ -48,7 +50,7 @@ HostMemory HostReserve::take(std::size_t bytes) {
       return block;
     }
   }
-  return HostMemory(bytes);
+  return HostMemory(bytes, space);
 }
 
 void HostReserve::stop() {
@@ -59,6 +61,7 @@ void HostReserve::stop() {
     threads.swap(threads_);
   }
   for (std::thread& thread : threads) thread.join();
+  space_.reset();
 }
 
 bool HostReserve::wait(double seconds) {

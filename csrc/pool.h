@@ -38,7 +38,8 @@ struct Settings {
   bool keep_host_backup = true;
   unsigned copy_threads = 3;  // threads that copy once the host memory is pinned
   unsigned pin_threads = 16;  // threads that pin host memory; at most one a core
-  // Tags of which nothing is ever copied take memory in larger chunks: fewer calls.
+  // Tags whose content nobody needs once a sleep has begun. They take memory in larger chunks
+  // (fewer calls), and a sleep gives it back at once: one that fails maps it again, empty.
   std::size_t scratch_chunk_bytes = std::size_t{1} << 30;
   std::set<TagId> scratch_tags;
 };
@@ -161,8 +162,9 @@ class Pool {
   void restore(const Tasks& tasks, std::chrono::steady_clock::time_point deadline,
                const Task** current);
   void unmap(const Tasks& tasks, const Task** current);
-  std::string undo_sleep(const Tasks& offloads, const Tasks& unchanged,
-                         const Tasks& discards) noexcept;
+  void forget(const Tasks& tasks, const Task** current);
+  std::string undo_sleep(const Tasks& offloads, const Tasks& unchanged, const Tasks& discards,
+                         const Tasks& scratch) noexcept;
   std::string undo_wake(const Tasks& tasks) noexcept;
   [[noreturn]] void fail(const char* operation, const Task* at, const std::string& outcome);
   unsigned pin_threads() const;

@@ -2,6 +2,7 @@
 //
 // The pool's transactions: sleep and wake, each of which happens as a whole or not at all.
 #include <algorithm>
+#include <functional>
 #include <future>
 #include <thread>
 
@@ -32,6 +33,30 @@ std::string message_of(std::exception_ptr error) {
   } catch (const std::exception& known) {
     return known.what();
   }
+}
+
+// Runs the parts at the same time and waits for all. Throws the exception of the first that failed,
+// with `current` where it was.
+template <typename Position>
+void together(const std::vector<std::function<void(Position*)>>& parts, Position* current) {
+  std::vector<Position> positions(parts.size(), nullptr);
+  std::vector<std::future<void>> others;
+  for (std::size_t i = 1; i < parts.size(); ++i) {
+    others.push_back(std::async([&, i] { parts[i](&positions[i]); }));
+  }
+  std::exception_ptr error;
+  const auto finish = [&](std::size_t i, const std::function<void()>& wait) {
+    try {
+      wait();
+    } catch (...) {
+      if (error) return;
+      error = std::current_exception();
+      *current = positions[i];
+    }
+  };
+  finish(0, [&] { parts[0](&positions[0]); });
+  for (std::size_t i = 1; i < parts.size(); ++i) finish(i, [&] { others[i - 1].get(); });
+  if (error) std::rethrow_exception(error);
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -104,10 +129,11 @@ void Pool::offload(const Tasks& tasks, const Task** current) {
     }
     std::size_t failed = 0;
     try {
+      HostSpace space(unpinned);
       transfer_.run(
           device, Direction::kDeviceToHost, chunks, parallelism(unpinned > reserve_.ready_bytes()),
           [&](std::size_t i) {
-            if (!chunks[i]->backup) chunks[i]->backup = reserve_.take(chunks[i]->bytes);
+            if (!chunks[i]->backup) chunks[i]->backup = reserve_.take(chunks[i]->bytes, space);
           },
           [&](std::size_t i) {
             chunks[i]->content = Content::kHost;
@@ -167,23 +193,35 @@ void Pool::unmap(const Tasks& tasks, const Task** current) {
   }
 }
 
+// Gives back memory whose content nobody needs.
+void Pool::forget(const Tasks& tasks, const Task** current) {
+  for (const Task& task : tasks) {
+    *current = &task;
+    DeviceGuard guard(task.allocation->device);
+    task.chunk->detach();
+    task.chunk->content = Content::kNone;
+  }
+}
+
 Report Pool::sleep(const Plan& plan, const Sums& sums) {
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
   sweep();
   transfer_.reset_copied_bytes();
-  const auto select_mapped = [&](Action action, bool unchanged = false) {
+  const auto select_mapped = [&](Action action, bool apart = false) {
     return select([&](const Allocation& allocation, const Chunk& chunk) {
+      if (chunk.content != Content::kDevice || plan.action(allocation.tag) != action) return false;
+      if (action == Action::kDiscard)
+        return apart == (settings_.scratch_tags.count(allocation.tag) != 0);
       const auto sum = sums.find(reinterpret_cast<std::uintptr_t>(allocation.range.base()));
-      return chunk.content == Content::kDevice && plan.action(allocation.tag) == action &&
-             unchanged == (action == Action::kOffload && sum != sums.end() &&
-                           allocation.backed_up(sum->second));
+      return apart == (sum != sums.end() && allocation.backed_up(sum->second));
     });
   };
   const Tasks offloads = select_mapped(Action::kOffload);
   const Tasks unchanged = select_mapped(Action::kOffload, true);
   const Tasks discards = select_mapped(Action::kDiscard);
+  const Tasks scratch = select_mapped(Action::kDiscard, true);
   if (!offloads.empty()) reserve_.stop();
   Tasks unmapped = discards;
   unmapped.insert(unmapped.end(), unchanged.begin(), unchanged.end());
@@ -196,25 +234,13 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   try {
     preflight_host(offloads);
     synchronize();
-    // Beside the copies, which leave the processor free. The memory stays ours until nothing can
-    // fail any more.
-    const Task* unmapping = nullptr;
-    std::future<void> unmaps = std::async([&] { unmap(unmapped, &unmapping); });
-    try {
-      offload(offloads, &current);
-    } catch (...) {
-      unmaps.wait();
-      throw;
-    }
-    current = nullptr;
-    try {
-      unmaps.get();
-    } catch (...) {
-      current = unmapping;
-      throw;
-    }
+    // What is only unmapped stays ours until nothing can fail any more.
+    together<const Task*>({[&](const Task** at) { offload(offloads, at); },
+                           [&](const Task** at) { unmap(unmapped, at); },
+                           [&](const Task** at) { forget(scratch, at); }},
+                          &current);
   } catch (...) {
-    fail("sleep", current, undo_sleep(offloads, unchanged, discards));
+    fail("sleep", current, undo_sleep(offloads, unchanged, discards, scratch));
   }
 
   Report report;
@@ -227,7 +253,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
     task.chunk->content = Content::kHost;
     report.tags[task.allocation->tag].unchanged += task.chunk->bytes;
   }
-  for (const Tasks& tasks : {discards, forgets}) {
+  for (const Tasks& tasks : {discards, forgets, scratch}) {
     for (const Task& task : tasks) {
       task.chunk->content = Content::kNone;
       report.tags[task.allocation->tag].discarded += task.chunk->bytes;
@@ -271,14 +297,15 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
 }
 
 // Brings every chunk of a failed sleep back onto the device. Returns what is to be said of it.
-std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged,
-                             const Tasks& discards) noexcept {
+std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged, const Tasks& discards,
+                             const Tasks& scratch) noexcept {
   std::string trouble;
   const auto remap = [&](const Tasks& tasks, Content otherwise) {
     for (const Task& task : tasks) {
       try {
         DeviceGuard guard(task.allocation->device);
         task.chunk->attach(task.allocation->device);
+        task.chunk->content = Content::kDevice;
       } catch (...) {
         task.chunk->content = otherwise;
         trouble = message_of(std::current_exception());
@@ -293,6 +320,7 @@ std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged,
   } catch (...) {
     trouble = message_of(std::current_exception());
   }
+  remap(scratch, Content::kNone);  // last: what has content needs the memory more
   for (const Task& task : offloads) {
     if (!task.had_backup) task.chunk->settle(false);
   }
