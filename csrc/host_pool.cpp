@@ -170,11 +170,27 @@ void HostMemory::release() {
 
 std::size_t available_host_bytes() {
   std::size_t available = field("/proc/meminfo", "MemAvailable:") * 1024;
-  const std::string v2 = "/sys/fs/cgroup/", v1 = "/sys/fs/cgroup/memory/";
-  available =
-      std::min(available, cgroup_headroom(v2, "memory.max", "memory.current", "inactive_file"));
-  return std::min(available, cgroup_headroom(v1, "memory.limit_in_bytes", "memory.usage_in_bytes",
-                                             "total_inactive_file"));
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    // hierarchy:controllers:path; version 2 names no controllers.
+    const std::size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool v2 = controllers.empty();
+    if (!v2 && controllers != "memory") continue;
+    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    // The group of this process and those around it. In a container the path may be the host's,
+    // which is not there; the root then is the container's group.
+    for (std::string path = line.substr(second + 1);; path.erase(path.rfind('/'))) {
+      const std::string group = root + path + (path == "/" ? "" : "/");
+      available = std::min(
+          available, v2 ? cgroup_headroom(group, "memory.max", "memory.current", "inactive_file")
+                        : cgroup_headroom(group, "memory.limit_in_bytes", "memory.usage_in_bytes",
+                                          "total_inactive_file"));
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return available;
 }
 
 std::size_t pinned_host_bytes() { return g_pinned_bytes; }

@@ -75,7 +75,8 @@ class HostReserve {
   void stop();                // ends the background work; what is ready stays
   bool wait(double seconds);  // until all that was asked for is ready; false: not in that time
   void clear() noexcept;      // stops and gives everything back
-  std::size_t ready_bytes();
+  // Bytes of those blocks that are ready, of blocks of these sizes.
+  std::size_t ready_bytes(const std::vector<std::size_t>& sizes);
 
  private:
   void work(int device);

@@ -2,6 +2,8 @@
 #include <chrono>
 #include <exception>
 #include <numeric>
+#include <set>
+#include <system_error>
 #include <utility>
 
 #include "host_pool.h"
@@ -14,9 +16,14 @@ void HostReserve::prepare(int device, const std::vector<std::size_t>& sizes, uns
   std::lock_guard<std::mutex> lock(mutex_);
   space_ = std::make_unique<HostSpace>(std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}));
   wanted_.assign(sizes.begin(), sizes.end());
-  for (unsigned thread = 0; thread < threads && thread < sizes.size(); ++thread) {
-    ++running_;
-    threads_.emplace_back([this, device] { work(device); });
+  try {
+    for (unsigned thread = 0; thread < threads && thread < sizes.size(); ++thread) {
+      threads_.emplace_back([this, device] { work(device); });
+      ++running_;
+    }
+  } catch (const std::system_error&) {
+    // The machine gives no more threads: what is not pinned ahead is pinned when it is needed.
+    if (threads_.empty()) wanted_.clear();
   }
 }
 
@@ -61,7 +68,7 @@ void HostReserve::stop() {
     threads.swap(threads_);
   }
   for (std::thread& thread : threads) thread.join();
-  space_.reset();
+  if (!threads.empty()) space_.reset();  // else another thread waits for them
 }
 
 bool HostReserve::wait(double seconds) {
@@ -76,10 +83,17 @@ void HostReserve::clear() noexcept {
   ready_.clear();
 }
 
-std::size_t HostReserve::ready_bytes() {
+std::size_t HostReserve::ready_bytes(const std::vector<std::size_t>& sizes) {
   std::lock_guard<std::mutex> lock(mutex_);
+  std::multiset<std::size_t> ready;
+  for (const auto& [size, block] : ready_) ready.insert(size);
   std::size_t bytes = 0;
-  for (const auto& [size, block] : ready_) bytes += size;
+  for (const std::size_t size : sizes) {
+    const auto found = ready.find(size);
+    if (found == ready.end()) continue;
+    ready.erase(found);
+    bytes += size;
+  }
   return bytes;
 }
 

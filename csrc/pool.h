@@ -149,24 +149,27 @@ class Pool {
     bool had_backup;
   };
   using Tasks = std::vector<Task>;
+  using Deadline = std::chrono::steady_clock::time_point;
+  class MapAhead;
 
   Pool();
   static void require_alive();
   void sweep() noexcept;
+  void unpark() noexcept;
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted);
   void synchronize();
   std::size_t chunk_bytes(TagId tag) const;
+  std::size_t unpinned_bytes(Tasks::const_iterator first, Tasks::const_iterator last);
   void preflight_host(const Tasks& offloads);
   void preflight_device(const Tasks& tasks);
-  void offload(const Tasks& tasks, const Task** current);
-  void restore(const Tasks& tasks, std::chrono::steady_clock::time_point deadline,
-               const Task** current);
-  void unmap(const Tasks& tasks, const Task** current);
-  void forget(const Tasks& tasks, const Task** current);
+  void offload(const Tasks& tasks, const Allocation** current);
+  void restore(Tasks tasks, Deadline deadline, const Allocation** current);
+  void unmap(const Tasks& tasks, const Allocation** current);
+  void forget(const Tasks& tasks, const Allocation** current);
   std::string undo_sleep(const Tasks& offloads, const Tasks& unchanged, const Tasks& discards,
                          const Tasks& scratch) noexcept;
   std::string undo_wake(const Tasks& tasks) noexcept;
-  [[noreturn]] void fail(const char* operation, const Task* at, const std::string& outcome);
+  [[noreturn]] void fail(const char* operation, const Allocation* at, const std::string& outcome);
   unsigned pin_threads() const;
   Parallelism parallelism(bool pinning) const;
 

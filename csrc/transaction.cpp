@@ -2,9 +2,15 @@
 //
 // The pool's transactions: sleep and wake, each of which happens as a whole or not at all.
 #include <algorithm>
+#include <atomic>
+#include <condition_variable>
 #include <functional>
 #include <future>
+#include <mutex>
+#include <numeric>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "acl_check.h"
 #include "pool.h"
@@ -15,18 +21,6 @@ namespace {
 // A short pause between two looks at device memory that another process may give back.
 constexpr std::chrono::milliseconds kPoll{1};
 
-void attach_before(std::chrono::steady_clock::time_point deadline, Chunk& chunk, int device) {
-  for (;;) {
-    try {
-      chunk.attach(device);
-      return;
-    } catch (const OutOfDeviceMemory&) {
-      if (std::chrono::steady_clock::now() >= deadline) throw;
-      std::this_thread::sleep_for(kPoll);
-    }
-  }
-}
-
 std::string message_of(std::exception_ptr error) {
   try {
     std::rethrow_exception(error);
@@ -35,26 +29,28 @@ std::string message_of(std::exception_ptr error) {
   }
 }
 
+// A part of a transaction: says in `current` which allocation it is at.
+using Part = std::function<void(const Allocation** current)>;
+
 // Runs the parts at the same time and waits for all. Throws the exception of the first that failed,
 // with `current` where it was.
-template <typename Position>
-void together(const std::vector<std::function<void(Position*)>>& parts, Position* current) {
-  std::vector<Position> positions(parts.size(), nullptr);
+void together(const std::vector<Part>& parts, const Allocation** current) {
+  std::vector<const Allocation*> at(parts.size(), nullptr);
   std::vector<std::future<void>> others;
   for (std::size_t i = 1; i < parts.size(); ++i) {
-    others.push_back(std::async([&, i] { parts[i](&positions[i]); }));
+    others.push_back(std::async([&, i] { parts[i](&at[i]); }));
   }
   std::exception_ptr error;
-  const auto finish = [&](std::size_t i, const std::function<void()>& wait) {
+  const auto finish = [&](std::size_t i, const std::function<void()>& work) {
     try {
-      wait();
+      work();
     } catch (...) {
       if (error) return;
       error = std::current_exception();
-      *current = positions[i];
+      *current = at[i];
     }
   };
-  finish(0, [&] { parts[0](&positions[0]); });
+  finish(0, [&] { parts[0](&at[0]); });
   for (std::size_t i = 1; i < parts.size(); ++i) finish(i, [&] { others[i - 1].get(); });
   if (error) std::rethrow_exception(error);
 }
@@ -76,12 +72,17 @@ void Pool::synchronize() {
   }
 }
 
+// Host memory that a sleep of these has yet to pin.
+std::size_t Pool::unpinned_bytes(Tasks::const_iterator first, Tasks::const_iterator last) {
+  std::vector<std::size_t> sizes;
+  std::for_each(first, last, [&](const Task& task) {
+    if (!task.chunk->backup) sizes.push_back(task.chunk->bytes);
+  });
+  return std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}) - reserve_.ready_bytes(sizes);
+}
+
 void Pool::preflight_host(const Tasks& offloads) {
-  std::size_t needed = 0;
-  for (const Task& task : offloads) {
-    if (!task.had_backup) needed += task.chunk->bytes;
-  }
-  needed -= std::min(needed, reserve_.ready_bytes());
+  const std::size_t needed = unpinned_bytes(offloads.begin(), offloads.end());
   const std::size_t available = available_host_bytes();
   if (needed <= available) return;
   throw OutOfHostMemory("the backup needs " + std::to_string(needed) +
@@ -108,30 +109,30 @@ void Pool::preflight_device(const Tasks& tasks) {
   }
 }
 
-// A thread that pins needs no deep queue: the link waits for it anyway.
+// A second copy in flight keeps the link busy while its thread unmaps; one that pins is slower than
+// the link anyway.
 Parallelism Pool::parallelism(bool pinning) const {
-  return pinning ? Parallelism{pin_threads(), 1} : Parallelism{settings_.copy_threads, 16};
+  return pinning ? Parallelism{pin_threads(), 1} : Parallelism{settings_.copy_threads, 2};
 }
 
 // Copies the chunks to the host and gives their device memory back, each as soon as its copy is
 // verified.
-void Pool::offload(const Tasks& tasks, const Task** current) {
+void Pool::offload(const Tasks& tasks, const Allocation** current) {
   for (auto first = tasks.begin(); first != tasks.end();) {
     const int device = first->allocation->device;
     const auto last = std::find_if(
         first, tasks.end(), [&](const Task& task) { return task.allocation->device != device; });
     std::vector<Chunk*> chunks;
-    for (auto task = first; task != last; ++task) chunks.push_back(task->chunk);
-    std::size_t unpinned = 0;
     for (auto task = first; task != last; ++task) {
-      if (!task->had_backup) unpinned += task->chunk->bytes;
+      chunks.push_back(task->chunk);
       task->allocation->backup_sum.reset();
     }
     std::size_t failed = 0;
     try {
+      const std::size_t unpinned = unpinned_bytes(first, last);
       HostSpace space(unpinned);
       transfer_.run(
-          device, Direction::kDeviceToHost, chunks, parallelism(unpinned > reserve_.ready_bytes()),
+          device, Direction::kDeviceToHost, chunks, parallelism(unpinned > 0),
           [&](std::size_t i) {
             if (!chunks[i]->backup) chunks[i]->backup = reserve_.take(chunks[i]->bytes, space);
           },
@@ -141,65 +142,149 @@ void Pool::offload(const Tasks& tasks, const Task** current) {
           },
           &failed);
     } catch (...) {
-      *current = &*(first + failed);
+      *current = (first + failed)->allocation;
       throw;
     }
     first = last;
   }
 }
 
-// Maps the chunks and copies back what the host holds; chunks without content come last, since
-// nothing has to be copied behind them.
-void Pool::restore(const Tasks& tasks, std::chrono::steady_clock::time_point deadline,
-                   const Task** current) {
+// Maps chunks on a thread of its own, ahead of the copies into them: device memory that others give
+// back may come slowly, and the link must not wait for each chunk of it.
+class Pool::MapAhead {
+ public:
+  MapAhead(Tasks tasks, Deadline deadline) : tasks_(std::move(tasks)), deadline_(deadline) {
+    try {
+      thread_ = std::thread([this] { run(); });
+    } catch (const std::system_error&) {
+      run();  // the machine gives no more threads
+    }
+  }
+
+  ~MapAhead() {
+    stopped_ = true;
+    if (thread_.joinable()) thread_.join();
+  }
+
+  // Returns when the i-th is mapped. Throws what kept it or one before it from being so.
+  void wait(std::size_t i) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return mapped_ > i || error_; });
+    if (mapped_ <= i) std::rethrow_exception(error_);
+  }
+
+  // The one that could not be mapped, or null.
+  const Allocation* failed() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return error_ ? tasks_[mapped_].allocation : nullptr;
+  }
+
+ private:
+  void run() noexcept {
+    for (const Task& task : tasks_) {
+      std::exception_ptr error;
+      try {
+        attach(task);
+      } catch (...) {
+        error = std::current_exception();
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (error) {
+        error_ = error;
+      } else {
+        ++mapped_;
+      }
+      changed_.notify_all();
+      if (error || stopped_) return;
+    }
+  }
+
+  void attach(const Task& task) {
+    DeviceGuard guard(task.allocation->device);
+    for (;;) {
+      try {
+        task.chunk->attach(task.allocation->device);
+        return;
+      } catch (const OutOfDeviceMemory&) {
+        if (stopped_ || std::chrono::steady_clock::now() >= deadline_) throw;
+        std::this_thread::sleep_for(kPoll);
+      }
+    }
+  }
+
+  const Tasks tasks_;
+  const Deadline deadline_;
+  std::atomic<bool> stopped_{false};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::size_t mapped_ = 0;
+  std::exception_ptr error_;
+  std::thread thread_;
+};
+
+// Maps the chunks and copies back what the host holds. Chunks without content are mapped last: no
+// copy waits for them.
+void Pool::restore(Tasks tasks, Deadline deadline, const Allocation** current) {
+  const auto with_content = [](const Task& task) { return task.chunk->content == Content::kHost; };
   for (auto first = tasks.begin(); first != tasks.end();) {
     const int device = first->allocation->device;
     const auto last = std::find_if(
         first, tasks.end(), [&](const Task& task) { return task.allocation->device != device; });
+    const auto empty = std::stable_partition(first, last, with_content);
     std::vector<Chunk*> chunks;
-    std::vector<const Task*> owners;
-    for (auto task = first; task != last; ++task) {
-      if (task->chunk->content != Content::kHost) continue;
-      chunks.push_back(task->chunk);
-      owners.push_back(&*task);
-    }
+    for (auto task = first; task != empty; ++task) chunks.push_back(task->chunk);
+    MapAhead ahead({first, last}, deadline);
     std::size_t failed = 0;
     try {
       transfer_.run(
           device, Direction::kHostToDevice, chunks, parallelism(false),
-          [&](std::size_t i) { attach_before(deadline, *chunks[i], device); },
+          [&](std::size_t i) { ahead.wait(i); },
           [&](std::size_t i) { chunks[i]->content = Content::kDevice; }, &failed);
+      for (auto task = empty; task != last; ++task) {
+        failed = static_cast<std::size_t>(task - first);
+        ahead.wait(failed);
+        task->chunk->content = Content::kDevice;
+      }
     } catch (...) {
-      *current = owners[failed];
+      *current = ahead.failed() != nullptr ? ahead.failed() : (first + failed)->allocation;
       throw;
-    }
-    DeviceGuard guard(device);
-    for (auto task = first; task != last; ++task) {
-      if (task->chunk->content == Content::kDevice) continue;
-      *current = &*task;
-      attach_before(deadline, *task->chunk, device);
-      task->chunk->content = Content::kDevice;
     }
     first = last;
   }
 }
 
 // Unmaps without giving the memory back, so that it can be undone.
-void Pool::unmap(const Tasks& tasks, const Task** current) {
+void Pool::unmap(const Tasks& tasks, const Allocation** current) {
   for (const Task& task : tasks) {
-    *current = &task;
+    *current = task.allocation;
     DeviceGuard guard(task.allocation->device);
     task.chunk->memory.unmap();
   }
 }
 
 // Gives back memory whose content nobody needs.
-void Pool::forget(const Tasks& tasks, const Task** current) {
+void Pool::forget(const Tasks& tasks, const Allocation** current) {
   for (const Task& task : tasks) {
-    *current = &task;
+    *current = task.allocation;
     DeviceGuard guard(task.allocation->device);
     task.chunk->detach();
     task.chunk->content = Content::kNone;
+  }
+}
+
+// Maps again what a failed sleep had to leave unmapped, if that is possible by now.
+void Pool::unpark() noexcept {
+  for (auto& [address, allocation] : allocations_) {
+    for (Chunk& chunk : allocation->chunks) {
+      if (chunk.content != Content::kParked) continue;
+      try {
+        DeviceGuard guard(allocation->device);
+        chunk.attach(allocation->device);
+        chunk.content = Content::kDevice;
+      } catch (const std::exception&) {
+        continue;
+      }
+    }
   }
 }
 
@@ -208,6 +293,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
   sweep();
+  unpark();
   transfer_.reset_copied_bytes();
   const auto select_mapped = [&](Action action, bool apart = false) {
     return select([&](const Allocation& allocation, const Chunk& chunk) {
@@ -230,15 +316,17 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
            plan.action(allocation.tag) == Action::kDiscard;
   });
 
-  const Task* current = nullptr;
+  const Allocation* current = nullptr;
   try {
     preflight_host(offloads);
     synchronize();
     // What is only unmapped stays ours until nothing can fail any more.
-    together<const Task*>({[&](const Task** at) { offload(offloads, at); },
-                           [&](const Task** at) { unmap(unmapped, at); },
-                           [&](const Task** at) { forget(scratch, at); }},
-                          &current);
+    const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
+    together({[&](const Allocation** at) { offload(offloads, at); },
+              [&](const Allocation** at) { unmap(unmapped, at); },
+              [&](const Allocation** at) { forget({scratch.begin(), half}, at); },
+              [&](const Allocation** at) { forget({half, scratch.end()}, at); }},
+             &current);
   } catch (...) {
     fail("sleep", current, undo_sleep(offloads, unchanged, discards, scratch));
   }
@@ -276,7 +364,7 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
     return chunk.content != Content::kDevice && tags.count(allocation.tag) != 0;
   });
 
-  const Task* current = nullptr;
+  const Allocation* current = nullptr;
   try {
     if (timeout.count() <= 0) preflight_device(tasks);
     const auto wait = std::chrono::duration_cast<std::chrono::steady_clock::duration>(timeout);
@@ -315,7 +403,7 @@ std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged, cons
   remap(unchanged, Content::kHost);
   remap(discards, Content::kParked);
   try {
-    const Task* current = nullptr;
+    const Allocation* current = nullptr;
     restore(offloads, {}, &current);
   } catch (...) {
     trouble = message_of(std::current_exception());
@@ -324,7 +412,11 @@ std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged, cons
   for (const Task& task : offloads) {
     if (!task.had_backup) task.chunk->settle(false);
   }
-  if (trouble.empty()) return "everything is mapped as it was, and the same call can be repeated";
+  if (trouble.empty()) {
+    return std::string("everything is mapped as it was") +
+           (scratch.empty() ? "" : " (KV cache and workspace without content)") +
+           ", and the same call can be repeated";
+  }
   unswept_ = true;
   return "taking it back failed too (" + trouble +
          "); nothing is lost: what is not mapped is kept and comes back with wake_up";
@@ -352,14 +444,14 @@ std::string Pool::undo_wake(const Tasks& tasks) noexcept {
          "); nothing is lost, and the same call can be repeated";
 }
 
-void Pool::fail(const char* operation, const Task* at, const std::string& outcome) {
+void Pool::fail(const char* operation, const Allocation* at, const std::string& outcome) {
   const std::exception_ptr cause = std::current_exception();
   std::string tag;
   int device = -1;
   std::string message = std::string(operation) + " failed";
   if (at != nullptr) {
-    tag = tag_name(at->allocation->tag);
-    device = at->allocation->device;
+    tag = tag_name(at->tag);
+    device = at->device;
     message += " at tag '" + tag + "' on device " + std::to_string(device);
   }
   message += ": " + message_of(cause) + ". " + outcome + ".";

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 
@@ -22,33 +23,30 @@ void start_copy(Direction direction, const Chunk& chunk, aclrtStream stream) {
       chunk.bytes);
 }
 
+// Nobody may unmap or reuse memory under a copy that still runs.
+void drain(aclrtStream stream) {
+  if (aclrtSynchronizeStream(stream) == ACL_SUCCESS) return;
+  if (aclrtSynchronizeStream(stream) == ACL_SUCCESS) return;
+  CAMEM_CHECK_NOEXCEPT(aclrtSynchronizeDevice(), 0);
+}
+
 }  // namespace
 
-std::vector<Transfer::Lane>& Transfer::lanes(int device, Parallelism parallelism) {
-  std::vector<Lane>& lanes = lanes_[device];
-  while (lanes.size() < parallelism.threads) {
-    Lane lane;
-    CAMEM_CHECK(aclrtCreateStream(&lane.stream), 0);
-    lanes.push_back(lane);
+std::vector<aclrtStream>& Transfer::streams(int device, std::size_t count) {
+  std::vector<aclrtStream>& streams = streams_[device];
+  while (streams.size() < count) {
+    aclrtStream stream = nullptr;
+    CAMEM_CHECK(aclrtCreateStream(&stream), 0);
+    streams.push_back(stream);
   }
-  for (unsigned i = 0; i < parallelism.threads; ++i) {
-    while (lanes[i].events.size() < parallelism.depth) {
-      aclrtEvent event = nullptr;
-      CAMEM_CHECK(aclrtCreateEventWithFlag(&event, ACL_EVENT_SYNC), 0);
-      lanes[i].events.push_back(event);
-    }
-  }
-  return lanes;
+  return streams;
 }
 
 // A stream costs device memory: those that only pinning needed go back.
-void Transfer::drop_spare_lanes(int device) {
-  std::vector<Lane>& lanes = lanes_[device];
-  for (; lanes.size() > kKeptLanes; lanes.pop_back()) {
-    for (const aclrtEvent event : lanes.back().events) {
-      CAMEM_CHECK_NOEXCEPT(aclrtDestroyEvent(event), 0);
-    }
-    CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(lanes.back().stream), 0);
+void Transfer::drop_spare_streams(int device) {
+  std::vector<aclrtStream>& streams = streams_[device];
+  for (; streams.size() > kKeptStreams; streams.pop_back()) {
+    CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(streams.back()), 0);
   }
 }
 
@@ -60,64 +58,63 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   parallelism.threads = std::clamp(parallelism.threads, 1u, count);
   parallelism.depth = std::clamp(parallelism.depth, 1u, count);
   DeviceGuard caller(device);
-  const std::vector<Lane>& lanes = this->lanes(device, parallelism);
+  const std::vector<aclrtStream>& streams =
+      this->streams(device, std::size_t{parallelism.threads} * parallelism.depth);
 
   std::atomic<std::size_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
   std::atomic<bool> failed{false};
 
-  const auto work = [&](const Lane& lane) {
-    std::vector<std::size_t> flying;  // indices in order of start; the k-th has event k % depth
-    std::size_t done = 0;
+  const auto work = [&](unsigned thread) {
+    const aclrtStream* stream = &streams[std::size_t{thread} * parallelism.depth];
+    std::vector<std::optional<std::size_t>> flying(parallelism.depth);  // what each stream carries
     std::size_t index = 0;
-    const auto finish_oldest = [&] {
-      index = flying[done];
-      CAMEM_CHECK(aclrtSynchronizeEvent(lane.events[done % parallelism.depth]),
-                  chunks[index]->bytes);
-      ++done;
+    const auto finish = [&](std::size_t slot) {
+      if (!flying[slot]) return;
+      index = *flying[slot];
+      CAMEM_CHECK(aclrtSynchronizeStream(stream[slot]), chunks[index]->bytes);
+      flying[slot].reset();
       copied_ += chunks[index]->bytes;
       after(index);
     };
     try {
       DeviceGuard guard(device);
-      while (!failed && (index = next++) < chunks.size()) {
+      std::size_t slot = 0;
+      for (; !failed; slot = (slot + 1) % parallelism.depth) {
+        finish(slot);
+        const std::size_t mine = next++;
+        if (mine >= chunks.size()) break;
+        index = mine;
         before(index);
         if (failed) break;
-        start_copy(direction, *chunks[index], lane.stream);
-        flying.push_back(index);
-        CAMEM_CHECK(
-            aclrtRecordEvent(lane.events[(flying.size() - 1) % parallelism.depth], lane.stream),
-            chunks[index]->bytes);
-        if (flying.size() - done == parallelism.depth) finish_oldest();
+        start_copy(direction, *chunks[index], stream[slot]);
+        flying[slot] = index;
       }
-      while (!failed && done < flying.size()) finish_oldest();
+      for (unsigned i = 0; i < parallelism.depth && !failed; ++i) {
+        finish((slot + i) % parallelism.depth);
+      }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
       if (!failed.exchange(true)) {
         error = std::current_exception();
-        *failed_index = std::min(index, chunks.size() - 1);
+        *failed_index = index;
       }
     }
-    // Copies may still run: nobody may unmap or reuse their memory before they have ended.
-    if (done < flying.size()) {
-      aclError code = aclrtSynchronizeStream(lane.stream);
-      if (code != ACL_SUCCESS) code = aclrtSynchronizeStream(lane.stream);
-      check_noexcept(code, "aclrtSynchronizeStream", 0);
+    for (std::size_t slot = 0; slot < flying.size(); ++slot) {
+      if (flying[slot]) drain(stream[slot]);
     }
   };
 
   std::vector<std::thread> others;
   try {
-    for (unsigned i = 1; i < parallelism.threads; ++i) {
-      others.emplace_back(work, std::cref(lanes[i]));
-    }
+    for (unsigned i = 1; i < parallelism.threads; ++i) others.emplace_back(work, i);
   } catch (const std::system_error&) {
     // The machine gives no more threads: go on with those that there are.
   }
-  work(lanes[0]);
+  work(0);
   for (std::thread& thread : others) thread.join();
-  drop_spare_lanes(device);
+  drop_spare_streams(device);
   if (error) std::rethrow_exception(error);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Moves chunks between device and host memory on several threads, each with its own stream.
+// Moves chunks between device and host memory on several threads, each with streams of its own.
 #pragma once
 
 #include <acl/acl.h>
@@ -41,18 +41,14 @@ class Transfer {
   void reset_copied_bytes() { copied_ = 0; }
 
  private:
-  // A thread's stream and the events behind its copies in flight.
-  struct Lane {
-    aclrtStream stream = nullptr;
-    std::vector<aclrtEvent> events;
-  };
+  // Each stream carries one copy at a time: waiting for a stream tells whether its work failed,
+  // which an event behind the work does not.
+  std::vector<aclrtStream>& streams(int device, std::size_t count);
+  void drop_spare_streams(int device);
 
-  std::vector<Lane>& lanes(int device, Parallelism parallelism);
-  void drop_spare_lanes(int device);
+  static constexpr std::size_t kKeptStreams = 6;
 
-  static constexpr std::size_t kKeptLanes = 4;
-
-  std::map<int, std::vector<Lane>> lanes_;
+  std::map<int, std::vector<aclrtStream>> streams_;
   std::atomic<std::size_t> copied_{0};
 };
 

@@ -35,12 +35,22 @@ def start(device: int = 0) -> None:
     assert _acl.aclrtSetDevice(device) == 0
 
 
-def configure(keep_host_backup: bool = True, chunk_mib: int = 4, threads: int = 2) -> None:
+SCRATCH = ("kv_cache",)
+
+
+def configure(
+    keep_host_backup: bool = True,
+    chunk_mib: int = 4,
+    threads: int = 2,
+    scratch: tuple[str, ...] = SCRATCH,
+) -> None:
     _camem.configure(
         chunk_bytes=chunk_mib * MIB,
         keep_host_backup=keep_host_backup,
         copy_threads=threads,
         pin_threads=threads,
+        scratch_chunk_bytes=chunk_mib * MIB,
+        scratch_tags=list(scratch),
     )
 
 

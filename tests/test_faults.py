@@ -117,8 +117,10 @@ def fail_at(operation: Operation, rules: str) -> bool:
         failed = True
         assert any(word in str(error) for word in ("can be repeated", "comes back with wake_up"))
     control.set_faults("")
-    if operation.plan and not failed:
-        world.forget(operation.plan)
+    if operation.plan:
+        # A sleep that fails maps scratch memory again, without its content.
+        scratch = {tag: operation.plan.get(tag, "keep") for tag in core.SCRATCH}
+        world.forget(scratch if failed else operation.plan)
     world.check()
     operation.run()
     if operation.plan:

@@ -35,6 +35,7 @@ CALLS = (
     "aclrtUnmapMem",
     "aclrtFreePhysical",
     "aclrtMemcpyAsync",
+    "aclrtMemcpyAsync.work",
     "aclrtSynchronizeStream",
     "aclrtSynchronizeDevice",
     "aclrtHostRegisterV2",
@@ -121,6 +122,9 @@ class Allocator(RuleBasedStateMachine):
     @rule(plan=st.dictionaries(TAG, ACTION), otherwise=ACTION)
     def sleep(self, plan, otherwise):
         if not self.attempt(lambda: _camem.sleep(plan, otherwise)):
+            for block in self.alive:  # mapped again or not, scratch has lost its content
+                if block.tag in core.SCRATCH and plan.get(block.tag, otherwise) == "discard":
+                    self.known.discard(block.address)
             return
         for block in self.alive:
             action = plan.get(block.tag, otherwise)
@@ -177,7 +181,9 @@ class Allocator(RuleBasedStateMachine):
         for block in self.alive:
             state = block.state
             if state == "discarded":
-                assert self.asleep.get(block.address) == "discarded"
+                scratch = block.tag in core.SCRATCH and block.address not in self.asleep
+                assert scratch or self.asleep.get(block.address) == "discarded"
+                self.asleep[block.address] = "discarded"
             elif state == "offloaded":
                 self.asleep[block.address] = "offloaded"
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from bench import build
-from bench.machine import MIB, Machine
+from bench.machine import MIB, Machine, summary
 
 OURS = ("ours", "ours_prepared", "ours_skip_unchanged", "ours_released")
 PEERS = ("cumem", "tms", "tms_retain")
@@ -36,6 +36,7 @@ class Ours:
         self._skip = variant == "ours_skip_unchanged"
         self._prepared = variant == "ours_prepared"
         self._pools: list[Any] = []
+        self._checksum_s: list[float] = []
         self._camem.configure(
             chunk_bytes=chunk_mib * MIB,
             keep_host_backup=variant != "ours_released",
@@ -70,7 +71,8 @@ class Ours:
 
     def sleep(self) -> None:
         self._machine.synchronize()
-        self._camem.sleep(self._actions, "offload", self._checksums() if self._skip else {})
+        sums = self._checksums() if self._skip else {}
+        self._camem.sleep(self._actions, "offload", sums)
 
     def discard_all(self) -> None:
         """Everything is given back and nothing copied: what the driver takes for that alone."""
@@ -81,17 +83,21 @@ class Ours:
         self._camem.wake(tags, timeout_s)
 
     def figures(self) -> dict[str, Any]:
-        return {"pinned_bytes": self._camem.pinned_host_bytes()}
+        figures = {"pinned_bytes": self._camem.pinned_host_bytes()}
+        return {**figures, "checksums_s": summary(self._checksum_s)} if self._skip else figures
 
     def _checksums(self) -> dict[int, int]:
         from vllm_sleep_ascend.checksum import checksums
 
+        start = self._machine.now()
         ranges = [
             (allocation["address"], allocation["bytes"])
             for allocation in self._camem.allocations()
             if allocation["state"] == "mapped" and self._actions[allocation["tag"]] == "offload"
         ]
-        return checksums(ranges, self._machine.device)
+        sums = checksums(ranges, self._machine.device)
+        self._checksum_s.append(self._machine.now() - start)
+        return sums
 
 
 class Cumem:

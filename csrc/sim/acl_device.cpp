@@ -171,7 +171,7 @@ aclError aclrtSynchronizeDevice() {
   SIM_CALL();
   SIM_CONTEXT(context);
   sim::synchronize_device(context->physical, -1);
-  return ACL_SUCCESS;
+  return sim::take_failure(__func__, context->physical);
 }
 
 aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
@@ -180,7 +180,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
   SIM_CONTEXT(context);
   SIM_REQUIRE(sim::synchronize_device(context->physical, timeout), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
               "%s: the device is busy after %d ms", __func__, timeout);
-  return ACL_SUCCESS;
+  return sim::take_failure(__func__, context->physical);
 }
 
 aclError aclrtCreateContext(aclrtContext* handle, int32_t index) {

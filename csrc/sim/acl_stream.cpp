@@ -34,7 +34,7 @@ aclError synchronize(const char* call, aclrtStream handle, int32_t timeout_ms) {
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
   SIM_REQUIRE(sim::device::synchronize(stream->queue, timeout_ms), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
               "%s: stream %d is busy after %d ms", call, stream->id, timeout_ms);
-  return ACL_SUCCESS;
+  return sim::take_failure(call, *stream);
 }
 
 aclError launch(const char* call, aclrtStream handle, void (*function)(void*), void* argument) {

@@ -105,4 +105,21 @@ bool synchronize_device(int physical, int64_t timeout_ms) {
   return done;
 }
 
+aclError take_failure(const char* call, Stream& stream) {
+  if (int code = stream.failure.exchange(0)) {
+    return fail(code, "%s: work of stream %d failed", call, stream.id);
+  }
+  return ACL_SUCCESS;
+}
+
+aclError take_failure(const char* call, int physical) {
+  aclError first = ACL_SUCCESS;
+  for_each_stream([&](Stream& stream) {
+    if (stream.context->physical != physical) return;
+    aclError error = take_failure(call, stream);
+    if (first == ACL_SUCCESS) first = error;
+  });
+  return first;
+}
+
 }  // namespace sim

@@ -24,6 +24,7 @@ struct Stream {
   int32_t id;
   uint32_t priority;
   uint32_t flags;
+  std::atomic<int> failure{0};  // of work that failed after its launch; whoever waits is told
 
   // Work in flight and the memory that it touches.
   struct Use {
@@ -75,6 +76,10 @@ void require_unused(const char* call, const void* begin, size_t bytes);
 
 // Waits for all streams of the device; a negative timeout waits for ever. False: timed out.
 bool synchronize_device(int physical, int64_t timeout_ms);
+
+// The error of work of these streams that failed after its launch, once; else success.
+aclError take_failure(const char* call, Stream& stream);
+aclError take_failure(const char* call, int physical);
 
 }  // namespace sim
 
