@@ -109,10 +109,10 @@ void Pool::preflight_device(const Tasks& tasks) {
   }
 }
 
-// A second copy in flight keeps the link busy while its thread unmaps; one that pins is slower than
-// the link anyway.
+// Many copies in flight keep the link busy while other processes use the device too; a thread that
+// pins is slower than the link anyway.
 Parallelism Pool::parallelism(bool pinning) const {
-  return pinning ? Parallelism{pin_threads(), 1} : Parallelism{settings_.copy_threads, 2};
+  return pinning ? Parallelism{pin_threads(), 1} : Parallelism{settings_.copy_threads, 8};
 }
 
 // Copies the chunks to the host and gives their device memory back, each as soon as its copy is

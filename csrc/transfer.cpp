@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
-#include <optional>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include "acl_check.h"
 
@@ -22,6 +22,12 @@ void start_copy(Direction direction, const Chunk& chunk, aclrtStream stream) {
                        offload ? ACL_MEMCPY_DEVICE_TO_HOST : ACL_MEMCPY_HOST_TO_DEVICE, stream),
       chunk.bytes);
 }
+
+// Copies that one stream carries.
+struct Batch {
+  aclrtStream stream = nullptr;
+  std::vector<std::size_t> indices;
+};
 
 // Nobody may unmap or reuse memory under a copy that still runs.
 void drain(aclrtStream stream) {
@@ -59,7 +65,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   parallelism.depth = std::clamp(parallelism.depth, 1u, count);
   DeviceGuard caller(device);
   const std::vector<aclrtStream>& streams =
-      this->streams(device, std::size_t{parallelism.threads} * parallelism.depth);
+      this->streams(device, std::size_t{parallelism.threads} * kStreamsPerThread);
 
   std::atomic<std::size_t> next{0};
   std::mutex mutex;
@@ -67,32 +73,37 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   std::atomic<bool> failed{false};
 
   const auto work = [&](unsigned thread) {
-    const aclrtStream* stream = &streams[std::size_t{thread} * parallelism.depth];
-    std::vector<std::optional<std::size_t>> flying(parallelism.depth);  // what each stream carries
     std::size_t index = 0;
-    const auto finish = [&](std::size_t slot) {
-      if (!flying[slot]) return;
-      index = *flying[slot];
-      CAMEM_CHECK(aclrtSynchronizeStream(stream[slot]), chunks[index]->bytes);
-      flying[slot].reset();
-      copied_ += chunks[index]->bytes;
-      after(index);
+    const auto finish = [&](Batch& batch) {
+      if (batch.indices.empty()) return;
+      index = batch.indices.front();
+      CAMEM_CHECK(aclrtSynchronizeStream(batch.stream), chunks[index]->bytes);
+      for (const std::size_t done : std::exchange(batch.indices, {})) {
+        index = done;
+        copied_ += chunks[index]->bytes;
+        after(index);
+      }
     };
+    Batch batches[kStreamsPerThread];
+    for (unsigned i = 0; i < kStreamsPerThread; ++i) {
+      batches[i].stream = streams[thread * kStreamsPerThread + i];
+    }
     try {
       DeviceGuard guard(device);
-      std::size_t slot = 0;
-      for (; !failed; slot = (slot + 1) % parallelism.depth) {
-        finish(slot);
-        const std::size_t mine = next++;
-        if (mine >= chunks.size()) break;
-        index = mine;
-        before(index);
-        if (failed) break;
-        start_copy(direction, *chunks[index], stream[slot]);
-        flying[slot] = index;
+      for (unsigned turn = 0; !failed && next < chunks.size(); ++turn) {
+        Batch& batch = batches[turn % kStreamsPerThread];
+        finish(batch);
+        while (batch.indices.size() < parallelism.depth && !failed) {
+          const std::size_t mine = next++;
+          if (mine >= chunks.size()) break;
+          index = mine;
+          before(index);
+          start_copy(direction, *chunks[index], batch.stream);
+          batch.indices.push_back(index);
+        }
       }
-      for (unsigned i = 0; i < parallelism.depth && !failed; ++i) {
-        finish((slot + i) % parallelism.depth);
+      for (Batch& batch : batches) {
+        if (!failed) finish(batch);
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -101,8 +112,8 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
         *failed_index = index;
       }
     }
-    for (std::size_t slot = 0; slot < flying.size(); ++slot) {
-      if (flying[slot]) drain(stream[slot]);
+    for (const Batch& batch : batches) {
+      if (!batch.indices.empty()) drain(batch.stream);
     }
   };
 

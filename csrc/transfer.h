@@ -17,8 +17,8 @@ namespace camem {
 
 enum class Direction { kDeviceToHost, kHostToDevice };
 
-// How much is done at once: `threads` work at chunks, each with up to `depth` copies in flight, so
-// that the link has work while the threads map, unmap or pin.
+// How much is done at once: `threads` work at chunks, each with up to `depth` copies in flight on
+// each of its streams, so that the link has work while the threads map, unmap or pin.
 struct Parallelism {
   unsigned threads = 1;
   unsigned depth = 1;
@@ -41,12 +41,13 @@ class Transfer {
   void reset_copied_bytes() { copied_ = 0; }
 
  private:
-  // Each stream carries one copy at a time: waiting for a stream tells whether its work failed,
-  // which an event behind the work does not.
+  // A thread waits for one of its streams while the other copies. It waits for the stream and not
+  // for an event behind a copy, since only the stream tells whether its work failed.
+  static constexpr unsigned kStreamsPerThread = 2;
+  static constexpr std::size_t kKeptStreams = 6;
+
   std::vector<aclrtStream>& streams(int device, std::size_t count);
   void drop_spare_streams(int device);
-
-  static constexpr std::size_t kKeptStreams = 6;
 
   std::map<int, std::vector<aclrtStream>> streams_;
   std::atomic<std::size_t> copied_{0};
