@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.errors import WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 
 logger = init_logger(f"vllm.{__name__}")
@@ -41,6 +41,11 @@ class CamemBackend(SleepModeBackend):
             pin_threads=16,
             scratch_tags=list(SCRATCH_TAGS),
         )
+
+    @property
+    def reloads_after_level_2(self) -> bool:
+        """Whether a wake loads the weights that level 2 discarded."""
+        return self._config.after_level2 == "reload"
 
     def prepare(self) -> None:
         """Pin host memory for the weights in the background, if ``host_backup`` says so."""
@@ -130,7 +135,7 @@ class CamemBackend(SleepModeBackend):
         )
 
     def _verify(self, addresses: set[int]) -> None:
-        """Raises SleepModeError if memory that just woke is not what went to sleep."""
+        """Raises WeightsError if memory that just woke is not what went to sleep."""
         woken = [
             a
             for a in _camem.allocations()
@@ -140,7 +145,7 @@ class CamemBackend(SleepModeBackend):
         sums = checksums([(a["address"], a["bytes"]) for a in woken], device)
         for a in woken:
             if sums[a["address"]] != a["checksum"]:
-                raise SleepModeError(
+                raise WeightsError(
                     f"wake brought back other content than went to sleep: tag {a['tag']!r}, "
                     f"{a['bytes']} bytes at {a['address']:#x}, checksum {sums[a['address']]:#018x} "
                     f"instead of {a['checksum']:#018x}. Load the weights again or restart"
@@ -149,14 +154,20 @@ class CamemBackend(SleepModeBackend):
     def _finish(self, operation: str, report: "_camem.Report") -> None:
         asleep = any(a["state"] in _ASLEEP for a in _camem.allocations())
         self._state = "SUSPENDED" if asleep else "RUNNING"
-        self.last_operation = {"operation": operation, **report}
         copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
+        speed = copied / 1e9 / max(report["seconds"], 1e-9)
+        self.last_operation = {
+            "operation": operation,
+            **report,
+            "copied_bytes": copied,
+            "copied_gb_per_s": round(speed, 3),
+        }
         logger.info(
             "camem: %s took %.3f s, copied %.2f GiB at %.1f GB/s: %s",
             operation,
             report["seconds"],
             copied / _GIB,
-            copied / 1e9 / max(report["seconds"], 1e-9),
+            speed,
             _describe(report["tags"]) or "nothing to do",
         )
 

@@ -36,6 +36,15 @@ class SleepModeConfig(BaseModel):
     """Compare checksums after a wake that copied memory back. The checksums also tell what need
     not be copied, as with skip_unchanged."""
 
+    after_level2: Literal["warn", "refuse", "reload"] = Field(default="warn")
+    """What happens when weights wake from level 2, where they were discarded. "warn": the engine
+    serves, with one warning if they were not loaded. "refuse": it serves once they are loaded.
+    "reload": the wake loads them from the checkpoint, and fails if it cannot load all."""
+
+    while_asleep: Literal["wait", "refuse"] = Field(default="wait")
+    """What becomes of new generation requests while the engine sleeps. "wait": they are queued.
+    "refuse": the server answers 503 with Retry-After, and AsyncLLM raises."""
+
     @model_validator(mode="after")
     def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
         if self.skip_unchanged and not self.keep_host_backup:

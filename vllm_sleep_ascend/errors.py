@@ -41,3 +41,7 @@ class HostOutOfMemoryError(SleepModeError, MemoryError):
 
     needed_bytes: int = 0
     free_bytes: int = 0
+
+
+class WeightsError(SleepModeError):
+    """The weights in device memory are not, or not all, what they should be."""

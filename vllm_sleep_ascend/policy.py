@@ -35,6 +35,22 @@ DEFERRABLE_TAGS = ("weights", "kv_cache")
 # Not memory: level 0 pauses scheduling alone, and this tag resumes it.
 SCHEDULING_TAG = "scheduling"
 
+# What vLLM's worker does with weights: on sleeping memory each would fault the device.
+NEEDS_WEIGHTS = (
+    "reload_weights",
+    "reset_weights",
+    "compute_weight_checksums",
+    "save_sharded_state",
+    "save_tensorized_model",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "add_lora",
+    "remove_lora",
+    "pin_lora",
+)
+
 
 def check_level(level: object) -> int:
     """``level`` as it is.

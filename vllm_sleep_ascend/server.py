@@ -6,23 +6,39 @@ also come in a JSON body, ``/is_sleeping`` also answers POST, ``/sleep_status`` 
 holds, and every refusal is a 4xx or 5xx with a reason.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_sleep_ascend import policy
+from vllm_sleep_ascend import metrics, policy
+from vllm_sleep_ascend.middleware import SleepModeMiddleware
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
 
+Call = Callable[[], Awaitable[dict[str, Any]]]
+
 
 def install() -> None:
     """Have vLLM attach these endpoints in place of its own. Repeating it changes nothing."""
     from vllm import envs
+    from vllm.entrypoints.serve import instrumentator
 
+    stock = instrumentator.register_instrumentator_api_routers
+    if stock.__module__ != __name__:
+        instrumentator.register_instrumentator_api_routers = _with_middleware(stock)
     if envs.VLLM_SERVER_DEV_MODE:
         from vllm.entrypoints.serve.dev.sleep import api_router
 
         api_router.attach_router = attach_router
+
+
+def _with_middleware(stock: Callable) -> Callable:
+    def register_instrumentator_api_routers(app: "FastAPI") -> None:
+        stock(app)
+        app.add_middleware(SleepModeMiddleware)
+
+    return register_instrumentator_api_routers
 
 
 def attach_router(app: "FastAPI") -> None:
@@ -34,15 +50,15 @@ def attach_router(app: "FastAPI") -> None:
 
     @router.post("/sleep")
     async def sleep(request: Request) -> Any:
-        return await _answer(_sleep, "sleep", request)
+        return await _answer("sleep", _sleep, request)
 
     @router.post("/wake_up")
     async def wake_up(request: Request) -> Any:
-        return await _answer(_wake_up, "wake", request)
+        return await _answer("wake", _wake_up, request)
 
     @router.post("/release_kv_cache_memory")
     async def release_kv_cache_memory(request: Request) -> Any:
-        return await _answer(_release_kv_cache_memory, "release_kv_cache_memory", request)
+        return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
     async def is_sleeping(request: Request) -> Any:
@@ -50,50 +66,99 @@ def attach_router(app: "FastAPI") -> None:
 
     @router.get("/sleep_status")
     async def sleep_status(request: Request) -> Any:
-        client = request.app.state.engine_client
-        return {
-            "is_sleeping": await client.is_sleeping(),
-            "ranks": await client.collective_rpc("sleep_status"),
-        }
+        return await _status(request.app.state.engine_client)
 
     app.include_router(router)
 
 
-async def _answer(handler: Any, operation: Any, request: "Request") -> "JSONResponse":
-    from fastapi.responses import JSONResponse
-    from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
+async def _status(client: Any) -> "JSONResponse":
+    """What the engine is doing: ``state``, ``is_sleeping`` and ``ranks``.
 
-    from vllm_sleep_ascend.errors import SleepModeError
+    States: ``awake``; ``paused`` (level 0); ``partly_asleep``; ``asleep``;
+    ``awake_without_weights`` (discarded by level 2 and not loaded since); ``dead``, with status 503
+    and without ranks.
+    """
+    from fastapi.responses import JSONResponse
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        with sleep_mode_operation_metrics().record(operation):
-            return JSONResponse(await handler(request))
-    except (ValueError, SleepModeError, RuntimeError) as error:
-        status = 400 if isinstance(error, ValueError) else 503
+        if client.errored:
+            raise client.dead_error
+        is_sleeping = await client.is_sleeping()
+        ranks = await metrics.record_async(client) or await client.collective_rpc("sleep_status")
+    except EngineDeadError as error:
         return JSONResponse(
-            {"error": {"type": type(error).__name__, "message": str(error), "code": status}}, status
+            {
+                "state": "dead",
+                "error": _error(error, 503)["error"],
+                "remedy": "restart the server; its log has the cause",
+            },
+            503,
         )
+    state = _state(ranks, is_sleeping)
+    return JSONResponse({"state": state, "is_sleeping": is_sleeping, "ranks": ranks})
 
 
-async def _sleep(request: "Request") -> dict[str, Any]:
+def _state(ranks: list[dict[str, Any]], is_sleeping: bool) -> str:
+    tags = [rank["tags"][tag] for rank in ranks for tag in policy.DEFERRABLE_TAGS if "tags" in rank]
+    asleep = [usage["offloaded"] + usage["discarded"] > 0 for usage in tags]
+    if any(asleep):
+        return "asleep" if all(asleep) else "partly_asleep"
+    if any(rank.get("parameters_without_content") for rank in ranks):
+        return "awake_without_weights"
+    return "paused" if is_sleeping else "awake"
+
+
+async def _answer(operation: Any, parse: Any, request: "Request") -> "JSONResponse":
+    """Bad input is refused before it counts as an operation; a failure leaves its trace in both."""
+    from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        call: Call = await parse(request)
+        with sleep_mode_operation_metrics().record(operation):
+            return JSONResponse(await call())
+    except (ValueError, RuntimeError, EngineDeadError) as error:
+        status = 400 if isinstance(error, ValueError) else 503
+        return JSONResponse(_error(error, status), status)
+
+
+def _error(error: Exception, status: int) -> dict[str, Any]:
+    return {"error": {"type": type(error).__name__, "message": str(error), "code": status}}
+
+
+async def _sleep(request: "Request") -> Call:
     options = await _options(request, ("level", "mode"))
     level = _parse_level(options.get("level", 1))
     mode = policy.check_mode(options.get("mode", "abort"))
-    await request.app.state.engine_client.sleep(level, mode)
-    return {"status": "sleeping", "level": level}
+
+    async def call() -> dict[str, Any]:
+        await request.app.state.engine_client.sleep(level, mode)
+        return {"status": "sleeping", "level": level}
+
+    return call
 
 
-async def _wake_up(request: "Request") -> dict[str, Any]:
+async def _wake_up(request: "Request") -> Call:
     tags: Any = request.query_params.getlist("tags")
     if not tags:
         tags = (await _options(request, ("tags",))).get("tags")
-    fully_awake = await request.app.state.engine_client.wake_up(policy.check_tags(tags))
-    return {"status": "awake" if fully_awake else "sleeping", "tags": tags}
+    wanted = policy.check_tags(tags)
+
+    async def call() -> dict[str, Any]:
+        fully_awake = await request.app.state.engine_client.wake_up(wanted)
+        return {"status": "awake" if fully_awake else "sleeping", "tags": tags}
+
+    return call
 
 
-async def _release_kv_cache_memory(request: "Request") -> dict[str, Any]:
-    await request.app.state.engine_client.release_kv_cache_memory()
-    return {"status": "kv_cache_released"}
+async def _release_kv_cache_memory(request: "Request") -> Call:
+    async def call() -> dict[str, Any]:
+        await request.app.state.engine_client.release_kv_cache_memory()
+        return {"status": "kv_cache_released"}
+
+    return call
 
 
 async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from torch import nn
 from vllm.distributed.parallel_state import resume_device_comms, suspend_device_comms
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, check_level
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, NEEDS_WEIGHTS, check_level
+from vllm_sleep_ascend.weights import LoadingWorker
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.backend import CamemBackend
@@ -22,21 +24,6 @@ logger = init_logger(f"vllm.{__name__}")
 _GIB = 1 << 30
 
 
-# What vLLM's worker does with weights: on sleeping memory each would fault the device.
-_NEEDS_WEIGHTS = (
-    "reload_weights",
-    "reset_weights",
-    "compute_weight_checksums",
-    "save_sharded_state",
-    "save_tensorized_model",
-    "start_weight_update",
-    "start_draft_weight_update",
-    "update_weights",
-    "finish_weight_update",
-    "add_lora",
-)
-
-
 def needs_weights_awake(cls: type) -> type:
     """Class decorator: have the methods above refuse to touch weights that sleep."""
 
@@ -44,8 +31,6 @@ def needs_weights_awake(cls: type) -> type:
         @wraps(stock)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.model_config.enable_sleep_mode and self.sleep_mode_backend.asleep("weights"):
-                from vllm_sleep_ascend.errors import SleepModeError
-
                 raise SleepModeError(
                     f"{name} needs the weights, which sleep; call wake_up(tags=['weights']) first"
                 )
@@ -53,15 +38,16 @@ def needs_weights_awake(cls: type) -> type:
 
         return call
 
-    for name in _NEEDS_WEIGHTS:
+    for name in NEEDS_WEIGHTS:
         setattr(cls, name, refusing(name, getattr(cls, name)))
     return cls
 
 
-class SleepingWorker:
+class SleepingWorker(LoadingWorker):
     """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
 
     sleep_mode_backend: "CamemBackend"
+    _last_error: dict[str, str] | None = None
 
     def sleep(self, level: int = 1) -> None:
         """Free this rank's device memory.
@@ -76,19 +62,24 @@ class SleepingWorker:
         worker: Any = self
         if check_level(level) == 0:
             return
-        torch.accelerator.synchronize()
-        free_before, _ = torch.accelerator.get_memory_info()
-        backend = self.sleep_mode_backend
-        saves = level == 2 and "discarded" not in backend.states("weights")
-        try:
-            if saves:
-                self._save_for_level_2()
-            with self._named():
+        with self._operation(f"sleep level {level}"):
+            if worker._weight_update_active:
+                raise SleepModeError(
+                    "sleep refused: a weight update is under way; call finish_weight_update first"
+                )
+            torch.accelerator.synchronize()
+            free_before, _ = torch.accelerator.get_memory_info()
+            backend = self.sleep_mode_backend
+            saves = level == 2 and "discarded" not in backend.states("weights")
+            try:
+                if saves:
+                    self._save_for_level_2()
                 backend.suspend(level)
-        except BaseException:
-            if saves:
-                self._forget_saved()
-            raise
+            except BaseException:
+                if saves:
+                    self._forget_saved()
+                raise
+            self._note_discarded_weights()
         if worker.model_config.enable_nccl_comm_suspend:
             suspend_device_comms()
         free_after, total = torch.accelerator.get_memory_info()
@@ -108,49 +99,92 @@ class SleepingWorker:
             SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
         """
         worker: Any = self
-        with self._named():
-            self.sleep_mode_backend.resume(tags)
-        if worker.model_config.enable_nccl_comm_suspend:
-            resume_device_comms()
-        if not self.sleep_mode_backend.asleep("weights"):
-            self._restore_saved()
-        torch.accelerator.synchronize()
+        with self._operation("wake"):
+            try:
+                self.sleep_mode_backend.resume(tags)
+            except WeightsError:
+                self._content.lose()
+                raise
+            if worker.model_config.enable_nccl_comm_suspend:
+                resume_device_comms()
+            if not self.sleep_mode_backend.asleep("weights"):
+                self._restore_saved()
+                if self._content.missing and self.sleep_mode_backend.reloads_after_level_2:
+                    self._reload_or_sleep_again()
+                self._forget_saved()
+            torch.accelerator.synchronize()
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
         torch.accelerator.synchronize()
-        with self._named():
+        with self._operation(f"discard {', '.join(tags)}"):
             self.sleep_mode_backend.discard(tags)
+            self._note_discarded_weights()
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank."""
         return {tag for tag in DEFERRABLE_TAGS if self.sleep_mode_backend.asleep(tag)}
 
     def sleep_status(self) -> dict[str, Any]:
-        """What this rank holds: bytes by tag and state, and the last operation."""
+        """What this rank holds: bytes by tag and state, the last operation and the last error."""
         worker: Any = self
         free, total = torch.accelerator.get_memory_info()
-        status = {"rank": worker.rank, "device": worker.device.index, "free": free, "total": total}
+        status = {
+            "rank": worker.rank,
+            "engine": worker.parallel_config.data_parallel_index,
+            "device": worker.device.index,
+            "free": free,
+            "total": total,
+        }
         if not worker.model_config.enable_sleep_mode:
             return {**status, "enabled": False}
         backend = self.sleep_mode_backend
+        tags = backend.usage()
         return {
             **status,
             "enabled": True,
             "state": backend.state(),
-            "tags": backend.usage(),
+            "tags": tags,
+            "host_backup": sum(tag["host"] for tag in tags.values()),
+            "parameters_without_content": len(self._content.missing),
             "last_operation": backend.last_operation,
+            "last_error": self._last_error,
         }
 
+    def _note_discarded_weights(self) -> None:
+        worker: Any = self
+        if "discarded" in self.sleep_mode_backend.states("weights"):
+            self._content.lose(but=worker._sleep_saved_parameters)
+
+    def _reload_or_sleep_again(self) -> None:
+        worker: Any = self
+        if worker._weight_update_active:
+            return
+        try:
+            self._reload_all()
+        except SleepModeError as error:
+            self.sleep_mode_backend.discard(("weights",))
+            raise SleepModeError(
+                f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
+            ) from error
+
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Say in an error whose it is: of many ranks one may fail."""
+    def _operation(self, name: str) -> Iterator[None]:
+        """Say in an error whose it is, as of many ranks one may fail, and keep it for the status
+        until the next success."""
         worker: Any = self
         try:
             yield
-        except RuntimeError as error:
-            error.args = (f"rank {worker.rank}: {error}",)
+        except Exception as error:
+            self._last_error = {
+                "operation": name,
+                "type": type(error).__name__,
+                "message": str(error),
+            }
+            if isinstance(error, RuntimeError):
+                error.args = (f"rank {worker.rank}: {error}",)
             raise
+        self._last_error = None
 
     def _models(self) -> dict[str, nn.Module]:
         worker: Any = self
@@ -199,7 +233,6 @@ class SleepingWorker:
         for name, saved in worker._sleep_saved_buffers.items():
             if name in buffers:
                 buffers[name].data.copy_(saved)
-        self._forget_saved()
 
     def _forget_saved(self) -> None:
         worker: Any = self

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of ``EngineCore``, in the engine's process."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
+from vllm_sleep_ascend.guards.gate import ServingGate
+from vllm_sleep_ascend.guards.wrap import wrap
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def install() -> None:
+    """Wrap the engine's calls, and add one that says why it does not serve."""
+    from vllm.v1.engine.core import EngineCore
+
+    wrap(EngineCore, "sleep", _sleep)
+    wrap(EngineCore, "wake_up", _wake_up)
+    wrap(EngineCore, "release_kv_cache_memory", _release_kv_cache_memory)
+    wrap(EngineCore, "resume_scheduler", _resume_scheduler)
+    wrap(EngineCore, "is_sleeping", _is_sleeping)
+    wrap(EngineCore, "collective_rpc", _collective_rpc)
+    wrap(EngineCore, "add_request", _add_request)
+    EngineCore.sleep_mode_refusal = _refusal  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _truth(core: Any) -> Iterator[None]:
+    """After a failure, note what really sleeps, and serve on if nothing does."""
+    was_paused = core.is_scheduler_paused()
+    try:
+        yield
+    except Exception:
+        _settle(core, was_paused)
+        raise
+
+
+def _settle(core: Any, was_paused: bool) -> None:
+    executor = core.model_executor
+    executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
+    if not was_paused and not executor.is_sleeping:
+        core.resume_scheduler()
+
+
+def _sleep(stock: Callable) -> Callable:
+    def sleep(self: Any, level: int = 1, mode: str = "abort") -> Any:
+        check_sleep(self.vllm_config, level, mode)
+        was_paused = self.is_scheduler_paused()
+        with _named(), _truth(self):
+            if level == 2 and "weights" in self.model_executor.sleeping_tags:
+                self.model_executor.collective_rpc("sleep", kwargs={"level": 2})
+                return None
+            result = stock(self, level, mode)
+        if isinstance(result, Future):  # mode "wait": the sleep is still to come
+            result.add_done_callback(
+                lambda done: _settle(self, was_paused) if done.exception() else None
+            )
+        return result
+
+    return sleep
+
+
+def _wake_up(stock: Callable) -> Callable:
+    def wake_up(self: Any, tags: list[str] | None = None) -> bool:
+        check_wake_up(self.vllm_config, tags)
+        tags = policy.check_tags(tags)
+        if tags is not None:
+            asleep = self.model_executor.sleeping_tags
+            awake = [tag for tag in tags if tag in policy.DEFERRABLE_TAGS and tag not in asleep]
+            if awake:
+                logger.warning("wake_up: %s is awake already.", ", ".join(awake))
+            tags = [tag for tag in tags if tag in asleep]
+        with _named(), _truth(self):
+            return stock(self, tags)
+
+    return wake_up
+
+
+def _release_kv_cache_memory(stock: Callable) -> Callable:
+    def release_kv_cache_memory(self: Any) -> None:
+        check_enabled(self.vllm_config)
+        with _named(), _truth(self):
+            return stock(self)
+
+    return release_kv_cache_memory
+
+
+def _resume_scheduler(stock: Callable) -> Callable:
+    """The one way back to serving: not before memory and weights are there."""
+
+    def resume_scheduler(self: Any) -> None:
+        gate = ServingGate.of(self)
+        if gate is None:
+            return stock(self)
+        if self.model_executor.is_sleeping:
+            from vllm_sleep_ascend.errors import SleepModeError
+
+            raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
+        gate.look()
+        if gate.closed:
+            gate.hold()
+            return None
+        gate.held = False
+        stock(self)
+        if self.scheduler.has_unfinished_requests():
+            gate.warn()
+        return None
+
+    return resume_scheduler
+
+
+def _is_sleeping(stock: Callable) -> Callable:
+    """An engine that waits for its weights has its memory: it does not sleep."""
+
+    def is_sleeping(self: Any) -> bool:
+        gate = ServingGate.of(self)
+        if gate is not None and gate.held:
+            return self.model_executor.is_sleeping
+        return stock(self)
+
+    return is_sleeping
+
+
+def _collective_rpc(stock: Callable) -> Callable:
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        gate = ServingGate.of(self)
+        try:
+            return stock(self, method, *args, **kwargs)
+        finally:
+            may_load = not isinstance(method, str) or method in policy.NEEDS_WEIGHTS
+            if gate is not None and (may_load or gate.held or not gate.clear):
+                gate.follow_load()
+
+    return collective_rpc
+
+
+def _add_request(stock: Callable) -> Callable:
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
+        gate = ServingGate.of(self)
+        if gate is not None and not self.is_scheduler_paused():
+            gate.warn()
+        return stock(self, *args, **kwargs)
+
+    return add_request
+
+
+def _refusal(self: Any) -> str | None:
+    """Why a new request is not taken now; None if it is."""
+    gate = ServingGate.of(self)
+    return None if gate is None else gate.refusal()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Put the error's type in front of its text: only the text reaches the front end's process."""
+    from vllm_sleep_ascend.errors import SleepModeError
+
+    try:
+        yield
+    except SleepModeError as error:
+        name = type(error).__name__
+        if not str(error).startswith(name):
+            error.args = (f"{name}: {error}",)
+        raise

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of ``LLM``, ``LLMEngine`` and ``AsyncLLM``: checked input, typed errors, metrics."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_sleep_ascend import metrics
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
+from vllm_sleep_ascend.guards.not_serving import NotServingError
+from vllm_sleep_ascend.guards.wrap import wrap
+
+_FROM_ENGINE = re.compile(r"Call to \w+ method failed: ((?:(\w+): )?.*)", re.DOTALL)
+_CHECKS = (
+    ("sleep", check_sleep),
+    ("wake_up", check_wake_up),
+    ("release_kv_cache_memory", check_enabled),
+)
+
+
+def install() -> None:
+    """Wrap the front ends' calls. Repeating it changes nothing."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    for name, check in _CHECKS:
+        wrap(LLMEngine, name, _checked(check))
+        wrap(AsyncLLM, name, _checked_async(check))
+    wrap(LLMEngine, "__init__", _with_guarded_llm)
+    wrap(AsyncLLM, "add_request", _admitted)
+
+
+async def refusal(client: Any) -> str | None:
+    """Why this engine takes no request now; None if it does, or if no option refuses any.
+
+    Args:
+        client: vLLM's AsyncLLM.
+    """
+    if not client.vllm_config.model_config.enable_sleep_mode:
+        return None
+    config = SleepModeConfig.from_vllm_config(client.vllm_config)
+    if config.after_level2 == "warn" and config.while_asleep == "wait":
+        return None
+    reasons = await client.engine_core.call_utility_all_async("sleep_mode_refusal")
+    return next((reason for reason in reasons if reason), None)
+
+
+def _admitted(stock: Callable) -> Callable:
+    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = await refusal(self)
+        if reason is not None:
+            raise NotServingError(reason)
+        return await stock(self, *args, **kwargs)
+
+    return add_request
+
+
+def _with_guarded_llm(stock: Callable) -> Callable:
+    """``LLM`` is wrapped when it makes its engine: other processes never load its module."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        offline = sys.modules.get("vllm.entrypoints.llm")
+        if offline is not None:
+            for name in ("generate", "chat", "encode", "embed", "classify", "score", "beam_search"):
+                if hasattr(offline.LLM, name):
+                    wrap(offline.LLM, name, _serving)
+        stock(self, *args, **kwargs)
+
+    return init
+
+
+def _serving(stock: Callable) -> Callable:
+    """``LLM`` steps its engine until all answers are there, which never comes while it sleeps."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self.llm_engine
+        reason = None
+        if engine.is_sleeping():
+            reason = f"the engine sleeps; call wake_up() before {stock.__name__}()"
+        elif engine.vllm_config.model_config.enable_sleep_mode:
+            reason = _call_core(engine.engine_core, "sleep_mode_refusal")
+        if reason is not None:
+            raise NotServingError(reason)
+        return stock(self, *args, **kwargs)
+
+    return call
+
+
+def _call_core(client: Any, method: str) -> Any:
+    """A method of EngineCore, in this process or in its own."""
+    if hasattr(client, "call_utility"):
+        return client.call_utility(method)
+    return getattr(client.engine_core, method)()
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """Give an error that crossed from the engine's process its type again."""
+    from vllm_sleep_ascend import errors
+
+    try:
+        yield
+    except Exception as error:
+        crossed = _FROM_ENGINE.fullmatch(str(error))
+        if crossed is None:
+            raise
+        raise getattr(errors, crossed[2] or "", errors.SleepModeError)(crossed[1]) from None
+
+
+def _checked(check: Callable) -> Callable:
+    def wrapper(stock: Callable) -> Callable:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check(self.vllm_config, *args, **kwargs)
+            try:
+                with _typed():
+                    return stock(self, *args, **kwargs)
+            finally:
+                metrics.record(self)
+
+        return call
+
+    return wrapper
+
+
+def _checked_async(check: Callable) -> Callable:
+    def wrapper(stock: Callable) -> Callable:
+        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check(self.vllm_config, *args, **kwargs)
+            try:
+                with _typed():
+                    return await stock(self, *args, **kwargs)
+            finally:
+                await metrics.record_async(self)
+
+        return call
+
+    return wrapper

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an engine whose memory is awake may serve: after level 2 its weights have no content."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+
+from vllm_sleep_ascend.config import SleepModeConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+_REMEDY = (
+    "load them with collective_rpc('reload_weights') or a weight update, or tell the engine of a "
+    "load that it cannot see with collective_rpc('mark_weights_loaded')"
+)
+
+
+class ServingGate:
+    """The part of an EngineCore that knows of weights without content, and ``after_level2``."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        config = SleepModeConfig.from_vllm_config(core.vllm_config)
+        self._holds = config.after_level2 != "warn"
+        self._refuses_while_asleep = config.while_asleep == "refuse"
+        self._missing: list[str] = []
+        self._updating = False
+        self._warned = False
+        self.held = False
+
+    @classmethod
+    def of(cls, core: Any) -> "ServingGate | None":
+        """The gate of this engine; None without sleep mode."""
+        if not core.vllm_config.model_config.enable_sleep_mode:
+            return None
+        gate = getattr(core, "serving_gate", None)
+        if gate is None:
+            gate = core.serving_gate = cls(core)
+        return gate
+
+    def look(self) -> None:
+        """Ask the workers."""
+        executor = self._core.model_executor
+        contents = executor.collective_rpc("weights_content")
+        self._missing = sorted({name for content in contents for name in content["missing"]})
+        self._updating = any(content["updating"] for content in contents)
+        self._warned = self._warned and bool(self._missing)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing may be scheduled, by the last look."""
+        return self._updating or (self._holds and bool(self._missing))
+
+    @property
+    def clear(self) -> bool:
+        """Whether the weights were complete at the last look."""
+        return not self._updating and not self._missing
+
+    def hold(self) -> None:
+        """Schedule nothing until the weights are loaded."""
+        self.held = True
+        self._core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        logger.warning("The engine does not serve yet: %s", self._reason())
+
+    def follow_load(self) -> None:
+        """After a call that may have loaded weights: serve again, or hold."""
+        self.look()
+        asleep = self._core.model_executor.is_sleeping
+        if self.held and not self.closed and not asleep:
+            self._core.resume_scheduler()
+        elif self.closed and not self.held and not self._updating and not asleep:
+            self.hold()
+
+    def warn(self) -> None:
+        """Once for each level-2 sleep: what is served now is not the model's."""
+        if self._missing and not self._warned:
+            self._warned = True
+            logger.warning("The engine serves, but %s", self._reason())
+
+    def refusal(self) -> str | None:
+        """Why a new request is not taken now; None if it is."""
+        if self.held and not self._core.model_executor.is_sleeping:
+            return f"the engine does not serve yet: {self._reason()}"
+        if self._refuses_while_asleep and self._core.is_sleeping():
+            return "the engine sleeps; wake it with wake_up() or POST /wake_up"
+        return None
+
+    def _reason(self) -> str:
+        if self._updating:
+            return "a weight update is under way; call finish_weight_update"
+        names = ", ".join(self._missing[:3]) + (", ..." if len(self._missing) > 3 else "")
+        return (
+            f"sleep level 2 discarded the weights, and {len(self._missing)} parameters have not "
+            f"been loaded since ({names}); {_REMEDY}"
+        )

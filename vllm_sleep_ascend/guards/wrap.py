@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a method of vLLM's gets a check in front of it."""
+
+from collections.abc import Callable
+from functools import wraps
+
+_MARK = "guarded_by_camem"
+
+
+def wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace the method by ``wrapper(method)``, once."""
+    stock = getattr(owner, name)
+    if not hasattr(stock, _MARK):
+        wrapped = wraps(stock)(wrapper(stock))
+        setattr(wrapped, _MARK, True)
+        setattr(owner, name, wrapped)
