@@ -39,7 +39,8 @@ def register_general() -> None:
             "camem", "vllm_sleep_ascend.backend", "CamemBackend"
         )
     if type(current_platform).__module__ == "vllm_sleep_ascend.platform":
-        from vllm_sleep_ascend import guards, server
+        from vllm_sleep_ascend import guards, server, weight_transfer
 
         guards.install()
         server.install()
+        weight_transfer.register()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vllm.config import VllmConfig
 
 _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
+_CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
@@ -66,6 +67,12 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             f"speculative decoding with method {speculative.method} needs Triton kernels; "
             "use method ngram"
+        )
+    transfer = vllm_config.weight_transfer_config
+    if transfer is not None and transfer.backend in _CUDA_WEIGHT_TRANSFER:
+        yield (
+            f"weight transfer with backend {transfer.backend}, which is for CUDA; use "
+            '--weight-transfer-config \'{"backend": "safetensors"}\''
         )
     if vllm_config.use_v2_model_runner:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
