@@ -136,7 +136,7 @@ def test_reload_loads_all_or_says_what_is_missing_and_can_be_repeated(
             llm.wake_up()
         assert llm.llm_engine.is_sleeping()
         file.unlink()
-        with pytest.raises(SleepModeError, match="the weights cannot be loaded from .*repeated"):
+        with pytest.raises(SleepModeError, match=r"the weights cannot be loaded from .*repeated"):
             llm.wake_up()
         states = {a["tag"]: a["state"] for a in _camem.allocations() if a["device_bytes"]}
         assert "weights" not in states
