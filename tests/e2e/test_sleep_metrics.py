@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``/metrics``, ``/sleep_status`` and ``/health`` say while a server sleeps, wakes and fails."""
+"""What ``/metrics``, ``/sleep_status`` and ``/health`` say of a server that sleeps, or fails."""
 
 import os
 import time

@@ -88,7 +88,7 @@ def test_level_1_keeps_the_checksums(llm):
     assert checksums(llm) == before
 
 
-def test_a_weight_update_in_parts_between_the_wakes(llm, tiny_model, other_model, old, new, tmp_path):
+def test_a_weight_update_in_parts_between_wakes(llm, tiny_model, other_model, old, new, tmp_path):
     weights = load_file(other_model / "model.safetensors")
     names = sorted(weights)
     llm.sleep(level=2)
