@@ -31,6 +31,12 @@ def test_one_string_is_no_list_of_tags():
         policy.check_tags("weights")
 
 
+@pytest.mark.parametrize("tags", [5, {"weights": 1}, b"weights", [["weights"]], [None]])
+def test_tags_of_another_type_are_named_and_refused(tags):
+    with pytest.raises(ValueError, match="weights, kv_cache, scheduling"):
+        policy.check_tags(tags)
+
+
 def test_other_pause_modes_are_refused():
     assert policy.check_mode("keep") == "keep"
     with pytest.raises(ValueError, match="'kill' does not exist; use one of abort, wait, keep"):

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch_npu
-from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeState
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.errors import WeightsError
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 
 logger = init_logger(f"vllm.{__name__}")
@@ -72,6 +72,11 @@ class CamemBackend(SleepModeBackend):
             self._verify(asleep)
         self._finish("wake", report)
 
+    def state(self) -> SleepModeState:
+        """SUSPENDED while anything sleeps, RUNNING otherwise."""
+        asleep = any(a["state"] in _ASLEEP for a in _camem.allocations())
+        return "SUSPENDED" if asleep else "RUNNING"
+
     def asleep(self, tag: str) -> bool:
         """Whether memory of this tag is unmapped."""
         return not self.states(tag).isdisjoint(_ASLEEP)
@@ -100,7 +105,11 @@ class CamemBackend(SleepModeBackend):
         return tags
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host, also of a tensor whose memory sleeps in a host backup."""
+        """A copy on the host, also of a tensor whose memory sleeps in a host backup.
+
+        Raises:
+            SleepModeError: the memory sleeps, and its backup cannot be read as it is.
+        """
         span = 1 + sum(
             (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
         )
@@ -108,17 +117,29 @@ class CamemBackend(SleepModeBackend):
         if tensor.numel() > 0:
             content = _camem.read_backup(tensor.data_ptr(), span * tensor.element_size())
         if content is None:
+            self._check_mapped(tensor)
             return tensor.detach().cpu().clone()
         flat = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
         return flat.as_strided(tensor.shape, tensor.stride()).clone()
 
+    def _check_mapped(self, tensor: torch.Tensor) -> None:
+        address = tensor.data_ptr()
+        for a in _camem.allocations():
+            inside = a["address"] <= address < a["address"] + a["bytes"]
+            if inside and a["state"] != "mapped":
+                raise SleepModeError(
+                    f"memory of tag {a['tag']!r} sleeps and cannot be read; call wake_up() first"
+                )
+
     def _sleep(
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
     ) -> None:
-        pool.trim()
-        report = _camem.sleep(actions, otherwise, self._checksums(actions, otherwise))
         gc.collect()
+        pool.trim()
+        contents = self._checksums(actions, otherwise)
         torch.accelerator.empty_cache()
+        # What it did stays done: nothing that can fail comes after it.
+        report = _camem.sleep(actions, otherwise, contents)
         self._finish(operation, report)
 
     def _checksums(self, actions: dict[str, Action], otherwise: Action) -> dict[int, int]:
@@ -152,8 +173,6 @@ class CamemBackend(SleepModeBackend):
                 )
 
     def _finish(self, operation: str, report: "_camem.Report") -> None:
-        asleep = any(a["state"] in _ASLEEP for a in _camem.allocations())
-        self._state = "SUSPENDED" if asleep else "RUNNING"
         copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
         speed = copied / 1e9 / max(report["seconds"], 1e-9)
         self.last_operation = {

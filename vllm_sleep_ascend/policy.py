@@ -83,15 +83,16 @@ def check_tags(tags: Iterable[str] | None) -> list[str] | None:
     """The tags in their order, each once; None stands for all.
 
     Raises:
-        ValueError: a tag does not exist, or ``tags`` is one string.
+        ValueError: a tag does not exist, or ``tags`` is no list.
     """
     if tags is None:
         return None
     allowed = (*DEFERRABLE_TAGS, SCHEDULING_TAG)
     if isinstance(tags, str):
         raise ValueError(f"tags must be a list, such as [{tags!r}], not the string {tags!r}")
-    tags = list(dict.fromkeys(tags))
+    if not isinstance(tags, list | tuple | set | frozenset):
+        raise ValueError(f"tags must be a list of some of {', '.join(allowed)}, not {tags!r}")
     for tag in tags:
-        if tag not in allowed:
+        if not isinstance(tag, str) or tag not in allowed:
             raise ValueError(f"tag {tag!r} does not exist; use some of {', '.join(allowed)}")
-    return tags
+    return list(dict.fromkeys(tags))

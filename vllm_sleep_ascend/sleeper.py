@@ -25,21 +25,26 @@ _GIB = 1 << 30
 
 
 def needs_weights_awake(cls: type) -> type:
-    """Class decorator: have the methods above refuse to touch weights that sleep."""
+    """Class decorator: have methods that use weights refuse to touch them while they sleep."""
 
-    def refusing(name: str, stock: Callable) -> Callable:
+    def refusing(name: str, tags: tuple[str, ...], stock: Callable) -> Callable:
         @wraps(stock)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.model_config.enable_sleep_mode and self.sleep_mode_backend.asleep("weights"):
-                raise SleepModeError(
-                    f"{name} needs the weights, which sleep; call wake_up(tags=['weights']) first"
-                )
+            if self.model_config.enable_sleep_mode:
+                for tag in tags:
+                    if self.sleep_mode_backend.asleep(tag):
+                        raise SleepModeError(
+                            f"{name} needs the {tag}, which sleep; "
+                            f"call wake_up(tags=['{tag}']) first"
+                        )
             return stock(self, *args, **kwargs)
 
         return call
 
     for name in NEEDS_WEIGHTS:
-        setattr(cls, name, refusing(name, getattr(cls, name)))
+        setattr(cls, name, refusing(name, ("weights",), getattr(cls, name)))
+    name = "execute_dummy_batch"
+    setattr(cls, name, refusing(name, DEFERRABLE_TAGS, getattr(cls, name)))
     return cls
 
 
@@ -48,6 +53,7 @@ class SleepingWorker(LoadingWorker):
 
     sleep_mode_backend: "CamemBackend"
     _last_error: dict[str, str] | None = None
+    _wake_unfinished = False
 
     def sleep(self, level: int = 1) -> None:
         """Free this rank's device memory.
@@ -69,17 +75,12 @@ class SleepingWorker(LoadingWorker):
                 )
             torch.accelerator.synchronize()
             free_before, _ = torch.accelerator.get_memory_info()
-            backend = self.sleep_mode_backend
-            saves = level == 2 and "discarded" not in backend.states("weights")
             try:
-                if saves:
+                if level == 2 and not self._has_saved():
                     self._save_for_level_2()
-                backend.suspend(level)
-            except BaseException:
-                if saves:
-                    self._forget_saved()
-                raise
-            self._note_discarded_weights()
+                self.sleep_mode_backend.suspend(level)
+            finally:
+                self._note_discarded_weights()
         if worker.model_config.enable_nccl_comm_suspend:
             suspend_device_comms()
         free_after, total = torch.accelerator.get_memory_info()
@@ -103,8 +104,10 @@ class SleepingWorker(LoadingWorker):
             try:
                 self.sleep_mode_backend.resume(tags)
             except WeightsError:
-                self._content.lose()
+                self._content.found_corrupt()
                 raise
+            # From here memory is awake, but not all that belongs to a wake is done.
+            self._wake_unfinished = True
             if worker.model_config.enable_nccl_comm_suspend:
                 resume_device_comms()
             if not self.sleep_mode_backend.asleep("weights"):
@@ -113,6 +116,7 @@ class SleepingWorker(LoadingWorker):
                     self._reload_or_sleep_again()
                 self._forget_saved()
             torch.accelerator.synchronize()
+            self._wake_unfinished = False
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
@@ -122,8 +126,9 @@ class SleepingWorker(LoadingWorker):
             self._note_discarded_weights()
 
     def sleeping_tags(self) -> set[str]:
-        """Those of vLLM's tags whose memory sleeps on this rank."""
-        return {tag for tag in DEFERRABLE_TAGS if self.sleep_mode_backend.asleep(tag)}
+        """Those of vLLM's tags whose memory sleeps on this rank, or whose wake is not finished."""
+        tags = {tag for tag in DEFERRABLE_TAGS if self.sleep_mode_backend.asleep(tag)}
+        return tags | {"weights"} if self._wake_unfinished else tags
 
     def sleep_status(self) -> dict[str, Any]:
         """What this rank holds: bytes by tag and state, the last operation and the last error."""
@@ -155,6 +160,8 @@ class SleepingWorker(LoadingWorker):
         worker: Any = self
         if "discarded" in self.sleep_mode_backend.states("weights"):
             self._content.lose(but=worker._sleep_saved_parameters)
+        elif not self._wake_unfinished:
+            self._forget_saved()
 
     def _reload_or_sleep_again(self) -> None:
         worker: Any = self
@@ -233,6 +240,10 @@ class SleepingWorker(LoadingWorker):
         for name, saved in worker._sleep_saved_buffers.items():
             if name in buffers:
                 buffers[name].data.copy_(saved)
+
+    def _has_saved(self) -> bool:
+        worker: Any = self
+        return bool(worker._sleep_saved_parameters or worker._sleep_saved_buffers)
 
     def _forget_saved(self) -> None:
         worker: Any = self

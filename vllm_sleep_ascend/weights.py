@@ -28,13 +28,25 @@ class WeightsContent:
         self._quantized = quantized
         self._consumed = 0
         self.missing: set[str] = set()
+        self._found_corrupt = False
         loader: Any = model
         loader.load_weights = self._watched(loader.load_weights)
 
     def lose(self, but: Iterable[str] = ()) -> None:
         """Note that all content is gone, of these parameters excepted."""
+        self._found_corrupt = False
         self.missing = {_plain(name) for name, _ in self._model.named_parameters()}
         self.missing -= {_plain(name) for name in but}
+
+    def found_corrupt(self) -> None:
+        """Note that the content is not what it should be."""
+        self.lose()
+        self._found_corrupt = True
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether content that was found to be wrong has not all been loaded since."""
+        return self._found_corrupt and bool(self.missing)
 
     def loaded(self, names: Iterable[str] | None) -> None:
         """Note that these parameters were loaded; None means all."""
@@ -91,10 +103,12 @@ class LoadingWorker:
         self._content = WeightsContent(model, worker.model_config.quantization is not None)
 
     def weights_content(self) -> dict[str, Any]:
-        """``missing``: parameters without content; ``updating``: whether an update is under way."""
+        """``missing``: parameters without content; ``corrupt``: whether that was found out by
+        comparing; ``updating``: whether an update is under way."""
         worker: Any = self
         return {
             "missing": sorted(self._content.missing),
+            "corrupt": self._content.corrupt,
             "updating": bool(worker._weight_update_active),
         }
 

@@ -128,6 +128,18 @@ class NPUWorker(SleepingWorker, Worker):
 
         return use_pool(tag)
 
+    def checkpoint_prepare(self) -> None:
+        """
+        Raises:
+            NotImplementedError: always. The stock method would say that all is ready.
+        """
+        raise NotImplementedError(
+            "NPU: a process checkpoint is not supported, as CANN cannot save a device's state with "
+            "its process; to free the device and keep the process, use sleep(level=1)"
+        )
+
+    checkpoint_restore = checkpoint_prepare
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Make ready to serve. There is nothing to compile, and profiling has run a full batch.
 

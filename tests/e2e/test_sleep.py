@@ -12,6 +12,7 @@ from support import MIB
 from vllm import SamplingParams
 
 from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.sim import control
 
 TOKENS = 12
@@ -107,6 +108,37 @@ def test_a_wake_that_names_an_awake_tag_wakes_the_other(llm, expected):
     llm.wake_up(tags=["weights"])
     assert llm.wake_up(tags=["weights", "kv_cache", "kv_cache"]) is True
     assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("second", [1, 2])
+@pytest.mark.parametrize("woken", ["weights", "kv_cache"])
+def test_a_second_sleep_after_a_partial_wake_puts_all_to_sleep(llm, expected, first, second, woken):
+    llm.sleep(level=first)
+    llm.wake_up(tags=[woken])
+    llm.sleep(level=second)
+    assert mapped("weights") == mapped("kv_cache") == 0
+    for tag in ("weights", "kv_cache"):
+        assert llm.llm_engine.is_sleeping()
+        llm.wake_up(tags=[tag])
+    assert not llm.llm_engine.is_sleeping()
+    if 2 in (first, second):
+        llm.collective_rpc("reload_weights")
+    assert tokens(llm) == expected
+
+
+def test_an_engine_that_sleeps_is_not_resumed_nor_waited_for(llm, expected):
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    llm.enqueue(PROMPTS, sampling, use_tqdm=False)
+    llm.sleep(level=1, mode="keep")
+    with pytest.raises(SleepModeError, match=r"call wake_up\(\) before wait_for_completion\(\)"):
+        llm.wait_for_completion(use_tqdm=False)
+    with pytest.raises(SleepModeError, match=r"wake it with wake_up\(\) before it resumes"):
+        llm.llm_engine.engine_core.engine_core.resume_scheduler()
+    assert llm.llm_engine.is_sleeping()
+    llm.wake_up()
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
 
 
 @pytest.mark.parametrize("level", [3, -1, "1"])

@@ -3,12 +3,14 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.wrap import wrap
@@ -27,24 +29,29 @@ def install() -> None:
     wrap(EngineCore, "is_sleeping", _is_sleeping)
     wrap(EngineCore, "collective_rpc", _collective_rpc)
     wrap(EngineCore, "add_request", _add_request)
+    wrap(EngineCore, "step", _step)
+    wrap(EngineCore, "step_with_batch_queue", _step)
     EngineCore.sleep_mode_refusal = _refusal  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _truth(core: Any) -> Iterator[None]:
-    """After a failure, note what really sleeps, and serve on if nothing does."""
+    """Afterwards, note what really sleeps; after a failure, serve on if nothing does."""
     was_paused = core.is_scheduler_paused()
     try:
         yield
     except Exception:
-        _settle(core, was_paused)
+        _settle(core, was_paused, failed=True)
         raise
+    _settle(core, was_paused, failed=False)
 
 
-def _settle(core: Any, was_paused: bool) -> None:
+def _settle(core: Any, was_paused: bool, failed: bool) -> None:
+    """Take the workers' word, where stock vLLM notes what was asked."""
     executor = core.model_executor
-    executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
-    if not was_paused and not executor.is_sleeping:
+    if core.vllm_config.model_config.enable_sleep_mode:
+        executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
+    if failed and not was_paused and not executor.is_sleeping:
         core.resume_scheduler()
 
 
@@ -53,22 +60,36 @@ def _sleep(stock: Callable) -> Callable:
         check_sleep(self.vllm_config, level, mode)
         was_paused = self.is_scheduler_paused()
         with _named(), _truth(self):
-            if level == 2 and "weights" in self.model_executor.sleeping_tags:
-                self.model_executor.collective_rpc("sleep", kwargs={"level": 2})
+            if self.model_executor.is_sleeping:
+                # Stock vLLM would do nothing if the weights sleep, though the KV cache may be
+                # awake or the level another; and to pause anew could start what is kept.
+                if level > 0:
+                    self.model_executor.collective_rpc("sleep", kwargs={"level": level})
                 return None
             result = stock(self, level, mode)
-        if isinstance(result, Future):  # mode "wait": the sleep is still to come
-            result.add_done_callback(
-                lambda done: _settle(self, was_paused) if done.exception() else None
-            )
+        if isinstance(result, Future):  # Requests are under way: the sleep is still to come.
+            self.pending_sleep = result
+            result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused))
         return result
 
     return sleep
 
 
+def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
+    core.pending_sleep = None
+    error = done.exception()
+    if error is not None:
+        with suppress(BaseException), _named():
+            raise error
+    _settle(core, was_paused, failed=error is not None)
+
+
 def _wake_up(stock: Callable) -> Callable:
-    def wake_up(self: Any, tags: list[str] | None = None) -> bool:
+    def wake_up(self: Any, tags: list[str] | None = None) -> bool | Future:
         check_wake_up(self.vllm_config, tags)
+        pending = getattr(self, "pending_sleep", None)
+        if pending is not None:
+            return _afterwards(pending, lambda: wake_up(self, tags))
         tags = policy.check_tags(tags)
         if tags is not None:
             asleep = self.model_executor.sleeping_tags
@@ -80,6 +101,20 @@ def _wake_up(stock: Callable) -> Callable:
             return stock(self, tags)
 
     return wake_up
+
+
+def _afterwards(pending: Future, call: Callable) -> Future:
+    """The result of a call that has to wait for its turn."""
+    result: Future = Future()
+
+    def turn(_: Future) -> None:
+        try:
+            result.set_result(call())
+        except Exception as error:
+            result.set_exception(error)
+
+    pending.add_done_callback(turn)
+    return result
 
 
 def _release_kv_cache_memory(stock: Callable) -> Callable:
@@ -99,9 +134,9 @@ def _resume_scheduler(stock: Callable) -> Callable:
         if gate is None:
             return stock(self)
         if self.model_executor.is_sleeping:
-            from vllm_sleep_ascend.errors import SleepModeError
-
             raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
+        if getattr(self, "pending_sleep", None) is not None:
+            raise SleepModeError("a sleep waits for requests to end; wait for it, then wake_up()")
         gate.look()
         if gate.closed:
             gate.hold()
@@ -150,6 +185,18 @@ def _add_request(stock: Callable) -> Callable:
     return add_request
 
 
+def _step(stock: Callable) -> Callable:
+    """The last line: nothing runs on memory that sleeps, whichever way the scheduler was paused."""
+
+    def step(self: Any) -> Any:
+        if self.model_executor.sleeping_tags and not self.batch_queue:
+            self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            return {}, False
+        return stock(self)
+
+    return step
+
+
 def _refusal(self: Any) -> str | None:
     """Why a new request is not taken now; None if it is."""
     gate = ServingGate.of(self)
@@ -159,8 +206,6 @@ def _refusal(self: Any) -> str | None:
 @contextmanager
 def _named() -> Iterator[None]:
     """Put the error's type in front of its text: only the text reaches the front end's process."""
-    from vllm_sleep_ascend.errors import SleepModeError
-
     try:
         yield
     except SleepModeError as error:

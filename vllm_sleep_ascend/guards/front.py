@@ -14,6 +14,11 @@ from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.wrap import wrap
 
 _FROM_ENGINE = re.compile(r"Call to \w+ method failed: ((?:(\w+): )?.*)", re.DOTALL)
+# Methods of LLM that step its engine until all answers are there.
+_STEPPING = (
+    *("generate", "chat", "encode", "embed", "classify", "score", "beam_search"),
+    "wait_for_completion",
+)
 _CHECKS = (
     ("sleep", check_sleep),
     ("wake_up", check_wake_up),
@@ -64,7 +69,7 @@ def _with_guarded_llm(stock: Callable) -> Callable:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         offline = sys.modules.get("vllm.entrypoints.llm")
         if offline is not None:
-            for name in ("generate", "chat", "encode", "embed", "classify", "score", "beam_search"):
+            for name in _STEPPING:
                 if hasattr(offline.LLM, name):
                     wrap(offline.LLM, name, _serving)
         stock(self, *args, **kwargs)
@@ -73,7 +78,7 @@ def _with_guarded_llm(stock: Callable) -> Callable:
 
 
 def _serving(stock: Callable) -> Callable:
-    """``LLM`` steps its engine until all answers are there, which never comes while it sleeps."""
+    """An engine that sleeps would be stepped for ever."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self.llm_engine

@@ -25,7 +25,7 @@ class ServingGate:
         self._holds = config.after_level2 != "warn"
         self._refuses_while_asleep = config.while_asleep == "refuse"
         self._missing: list[str] = []
-        self._updating = False
+        self._updating = self._corrupt = False
         self._warned = False
         self.held = False
 
@@ -45,12 +45,13 @@ class ServingGate:
         contents = executor.collective_rpc("weights_content")
         self._missing = sorted({name for content in contents for name in content["missing"]})
         self._updating = any(content["updating"] for content in contents)
+        self._corrupt = any(content["corrupt"] for content in contents)
         self._warned = self._warned and bool(self._missing)
 
     @property
     def closed(self) -> bool:
         """Whether nothing may be scheduled, by the last look."""
-        return self._updating or (self._holds and bool(self._missing))
+        return self._updating or self._corrupt or (self._holds and bool(self._missing))
 
     @property
     def clear(self) -> bool:
@@ -89,6 +90,8 @@ class ServingGate:
     def _reason(self) -> str:
         if self._updating:
             return "a weight update is under way; call finish_weight_update"
+        if self._corrupt:
+            return f"verify_wake found other weights than went to sleep; {_REMEDY}"
         names = ", ".join(self._missing[:3]) + (", ..." if len(self._missing) > 3 else "")
         return (
             f"sleep level 2 discarded the weights, and {len(self._missing)} parameters have not "

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any call of the device fails while an engine sleeps or wakes, torch's own calls included."""
+
+import pytest
+from reference import PROMPTS, hf_greedy, vllm_greedy
+
+from vllm_sleep_ascend.sim import control
+
+TOKENS = 6
+DRIVER_ERROR = 507899
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    return hf_greedy(tiny_model, PROMPTS[:2], TOKENS)
+
+
+def tokens(llm):
+    return vllm_greedy(llm, PROMPTS[:2], TOKENS)
+
+
+def calls_of(operation) -> list[str]:
+    control.reset_counters()
+    control.keep_call_log(True)
+    operation()
+    calls = list(control.call_log())
+    control.keep_call_log(False)
+    return calls
+
+
+def repeat(operation) -> int:
+    """How often it failed before it succeeded."""
+    for failures in range(3):
+        try:
+            operation()
+            return failures
+        except Exception:
+            control.set_faults("")
+    raise AssertionError("it does not succeed")
+
+
+def test_level_2_survives_any_failed_call(llm, expected):
+    assert tokens(llm) == expected
+    llm.sleep(level=2)
+    llm.wake_up()
+    llm.collective_rpc("reload_weights")
+    operations = {"sleep": lambda: llm.sleep(level=2), "wake": llm.wake_up}
+    calls = {name: calls_of(operation) for name, operation in operations.items()}
+    llm.collective_rpc("reload_weights")
+    failed = 0
+    for faulty, names in calls.items():
+        for call in dict.fromkeys(names):
+            for nth in sorted({1, names.count(call)}):
+                for name, operation in operations.items():
+                    control.set_faults(f"{call}:{nth}:{DRIVER_ERROR}" if name == faulty else "")
+                    failed += repeat(operation)
+                    control.set_faults("")
+                llm.collective_rpc("reload_weights")
+                llm.reset_prefix_cache()
+                assert tokens(llm) == expected, f"{faulty}: {call} failed, the {nth}th time"
+    assert failed > 10
