@@ -121,9 +121,28 @@ def _release_kv_cache_memory(stock: Callable) -> Callable:
     def release_kv_cache_memory(self: Any) -> None:
         check_enabled(self.vllm_config)
         with _named(), _truth(self):
+            asleep = ", ".join(sorted(self.model_executor.sleeping_tags))
+            if asleep:
+                raise SleepModeError(
+                    "release_kv_cache_memory() requires all executor memory to be resident, and "
+                    f"{asleep} sleeps; call wake_up() first"
+                )
+            _finish_steps(self)
             return stock(self)
 
     return release_kv_cache_memory
+
+
+def _finish_steps(core: Any) -> None:
+    """An engine in the caller's process is stepped only while requests run. What the last step left
+    to the next one keeps its pause from counting as completed."""
+    scheduler = core.scheduler
+    for _ in range(3):
+        if not core.is_scheduler_paused() or scheduler.has_unfinished_requests():
+            return
+        if not scheduler.has_requests() and not core.batch_queue:
+            return
+        core.step_fn()
 
 
 def _resume_scheduler(stock: Callable) -> Callable:
@@ -189,9 +208,10 @@ def _step(stock: Callable) -> Callable:
     """The last line: nothing runs on memory that sleeps, whichever way the scheduler was paused."""
 
     def step(self: Any) -> Any:
-        if self.model_executor.sleeping_tags and not self.batch_queue:
+        if self.model_executor.sleeping_tags:
             self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-            return {}, False
+            if not self.batch_queue:
+                return {}, False
         return stock(self)
 
     return step
