@@ -207,6 +207,26 @@ def test_a_wake_waits_for_a_sleep_that_waits_for_requests(engine_process, expect
     run(test())
 
 
+def test_a_second_sleep_ends_the_wait_of_the_first(engine_process, expected):
+    llm, run = engine_process
+
+    async def test():
+        request, task = await under_way(llm, "impatient")
+        first = asyncio.create_task(llm.sleep(level=1, mode="wait"))
+        await asyncio.sleep(0.05)
+        await llm.sleep(level=2, mode="abort")
+        await asyncio.gather(first, task)
+        assert request.reason == "abort"
+        (status,) = await llm.collective_rpc("sleep_status")
+        assert status["tags"]["weights"]["discarded"] > 0
+        await llm.wake_up()
+        await llm.collective_rpc("reload_weights")
+        await llm.reset_prefix_cache()
+        await serves(llm, expected)
+
+    run(test())
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_pauses_of_an_engine_that_sleeps_start_nothing(engine_process, expected, level):
     """With requests kept, stock vLLM would go on with them on memory that is not there."""

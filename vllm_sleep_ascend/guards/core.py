@@ -58,6 +58,11 @@ def _settle(core: Any, was_paused: bool, failed: bool) -> None:
 def _sleep(stock: Callable) -> Callable:
     def sleep(self: Any, level: int = 1, mode: str = "abort") -> Any:
         check_sleep(self.vllm_config, level, mode)
+        pending = getattr(self, "pending_sleep", None)
+        if pending is not None:
+            if mode == "abort":
+                self.pause_scheduler("abort", clear_cache=False)  # what the pending one waits for
+            return _afterwards(pending, lambda: sleep(self, level, mode))
         was_paused = self.is_scheduler_paused()
         with _named(), _truth(self):
             if self.model_executor.is_sleeping:
@@ -107,13 +112,18 @@ def _afterwards(pending: Future, call: Callable) -> Future:
     """The result of a call that has to wait for its turn."""
     result: Future = Future()
 
-    def turn(_: Future) -> None:
+    def resolve(get: Callable) -> None:
         try:
-            result.set_result(call())
+            value = get()
         except Exception as error:
             result.set_exception(error)
+        else:
+            if isinstance(value, Future):
+                value.add_done_callback(lambda done: resolve(done.result))
+            else:
+                result.set_result(value)
 
-    pending.add_done_callback(turn)
+    pending.add_done_callback(lambda _: resolve(call))
     return result
 
 
