@@ -110,6 +110,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    name: {
+        "base_model_name_or_path": "tiny-qwen2",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": [f"{kind}_proj" for kind in kinds.split()],
+    }
+    for name, rank, kinds in (
+        ("tiny-qwen2-lora", 8, "q k v o gate up down"),
+        ("tiny-qwen2-lora-attention", 4, "q v"),
+    )
+}
+"""LoRA adapters in PEFT's format, each for one of the models."""
+
 TIED_DEVIATION = 0.03
 LEAN = 1.5
 
@@ -236,16 +250,36 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def write_adapter(name: str, folder: Path) -> None:
+    """Write every file of an adapter into an existing folder."""
+    adapter = ADAPTERS[name]
+    rank, weights = adapter["r"], {}
+    for parameter, shape, gain in parameters(CONFIGS[adapter["base_model_name_or_path"]]):
+        module = parameter.removesuffix(".weight")
+        if module.split(".")[-1] not in adapter["target_modules"] or len(shape) != 2:
+            continue
+        for half, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
+            key = f"base_model.model.{module}.lora_{half}.weight"
+            random = torch.Generator().manual_seed(zlib.crc32(f"{name} {key}".encode()))
+            weight = torch.randn(size, generator=random) * (gain / 2 / size[1]) ** 0.5
+            weights[key] = weight.to(torch.bfloat16)
+    config = {**adapter, "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def make_model(name: str, out: str | os.PathLike[str]) -> Path:
-    """Make a model folder, or leave a complete one of that name as it is.
+    """Make the folder of a model or an adapter, or leave a complete one of that name as it is.
 
     Raises:
         ValueError: no such model, or ``out`` exists and holds something else.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"no model {name!r}; there are {', '.join(CONFIGS)}")
+    everything = {**CONFIGS, **ADAPTERS}
+    if name not in everything:
+        raise ValueError(f"no model {name!r}; there are {', '.join(everything)}")
     folder = Path(out)
-    marker, recipe = folder / "make_model.json", {"recipe": RECIPE, **CONFIGS[name]}
+    marker, recipe = folder / "make_model.json", {"recipe": RECIPE, **everything[name]}
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == recipe:
         print(f"{folder}: {name} is there already")
         return folder
@@ -254,7 +288,10 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_model(CONFIGS[name], unfinished)
+        if name in ADAPTERS:
+            write_adapter(name, unfinished)
+        else:
+            write_model(CONFIGS[name], unfinished)
         (unfinished / marker.name).write_text(json.dumps(recipe), encoding="utf-8")
         unfinished.chmod(0o755)
         if folder.exists():
@@ -269,7 +306,7 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", metavar="NAME", help=", ".join(CONFIGS))
+    parser.add_argument("name", metavar="NAME", help=", ".join((*CONFIGS, *ADAPTERS)))
     parser.add_argument("out", metavar="OUT", help="folder to make")
     args = parser.parse_args()
     try:

@@ -179,7 +179,7 @@ class NPUPlatform(Platform):
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
-        return "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+        return "vllm_sleep_ascend.native.lora.NPUPunicaWrapper"
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

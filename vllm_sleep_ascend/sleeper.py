@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import resume_device_comms, suspend_device_
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+from vllm_sleep_ascend.native.lora import restore_adapters
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, NEEDS_WEIGHTS, check_level
 from vllm_sleep_ascend.weights import LoadingWorker
 
@@ -112,6 +113,8 @@ class SleepingWorker(LoadingWorker):
                 resume_device_comms()
             if not self.sleep_mode_backend.asleep("weights"):
                 self._restore_saved()
+                if self._content.missing:
+                    restore_adapters(worker.model_runner)
                 if self._content.missing and self.sleep_mode_backend.reloads_after_level_2:
                     self._reload_or_sleep_again()
                 self._forget_saved()

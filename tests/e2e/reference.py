@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model should answer: Hugging Face's greedy tokens on the CPU."""
 
+import json
 import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MAX_NUM_BATCHED_TOKENS = 256
@@ -29,14 +31,34 @@ def tokenizer(model: str | os.PathLike[str]):
     return AutoTokenizer.from_pretrained(model)
 
 
-@cache
-def _hf_greedy(
-    model: Path, prompts: tuple[str, ...], n: int, dtype: torch.dtype
-) -> tuple[tuple[int, ...], ...]:
+def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> torch.nn.Module:
     # Eager attention: the one that knows soft caps.
     network = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, attn_implementation="eager"
     ).eval()
+    if adapter is not None:
+        merge(network, adapter)
+    return network
+
+
+@torch.no_grad()
+def merge(network: torch.nn.Module, adapter: Path) -> None:
+    """Add a LoRA adapter's products to the weights."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    halves = load_file(adapter / "adapter_model.safetensors")
+    parameters = dict(network.named_parameters())
+    for key in (key for key in halves if ".lora_A." in key):
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        a, b = halves[key], halves[key.replace(".lora_A.", ".lora_B.")]
+        weight = parameters[name]
+        weight += (b.to(weight.dtype) @ a.to(weight.dtype)) * config["lora_alpha"] / config["r"]
+
+
+@cache
+def _hf_greedy(
+    model: Path, prompts: tuple[str, ...], n: int, dtype: torch.dtype, adapter: Path | None
+) -> tuple[tuple[int, ...], ...]:
+    network = _network(model, adapter, dtype)
     answers = []
     for prompt in prompts:
         ids = tokenizer(model)(prompt, return_tensors="pt").input_ids
@@ -57,9 +79,11 @@ def hf_greedy(
     prompts: Sequence[str] = PROMPTS,
     n: int = 24,
     dtype: torch.dtype = torch.float32,
+    adapter: Path | None = None,
 ) -> list[list[int]]:
     """Greedy tokens of ``prompts``, each alone, ``n`` of each, end-of-text included."""
-    return [list(answer) for answer in _hf_greedy(Path(model), tuple(prompts), n, dtype)]
+    answers = _hf_greedy(Path(model), tuple(prompts), n, dtype, adapter)
+    return [list(answer) for answer in answers]
 
 
 def vllm_greedy(llm, prompts: Sequence[str] = PROMPTS, n: int = 24, **kwargs) -> list[list[int]]:

@@ -59,3 +59,16 @@ def test_errors_name_the_remedy(tmp_path):
     assert done.returncode == 1
     assert "holds something else; name a new folder" in done.stderr
     assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_an_adapter_is_made_for_its_model(tmp_path):
+    from make_model import make_model
+
+    one, two = (make_model("tiny-qwen2-lora", tmp_path / name) for name in ("a", "b"))
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (one, two)]
+    assert weights[0] == weights[1]
+    with safe_open(one / "adapter_model.safetensors", "pt") as halves:
+        assert len(halves.keys()) == 2 * 7 * 4  # A and B of seven matrices in four layers
+        module = "base_model.model.model.layers.3.self_attn.k_proj"
+        assert halves.get_tensor(f"{module}.lora_A.weight").shape == (8, 128)
+        assert halves.get_tensor(f"{module}.lora_B.weight").shape == (64, 8)

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_sleep_ascend.native.lora import restore_adapters
+
 
 def _npu_event(*args: Any, blocking: bool = False, **kwargs: Any) -> Any:
     """``torch.npu.Event``, which has no ``blocking``: its wait never spins."""
@@ -68,3 +70,9 @@ class NPUModelRunner(GPUModelRunner):
         """Leave a new cache unwritten, as a wake leaves it: attention reads only written slots."""
         with _UnwrittenZeros():
             return super().initialize_kv_cache_tensors(*args, **kwargs)
+
+    def reset_lora_state(self) -> None:
+        """Keep the loaded adapters when the base weights are replaced, as they do not depend on
+        them. The stock method drops them, and the next request that names one reads its folder
+        again, which may be gone by then: that would end the engine."""
+        restore_adapters(self)

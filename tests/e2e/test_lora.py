@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters: tokens as of a model into which the adapter is merged, before and after sleep."""
+
+import shutil
+
+import pytest
+from engines import engine
+from reference import PROMPTS, hf_greedy, vllm_greedy
+from support import make_model
+from vllm.lora.request import LoRARequest
+
+TOKENS = 8
+SOME = PROMPTS[:3] + PROMPTS[6:7]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Folders by adapter id, copied so that a test can take one away; id 0 is no adapter."""
+    folder = tmp_path_factory.mktemp("adapters")
+    names = {1: "tiny-qwen2-lora", 2: "tiny-qwen2-lora-attention"}
+    return {
+        0: None,
+        **{n: shutil.copytree(make_model(name), folder / name) for n, name in names.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model, adapters):
+    """Tokens by adapter id."""
+    answers = {n: hf_greedy(tiny_model, SOME, TOKENS, adapter=path) for n, path in adapters.items()}
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        same = [a == b for a, b in zip(answers[one], answers[other], strict=True)]
+        assert not any(same), "an adapter changes nothing"
+    return answers
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model):
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    with engine(tiny_model, enable_sleep_mode=True, **options) as llm:
+        yield llm
+
+
+@pytest.fixture
+def request_of(adapters):
+    requests = {n: LoRARequest(f"adapter {n}", n, str(path)) for n, path in adapters.items() if n}
+    return lambda n: requests.get(n)
+
+
+@pytest.fixture
+def all_answers(llm, request_of):
+    """Tokens of every prompt with every adapter and with none, by adapter id, in one batch."""
+
+    def answers():
+        ids = [i % 3 for i in range(3 * len(SOME))]
+        prompts = [prompt for prompt in SOME for _ in range(3)]
+        flat = vllm_greedy(llm, prompts, TOKENS, lora_request=[request_of(i) for i in ids])
+        return {n: flat[n::3] for n in range(3)}
+
+    return answers
+
+
+def worker(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def sleep_2_and_reload(llm):
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
+def test_requests_with_and_without_adapters_share_a_batch(all_answers, expected):
+    assert all_answers() == expected
+
+
+def test_level_1(llm, all_answers, expected):
+    llm.sleep(level=1)
+    llm.wake_up()
+    assert llm.llm_engine.list_loras() == {1, 2}
+    assert all_answers() == expected
+
+
+def test_level_2_with_reload(llm, all_answers, expected):
+    llm.llm_engine.pin_lora(1)
+    sleep_2_and_reload(llm)
+    assert llm.llm_engine.list_loras() == {1, 2}
+    manager = worker(llm).model_runner.lora_manager._adapter_manager
+    assert manager._active_adapters.pinned_items == {1}
+    assert sorted(manager.lora_index_to_id) == [1, 2]
+    assert all_answers() == expected
+
+
+def test_level_2_and_weights_written_into_the_parameters(llm, all_answers, expected):
+    """Adapters come back with the wake itself, however the weights are loaded."""
+    parameters = dict(worker(llm).model_runner.model.named_parameters())
+    saved = {name: parameter.cpu() for name, parameter in parameters.items()}
+    llm.sleep(level=2)
+    llm.wake_up()
+    for name, content in saved.items():
+        parameters[name].data.copy_(content)
+    assert all_answers() == expected
+
+
+def test_adapters_survive_level_2_without_their_folders(llm, all_answers, expected, adapters):
+    assert all_answers() == expected
+    for path in adapters.values():
+        if path is not None:
+            shutil.rmtree(path)
+    sleep_2_and_reload(llm)
+    assert all_answers() == expected
