@@ -61,6 +61,15 @@ RECIPE = 1
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny-qwen2": {**_TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    # Wide enough that its weights weigh more than what is around them.
+    "small-qwen2": {
+        **_TINY,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+    },
     "tiny-llama": {
         **_TINY,
         "model_type": "llama",

@@ -87,6 +87,13 @@ class NPUPlatform(Platform):
         from vllm_sleep_ascend.native.unsupported import refuse_unsupported
 
         refuse_unsupported(vllm_config)
+        if vllm_config.quant_config is not None:
+            logger.warning_once(
+                "NPU: --quantization %s stores weights as 8-bit integers with a scale per output "
+                "channel, and computes in %s: NPUs of this generation have no fp8 arithmetic.",
+                vllm_config.model_config.quantization,
+                vllm_config.model_config.dtype,
+            )
         parallel_config = vllm_config.parallel_config
         if parallel_config.worker_cls == "auto":
             parallel_config.worker_cls = "vllm_sleep_ascend.worker.NPUWorker"

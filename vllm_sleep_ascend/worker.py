@@ -116,7 +116,9 @@ class NPUWorker(SleepingWorker, Worker):
         from vllm_sleep_ascend.native.model_runner import NPUModelRunner
 
         if self.model_config.is_moe:
-            import vllm_sleep_ascend.native.moe  # noqa: F401
+            import vllm_sleep_ascend.native.moe
+        if self.vllm_config.quant_config is not None:
+            import vllm_sleep_ascend.native.quantization  # noqa: F401
 
         return NPUModelRunner(self.vllm_config, self.device)
 

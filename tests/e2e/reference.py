@@ -3,13 +3,15 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Change = Callable[[torch.nn.Module], None]
 
 MAX_NUM_BATCHED_TOKENS = 256
 """Of the engines under test; one prompt is longer, so that its prefill comes in chunks."""
@@ -31,18 +33,8 @@ def tokenizer(model: str | os.PathLike[str]):
     return AutoTokenizer.from_pretrained(model)
 
 
-def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> torch.nn.Module:
-    # Eager attention: the one that knows soft caps.
-    network = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, attn_implementation="eager"
-    ).eval()
-    if adapter is not None:
-        merge(network, adapter)
-    return network
-
-
 @torch.no_grad()
-def merge(network: torch.nn.Module, adapter: Path) -> None:
+def merge(adapter: Path, network: torch.nn.Module) -> None:
     """Add a LoRA adapter's products to the weights."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     halves = load_file(adapter / "adapter_model.safetensors")
@@ -56,9 +48,14 @@ def merge(network: torch.nn.Module, adapter: Path) -> None:
 
 @cache
 def _hf_greedy(
-    model: Path, prompts: tuple[str, ...], n: int, dtype: torch.dtype, adapter: Path | None
+    model: Path, prompts: tuple[str, ...], n: int, dtype: torch.dtype, change: Change | None
 ) -> tuple[tuple[int, ...], ...]:
-    network = _network(model, adapter, dtype)
+    # Eager attention: the one that knows soft caps.
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, attn_implementation="eager"
+    ).eval()
+    if change is not None:
+        change(network)
     answers = []
     for prompt in prompts:
         ids = tokenizer(model)(prompt, return_tensors="pt").input_ids
@@ -79,10 +76,11 @@ def hf_greedy(
     prompts: Sequence[str] = PROMPTS,
     n: int = 24,
     dtype: torch.dtype = torch.float32,
-    adapter: Path | None = None,
+    change: Change | None = None,
 ) -> list[list[int]]:
-    """Greedy tokens of ``prompts``, each alone, ``n`` of each, end-of-text included."""
-    answers = _hf_greedy(Path(model), tuple(prompts), n, dtype, adapter)
+    """Greedy tokens of ``prompts``, each alone, ``n`` of each, end-of-text included; after
+    ``change`` of the model's weights."""
+    answers = _hf_greedy(Path(model), tuple(prompts), n, dtype, change)
     return [list(answer) for answer in answers]
 
 

@@ -2,10 +2,11 @@
 """LoRA adapters: tokens as of a model into which the adapter is merged, before and after sleep."""
 
 import shutil
+from functools import partial
 
 import pytest
 from engines import engine
-from reference import PROMPTS, hf_greedy, vllm_greedy
+from reference import PROMPTS, hf_greedy, merge, vllm_greedy
 from support import make_model
 from vllm.lora.request import LoRARequest
 
@@ -27,7 +28,8 @@ def adapters(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(tiny_model, adapters):
     """Tokens by adapter id."""
-    answers = {n: hf_greedy(tiny_model, SOME, TOKENS, adapter=path) for n, path in adapters.items()}
+    merged = {n: path and partial(merge, path) for n, path in adapters.items()}
+    answers = {n: hf_greedy(tiny_model, SOME, TOKENS, change=merged[n]) for n in adapters}
     for one, other in ((0, 1), (0, 2), (1, 2)):
         same = [a == b for a, b in zip(answers[one], answers[other], strict=True)]
         assert not any(same), "an adapter changes nothing"

@@ -67,12 +67,19 @@ def test_model_runner_v2_is_refused(model, monkeypatch):
     [
         ({"kv_cache_dtype": "fp8"}, "KV cache dtype fp8; use --kv-cache-dtype auto"),
         ({"enable_dbo": True}, "leave out --enable-dbo"),
+        ({"quantization": "fp8_per_block"}, "quantisation to .*; use --quantization fp8"),
+        ({"quantization": "int8_per_channel_weight_only"}, "experts alone, and there are none"),
         ({"additional_config": {"sleep_mode": {"chunk": 1}}}, "chunk"),
     ],
 )
 def test_refused_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         config_of(model, **options)
+
+
+def test_adapters_of_experts_are_refused():
+    with pytest.raises(ValueError, match="LoRA adapters of experts; merge the adapter"):
+        config_of(str(make_model("tiny-qwen3-moe")), enable_lora=True)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,7 @@ def test_refused_options(model, options, message):
         ("has_inner_state", "Mamba or linear-attention layers"),
         ("is_encoder_decoder", "encoder-decoder cross attention"),
         ("is_multimodal_model", "image, audio or video inputs"),
-        ("quantization", "quantisation needs compiled kernels"),
+        ("quantization", "quantisation of a checkpoint needs compiled kernels"),
     ],
 )
 def test_refused_models(trait, message):
@@ -100,7 +107,7 @@ def test_refused_models(trait, message):
     config.parallel_config = SimpleNamespace(
         prefill_context_parallel_size=1, decode_context_parallel_size=1, enable_dbo=False
     )
-    config.speculative_config = None
+    config.speculative_config = config.lora_config = None
     config.use_v2_model_runner = False
     with pytest.raises(ValueError, match=message) as refused:
         refuse_unsupported(config)

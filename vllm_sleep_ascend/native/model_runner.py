@@ -54,6 +54,13 @@ class NPUModelRunner(GPUModelRunner):
         with cuda_streams_on_npu():
             super().__init__(vllm_config, device)
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.vllm_config.quant_config is not None and self.model_config.enable_sleep_mode:
+            from vllm_sleep_ascend.native.quantization import compact
+
+            compact(self.model)
+
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with cuda_streams_on_npu():
             return super().execute_model(*args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture-of-experts layers in plain PyTorch, for unquantised weights.
+"""Mixture-of-experts layers in plain PyTorch.
 
 Importing this module registers it with vLLM: the experts through vLLM's register of out-of-tree
 operators, the router's top-k in place of a compiled kernel.
@@ -15,6 +15,8 @@ from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+
+from vllm_sleep_ascend.native.int8 import linear
 
 _GATES: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
     MoEActivation.SILU: F.silu,
@@ -33,6 +35,8 @@ def experts(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     weigh_input: bool = False,
+    gate_up_scale: torch.Tensor | None = None,
+    down_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of each token's chosen experts, weighted.
 
@@ -49,6 +53,8 @@ def experts(
         gate_up_bias: ``[experts, 2 * inner]``.
         down_bias: ``[experts, hidden]``.
         weigh_input: weigh what goes in rather than what comes out.
+        gate_up_scale: ``[experts, 2 * inner]``, if ``gate_up`` is int8.
+        down_scale: ``[experts, hidden]``, if ``down`` is int8.
 
     Returns:
         ``[tokens, hidden]`` in ``x``'s dtype; sums in float32.
@@ -68,10 +74,11 @@ def experts(
         if count == 0:
             continue
         here = slice(start, start + count)
-        bias = None if gate_up_bias is None else gate_up_bias[expert]
-        left, right = F.linear(rows[here], gate_up[expert], bias).chunk(2, dim=-1)
-        bias = None if down_bias is None else down_bias[expert]
-        part = F.linear(gate(left) * right, down[expert], bias)
+        mine: list[Any]
+        mine = [None if t is None else t[expert] for t in (gate_up, gate_up_bias, gate_up_scale)]
+        left, right = linear(rows[here], *mine).chunk(2, dim=-1)
+        mine = [None if t is None else t[expert] for t in (down, down_bias, down_scale)]
+        part = linear(gate(left) * right, *mine)
         results[here] = part.float() if weigh_input else part * weights[here]
         start += count
     scattered = torch.empty_like(results).index_copy_(0, order, results)
@@ -124,30 +131,42 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Run the chosen experts; shared experts run apart.
+        return apply_experts(layer, self.moe, x, topk_weights, topk_ids)
 
-        Raises:
-            NotImplementedError: the activation is not gated SiLU or GELU, or is clamped.
-        """
-        gate = _GATES.get(layer.activation)
-        if gate is None or self.moe.swiglu_limit is not None:
-            raise NotImplementedError(
-                f"NPU mixture of experts: activation {layer.activation} with limit "
-                f"{self.moe.swiglu_limit} is not supported; choose a model with gated SiLU or GELU"
-            )
-        if layer.expert_map is not None:
-            topk_ids = layer.expert_map[topk_ids.long()]
-        return experts(
-            x,
-            layer.w13_weight,
-            layer.w2_weight,
-            topk_weights,
-            topk_ids,
-            gate,
-            getattr(layer, "w13_bias", None),
-            getattr(layer, "w2_bias", None),
-            layer.apply_router_weight_on_input,
+
+def apply_experts(
+    layer: Any,
+    config: Any,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Run the chosen experts of a vLLM layer; its shared experts run apart.
+
+    Raises:
+        NotImplementedError: the activation is not gated SiLU or GELU, or is clamped.
+    """
+    gate = _GATES.get(layer.activation)
+    if gate is None or config.swiglu_limit is not None:
+        raise NotImplementedError(
+            f"NPU mixture of experts: activation {layer.activation} with limit "
+            f"{config.swiglu_limit} is not supported; choose a model with gated SiLU or GELU"
         )
+    if layer.expert_map is not None:
+        topk_ids = layer.expert_map[topk_ids.long()]
+    return experts(
+        x,
+        layer.w13_weight,
+        layer.w2_weight,
+        topk_weights,
+        topk_ids,
+        gate,
+        getattr(layer, "w13_bias", None),
+        getattr(layer, "w2_bias", None),
+        layer.apply_router_weight_on_input,
+        getattr(layer, "w13_weight_scale", None),
+        getattr(layer, "w2_weight_scale", None),
+    )
 
 
 fused_topk_router.vllm_topk_softmax = topk_softmax

@@ -51,11 +51,12 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
             yield f"{name}: encoder-decoder cross attention; choose a decoder-only model"
         if model.is_multimodal_model:
             yield f"{name}: image, audio or video inputs; choose a text model"
+        if vllm_config.lora_config is not None and model.is_moe:
+            yield f"{name}: LoRA adapters of experts; merge the adapter into the model"
         if model.quantization is not None:
-            yield (
-                f"{name}: {model.quantization} quantisation needs compiled kernels; "
-                "use the unquantised model"
-            )
+            reason = _quantization(vllm_config)
+            if reason is not None:
+                yield f"{name}: {reason}"
     if cache is not None and cache.cache_dtype not in _KV_CACHE_DTYPES:
         yield f"KV cache dtype {cache.cache_dtype}; use --kv-cache-dtype auto"
     if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
@@ -76,3 +77,26 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if vllm_config.use_v2_model_runner:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
+
+
+def _quantization(vllm_config: VllmConfig) -> str | None:
+    from vllm.config.quantization import _ONLINE_SHORTHANDS
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    from vllm_sleep_ascend.native.quantization import INT8_FOR
+
+    name, quant = vllm_config.model_config.quantization, vllm_config.quant_config
+    if not isinstance(quant, OnlineQuantizationConfig):
+        return (
+            f"{name} quantisation of a checkpoint needs compiled kernels; use the unquantised "
+            "model, with --quantization fp8 if its weights should take 8 bits"
+        )
+    args = [quant.args, *(_ONLINE_SHORTHANDS[key] for key in (quant.args.targets or {}).values())]
+    linear = {spec.linear.weight for spec in args if spec.linear is not None}
+    experts = {spec.moe.weight for spec in args if spec.moe is not None}
+    for key in (linear | experts) - {None}:
+        if key not in INT8_FOR:
+            return f"{name} quantisation to {key}; use --quantization fp8"
+    if not linear and not vllm_config.model_config.is_moe:
+        return f"{name} quantises experts alone, and there are none; use --quantization fp8"
+    return None

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in 8 bits: vLLM's online quantisation, with integers in place of its fp8 kernels.
+
+Each weight matrix of a linear layer or an expert is stored as int8 with one float32 scale per
+output channel; activations and products stay in the model's dtype. Importing this module registers
+it with vLLM, for the schemes in ``INT8_FOR``.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.online import base
+from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
+from vllm.model_executor.layers.quantization.online.moe_base import OnlineMoEMethodBase
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8StaticChannelSym,
+    kFp8StaticTensorSym,
+    kInt8StaticChannelSym,
+)
+from vllm.model_executor.utils import replace_parameter
+
+from vllm_sleep_ascend.native.int8 import linear, quantize
+from vllm_sleep_ascend.native.moe import apply_experts
+
+INT8_FOR = (kFp8StaticTensorSym, kFp8StaticChannelSym, kInt8StaticChannelSym)
+"""Weight schemes of vLLM's that ask for 8 bits with a scale per tensor or per output channel."""
+
+
+class NPUInt8LinearMethod(OnlineLinearBase):
+    """A linear layer's weight, quantised as soon as the layer is loaded."""
+
+    activation_quant_key = None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        weight, scale = quantize(self.get_weight_for_quantization(layer))
+        replace_parameter(layer, "weight", weight)
+        replace_parameter(layer, "weight_scale", scale)
+        layer._already_called_process_weights_after_loading = True
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, layer.weight, bias, layer.weight_scale)
+
+
+class NPUInt8MoEMethod(OnlineMoEMethodBase):
+    """The experts' weights, quantised as soon as a layer is loaded."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        for name in ("w13", "w2"):
+            weight, scale = quantize(getattr(layer, f"{name}_weight"))
+            replace_parameter(layer, f"{name}_weight", weight)
+            replace_parameter(layer, f"{name}_weight_scale", scale)
+        layer._already_called_process_weights_after_loading = True
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: no kernel of vLLM's runs."""
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return apply_experts(layer, self.moe, x, topk_weights, topk_ids)
+
+
+for _key in INT8_FOR:
+    base._ONLINE_LINEAR_METHODS[_key] = NPUInt8LinearMethod
+    base._ONLINE_MOE_METHODS[_key] = NPUInt8MoEMethod
+
+
+def compact(model: nn.Module) -> None:
+    """Move the parameters into sleep mode's memory anew, out of segments that they share with what
+    was quantised: those come free when loading ends."""
+    from vllm_sleep_ascend.pool import use_pool
+
+    with use_pool("weights"):
+        for parameter in model.parameters():
+            if parameter.device.type == "npu":
+                parameter.data = parameter.data.clone()
