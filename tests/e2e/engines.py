@@ -31,3 +31,12 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def sleep_and_wake(llm: Any, level: int) -> None:
+    """One cycle; after level 2 with weights from the checkpoint before the cache wakes."""
+    llm.sleep(level=level)
+    llm.wake_up(tags=["weights"])
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])

@@ -5,7 +5,7 @@ import shutil
 from functools import partial
 
 import pytest
-from engines import engine
+from engines import engine, sleep_and_wake
 from reference import PROMPTS, hf_greedy, merge, vllm_greedy
 from support import make_model
 from vllm.lora.request import LoRARequest
@@ -66,27 +66,19 @@ def worker(llm):
     return llm.llm_engine.model_executor.driver_worker.worker
 
 
-def sleep_2_and_reload(llm):
-    llm.sleep(level=2)
-    llm.wake_up(tags=["weights"])
-    llm.collective_rpc("reload_weights")
-    llm.wake_up(tags=["kv_cache"])
-
-
 def test_requests_with_and_without_adapters_share_a_batch(all_answers, expected):
     assert all_answers() == expected
 
 
 def test_level_1(llm, all_answers, expected):
-    llm.sleep(level=1)
-    llm.wake_up()
+    sleep_and_wake(llm, 1)
     assert llm.llm_engine.list_loras() == {1, 2}
     assert all_answers() == expected
 
 
 def test_level_2_with_reload(llm, all_answers, expected):
     llm.llm_engine.pin_lora(1)
-    sleep_2_and_reload(llm)
+    sleep_and_wake(llm, 2)
     assert llm.llm_engine.list_loras() == {1, 2}
     manager = worker(llm).model_runner.lora_manager._adapter_manager
     assert manager._active_adapters.pinned_items == {1}
@@ -110,5 +102,5 @@ def test_adapters_survive_level_2_without_their_folders(llm, all_answers, expect
     for path in adapters.values():
         if path is not None:
             shutil.rmtree(path)
-    sleep_2_and_reload(llm)
+    sleep_and_wake(llm, 2)
     assert all_answers() == expected

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from engines import engine
+from engines import engine, sleep_and_wake
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from support import make_model
 from vllm import SamplingParams
@@ -59,10 +59,7 @@ def test_experts():
         assert {p.dtype for n, p in experts.named_parameters() if n.endswith("_weight")} == {
             torch.int8
         }
-        llm.sleep(level=2)
-        llm.wake_up(tags=["weights"])
-        llm.collective_rpc("reload_weights")
-        llm.wake_up(tags=["kv_cache"])
+        sleep_and_wake(llm, 2)
         assert vllm_greedy(llm, SOME, TOKENS) == expected
 
 
@@ -109,11 +106,6 @@ def test_tokens_before_and_after_sleep(llm, expected):
     assert vllm_greedy(llm, SOME, TOKENS) == expected
     before = weight_bytes(llm)
     for level in (1, 2):
-        llm.sleep(level=level)
-        assert weight_bytes(llm) == 0
-        llm.wake_up(tags=["weights"])
-        if level == 2:
-            llm.collective_rpc("reload_weights")
-        llm.wake_up(tags=["kv_cache"])
+        sleep_and_wake(llm, level)
         assert weight_bytes(llm) == before
         assert vllm_greedy(llm, SOME, TOKENS) == expected

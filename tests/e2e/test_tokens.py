@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock vLLM on the NPU answers as Hugging Face does on the CPU."""
+"""Stock vLLM on the NPU answers as Hugging Face does on the CPU, before and after sleep."""
 
 import pytest
-from engines import engine
+from engines import engine, sleep_and_wake
 from reference import MAX_NUM_BATCHED_TOKENS, PROMPTS, hf_greedy, tokenizer, vllm_greedy
 from support import make_model
 
@@ -49,10 +49,15 @@ def test_common_prefix(llm, tiny_model):
     ids=["llama", "gemma2", "gemma2 in one cache group", "qwen3 moe", "synchronous, small blocks"],
 )
 def test_other_models(name, options):
-    """Sliding window, soft cap, experts; other block sizes; scheduling one step at a time."""
+    """Sliding window, soft cap, experts; other block sizes; scheduling one step at a time. Before
+    sleep, and after each level with fewer prompts."""
     model = make_model(name)
-    with engine(model, **options) as llm:
+    few = PROMPTS[1:7:2]
+    with engine(model, enable_sleep_mode=True, **options) as llm:
         assert vllm_greedy(llm) == hf_greedy(model)
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert vllm_greedy(llm, few) == hf_greedy(model, few), f"after level {level}"
 
 
 def test_many_more_requests_than_fit_a_step(llm, tiny_model):
