@@ -61,6 +61,15 @@ RECIPE = 1
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny-qwen2": {**_TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    # A draft model for tiny-qwen2: its vocabulary, other weights.
+    "tiny-qwen2-draft": {
+        **_TINY,
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+    },
     # Wide enough that its weights weigh more than what is around them.
     "small-qwen2": {
         **_TINY,

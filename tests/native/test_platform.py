@@ -77,6 +77,12 @@ def test_refused_options(model, options, message):
         config_of(model, **options)
 
 
+def test_other_kinds_of_speculative_decoding_are_refused(model):
+    options = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="method ngram_gpu; use method ngram or draft_model"):
+        config_of(model, speculative_config=options)
+
+
 def test_adapters_of_experts_are_refused():
     with pytest.raises(ValueError, match="LoRA adapters of experts; merge the adapter"):
         config_of(str(make_model("tiny-qwen3-moe")), enable_lora=True)

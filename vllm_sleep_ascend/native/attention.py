@@ -111,6 +111,13 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         ]
         return NPUAttentionMetadata(starts[-1], tiles, causal)
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> NPUAttentionMetadata:
+        """As ``build``: a draft model's sequences have outgrown the lengths known on the host."""
+        common = replace(common_attn_metadata, seq_lens_cpu_upper_bound=None)
+        return self.build(0, common, fast_build=True)
+
 
 class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
     """One layer's attention."""

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from vllm.triton_utils import HAS_TRITON
 from vllm.triton_utils.dispatcher import register_kernels
 
-from vllm_sleep_ascend.native import rejection
+from vllm_sleep_ascend.native import drafting, rejection
 from vllm_sleep_ascend.native.slot_mapping import compute_slot_mapping
 
 _REJECTION = "vllm.v1.sample.rejection_sampler"
+_DRAFTING = "vllm.v1.spec_decode.utils"
 
 KERNELS: dict[str, Callable[..., None]] = {
     "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
@@ -18,6 +19,12 @@ KERNELS: dict[str, Callable[..., None]] = {
     f"{_REJECTION}.rejection_random_sample_kernel": rejection.rejection_random_sample,
     f"{_REJECTION}.expand_kernel": rejection.expand,
     f"{_REJECTION}.sample_recovered_tokens_kernel": rejection.sample_recovered_tokens,
+    f"{_DRAFTING}.eagle_step_slot_mapping_metadata_kernel": (
+        drafting.eagle_step_slot_mapping_metadata
+    ),
+    f"{_DRAFTING}.eagle_prepare_inputs_padded_kernel": drafting.eagle_prepare_inputs_padded,
+    f"{_DRAFTING}.eagle_prepare_next_token_padded_kernel": drafting.eagle_prepare_next_token_padded,
+    f"{_DRAFTING}.copy_and_expand_eagle_inputs_kernel": drafting.copy_and_expand_eagle_inputs,
 }
 """Each has its kernel's parameters, by name."""
 

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
 _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_SPECULATIVE_METHODS = ("ngram", "draft_model")
 
 
 def choose_model_runner_v1() -> None:
@@ -64,10 +65,10 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
     if parallel.enable_dbo:
         yield "dual-batch overlap; leave out --enable-dbo"
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
+    if speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
         yield (
-            f"speculative decoding with method {speculative.method} needs Triton kernels; "
-            "use method ngram"
+            f"speculative decoding with method {speculative.method}; use method "
+            f"{' or '.join(_SPECULATIVE_METHODS)}"
         )
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend in _CUDA_WEIGHT_TRANSFER:
