@@ -47,6 +47,7 @@ NEEDS_WEIGHTS = (
     "update_weights",
     "finish_weight_update",
     "add_lora",
+    "pin_lora",
     "remove_lora",
     "pin_lora",
 )

@@ -76,6 +76,16 @@ def test_level_1(llm, all_answers, expected):
     assert all_answers() == expected
 
 
+def test_adapters_are_not_loaded_into_sleeping_memory(llm, request_of, expected, all_answers):
+    llm.sleep(level=1)
+    with pytest.raises(Exception, match="add_lora needs the weights, which sleep"):
+        llm.llm_engine.add_lora(request_of(1))
+    with pytest.raises(Exception, match="pin_lora needs the weights, which sleep"):
+        llm.llm_engine.pin_lora(2)
+    llm.wake_up()
+    assert all_answers() == expected
+
+
 def test_level_2_with_reload(llm, all_answers, expected):
     llm.llm_engine.pin_lora(1)
     sleep_and_wake(llm, 2)
