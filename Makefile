@@ -2,6 +2,7 @@
 #
 #   make demo   sleep and wake a model of 0.5B parameters on a simulated NPU
 #   make test   the test suite
+#   make switch-load   five minutes of clients over two models behind the switching proxy
 #   make sanitize   the allocator core under the sanitizers of the compiler
 #
 # Both set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
@@ -25,7 +26,7 @@ VLLM := 0.32.0
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build demo test sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build demo test switch-load sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -41,7 +42,7 @@ $(VENV)/.packages: tests/constraints.txt
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) $(TORCH_NPU)
-	$(PIP) pytest pytest-timeout hypothesis httpx ruff mypy clang-format
+	$(PIP) pytest pytest-timeout hypothesis httpx matplotlib ruff mypy clang-format
 	touch $@
 
 toolkit: $(VENV)/.packages
@@ -61,6 +62,9 @@ demo: setup
 
 test: setup
 	$(SIM) python -m pytest tests $(ARGS)
+
+switch-load: setup
+	SWITCH_LOAD_S=300 $(SIM) python -m pytest tests/e2e/test_proxy.py -k closed_loop -s $(ARGS)
 
 # The core and its C++ contract tests under AddressSanitizer, UBSan and LeakSanitizer, then under
 # ThreadSanitizer.

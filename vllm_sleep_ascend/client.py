@@ -40,9 +40,13 @@ class SleepClient:
         self.url = url.rstrip("/")
         self.steps: list[dict[str, Any]] = []
         self._progress = progress
-        # Proxies of the environment are for the outside; servers that sleep are near.
+        # Proxies of the environment are for the outside; servers that sleep are near. Idle
+        # connections end before the server ends them (after 5 s), which a call could collide with.
         self._http = httpx.AsyncClient(
-            base_url=self.url, timeout=httpx.Timeout(timeout_s, connect=5.0), trust_env=False
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            limits=httpx.Limits(keepalive_expiry=2.0),
+            trust_env=False,
         )
 
     async def __aenter__(self) -> Self:
@@ -167,7 +171,10 @@ class SleepClient:
             kind, reason = _reason(answer)
             failure = OutOfMemory if kind == "DeviceOutOfMemoryError" else CallFailed
             raise failure(f"{self.url}: {path} answered {answer.status_code}: {reason}")
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise CallFailed(f"{self.url}: {path} did not answer in JSON; is it vLLM?") from None
 
 
 def _reason(answer: httpx.Response) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,10 @@ class Experiment:
         self.models = models
 
     async def run(self) -> None:
+        # As Ctrl-C: the servers end with the experiment.
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await (self._with_sleep() if self.args.level else self._without_sleep())
         finally:
@@ -245,5 +250,8 @@ def run(
         reason = str(error).partition("\n")[0]
         print(json.dumps({"event": "failed", "reason": reason}), flush=True)
         print(f"{experiment}: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print(f"{experiment}: stopped", file=sys.stderr)
         return 1
     return 0
