@@ -26,6 +26,9 @@ EXPERIMENTS = {
     "sleep2_nosleep": ("Sleep level 2 against no sleep mode", ("sleep2", "nosleep")),
 }
 
+# Arms of several experiments that are the same run: one log serves all.
+SAME_RUN = {"sleep1": "sleep", "nofp8": "sleep"}
+
 Events = list[dict[str, Any]]
 Arms = dict[tuple[str, str], Events]
 
@@ -95,19 +98,50 @@ ROWS = (
 )
 
 
+def find(experiment: str, name: str, arms: Arms) -> Events | None:
+    """The arm's own log, or that of the same run for another experiment."""
+    if (experiment, name) in arms:
+        return arms[experiment, name]
+    wanted = SAME_RUN.get(name, name)
+    same = (events for (_, arm), events in arms.items() if SAME_RUN.get(arm, arm) == wanted)
+    return next(same, None)
+
+
+def compared(experiment: str, arms: Arms) -> list[Events] | None:
+    """Both arms of an experiment, None if there is no log of one.
+
+    Raises:
+        ValueError: the arms differ in more than what the experiment compares.
+    """
+    found = [find(experiment, name, arms) for name in EXPERIMENTS[experiment][1]]
+    events = [each for each in found if each is not None]
+    if len(events) < 2:
+        return None
+    for setting in ("a", "b", "tp_a", "tp_b", "rounds", "tokens"):
+        values = [each[0][setting] for each in events]
+        if values[0] != values[1]:
+            both = f"{values[0]} and {values[1]}"
+            raise ValueError(f"{experiment}: the arms differ in {setting}: {both}")
+    return events
+
+
 def table(experiment: str, arms: Arms) -> str:
     """The table of one experiment, in Markdown."""
     title, names = EXPERIMENTS[experiment]
     number = list(EXPERIMENTS).index(experiment) + 1
     lines = [f"## Table {number}: {title}", ""]
-    missing = [name for name in names if (experiment, name) not in arms]
-    if missing:
+    events = compared(experiment, arms)
+    if events is None:
+        missing = [name for name in names if find(experiment, name, arms) is None]
         return "\n".join([*lines, f"No log of {' and '.join(missing)}.", ""])
-    events = [arms[experiment, name] for name in names]
     first, second = (measures(found) for found in events)
     settings = events[0][0]
     models = {"A": settings["a"], "B": settings["b"]}
     lines += [f"A = {Path(models['A']).name}, B = {Path(models['B']).name}.", ""]
+    for name, log in zip(names, events, strict=True):
+        if log[0]["experiment"] != experiment:
+            other = f"`{log[0]['experiment']}`, arm `{log[0]['arm']}`"
+            lines += [f"`{name}` is the run of {other}: the same settings.", ""]
     published = PUBLISHED["experiments"][experiment]
     lines.append(
         f"| | {names[0]} | {names[1]} | ratio | published on other hardware | ratio there |"
@@ -211,9 +245,10 @@ def _draw_speedup(arms: Arms, path: Path) -> Path:
 
     labels, ours, theirs = [], [], []
     for number, (experiment, (_, names)) in enumerate(EXPERIMENTS.items(), 1):
-        if any((experiment, name) not in arms for name in names):
+        events = compared(experiment, arms)
+        if events is None:
             continue
-        found = [measures(arms[experiment, name]) for name in names]
+        found = [measures(each) for each in events]
         published = [PUBLISHED["experiments"][experiment][name] for name in names]
         for model in "AB":
             labels.append(f"{number}. {names[1]} /\n{names[0]}, {model}")
@@ -250,11 +285,10 @@ def main(argv: list[str] | None = None) -> int:
             for path in sorted(given.rglob("*.log")) if given.is_dir() else [given]:
                 events = read_log(path)
                 arms[events[0]["experiment"], events[0]["arm"]] = events
+        print(markdown(arms))
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    text = markdown(arms)
-    print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     for picture in draw(arms, args.out):
         print(f"{picture} drawn", file=sys.stderr)
