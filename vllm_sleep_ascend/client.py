@@ -22,6 +22,10 @@ class Unreachable(CallFailed):
     """No answer from the server: nobody listens, or the connection broke."""
 
 
+class NobodyListens(Unreachable):
+    """The connection was refused: there is no server process."""
+
+
 class SleepClient:
     """Sleep, wake and status of the server at ``url``. Use as an async context manager.
 
@@ -141,21 +145,27 @@ class SleepClient:
         if answer is not None and answer.get("success") is False:
             raise CallFailed(f"{self.url}: the prefix cache is in use and was not reset; repeat it")
 
+    def say(self, text: str) -> None:
+        """Tell whoever follows the progress."""
+        self._progress(f"{self.url}: {text}")
+
     async def _step(self, name: str, method: str, path: str, **options: Any) -> Any:
         started = time.perf_counter()
         answer = await self._call(method, path, **options)
         seconds = time.perf_counter() - started
         self.steps.append({"url": self.url, "step": name, "seconds": round(seconds, 4)})
-        self._progress(f"{self.url}: {name} {seconds:.3f} s")
+        self.say(f"{name} {seconds:.3f} s")
         return answer
 
     async def _call(self, method: str, path: str, optional: bool = False, **options: Any) -> Any:
         try:
             answer = await self._http.request(method, path, **options)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise Unreachable(
+        except httpx.ConnectError as error:
+            raise NobodyListens(
                 f"{self.url}: cannot connect ({error}); is the server up, and is this its address?"
             ) from None
+        except httpx.ConnectTimeout:
+            raise Unreachable(f"{self.url}: connecting took too long") from None
         except httpx.TimeoutException:
             raise CallFailed(f"{self.url}: {path} gave no answer in time") from None
         except httpx.TransportError as error:

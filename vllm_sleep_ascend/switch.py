@@ -21,9 +21,11 @@ async def switch(old: SleepClient, new: SleepClient, level: int, mode: str, over
         CallFailed: the text says what failed and which server is in what state.
     """
     await new.is_sleeping()  # Nothing falls asleep for a server that is not there.
-    if overlap and await new.reports_memory():
-        await _overlapped(old, new, level, mode)
-        return
+    if overlap:
+        if await new.reports_memory():
+            await _overlapped(old, new, level, mode)
+            return
+        new.say("stock vLLM, which may not survive a wake without room: it wakes after the sleep")
     await old.sleep(level, mode)
     try:
         await new.wake_to_serve(slept_at=level)

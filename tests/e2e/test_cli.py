@@ -5,12 +5,19 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 from server import SMALL, Server
 
 OPTIONS = ("--enable-sleep-mode", *SMALL, "--gpu-memory-utilization", "0.75")
 LINK_GBPS = "0.02"  # Slow enough that copies outweigh everything else of a switch.
+
+
+class Pair(NamedTuple):
+    a: Server
+    b: Server
+    env: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def pair(tiny_model, tmp_path_factory):
         b.post("/sleep")
         with Server(tiny_model, *OPTIONS, log=logs / "a", env=env) as a:
             a.text = a.complete()
-            yield a, b
+            yield Pair(a, b, env)
 
 
 def url(server: Server) -> str:
@@ -54,14 +61,14 @@ def report(*arguments: str) -> dict:
 @pytest.fixture
 def a_is_awake(pair):
     """Whatever a test did, a is awake and b sleeps at level 1 before and after it."""
-    a, b = pair
+    a, b, _ = pair
     yield
     vllm_sleep("sleep", url(b))
     vllm_sleep("wake", url(a))
 
 
 def test_status_tells_who_sleeps(pair):
-    a, b = pair
+    a, b, _ = pair
     servers = report("status", url(a), url(b))["servers"]
     assert [server["is_sleeping"] for server in servers] == [False, True]
     assert [server["models"] for server in servers] == [[a.model], [b.model]]
@@ -72,7 +79,7 @@ def test_status_tells_who_sleeps(pair):
 
 
 def test_switch_there_and_back(pair, a_is_awake):
-    a, b = pair
+    a, b, _ = pair
     done = vllm_sleep("switch", url(a), url(b))
     assert done.stdout.startswith(f"switched from {url(a)} to {url(b)} in ")
     assert [line.split()[1] for line in done.stderr.splitlines()] == ["sleep", "wake"]
@@ -83,7 +90,7 @@ def test_switch_there_and_back(pair, a_is_awake):
 
 
 def test_after_level_2_weights_are_loaded_before_the_kv_cache_wakes(pair, a_is_awake):
-    a, b = pair
+    a, b, _ = pair
     report("switch", url(a), url(b), "--level", "2")
     assert a.rank_status()["tags"]["weights"]["host"] == 0
     steps = report("switch", url(b), url(a))["steps"]
@@ -97,7 +104,7 @@ def test_after_level_2_weights_are_loaded_before_the_kv_cache_wakes(pair, a_is_a
 
 
 def test_overlap_is_faster_and_as_right(pair, a_is_awake):
-    a, b = pair
+    a, b, _ = pair
     serial = report("switch", url(a), url(b))
     vllm_sleep("switch", url(b), url(a))
     overlapped = report("switch", url(a), url(b), "--overlap")
@@ -110,7 +117,7 @@ def test_overlap_is_faster_and_as_right(pair, a_is_awake):
 
 
 def test_overlap_at_level_2(pair, a_is_awake):
-    a, b = pair
+    a, b, _ = pair
     report("switch", url(a), url(b), "--overlap", "--level", "2")
     assert b.complete() == b.text
     report("switch", url(b), url(a), "--overlap", "--level", "2")
@@ -120,7 +127,7 @@ def test_overlap_at_level_2(pair, a_is_awake):
 
 
 def test_a_wake_without_room_is_refused_and_said(pair):
-    a, b = pair
+    a, b, _ = pair
     vllm_sleep("switch", url(a), url(b))
     refused = vllm_sleep("wake", url(a), code=1)
     assert "503" in refused.stderr and "bytes free and" in refused.stderr
@@ -131,7 +138,7 @@ def test_a_wake_without_room_is_refused_and_said(pair):
 
 
 def test_tags_and_bad_tags(pair, a_is_awake):
-    a, _ = pair
+    a, *_ = pair
     vllm_sleep("sleep", url(a))
     vllm_sleep("wake", url(a), "--tags", "weights")
     assert a.is_sleeping()
@@ -140,8 +147,31 @@ def test_tags_and_bad_tags(pair, a_is_awake):
     assert a.complete() == a.text
 
 
+def test_a_stock_server(pair, a_is_awake, tiny_model, tmp_path):
+    """vLLM's own endpoints: no /sleep_status, and bodies are ignored."""
+    a, *_ = pair
+    a.post("/sleep")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import vllm_sleep_ascend.server as ours\nours.install = lambda: None\n"
+    )
+    env = {**pair.env, "PYTHONPATH": str(tmp_path)}
+    with Server(tiny_model, *OPTIONS, log=tmp_path / "stock", env=env) as stock:
+        assert stock.http.get("/sleep_status").status_code == 404
+        expected = stock.complete()
+        (server,) = report("status", url(stock))["servers"]
+        assert server["ranks"] is None and server["is_sleeping"] is False
+        report("switch", url(stock), url(a), "--level", "2")
+        done = vllm_sleep("switch", url(a), url(stock), "--level", "2", "--overlap")
+        assert "stock vLLM" in done.stderr and "reload_weights" in done.stderr
+        assert stock.complete() == expected
+        assert a.is_sleeping()
+        vllm_sleep("sleep", url(stock))
+        assert "reload" not in vllm_sleep("wake", url(stock)).stderr
+        assert stock.complete() == expected
+
+
 def test_nothing_sleeps_for_a_server_that_is_not_there(pair):
-    a, _ = pair
+    a, *_ = pair
     nobody = "http://127.0.0.1:9"
     assert "cannot connect" in vllm_sleep("switch", url(a), nobody, code=3).stderr
     assert not a.is_sleeping()

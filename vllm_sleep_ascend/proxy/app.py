@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from prometheus_client import generate_latest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -114,6 +114,8 @@ class Proxy:
             server = await self._server_of(_model(body))
         except Refused as refused:
             return refused.response()
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_LEFT)
         work = asyncio.create_task(self._ask(request, server, body))
         left = asyncio.create_task(_disconnect(request))
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,16 +137,19 @@ class Proxy:
         Raises:
             Refused: the queue is full, or the server does not wake or answer.
         """
+        headers = [(k, v) for k, v in request.headers.raw if k.decode() not in _HOP_BY_HOP]
+        try:
+            url = httpx.URL(server.name).copy_with(path=request.url.path, query=_query(request))
+        except httpx.InvalidURL as error:
+            raise Refused(400, str(error)) from None
+        asked = self._http.build_request("POST", url, headers=headers, content=body)
         try:
             await self.turns.enter(server)
         except QueueFull as full:
             raise Refused(503, str(full), full.retry_after_s) from None
         except CallFailed as error:
             raise Refused(503, f"the model cannot be woken: {error}", 5) from None
-        headers = [(k, v) for k, v in request.headers.raw if k.decode() not in _HOP_BY_HOP]
-        url = httpx.URL(server.name).copy_with(path=request.url.path, query=_query(request))
         try:
-            asked = self._http.build_request("POST", url, headers=headers, content=body)
             upstream = await self._http.send(asked, stream=True)
         except httpx.HTTPError as error:
             self.turns.leave(server)

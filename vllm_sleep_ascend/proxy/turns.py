@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vllm_sleep_ascend.client import CallFailed, SleepClient, Unreachable
+from vllm_sleep_ascend.client import CallFailed, NobodyListens, SleepClient, Unreachable
 from vllm_sleep_ascend.proxy.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -259,29 +259,20 @@ class Turns:
         started = time.monotonic()
         try:
             await server.client.sleep(self.level, mode="wait")
-        except Unreachable as error:
-            logger.warning("sleep: %s", error)
-            gone = await self._is_gone(server)
+        except NobodyListens as error:
+            logger.warning("sleep: %s", error)  # The process is dead, and its memory free.
             server.state = "unknown"
-            return gone
+            return True
         except CallFailed as error:
             logger.warning("sleep: %s", error)
             self.metrics.failures.labels(server.name, "sleep").inc()
+            if isinstance(error, Unreachable):
+                server.state = "unknown"
             return False
         server.state = "asleep"
         self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
         self.metrics.sleeps.labels(server.name).inc()
         return True
-
-    async def _is_gone(self, server: Server) -> bool:
-        """Nobody listens at its address: the process is dead, and its memory free."""
-        try:
-            await server.client.is_sleeping()
-        except Unreachable as error:
-            return "cannot connect" in str(error)
-        except CallFailed:
-            return False
-        return False
 
     def _fail(self, server: Server, error: CallFailed) -> None:
         while server.waiting:
