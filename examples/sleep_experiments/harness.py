@@ -83,6 +83,8 @@ class Experiment:
                 waited = await self._wake(model, number)
                 await self._prompt(model, number, waited)
                 await self._sleep(model, "sleep", round=number)
+        for model in self.models:
+            await self._end(model)
 
     async def _without_sleep(self) -> None:
         for number in range(1, self.args.rounds + 1):
@@ -90,9 +92,12 @@ class Experiment:
                 waited = await model.start()
                 self.record.event("load", model, waited, round=number, **await model.memory())
                 await self._prompt(model, number, waited)
-                started = time.perf_counter()
-                await model.stop()
-                self.record.event("terminate", model, time.perf_counter() - started, round=number)
+                await self._end(model, round=number)
+
+    async def _end(self, model: Model, **more: Any) -> None:
+        started = time.perf_counter()
+        await model.stop()
+        self.record.event("terminate", model, time.perf_counter() - started, **more)
 
     async def _load(self, model: Model) -> None:
         seconds = await model.start()

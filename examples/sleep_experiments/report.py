@@ -143,9 +143,8 @@ def table(experiment: str, arms: Arms) -> str:
             other = f"`{log[0]['experiment']}`, arm `{log[0]['arm']}`"
             lines += [f"`{name}` is the run of {other}: the same settings.", ""]
     published = PUBLISHED["experiments"][experiment]
-    lines.append(
-        f"| | {names[0]} | {names[1]} | ratio | published on other hardware | ratio there |"
-    )
+    ratio = f"{names[1]} / {names[0]}"
+    lines.append(f"| | {names[0]} | {names[1]} | {ratio} | on other hardware | {ratio} there |")
     lines.append("|---|---|---|---|---|---|")
     for key, label, unit in ROWS:
         for model in "AB":
@@ -180,9 +179,8 @@ def markdown(arms: Arms) -> str:
     head = [
         "# Sleep experiments",
         "",
-        "Medians over the rounds; ratios are the second arm by the first. The published figures "
-        f"are of **other hardware** and other models: {PUBLISHED['hardware']} "
-        f"({PUBLISHED['source']}). "
+        "Medians over the rounds. The figures on other hardware, which vLLM's blog post published, "
+        f"are of other models as well: {PUBLISHED['hardware']} ({PUBLISHED['source']}). "
         "They are there for the ratios; seconds cannot be compared.",
         "",
     ]
@@ -232,6 +230,7 @@ def _draw_timeline(arms: Arms, path: Path) -> Path:
             )
     axes.set_yticks(range(len(order)), [f"{experiment}: {arm}" for experiment, arm in order])
     axes.invert_yaxis()
+    axes.set_xlim(left=0)
     axes.set_xlabel("seconds on the machine of these logs (model B is hatched)")
     legend = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     axes.legend(handles=legend, ncols=len(legend), loc="lower center", bbox_to_anchor=(0.4, 1))
@@ -241,7 +240,7 @@ def _draw_timeline(arms: Arms, path: Path) -> Path:
 
 
 def _draw_speedup(arms: Arms, path: Path) -> Path:
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     labels, ours, theirs = [], [], []
     for number, (experiment, (_, names)) in enumerate(EXPERIMENTS.items(), 1):
@@ -264,6 +263,8 @@ def _draw_speedup(arms: Arms, path: Path) -> Path:
     axes.bar_label(bars, [f"{value:.2g}" if value else "" for value in theirs], fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("time of a switch, ratio of the arms")
     axes.set_xticks(places, labels, fontsize=7)
     axes.legend()
