@@ -231,6 +231,18 @@ def test_running_answers_end_before_their_model_sleeps(pair, proxy):
     asyncio.run(both())
 
 
+def test_turns_of_no_length_still_serve_both(pair):
+    async def crowd(url: str) -> list[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            requests = [http.post("/v1/completions", json=body(s)) for s in pair for _ in range(4)]
+            return [text(answer) for answer in await asyncio.gather(*requests)]
+
+    with Proxy([url(server) for server in pair], "--turn-s", "0") as proxy:
+        expected = [server.texts[PROMPTS[0]] for server in pair for _ in range(4)]
+        assert asyncio.run(crowd(proxy.url)) == expected
+        assert proxy.metric("switches_total") <= 4
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_again(pair):
     a, b = pair
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vllm_sleep_ascend.client import CallFailed, NobodyListens, SleepClient, Unreachable
+from vllm_sleep_ascend.client import CallFailed, NobodyListens, SleepClient
 from vllm_sleep_ascend.proxy.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class Server:
     waiting: "OrderedDict[int, tuple[float, asyncio.Future]]" = field(default_factory=OrderedDict)
     in_flight: int = 0
     awake_since: float = 0.0
+    # Whether a request was admitted since it woke: each turn serves at least one.
+    served: bool = False
     last_used: float = 0.0
     # Somebody asked for it to sleep; answered when it does.
     sleep_asked: "asyncio.Future | None" = None
@@ -188,12 +190,13 @@ class Turns:
                 return 0
             leaving = min(awake, key=lambda s: (s.busy, s.last_used))
             rest = leaving.awake_since + self.turn_s - now
-            if not leaving.busy or (rest <= 0 and leaving.in_flight == 0):
+            over = rest <= 0 and leaving.served
+            if not leaving.busy or (over and leaving.in_flight == 0):
                 if not await self._sleep(leaving):
                     self._fail(wanted, CallFailed(f"{leaving.name} does not fall asleep"))
                 return 0
-            if rest > 0:
-                pauses.append(rest)
+            if not over:
+                pauses.append(max(rest, 0) or None)
                 leaving = None  # Its turn goes on.
         for server in self.servers:
             if server.state == "awake" and server is not leaving and server.sleep_asked is None:
@@ -205,6 +208,7 @@ class Turns:
             _, (_, admitted) = server.waiting.popitem(last=False)
             if not admitted.done():
                 server.in_flight += 1
+                server.served = True
                 server.last_used = time.monotonic()
                 admitted.set_result(None)
 
@@ -248,7 +252,7 @@ class Turns:
             logger.warning("wake: %s", error)
             self._fail(server, error)
             return
-        server.state = "awake"
+        server.state, server.served = "awake", False
         server.awake_since = time.monotonic()
         self._last_switch_s = server.awake_since - started
         self.metrics.operation.labels("wake").observe(self._last_switch_s)
@@ -266,8 +270,7 @@ class Turns:
         except CallFailed as error:
             logger.warning("sleep: %s", error)
             self.metrics.failures.labels(server.name, "sleep").inc()
-            if isinstance(error, Unreachable):
-                server.state = "unknown"
+            server.state = "unknown"
             return False
         server.state = "asleep"
         self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
