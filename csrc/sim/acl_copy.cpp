@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "context.h"
-#include "control.h"
 #include "error.h"
 #include "faults.h"
 #include "machine.h"
@@ -156,22 +155,13 @@ aclError check_batch(const char* call, void** to, size_t* rooms, void** from, si
 
 extern "C" {
 
-aclError npuSimCopyAsync(void* to, const void* from, size_t bytes, aclrtStream handle) {
-  std::shared_ptr<sim::Stream> stream;
-  if (aclError error = sim::find_stream("simulated library", handle, &stream)) return error;
-  Copy copy;
-  aclError error =
-      check_copy("simulated library", to, bytes, from, bytes, ACL_MEMCPY_DEVICE_TO_DEVICE, &copy);
-  return error != ACL_SUCCESS ? error : submit(copy, *stream);
-}
-
 aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind) {
   SIM_CALL();
   SIM_CONTEXT(context);
   Copy copy;
   if (aclError error = check_copy("aclrtMemcpy", to, room, from, bytes, kind, &copy)) return error;
   sim::device::copy(context->physical, copy.to, copy.from, copy.bytes, copy.direction);
-  return ACL_SUCCESS;
+  return context->failure(__func__);
 }
 
 aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes,

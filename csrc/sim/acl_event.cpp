@@ -35,7 +35,8 @@ aclError synchronize(const char* call, aclrtEvent handle, int32_t timeout_ms) {
   if (marker == nullptr) return ACL_SUCCESS;
   SIM_REQUIRE(sim::device::synchronize(*marker, timeout_ms), ACL_ERROR_RT_EVENT_SYNC_TIMEOUT,
               "%s: the event is not reached after %d ms", call, timeout_ms);
-  return ACL_SUCCESS;
+  sim::Context* context = sim::current_context();
+  return context == nullptr ? ACL_SUCCESS : context->failure(call);
 }
 
 aclError query(const char* call, aclrtEvent handle, bool* reached) {

@@ -26,6 +26,20 @@ bool Stream::uses_range(const void* begin, size_t bytes) {
   });
 }
 
+void Context::fail(aclError code) {
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (failure_ != ACL_SUCCESS) return;
+  failure_reason_ = take_recent_message();
+  failure_ = code;
+}
+
+aclError Context::failure(const char* call) {
+  aclError code = failure_;
+  if (code == ACL_SUCCESS) return code;
+  return sim::fail(code, "%s: work on the device failed before: %s", call, failure_reason_.c_str());
+}
+
 Handles<Stream>& streams() {
   static auto* once = new Handles<Stream>(0x51);
   return *once;
@@ -109,7 +123,7 @@ aclError take_failure(const char* call, Stream& stream) {
   if (int code = stream.failure.exchange(0)) {
     return fail(code, "%s: work of stream %d failed", call, stream.id);
   }
-  return ACL_SUCCESS;
+  return stream.context->failure(call);
 }
 
 aclError take_failure(const char* call, int physical) {

@@ -47,6 +47,15 @@ struct Context {
   std::atomic<bool> alive{true};
   aclrtContext handle = nullptr;
   std::shared_ptr<Stream> default_stream;
+
+  // Work on the device failed, for the reason in this thread's recent message: what it should have
+  // written is not there, so nothing that waits for the device may succeed any more.
+  void fail(aclError code);
+  aclError failure(const char* call);  // ACL_SUCCESS: none
+
+ private:
+  std::atomic<aclError> failure_{ACL_SUCCESS};
+  std::string failure_reason_;
 };
 
 struct Event {

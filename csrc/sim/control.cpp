@@ -8,6 +8,7 @@
 #include <string>
 
 #include "context.h"
+#include "error.h"
 #include "faults.h"
 #include "machine.h"
 #include "memory.h"
@@ -70,6 +71,43 @@ int npuSimEnterCall(const char* name) {
 
 int npuSimFail(int code, const char* message) { return sim::fail(code, "%s", message); }
 
-size_t npuSimCommunicatorBufferBytes() { return sim::settings().hccl_buffer_bytes; }
+aclError npuSimLaunch(aclrtStream handle, int (*function)(void*), void* argument,
+                      const npuSimRange* ranges, size_t count) {
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream("simulated library", handle, &stream)) return error;
+  for (size_t i = 0; i < count; ++i) {
+    SIM_REQUIRE(ranges[i].bytes == 0 || sim::is_device_range(ranges[i].begin, ranges[i].bytes),
+                ACL_ERROR_RT_PARAM_INVALID,
+                "simulated library: [%p, +%zu) is not mapped device memory", ranges[i].begin,
+                ranges[i].bytes);
+  }
+  struct Launch {
+    int (*function)(void*);
+    void* argument;
+    sim::Context* context;
+  };
+  auto run = [](void* argument) {
+    std::unique_ptr<Launch> launch(static_cast<Launch*>(argument));
+    if (int code = launch->function(launch->argument)) launch->context->fail(code);
+  };
+  uint64_t ticket =
+      sim::device::submit_call(stream->queue, run, new Launch{function, argument, stream->context});
+  for (size_t i = 0; i < count; ++i) {
+    if (ranges[i].bytes > 0) stream->note_use(ticket, ranges[i].begin, ranges[i].bytes);
+  }
+  return ACL_SUCCESS;
+}
+
+uint64_t npuSimDeviceKey() {
+  sim::Context* context = sim::current_context();
+  if (context == nullptr) return 0;
+  std::string device = sim::settings().state_directory + ":" + std::to_string(context->physical);
+  return std::hash<std::string>()(device) | 1;
+}
+
+size_t npuSimCommunicatorBufferBytes(size_t bytes) {
+  int64_t setting = sim::settings().hccl_buffer_bytes;
+  return setting < 0 ? bytes : static_cast<size_t>(setting);
+}
 
 }  // extern "C"

@@ -48,15 +48,28 @@ NPU_SIM_EXPORT int npuSimEnterCall(const char* name);
 // Keeps the message for aclGetRecentErrMsg and returns the code.
 NPU_SIM_EXPORT int npuSimFail(int code, const char* message);
 
-// Device memory and copies of the simulated libraries themselves, on the current context. Not
-// counted as calls and not failed on request; the memory counts as the device's.
+// Device memory and work of the simulated libraries themselves, on the current context. Not counted
+// as calls and not failed on request; the memory counts as the device's.
 NPU_SIM_EXPORT aclError npuSimAllocate(void** pointer, size_t bytes);
 NPU_SIM_EXPORT aclError npuSimFree(void* pointer);
-NPU_SIM_EXPORT aclError npuSimCopyAsync(void* to, const void* from, size_t bytes,
-                                        aclrtStream stream);
 
-// Size of one of a communicator's two buffers.
-NPU_SIM_EXPORT size_t npuSimCommunicatorBufferBytes(void);
+typedef struct {
+  const void* begin;
+  size_t bytes;
+} npuSimRange;
+
+// Runs the function on the stream, behind the work before it. The ranges must be mapped device
+// memory and count as in use until it has returned. If it returns a code other than 0, the context
+// has failed: from then on every call that waits for its device returns that code, with the
+// function's recent message.
+NPU_SIM_EXPORT aclError npuSimLaunch(aclrtStream stream, int (*function)(void*), void* argument,
+                                     const npuSimRange* ranges, size_t count);
+
+// Of the current device, unlike that of any other device of any simulated machine; 0: none.
+NPU_SIM_EXPORT uint64_t npuSimDeviceKey(void);
+
+// What a communicator's buffer of this size takes: NPU_SIM_HCCL_BUFFER_MIB if it is set.
+NPU_SIM_EXPORT size_t npuSimCommunicatorBufferBytes(size_t bytes);
 
 #ifdef __cplusplus
 }

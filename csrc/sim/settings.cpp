@@ -52,8 +52,8 @@ Settings read() {
   double hbm = number("NPU_SIM_HBM_GIB", 8) * static_cast<double>(kGiB);
   read.hbm_bytes = static_cast<size_t>(hbm) / (2 * kMiB) * (2 * kMiB);
   read.link_bytes_per_ns = number("NPU_SIM_LINK_GBPS", 0);
-  double buffer = number("NPU_SIM_HCCL_BUFFER_MIB", 4) * static_cast<double>(kMiB);
-  read.hccl_buffer_bytes = static_cast<size_t>(buffer);
+  double buffer = number("NPU_SIM_HCCL_BUFFER_MIB", -1) * static_cast<double>(kMiB);
+  read.hccl_buffer_bytes = static_cast<int64_t>(buffer);
   read.state_directory = state_directory();
   return read;
 }

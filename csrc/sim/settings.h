@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,7 @@ struct Settings {
   std::vector<int> visible;     // physical device of each visible device
   size_t hbm_bytes;             // of every device
   double link_bytes_per_ns;     // one direction, 0: not throttled
-  size_t hccl_buffer_bytes;     // of one of a communicator's two buffers
+  int64_t hccl_buffer_bytes;    // of each of a communicator's two buffers, negative: as HCCL's
   std::string state_directory;  // shared by all processes of the simulated machine
 };
 

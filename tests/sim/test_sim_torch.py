@@ -249,19 +249,6 @@ def test_destroying_a_group_gives_its_buffers_back() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_communication_of_more_ranks_is_refused() -> None:
-    import ctypes
-
-    hccl = ctypes.CDLL("libhccl.so")
-    info, comm = ctypes.create_string_buffer(4108), ctypes.c_void_p()
-    assert hccl.HcclCommInitRootInfo(2, info, 0, ctypes.byref(comm)) == 5
-    assert hccl.HcclCommInitRootInfo(1, info, 1, ctypes.byref(comm)) == 1
-    assert hccl.HcclCommInitRootInfo(1, info, 0, ctypes.byref(comm)) == 0
-    assert hccl.HcclSend(None, 0, 0, 0, comm, None) == 1
-    assert hccl.HcclCommDestroy(comm) == 0
-    assert hccl.HcclCommDestroy(comm) == 1
-
-
 @pytest.mark.parametrize(
     "code",
     [
