@@ -10,7 +10,9 @@ from support import make_model
 
 # Before torch is imported. Engines run in this process unless a test says otherwise: the allocator
 # can then be looked into.
+os.environ.setdefault("NPU_SIM_DEVICES", "4")
 os.environ.setdefault("NPU_SIM_HBM_GIB", "2")
+os.environ.setdefault("HCCL_BUFFSIZE", "4")
 os.environ.setdefault("NPU_SIM_MACHINE", f"pytest-{os.getpid()}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -89,16 +89,19 @@ class NPUWorker(SleepingWorker, Worker):
 
     def _choose_device(self) -> None:
         parallel = self.parallel_config
+        assigned = parallel.assigned_physical_gpu_ids
+        # vLLM gives each replica of a data-parallel server a list of its own devices alone.
+        has_own_list = assigned is not None and len(assigned) <= parallel.local_world_size
         if (
             parallel.distributed_executor_backend not in ("ray", "external_launcher")
             and parallel.data_parallel_backend != "ray"
             and parallel.nnodes_within_dp == 1
+            and not has_own_list
         ):
             replica = parallel.data_parallel_rank_local
             if replica is None:
                 replica = parallel.data_parallel_index
             self.local_rank += replica * parallel.world_size
-        assigned = parallel.assigned_physical_gpu_ids
         if assigned is not None:
             set_assigned_physical_gpu_ids(assigned)
         available = current_platform.device_count() if assigned is None else len(assigned)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of several ranks, each on a simulated NPU of its own: the tokens are those of one device,
+and sleep frees the memory of every device."""
+
+import gc
+from dataclasses import asdict
+
+import pytest
+import torch
+from engines import engine
+from reference import PROMPTS, hf_greedy, vllm_greedy
+from server import SMALL, Server
+from support import MIB
+
+from vllm_sleep_ascend.sim import control
+
+LAYOUTS = {
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+    "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+# What may stay on a device: two buffers of 4 MiB for each communicator (a rank of tp2-pp2 has
+# five), and the little that torch holds outside the pools.
+RESIDENT = 64 * MIB
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request, tiny_model):
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        distributed_executor_backend="mp",
+        **LAYOUTS[request.param],
+    ) as llm:
+        yield llm
+
+
+def status(llm) -> list[dict]:
+    return llm.collective_rpc("sleep_status")
+
+
+def footprint(worker) -> dict[str, int]:
+    """What the rank holds, apart from the events and pinned blocks that torch keeps for reuse."""
+    gc.collect()
+    torch.npu.synchronize()
+    torch.npu.empty_cache()
+    counters = asdict(control.counters())
+    del counters["events"], counters["pinned_bytes"]
+    return {"free": torch.npu.mem_get_info()[0], **counters}
+
+
+def assert_asleep(llm) -> None:
+    for rank in status(llm):
+        assert rank["state"] == "SUSPENDED"
+        assert all(tag["device"] == 0 for tag in rank["tags"].values()), rank
+        assert rank["total"] - rank["free"] < RESIDENT, rank
+
+
+def test_every_rank_sleeps_and_the_tokens_stay(ranks, tiny_model) -> None:
+    expected = hf_greedy(tiny_model)
+    devices = [rank["device"] for rank in status(ranks)]
+    assert devices == list(range(len(devices)))
+    assert vllm_greedy(ranks) == expected
+
+    ranks.sleep(level=1)
+    assert_asleep(ranks)
+    ranks.wake_up()
+    assert vllm_greedy(ranks) == expected
+
+    ranks.sleep(level=2)
+    assert_asleep(ranks)
+    assert all(rank["tags"]["weights"]["host"] == 0 for rank in status(ranks))
+    ranks.wake_up(tags=["weights"])
+    ranks.collective_rpc("reload_weights")
+    ranks.wake_up(tags=["kv_cache"])
+    ranks.reset_prefix_cache()
+    assert vllm_greedy(ranks) == expected
+
+
+def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
+    prompts = PROMPTS[:2]
+    expected = hf_greedy(tiny_model, prompts, 4)
+
+    def cycle() -> list:
+        ranks.sleep(level=1)
+        ranks.wake_up()
+        assert vllm_greedy(ranks, prompts, 4) == expected
+        return ranks.collective_rpc(footprint)
+
+    cycle()
+    figures = [cycle() for _ in range(10)]
+    assert figures[1:] == figures[:1] * 9
+
+
+def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> None:
+    prompts = PROMPTS[:2]
+    expected = hf_greedy(tiny_model, prompts)
+
+    def used() -> list[int]:
+        return [total - free for free, total in map(torch.npu.mem_get_info, (0, 1))]
+
+    def answers(server: Server, replica: int) -> list[list[int]]:
+        body = {"model": server.model, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+        return [
+            server.post(
+                "/v1/completions",
+                json={**body, "prompt": prompt, "return_token_ids": True},
+                headers={"X-data-parallel-rank": str(replica)},
+            )["choices"][0]["token_ids"]
+            for prompt in prompts
+        ]
+
+    before = used()
+    options = ("--enable-sleep-mode", "--dtype", "float32", "--data-parallel-size", "2", *SMALL)
+    memory = ("--kv-cache-memory-bytes", str(64 * MIB), "--gpu-memory-utilization", "0.4")
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    with Server(tiny_model, *options, *memory, log=tmp_path / "log", env=env) as server:
+        assert answers(server, 0) == answers(server, 1) == expected
+        assert all(now - then > 64 * MIB for now, then in zip(used(), before, strict=True))
+        for level in (1, 2):
+            server.post("/sleep", params={"level": level})
+            assert all(now - then < RESIDENT for now, then in zip(used(), before, strict=True))
+            server.post("/wake_up", params={"tags": "weights"})
+            if level == 2:
+                server.post("/collective_rpc", json={"method": "reload_weights"})
+            server.post("/wake_up")
+            server.post("/reset_prefix_cache")
+            assert answers(server, 0) == answers(server, 1) == expected
