@@ -68,7 +68,7 @@ py::dict to_dict(const Report& report) {
 }
 
 py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std::string& otherwise,
-                    const Sums& checksums) {
+                    const Sums& checksums, bool hold) {
   Pool& pool = Pool::instance();
   Plan plan;
   plan.otherwise = parse_action(otherwise);
@@ -76,7 +76,11 @@ py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std
   Report report;
   {
     const WithoutGil released;
-    report = pool.sleep(plan, checksums);
+    if (hold) {
+      pool.hold_sleep(plan, checksums);
+    } else {
+      report = pool.sleep(plan, checksums);
+    }
   }
   return to_dict(report);
 }
@@ -96,13 +100,27 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
   Pool::instance().configure(settings);
 }
 
-py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s) {
+py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s, bool hold) {
   Pool& pool = Pool::instance();
   const std::set<TagId> ids = tag_ids(tags);
   Report report;
   {
     const WithoutGil released;
-    report = pool.wake(ids, std::chrono::duration<double>(timeout_s));
+    const std::chrono::duration<double> timeout(timeout_s);
+    if (hold) {
+      pool.hold_wake(ids, timeout);
+    } else {
+      report = pool.wake(ids, timeout);
+    }
+  }
+  return to_dict(report);
+}
+
+py::dict commit_pool() {
+  Report report;
+  {
+    const WithoutGil released;
+    report = Pool::instance().commit();
   }
   return to_dict(report);
 }
@@ -196,8 +214,11 @@ PYBIND11_MODULE(_camem, module) {
     return pool.tag_name(pool.set_current_tag(pool.tag(name)));
   });
   module.def("sleep", &sleep_pool, py::arg("actions"), py::arg("otherwise") = "offload",
-             py::arg("checksums") = Sums());
-  module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0);
+             py::arg("checksums") = Sums(), py::kw_only(), py::arg("hold") = false);
+  module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0, py::kw_only(),
+             py::arg("hold") = false);
+  module.def("commit", &commit_pool);
+  module.def("abort", [] { return Pool::instance().abort(); }, py::call_guard<WithoutGil>());
   module.def("prepare", [](const std::vector<std::string>& tags) {
     const std::set<TagId> ids = tag_ids(tags);
     const WithoutGil released;

@@ -105,6 +105,7 @@ void Pool::free(void* address) noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = allocations_.find(reinterpret_cast<std::uintptr_t>(address));
   if (found == allocations_.end()) return;
+  forget_held(found->second.get());
   doomed_.push_back(std::move(found->second));
   allocations_.erase(found);
   unswept_ = true;
@@ -130,7 +131,7 @@ void Pool::sweep() noexcept {
     doomed_.erase(std::remove(doomed_.begin(), doomed_.end(), nullptr), doomed_.end());
     for (auto& [address, allocation] : allocations_) {
       for (Chunk& chunk : allocation->chunks) {
-        if (!chunk.settle(settings_.keep_host_backup)) unswept_ = true;
+        if (!chunk.settle(settings_.keep_host_backup || held_)) unswept_ = true;
       }
     }
   }

@@ -119,6 +119,14 @@ class Pool {
   // Brings back every sleeping allocation of these tags, waiting up to `timeout` for device memory.
   Report wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout);
 
+  // The same in two steps: what can fail is done and held; then commit() carries it out, which
+  // cannot fail, or abort() takes it back and returns what failed in that, empty: nothing. Any
+  // other operation on the same memory takes back what is held first.
+  void hold_sleep(const Plan& plan, const Sums& sums = {});
+  void hold_wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout);
+  Report commit();
+  std::string abort();
+
   // Gives back for good the memory of segments of which torch uses nothing. Returns bytes.
   std::size_t trim(const std::set<std::uintptr_t>& addresses);
 
@@ -152,6 +160,16 @@ class Pool {
   using Deadline = std::chrono::steady_clock::time_point;
   class MapAhead;
 
+  // What a step that waits for its commit has done.
+  struct Held {
+    Tasks to_host;
+    Tasks to_none;
+    Tasks woken;
+    Sums sums;
+    Report report;
+    std::chrono::steady_clock::time_point start;
+  };
+
   Pool();
   static void require_alive();
   void sweep() noexcept;
@@ -162,13 +180,16 @@ class Pool {
   std::size_t unpinned_bytes(Tasks::const_iterator first, Tasks::const_iterator last);
   void preflight_host(const Tasks& offloads);
   void preflight_device(const Tasks& tasks);
-  void offload(const Tasks& tasks, const Allocation** current);
+  void offload(const Tasks& tasks, const Allocation** current, bool hold = false);
   void restore(Tasks tasks, Deadline deadline, const Allocation** current);
   void unmap(const Tasks& tasks, const Allocation** current);
   void forget(const Tasks& tasks, const Allocation** current);
   std::string undo_sleep(const Tasks& offloads, const Tasks& unchanged, const Tasks& discards,
                          const Tasks& scratch) noexcept;
   std::string undo_wake(const Tasks& tasks) noexcept;
+  std::string take_back() noexcept;
+  std::string outcome_of_taking_back() noexcept;
+  void forget_held(const Allocation* allocation);
   [[noreturn]] void fail(const char* operation, const Allocation* at, const std::string& outcome);
   unsigned pin_threads() const;
   Parallelism parallelism(bool pinning) const;
@@ -180,6 +201,7 @@ class Pool {
   std::map<std::uintptr_t, std::unique_ptr<Allocation>> allocations_;
   std::vector<std::unique_ptr<Allocation>> doomed_;  // freed by torch, not yet by AscendCL
   bool unswept_ = false;
+  std::optional<Held> held_;
   std::map<int, std::size_t> granularity_;
   Transfer transfer_;
   HostReserve reserve_;

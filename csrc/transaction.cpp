@@ -116,8 +116,8 @@ Parallelism Pool::parallelism(bool pinning) const {
 }
 
 // Copies the chunks to the host and gives their device memory back, each as soon as its copy is
-// verified.
-void Pool::offload(const Tasks& tasks, const Allocation** current) {
+// verified; to be held, it is unmapped and stays ours.
+void Pool::offload(const Tasks& tasks, const Allocation** current, bool hold) {
   for (auto first = tasks.begin(); first != tasks.end();) {
     const int device = first->allocation->device;
     const auto last = std::find_if(
@@ -137,8 +137,9 @@ void Pool::offload(const Tasks& tasks, const Allocation** current) {
             if (!chunks[i]->backup) chunks[i]->backup = reserve_.take(chunks[i]->bytes, space);
           },
           [&](std::size_t i) {
-            chunks[i]->content = Content::kHost;
-            chunks[i]->detach();
+            if (hold) chunks[i]->memory.unmap();
+            chunks[i]->content = hold ? Content::kParked : Content::kHost;
+            if (!hold) chunks[i]->detach();
           },
           &failed);
     } catch (...) {
@@ -292,6 +293,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
+  take_back();
   sweep();
   unpark();
   transfer_.reset_copied_bytes();
@@ -358,6 +360,7 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
+  take_back();
   sweep();
   transfer_.reset_copied_bytes();
   const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {

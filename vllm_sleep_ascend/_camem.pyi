@@ -50,6 +50,8 @@ def sleep(
     actions: dict[str, Literal["keep", "offload", "discard"]],
     otherwise: Literal["keep", "offload", "discard"] = "offload",
     checksums: dict[int, int] = ...,
+    *,
+    hold: bool = False,
 ) -> Report:
     """Do to every mapped allocation what its tag's action says; ``otherwise`` is for other tags.
 
@@ -60,9 +62,16 @@ def sleep(
     has synchronised torch's own queues. If a call fails, all is mapped again with its content.
     """
 
-def wake(tags: list[str], timeout_s: float = 0.0) -> Report:
+def wake(tags: list[str], timeout_s: float = 0.0, *, hold: bool = False) -> Report:
     """Bring back the sleeping allocations of these tags, waiting up to ``timeout_s`` for device
     memory. If a call fails, all sleeps as before and the same wake can be repeated."""
+
+def commit() -> Report:
+    """Carry out the sleep or wake that was called with ``hold``, which then did everything that can
+    fail and kept all that is needed to take it back. Any other sleep or wake takes it back."""
+
+def abort() -> str:
+    """Take back what is held, if anything is. Returns what failed in that, ``""``: nothing."""
 
 def prepare(tags: list[str]) -> None:
     """Pin host memory for the backups of these tags in the background, and return at once."""

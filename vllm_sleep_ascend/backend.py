@@ -29,6 +29,9 @@ class CamemBackend(SleepModeBackend):
     def __init__(self) -> None:
         super().__init__()
         self.last_operation: dict[str, Any] | None = None
+        # With several ranks an operation is held until commit() or abort().
+        self.holds = False
+        self._held = ""
         self.configure(SleepModeConfig())
 
     def configure(self, config: SleepModeConfig) -> None:
@@ -67,10 +70,20 @@ class CamemBackend(SleepModeBackend):
         gc.collect()
         torch.accelerator.empty_cache()
         asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
-        report = _camem.wake(wanted, self._config.wake_timeout_s)
+        report = _camem.wake(wanted, self._config.wake_timeout_s, hold=self.holds)
         if self._config.verify_wake:
             self._verify(asleep)
-        self._finish("wake", report)
+        self._held = "wake"
+        if not self.holds:
+            self._finish(report)
+
+    def commit(self) -> None:
+        """Carry out what is held. Cannot fail."""
+        self._finish(_camem.commit())
+
+    def abort(self) -> str:
+        """Take back what is held, if anything is; returns what failed in that, or ``""``."""
+        return _camem.abort()
 
     def state(self) -> SleepModeState:
         """SUSPENDED while anything sleeps, RUNNING otherwise."""
@@ -139,8 +152,10 @@ class CamemBackend(SleepModeBackend):
         contents = self._checksums(actions, otherwise)
         torch.accelerator.empty_cache()
         # What it did stays done: nothing that can fail comes after it.
-        report = _camem.sleep(actions, otherwise, contents)
-        self._finish(operation, report)
+        report = _camem.sleep(actions, otherwise, contents, hold=self.holds)
+        self._held = operation
+        if not self.holds:
+            self._finish(report)
 
     def _checksums(self, actions: dict[str, Action], otherwise: Action) -> dict[int, int]:
         """Of what will be copied, by address; empty unless an option asks for them."""
@@ -172,7 +187,8 @@ class CamemBackend(SleepModeBackend):
                     f"instead of {a['checksum']:#018x}. Load the weights again or restart"
                 )
 
-    def _finish(self, operation: str, report: "_camem.Report") -> None:
+    def _finish(self, report: "_camem.Report") -> None:
+        operation = self._held
         copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
         speed = copied / 1e9 / max(report["seconds"], 1e-9)
         self.last_operation = {

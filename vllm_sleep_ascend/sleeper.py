@@ -2,8 +2,8 @@
 """The worker's part of sleep and wake: what must survive level 2, and what a rank reports."""
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, NEEDS_WEIGHTS, check_level
 from vllm_sleep_ascend.weights import LoadingWorker
 
 if TYPE_CHECKING:
+    from vllm_sleep_ascend.agreement import Agreement
     from vllm_sleep_ascend.backend import CamemBackend
 
 logger = init_logger(f"vllm.{__name__}")
@@ -53,46 +54,54 @@ class SleepingWorker(LoadingWorker):
     """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
 
     sleep_mode_backend: "CamemBackend"
+    agreement: "Agreement"
     _last_error: dict[str, str] | None = None
     _wake_unfinished = False
 
     def sleep(self, level: int = 1) -> None:
-        """Free this rank's device memory.
+        """Free this rank's device memory, if every rank of the engine can.
 
         Level 1 keeps the weights in host memory; level 2 forgets them and keeps the model's buffers
         and the parameters that match ``sleep_preserve_parameter_names``.
 
         Raises:
             ValueError: the level does not exist.
-            SleepModeError: it failed; all memory is as it was before.
+            SleepModeError: it failed; memory is mapped as it was before on every rank, that of the
+                KV cache perhaps without its content.
         """
         worker: Any = self
         if check_level(level) == 0:
             return
-        with self._operation(f"sleep level {level}"):
+        free_before = 0
+
+        def prepare() -> None:
+            nonlocal free_before
             if worker._weight_update_active:
                 raise SleepModeError(
                     "sleep refused: a weight update is under way; call finish_weight_update first"
                 )
             torch.accelerator.synchronize()
             free_before, _ = torch.accelerator.get_memory_info()
-            try:
-                if level == 2 and not self._has_saved():
-                    self._save_for_level_2()
-                self.sleep_mode_backend.suspend(level)
-            finally:
-                self._note_discarded_weights()
+            if level == 2 and not self._has_saved():
+                self._save_for_level_2()
+            self.sleep_mode_backend.suspend(level)
+
+        try:
+            self._together(f"sleep level {level}", prepare)
+        finally:
+            self._note_discarded_weights()
         if worker.model_config.enable_nccl_comm_suspend:
             suspend_device_comms()
-        free_after, total = torch.accelerator.get_memory_info()
-        logger.info(
-            "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in use "
-            "on the device, by all processes.",
-            level,
-            (free_after - free_before) / _GIB,
-            (total - free_after) / _GIB,
-            total / _GIB,
-        )
+        with suppress(RuntimeError):  # it is done: a figure for the log may not make it an error
+            free_after, total = torch.accelerator.get_memory_info()
+            logger.info(
+                "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in "
+                "use on the device, by all processes.",
+                level,
+                (free_after - free_before) / _GIB,
+                (total - free_after) / _GIB,
+                total / _GIB,
+            )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Bring memory back: of these tags and of all that cannot be deferred, or all.
@@ -101,7 +110,8 @@ class SleepingWorker(LoadingWorker):
             SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
         """
         worker: Any = self
-        with self._operation("wake"):
+
+        def prepare() -> None:
             try:
                 self.sleep_mode_backend.resume(tags)
             except WeightsError:
@@ -117,16 +127,27 @@ class SleepingWorker(LoadingWorker):
                     restore_adapters(worker.model_runner)
                 if self._content.missing and self.sleep_mode_backend.reloads_after_level_2:
                     self._reload_or_sleep_again()
-                self._forget_saved()
             torch.accelerator.synchronize()
-            self._wake_unfinished = False
+
+        try:
+            self._together("wake", prepare)
+        except Exception:
+            if self.agreement.size > 1:
+                self._wake_unfinished = False  # it was taken back
+            raise
+        self._wake_unfinished = False
+        if not self.sleep_mode_backend.asleep("weights"):
+            self._forget_saved()
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
-        torch.accelerator.synchronize()
-        with self._operation(f"discard {', '.join(tags)}"):
+
+        def prepare() -> None:
+            torch.accelerator.synchronize()
             self.sleep_mode_backend.discard(tags)
-            self._note_discarded_weights()
+
+        self._together(f"discard {', '.join(tags)}", prepare)
+        self._note_discarded_weights()
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank, or whose wake is not finished."""
@@ -178,20 +199,23 @@ class SleepingWorker(LoadingWorker):
                 f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
             ) from error
 
-    @contextmanager
-    def _operation(self, name: str) -> Iterator[None]:
-        """Say in an error whose it is, as of many ranks one may fail, and keep it for the status
-        until the next success."""
+    def _together(self, operation: str, prepare: Callable[[], None]) -> None:
+        """Do it on every rank of the engine or on none. An error says whose it is, and is kept for
+        the status until the next success."""
         worker: Any = self
+        backend = self.sleep_mode_backend
         try:
-            yield
+            if self.agreement.size > 1:
+                self.agreement.together(operation, prepare, backend.commit, backend.abort)
+            else:
+                prepare()
         except Exception as error:
             self._last_error = {
-                "operation": name,
+                "operation": operation,
                 "type": type(error).__name__,
                 "message": str(error),
             }
-            if isinstance(error, RuntimeError):
+            if self.agreement.size == 1 and isinstance(error, RuntimeError):
                 error.args = (f"rank {worker.rank}: {error}",)
             raise
         self._last_error = None

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_sleep_ascend.agreement import Agreement
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
@@ -72,6 +73,10 @@ class NPUWorker(SleepingWorker, Worker):
             self.local_rank,
             current_platform.dist_backend,
         )
+        if self.model_config.enable_sleep_mode:
+            ranks = self.parallel_config.world_size
+            self.agreement = Agreement(self.rank, ranks, self.device.index)
+            self.sleep_mode_backend.holds = ranks > 1
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()

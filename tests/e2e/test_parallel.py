@@ -3,6 +3,10 @@
 and sleep frees the memory of every device."""
 
 import gc
+import os
+import signal
+import threading
+import time
 from dataclasses import asdict
 
 import pytest
@@ -92,6 +96,75 @@ def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
     assert figures[1:] == figures[:1] * 9
 
 
+# One call of each step that a rank goes through: what it waits for, copies, unmaps and maps.
+SLEEP_FAULTS = ("aclrtSynchronizeDevice", "aclrtMemcpyAsync", "aclrtUnmapMem")
+WAKE_FAULTS = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtMemcpyAsync")
+
+
+def fail_on(llm, rank: int, rules: str) -> None:
+    llm.collective_rpc(set_faults, args=(rank, rules))
+
+
+def set_faults(worker, rank: int, rules: str) -> None:
+    control.set_faults(rules if worker.rank == rank else "")
+
+
+def assert_all(llm, state: str) -> None:
+    assert [rank["state"] for rank in status(llm)] == [state] * len(status(llm))
+    for rank in status(llm):
+        for tag in rank["tags"].values():
+            assert tag["device"] == (0 if state == "SUSPENDED" else tag["mapped"])
+            assert tag["mapped"] == 0 or state == "RUNNING"
+
+
+def test_a_fault_on_one_rank_keeps_all_as_they_were(ranks, tiny_model) -> None:
+    prompts = PROMPTS[:2]
+    expected = hf_greedy(tiny_model, prompts, 4)
+    last = len(status(ranks)) - 1
+    where = f"rank {last}, device {last}"
+    for level in (1, 2):
+        for call in SLEEP_FAULTS:
+            if level == 2 and call == "aclrtMemcpyAsync":
+                continue
+            fail_on(ranks, last, f"{call}:1:507899")
+            with pytest.raises(RuntimeError, match=where):
+                ranks.sleep(level=level)
+            fail_on(ranks, last, "")
+            assert_all(ranks, "RUNNING")
+            assert vllm_greedy(ranks, prompts, 4) == expected
+    ranks.sleep(level=1)
+    for call in WAKE_FAULTS:
+        fail_on(ranks, last, f"{call}:1:507899")
+        with pytest.raises(RuntimeError, match=where):
+            ranks.wake_up()
+        fail_on(ranks, last, "")
+        assert_all(ranks, "SUSPENDED")
+    ranks.wake_up()
+    assert_all(ranks, "RUNNING")
+    assert vllm_greedy(ranks, prompts, 4) == expected
+
+
+def process_id(worker) -> int:
+    return os.getpid()
+
+
+def test_a_rank_that_dies_while_it_falls_asleep_is_an_error_and_no_hang(tiny_model) -> None:
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+    ) as llm:
+        victim = llm.collective_rpc(process_id)[1]
+        fail_on(llm, 1, "aclrtMemcpyAsync:1:delay_ms=20000")
+        killer = threading.Timer(1, os.kill, (victim, signal.SIGKILL))
+        killer.start()
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            llm.sleep(level=1)
+        assert time.monotonic() - started < 15
+
+
 def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> None:
     prompts = PROMPTS[:2]
     expected = hf_greedy(tiny_model, prompts)
@@ -112,6 +185,7 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
 
     before = used()
     options = ("--enable-sleep-mode", "--dtype", "float32", "--data-parallel-size", "2", *SMALL)
+    options += ("--api-server-count", "1")
     memory = ("--kv-cache-memory-bytes", str(64 * MIB), "--gpu-memory-utilization", "0.4")
     env = {"VLLM_SERVER_DEV_MODE": "1"}
     with Server(tiny_model, *options, *memory, log=tmp_path / "log", env=env) as server:

@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.answers import reads_every_answer
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
@@ -21,7 +22,9 @@ logger = init_logger(f"vllm.{__name__}")
 def install() -> None:
     """Wrap the engine's calls, and add one that says why it does not serve."""
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+    wrap(MultiprocExecutor, "collective_rpc", reads_every_answer)
     wrap(EngineCore, "sleep", _sleep)
     wrap(EngineCore, "wake_up", _wake_up)
     wrap(EngineCore, "release_kv_cache_memory", _release_kv_cache_memory)
@@ -49,6 +52,8 @@ def _truth(core: Any) -> Iterator[None]:
 def _settle(core: Any, was_paused: bool, failed: bool) -> None:
     """Take the workers' word, where stock vLLM notes what was asked."""
     executor = core.model_executor
+    if getattr(executor, "is_failed", False):  # a worker died: nobody is left to ask
+        return
     if core.vllm_config.model_config.enable_sleep_mode:
         executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
     if failed and not was_paused and not executor.is_sleeping:
