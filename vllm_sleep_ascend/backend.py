@@ -15,6 +15,7 @@ from vllm_sleep_ascend.checksum import checksums
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
+from vllm_sleep_ascend.progress import logged
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -70,7 +71,8 @@ class CamemBackend(SleepModeBackend):
         gc.collect()
         torch.accelerator.empty_cache()
         asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
-        report = _camem.wake(wanted, self._config.wake_timeout_s, hold=self.holds)
+        with logged("wake"):
+            report = _camem.wake(wanted, self._config.wake_timeout_s, hold=self.holds)
         if self._config.verify_wake:
             self._verify(asleep)
         self._held = "wake"
@@ -152,7 +154,8 @@ class CamemBackend(SleepModeBackend):
         contents = self._checksums(actions, otherwise)
         torch.accelerator.empty_cache()
         # What it did stays done: nothing that can fail comes after it.
-        report = _camem.sleep(actions, otherwise, contents, hold=self.holds)
+        with logged(operation):
+            report = _camem.sleep(actions, otherwise, contents, hold=self.holds)
         self._held = operation
         if not self.holds:
             self._finish(report)
