@@ -32,6 +32,9 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20, kGiB = size_t{1} << 30;
 constexpr size_t kWeights = 14 * kGiB, kCache = 28 * kGiB;
 
+using Meet = std::function<void()>;
+using Part = std::function<void(const Meet& meet)>;
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -87,6 +90,7 @@ double in_threads(std::vector<Block>& blocks, unsigned threads, void (Block::*st
 
 // The driver keeps 8 bytes of page table on the device for every 4 KiB of pinned host memory.
 void pinned_memory() {
+  CHECK(cudaDeviceSynchronize());
   const double before = device_mib();
   void* host = nullptr;
   CHECK(cudaHostAlloc(&host, kWeights, cudaHostAllocPortable));
@@ -118,7 +122,7 @@ void giving_back() {
   }
 }
 
-void copy_14_gib(cudaMemcpyKind kind, const std::function<void()>& start, const char* name) {
+void copy_14_gib(cudaMemcpyKind kind, const Meet& start, const char* name) {
   void *host = nullptr, *device = nullptr;
   CHECK(cudaHostAlloc(&host, kGiB, cudaHostAllocPortable));
   CHECK(cudaMalloc(&device, kGiB));
@@ -134,18 +138,17 @@ void copy_14_gib(cudaMemcpyKind kind, const std::function<void()>& start, const 
   std::printf("%s: 14 GiB in %.0f ms\n", name, (now() - begin) * 1e3);
 }
 
-// Two processes, as two engines are; each calls meet() when it is ready.
-void two_processes(const std::function<void(const std::function<void()>& meet)>& first,
-                   const std::function<void(const std::function<void()>& meet)>& second) {
-  auto* ready = static_cast<std::atomic<int>*>(
+// Each part in a process of its own, as engines are; a part calls meet() when it is ready.
+void in_processes(const std::vector<Part>& parts) {
+  auto* ready = static_cast<std::atomic<size_t>*>(
       mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
   std::fflush(stdout);
-  for (const auto& part : {first, second}) {
+  for (const Part& part : parts) {
     if (fork() != 0) continue;
     CHECK(cudaSetDevice(0));
     CHECK(cudaFree(nullptr));
-    part([ready] {
-      for (++*ready; *ready < 2;) usleep(50);
+    part([&] {
+      for (++*ready; *ready < parts.size();) usleep(50);
     });
     std::fflush(stdout);
     _exit(0);
@@ -157,29 +160,26 @@ void two_processes(const std::function<void(const std::function<void()>& meet)>&
 }  // namespace
 
 int main() {
-  const auto alone = [](auto&& part) { two_processes(part, [](const auto& meet) { meet(); }); };
-  alone([](const auto& meet) {
-    meet();
-    pinned_memory();
-    giving_back();
-  });
-  const auto down = [](const auto& meet) {
+  in_processes({[](const Meet&) { pinned_memory(); }});
+  in_processes({[](const Meet&) { giving_back(); }});
+  const Part down = [](const Meet& meet) {
     copy_14_gib(cudaMemcpyDeviceToHost, meet, "device to host");
   };
-  const auto up = [](const auto& meet) {
+  const Part up = [](const Meet& meet) {
     copy_14_gib(cudaMemcpyHostToDevice, meet, "host to device");
   };
-  alone(down);
-  alone(up);
+  in_processes({down});
+  in_processes({up});
   std::printf("both at once:\n");
-  two_processes(down, up);
+  in_processes({down, up});
   for (const size_t chunk : {64 * kMiB, 256 * kMiB}) {
     std::printf("mapping 14 GiB in %zu MiB handles while another process copies:\n", chunk / kMiB);
-    two_processes(down, [&](const auto& meet) {
-      std::vector<Block> blocks = reserve(kWeights, chunk);
-      meet();
-      usleep(10000);
-      std::printf("%zu calls in %.0f ms\n", blocks.size(), in_threads(blocks, 1, &Block::map));
-    });
+    in_processes({down, [&](const Meet& meet) {
+                    std::vector<Block> blocks = reserve(kWeights, chunk);
+                    meet();
+                    usleep(10000);
+                    const double milliseconds = in_threads(blocks, 1, &Block::map);
+                    std::printf("%zu calls in %.0f ms\n", blocks.size(), milliseconds);
+                  }});
   }
 }

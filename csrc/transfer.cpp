@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -88,8 +89,9 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
     for (unsigned i = 0; i < kStreamsPerThread; ++i) {
       batches[i].stream = streams[thread * kStreamsPerThread + i];
     }
+    std::optional<DeviceGuard> guard;  // until the streams are drained
     try {
-      DeviceGuard guard(device);
+      guard.emplace(device);
       for (unsigned turn = 0; !failed && next < chunks.size(); ++turn) {
         Batch& batch = batches[turn % kStreamsPerThread];
         finish(batch);
