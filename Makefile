@@ -3,6 +3,7 @@
 #   make demo   sleep and wake a model of 0.5B parameters on a simulated NPU
 #   make test   the test suite
 #   make switch-load   five minutes of clients over two models behind the switching proxy
+#   make soak   completions under way while a server sleeps and wakes at random, for 30 minutes
 #   make sanitize   the allocator core under the sanitizers of the compiler
 #
 # Both set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
@@ -26,7 +27,7 @@ VLLM := 0.32.0
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build demo test switch-load sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build demo test soak switch-load sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -65,6 +66,12 @@ test: setup
 
 switch-load: setup
 	SWITCH_LOAD_S=300 $(SIM) python -m pytest tests/e2e/test_proxy.py -k closed_loop -s $(ARGS)
+
+SOAK_MINUTES ?= 30
+
+soak: setup
+	$(BIN)/python examples/make_model.py tiny-qwen2 $(MODELS)/tiny-qwen2
+	$(SIM) python tests/soak.py $(MODELS)/tiny-qwen2 --minutes $(SOAK_MINUTES)
 
 # The core and its C++ contract tests under AddressSanitizer, UBSan and LeakSanitizer, then under
 # ThreadSanitizer.
