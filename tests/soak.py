@@ -59,7 +59,7 @@ class Soak:
     def __init__(self, server: Server, seed: int) -> None:
         self.server = server
         self.result = Result(seed)
-        self.aborts = 0  # sleeps in mode abort, counted before each begins
+        self.aborts_begun = self.aborts_ended = 0  # sleeps in mode abort
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.expected = {prompt: self.ask(server.http, prompt) for prompt in PROMPTS}
@@ -98,13 +98,13 @@ class Soak:
         with httpx.Client(base_url=self.server.http.base_url, timeout=120) as http:
             while not self.stop.is_set():
                 prompt = chance.choice(list(PROMPTS))
-                aborts, start = self.aborts, time.monotonic()
+                ended, start = self.aborts_ended, time.monotonic()
                 try:
                     text, reason = self.ask(http, prompt)
                 except (RuntimeError, httpx.HTTPError) as error:
                     self.fail(f"request lost: {error!r}")
                     return
-                self.judge(prompt, text, reason, may_abort=self.aborts > aborts)
+                self.judge(prompt, text, reason, may_abort=self.aborts_begun > ended)
                 with self.lock:
                     self.result.slowest_s = max(self.result.slowest_s, time.monotonic() - start)
 
@@ -132,8 +132,9 @@ class Soak:
     def cycle(self, chance: random.Random) -> None:
         level, mode = chance.choice((0, 1, 1, 2)), chance.choice(("abort", "wait", "keep"))
         self.result.sleeps[f"level {level}, {mode}"] += 1
-        self.aborts += mode == "abort"
+        self.aborts_begun += mode == "abort"
         self.server.post("/sleep", params={"level": level, "mode": mode})
+        self.aborts_ended += mode == "abort"
         time.sleep(chance.uniform(0, 0.4))
         if level == 0:
             if chance.random() < 0.3 and mode != "wait":
