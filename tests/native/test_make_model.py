@@ -53,7 +53,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 def test_errors_name_the_remedy(tmp_path):
     done = run("tiny-qwen", tmp_path / "m")
     assert done.returncode == 1
-    assert "no model 'tiny-qwen'; there are tiny-qwen2, tiny-llama" in done.stderr
+    assert "no model 'tiny-qwen'; there are tiny-qwen2, " in done.stderr
     (tmp_path / "mine").write_text("x")
     done = run("tiny-qwen2", tmp_path)
     assert done.returncode == 1

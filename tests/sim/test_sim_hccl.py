@@ -21,7 +21,8 @@ def ranks(
     tmp_path: Path, check: str, world: int, *, devices: list[int] | None = None, **env: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     variables = {"NPU_SIM_DEVICES": "4", "HCCL_BUFFSIZE": "1", "OMP_NUM_THREADS": "1", **env}
-    environment = subprocess_environment(**{k: v for k, v in variables.items() if v})
+    environment = subprocess_environment(**variables)
+    environment = {name: value for name, value in environment.items() if value}
     processes = [
         subprocess.Popen(
             [
