@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guides' commands are executed as they are written, and both languages say the same.
 
-``llm`` is the engine and ``http://127.0.0.1:8000`` the server that the tests share. Lines that start
-something of their own are run by the tests named here.
+``llm`` is the engine and ``http://127.0.0.1:8000`` the server that the tests share. Lines that
+start something of their own are run by the tests named here.
 """
 
 import json
