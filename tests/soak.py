@@ -150,7 +150,9 @@ class Soak:
             self.server.post("/wake_up", params={"tags": "weights"})
             self.server.post("/collective_rpc", json={"method": "reload_weights"})
             self.server.post("/wake_up", params={"tags": "kv_cache"})
-            self.server.post("/reset_prefix_cache")
+            # While requests hold blocks, a plain reset answers 200 and does nothing.
+            reset = self.server.post("/reset_prefix_cache?reset_running_requests=true")
+            assert reset["success"], f"the prefix cache was not reset: {reset}"
             return
         order = chance.choice((["weights", "kv_cache"], ["kv_cache", "weights"], [None]))
         for tag in order:
