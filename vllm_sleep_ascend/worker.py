@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch_npu
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
@@ -174,7 +175,11 @@ class NPUWorker(SleepingWorker, Worker):
     def shutdown(self) -> None:
         """Give device memory back while the process still has a device to give it to."""
         global _sleeping_worker
+        model = getattr(getattr(self, "model_runner", None), "model", None)
         super().shutdown()
+        # vLLM remembers by layer how to load it again, and what it remembers refers to the layer.
+        for layer in model.modules() if model is not None else ():
+            LAYERWISE_INFO.pop(layer, None)
         if self.model_config.enable_sleep_mode:
             from vllm_sleep_ascend.pool import release_pools
 

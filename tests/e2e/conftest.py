@@ -1,12 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that tests share."""
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ONE_ENGINE = 40 << 20  # weights of a tiny model; of the last engine, vLLM may still hold some
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """The engines of a module give their memory back; none piles up."""
+    yield
+    gc.collect()
+    if torch_npu := sys.modules.get("torch_npu"):
+        torch_npu.npu.empty_cache()
+    if camem := sys.modules.get("vllm_sleep_ascend._camem"):
+        assert sum(found["bytes"] for found in camem.allocations()) < ONE_ENGINE
 
 
 @pytest.fixture(scope="module")

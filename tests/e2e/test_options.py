@@ -91,8 +91,8 @@ def test_a_long_transfer_says_how_far_it_is(llm, monkeypatch, caplog):
     control.set_faults("aclrtMemcpyAsync:1:delay_ms=350")
     with caplog.at_level("INFO", logger=progress.logger.name):
         llm.sleep(level=1)
+        lines = [r.getMessage() for r in caplog.records if "goes on" in r.getMessage()]
     control.set_faults("")
     llm.wake_up()
-    lines = [r.getMessage() for r in caplog.records if "goes on" in r.getMessage()]
     assert len(lines) >= 2
     assert all(re.search(r"sleep level 1 goes on: [\d.]+ GiB copied in", line) for line in lines)
