@@ -106,7 +106,8 @@ class Experiment:
             answer = await model.complete(1)
             # From the start of the process; the look at the memory in between is not in it.
             since_start = seconds + answer.first_token_s
-            self.record.event("warm up", model, answer.seconds, first_token_s=since_start)
+            more = {"first_token_s": round(since_start, 4), **await model.memory()}
+            self.record.event("warm up", model, answer.seconds, **more)
 
     async def _sleep(self, model: Model, name: str, **more: Any) -> None:
         before = await model.memory()

@@ -12,7 +12,7 @@ import pytest
 from support import ROOT
 
 FOLDER = ROOT / "examples" / "sleep_experiments"
-SHORT = "--rounds 2 --tokens 8 --port-a 18001 --port-b 18002"
+SHORT = "--tokens 8 --port-a 18001 --port-b 18002"
 
 
 def run(line: str) -> int:
@@ -42,17 +42,18 @@ def logs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("script", "arm", "level"),
-    [("online_default.py", "sleep", 1), ("online_sleep2_nosleep.py", "sleep2", 2)],
+    ("script", "arm", "level", "rounds"),
+    [("online_default.py", "sleep", 1, 1), ("online_sleep2_nosleep.py", "sleep2", 2, 2)],
 )
-def test_a_sleeping_arm(logs, script, arm, level):
+def test_a_sleeping_arm(logs, script, arm, level, rounds):
     log = logs / f"out_info_{arm}.log"
-    assert run(f"python {script} {arm} {SHORT} > {log} 2>&1") == 0, log.read_text()[-3000:]
+    command = f"python {script} {arm} {SHORT} --rounds {rounds} > {log} 2>&1"
+    assert run(command) == 0, log.read_text()[-3000:]
     found = events(log)
     loading = ["load", "warm up", "first sleep"]
     turns = [f"{model} {name}" for model in "AB" for name in ("wake", "prompt", "sleep")]
     first = [f"{model} {name}" for model in "AB" for name in loading]
-    assert names(found) == [*first, *turns, *turns, "A terminate", "B terminate"]
+    assert names(found) == [*first, *turns * rounds, "A terminate", "B terminate"]
     for event in found:
         if event["event"] in ("sleep", "first sleep"):
             assert event["level_verified"]
@@ -68,7 +69,7 @@ def test_a_sleeping_arm(logs, script, arm, level):
 
 def test_the_arm_without_sleep(logs):
     log = logs / "out_info_nosleep.log"
-    command = f"python online_default.py nosleep {SHORT.replace('2', '1', 1)} > {log} 2>&1"
+    command = f"python online_default.py nosleep {SHORT} --rounds 1 > {log} 2>&1"
     assert run(command) == 0, log.read_text()[-3000:]
     assert names(events(log)) == [
         f"{model} {name}" for model in "AB" for name in ("load", "prompt", "terminate")
@@ -87,6 +88,13 @@ def test_the_report_of_these_logs(logs, tmp_path):
     assert done.stdout.count("No log of") == 4
     for name in ("timeline.png", "speedup.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_of_different_settings_are_not_compared(logs, tmp_path):
+    done = report(logs / "out_info_sleep2.log", logs / "out_info_nosleep.log", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "sleep2_nosleep: the arms differ in rounds: 2 and 1" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_report_of_the_committed_results(tmp_path):
