@@ -138,6 +138,30 @@ void copy_14_gib(cudaMemcpyKind kind, const Meet& start, const char* name) {
   std::printf("%s: 14 GiB in %.0f ms\n", name, (now() - begin) * 1e3);
 }
 
+std::vector<Block> filled(size_t total, size_t chunk) {
+  std::vector<Block> blocks = reserve(total, chunk);
+  in_threads(blocks, 1, &Block::map);
+  CHECK(cuMemsetD8(blocks[0].address, 1, total));
+  CHECK(cudaDeviceSynchronize());
+  return blocks;
+}
+
+// What a sleep gives back: the cache at once, the weights while they are copied, if asked.
+void give_back(const Meet& meet, bool weights_too) {
+  std::vector<Block> cache = filled(kCache, kGiB);
+  std::vector<Block> weights = weights_too ? filled(kWeights, 64 * kMiB) : std::vector<Block>{};
+  meet();
+  std::printf("giving 28 GiB back: %.0f ms\n", in_threads(cache, 1, &Block::unmap));
+  const double start = now();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    while (now() - start < 0.28 * static_cast<double>(i) / static_cast<double>(weights.size())) {
+      usleep(100);
+    }
+    weights[i].unmap();
+  }
+  usleep(500000);
+}
+
 // Each part in a process of its own, as engines are; a part calls meet() when it is ready.
 void in_processes(const std::vector<Part>& parts) {
   auto* ready = static_cast<std::atomic<size_t>*>(
@@ -172,6 +196,16 @@ int main() {
   in_processes({up});
   std::printf("both at once:\n");
   in_processes({down, up});
+  const Part give_cache = [](const Meet& meet) { give_back(meet, false); };
+  const Part give_all = [](const Meet& meet) { give_back(meet, true); };
+  std::printf("one direction, and another process gives 28 GiB back:\n");
+  in_processes({up, give_cache});
+  in_processes({down, give_cache});
+  std::printf("both directions, and another process gives 28 GiB back:\n");
+  in_processes({down, up, give_cache});
+  std::printf(
+      "both directions, and another process gives 28 GiB back and then 14 GiB by and by:\n");
+  in_processes({down, up, give_all});
   for (const size_t chunk : {64 * kMiB, 256 * kMiB}) {
     std::printf("mapping 14 GiB in %zu MiB handles while another process copies:\n", chunk / kMiB);
     in_processes({down, [&](const Meet& meet) {
