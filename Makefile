@@ -2,11 +2,12 @@
 #
 #   make demo   sleep and wake a model of 0.5B parameters on a simulated NPU
 #   make test   the test suite
+#   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
 #   make switch-load   five minutes of clients over two models behind the switching proxy
 #   make soak   completions under way while a server sleeps and wakes at random, for 30 minutes
 #   make sanitize   the allocator core under the sanitizers of the compiler
 #
-# Both set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
+# They set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
 # PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL, torch comes without CUDA.
 
 SHELL := bash
@@ -17,6 +18,8 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 TOOLKIT := $(VENV)/npu-sim
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c tests/constraints.txt
+BUILD_TOOLS := 'setuptools>=77.0.3,<81' 'setuptools-scm>=8' 'setuptools-rust>=1.9' wheel jinja2 \
+  cmake ninja packaging numpy pybind11
 SIM := $(BIN)/npu-sim
 MODELS := $(CURDIR)/build/models
 
@@ -24,10 +27,16 @@ TORCH := torch==2.13.0
 TORCH_NPU := torch_npu==2.13.0
 VLLM := 0.32.0
 
+# vllm-ascend, the vLLM that it is for, and the same torch: its own pins ask for another one.
+ASCEND := $(CURDIR)/.venv-ascend
+VLLM_ASCEND := 0.23.0
+TRANSFORMERS := transformers==5.5.4
+PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/ascend/constraints.txt
+
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build demo test soak switch-load sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo test test-ascend soak switch-load sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -39,11 +48,27 @@ $(VENV)/.packages: tests/constraints.txt
 	@echo "Installing torch, vLLM and torch_npu into .venv (a few minutes, once)"
 	$(BIN)/pip --disable-pip-version-check -q install 'pip>=26'
 	$(PIP) $(TORCH)
-	$(PIP) 'setuptools>=77.0.3,<81' 'setuptools-scm>=8' 'setuptools-rust>=1.9' wheel jinja2 cmake ninja packaging numpy pybind11
+	$(PIP) $(BUILD_TOOLS)
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) $(TORCH_NPU)
 	$(PIP) pytest pytest-timeout hypothesis httpx matplotlib ruff mypy clang-format
+	touch $@
+
+# Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.
+$(ASCEND)/.packages: tests/ascend/constraints.txt
+	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
+	@echo "Installing torch, vLLM and vllm-ascend into .venv-ascend (a few minutes, once)"
+	$(ASCEND)/bin/pip --disable-pip-version-check -q install 'pip>=26'
+	$(PIP_ASCEND) $(TORCH)
+	$(PIP_ASCEND) $(BUILD_TOOLS)
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_ASCEND) \
+	  $(PIP_ASCEND) --no-build-isolation --no-binary vllm vllm==$(VLLM_ASCEND) $(TRANSFORMERS) 'fastapi<0.124'
+	$(PIP_ASCEND) --no-deps vllm-ascend==$(VLLM_ASCEND)
+	$(PIP_ASCEND) decorator msgpack numba pandas quart scipy
+	$(PIP_ASCEND) $(TORCH_NPU)
+	$(PIP_ASCEND) pytest pytest-timeout httpx
+	$(ASCEND)/bin/pip -q uninstall -y triton
 	touch $@
 
 toolkit: $(VENV)/.packages
@@ -56,6 +81,15 @@ $(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h) | to
 
 build: $(VENV)/.installed
 
+# The allocator and the toolkit are those of .venv: the same Python, torch and torch_npu.
+$(ASCEND)/.installed: $(ASCEND)/.packages setup.py pyproject.toml | build
+	ln -sfn $(TOOLKIT) $(ASCEND)/npu-sim
+	COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	  $(ASCEND)/bin/pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
+	touch $@
+
+setup-ascend: setup $(ASCEND)/.installed
+
 demo: setup
 	$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
 	NPU_SIM_HBM_GIB=4 $(SIM) python examples/offline_sleep.py $(MODELS)/qwen2.5-0.5b \
@@ -63,6 +97,9 @@ demo: setup
 
 test: setup
 	$(SIM) python -m pytest tests $(ARGS)
+
+test-ascend: setup-ascend
+	$(ASCEND)/bin/npu-sim python -m pytest tests/ascend $(ARGS)
 
 switch-load: setup
 	SWITCH_LOAD_S=300 $(SIM) python -m pytest tests/e2e/test_proxy.py -k closed_loop -s $(ARGS)
@@ -90,4 +127,4 @@ format: $(VENV)/.packages
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 clean:
-	rm -rf build $(TOOLKIT) $(VENV)/.installed vllm_sleep_ascend/*.so *.egg-info
+	rm -rf build $(TOOLKIT) $(VENV)/.installed $(ASCEND)/.installed vllm_sleep_ascend/*.so *.egg-info

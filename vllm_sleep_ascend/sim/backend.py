@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the simulated device's operators when torch starts."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,4 +15,10 @@ def load_operators() -> None:
     import torch
     import torch_npu  # noqa: F401  registers the device that the library adds operators to
 
+    from . import absent_modules, npu, triton_kernels
+
     torch.ops.load_library(str(library))
+    npu.register()
+    if importlib.util.find_spec("vllm_ascend") is not None:
+        absent_modules.install()
+        triton_kernels.install()

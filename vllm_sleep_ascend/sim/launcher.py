@@ -15,12 +15,14 @@ def toolkit_environment(toolkit: Path) -> dict[str, str]:
     """The variables that the toolkit's `set_env.sh` exports, on top of the current environment."""
     environment = dict(os.environ)
     libraries = [str(toolkit / "lib64"), environment.get("LD_LIBRARY_PATH", "")]
+    modules = [str(toolkit / "python" / "site-packages"), environment.get("PYTHONPATH", "")]
     environment.update(
         ASCEND_TOOLKIT_HOME=str(toolkit),
         ASCEND_HOME_PATH=str(toolkit),
         ASCEND_OPP_PATH=str(toolkit / "opp"),
         ASCEND_AICPU_PATH=str(toolkit),
         LD_LIBRARY_PATH=":".join(filter(None, libraries)),
+        PYTHONPATH=":".join(filter(None, modules)),
     )
     return environment
 

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-ascend's engines in this process, and what they should answer."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import MAX_NUM_BATCHED_TOKENS
+
+DTYPE = torch.float16
+"""Of the types that NPU attention knows, the one whose rounding changes fewer tokens."""
+
+
+@contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """An ``LLM``; gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    defaults = {
+        "dtype": DTYPE,
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+        "kv_cache_memory_bytes": 64 << 20,
+        "gpu_memory_utilization": 0.5,
+    }
+    llm = LLM(str(model), **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()

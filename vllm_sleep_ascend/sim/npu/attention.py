@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a paged cache, and writing to the cache."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+MASK = 2048
+"""Rows and columns of the compressed mask that sparse modes 2 to 4 take."""
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_indices: torch.Tensor,
+) -> None:
+    """Write each token's key and value, (tokens, heads, size), to its slot; negative slots are
+    padding. The caches are (blocks, block size, heads, size)."""
+    kept = slot_indices >= 0
+    slots = slot_indices[kept].long()
+    for cache, tokens in ((key_cache, key), (value_cache, value)):
+        cache.view(-1, *cache.shape[2:])[slots] = tokens[kept]
+
+
+def fused_infer_attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    atten_mask: torch.Tensor | None = None,
+    actual_seq_lengths: list[int] | None = None,
+    actual_seq_lengths_kv: list[int] | None = None,
+    block_table: torch.Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    pre_tokens: int = 2**31 - 1,
+    next_tokens: int = 2**31 - 1,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    block_size: int = 0,
+    softmax_lse_flag: bool = False,
+    **unsupported: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * query @ key.T + mask) @ value for a batch of sequences, layout TND.
+
+    ``query`` is (tokens, heads, size), ``actual_seq_lengths`` the end of each sequence in it.
+    Without ``block_table``, key and value are laid out as the query, and their lengths are ends too;
+    with it they are (blocks, block size, heads * size), and their lengths are each sequence's own.
+    """
+    given = [name for name, argument in unsupported.items() if argument not in (None, 0)]
+    _require(not given, f"{', '.join(given)} is not simulated")
+    _require(input_layout == "TND", f"input_layout {input_layout} is not simulated, TND is")
+    _require(
+        actual_seq_lengths is not None and actual_seq_lengths_kv is not None,
+        "layout TND needs actual_seq_lengths and actual_seq_lengths_kv",
+    )
+    assert actual_seq_lengths is not None and actual_seq_lengths_kv is not None
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _require(tensor.is_contiguous(), f"{name} is not contiguous")
+        _require(
+            tensor.dtype in (torch.float16, torch.bfloat16),
+            f"{name} is {tensor.dtype}, neither float16 nor bfloat16",
+        )
+    _require(len(actual_seq_lengths) == len(actual_seq_lengths_kv), "batch sizes differ")
+    _require(actual_seq_lengths[-1] == len(query), "the last sequence does not end the query")
+    _check_mask(sparse_mode, atten_mask)
+    kv_heads = num_key_value_heads or num_heads
+    _require(num_heads % kv_heads == 0, f"{num_heads} heads over {kv_heads} heads of keys")
+
+    if block_table is None:
+        sequences = _packed(key, value, actual_seq_lengths_kv)
+    else:
+        _require(key.shape[1] == block_size, f"blocks of {key.shape[1]}, not {block_size}")
+        sequences = _paged(key, value, block_table, actual_seq_lengths_kv, block_size)
+    output = torch.empty_like(query)
+    lse = torch.empty(len(query), num_heads, 1, dtype=torch.float32, device=query.device)
+    begin = 0
+    for end, (keys, values) in zip(actual_seq_lengths, sequences, strict=True):
+        if end == begin:
+            continue
+        q = query[begin:end].float().transpose(0, 1)
+        k = _per_query_head(keys, kv_heads, num_heads)
+        v = _per_query_head(values, kv_heads, num_heads)
+        scores = q @ k.transpose(1, 2) * scale
+        if sparse_mode != 0:
+            hidden = _hidden(q.shape[1], k.shape[1], sparse_mode, pre_tokens, next_tokens)
+            scores.masked_fill_(hidden.to(scores.device), float("-inf"))
+        sums = scores.logsumexp(-1, keepdim=True)
+        output[begin:end] = ((scores - sums).exp() @ v).transpose(0, 1).to(output.dtype)
+        lse[begin:end] = sums.transpose(0, 1)
+        begin = end
+    return output, lse if softmax_lse_flag else lse.new_zeros(1)
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise RuntimeError(f"npu_fused_infer_attention_score: {problem}")
+
+
+def _check_mask(sparse_mode: int, mask: torch.Tensor | None) -> None:
+    if sparse_mode == 0:
+        _require(mask is None, "a mask with sparse_mode 0 is not simulated")
+        return
+    _require(sparse_mode in (3, 4), f"sparse_mode {sparse_mode} is not simulated")
+    _require(
+        mask is not None
+        and mask.shape[-2:] == (MASK, MASK)
+        and mask.dtype in (torch.bool, torch.int8, torch.uint8),
+        f"sparse_mode {sparse_mode} needs a mask of {MASK} x {MASK}, bool, int8 or uint8",
+    )
+
+
+def _packed(
+    key: torch.Tensor, value: torch.Tensor, ends: list[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for begin, end in zip([0, *ends], ends, strict=False):
+        yield key[begin:end], value[begin:end]
+
+
+def _paged(
+    key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, lengths: list[int], size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    _require(table.dtype == torch.int32, f"block_table is {table.dtype}, not int32")
+    for row, length in enumerate(lengths):
+        blocks = table[row, : -(-length // size)].long()
+        yield key[blocks].flatten(0, 1)[:length], value[blocks].flatten(0, 1)[:length]
+
+
+def _per_query_head(tokens: torch.Tensor, kv_heads: int, heads: int) -> torch.Tensor:
+    """(heads, tokens, size), float32, of (tokens, …)."""
+    by_head = tokens.reshape(len(tokens), kv_heads, -1).transpose(0, 1).float()
+    return by_head.repeat_interleave(heads // kv_heads, 0)
+
+
+def _hidden(queries: int, keys: int, mode: int, pre_tokens: int, next_tokens: int) -> torch.Tensor:
+    """True where a query must not look: after itself (3), outside its band (4). The last query
+    stands at the last key."""
+    distance = torch.arange(keys) - (torch.arange(queries) + keys - queries).unsqueeze(1)
+    if mode == 3:
+        return distance > 0
+    return (distance > next_tokens) | (distance < -pre_tokens)
+
+
+KERNELS = {
+    "atb::_npu_reshape_and_cache": reshape_and_cache,
+    "npu::npu_fused_infer_attention_score": fused_infer_attention_score,
+}

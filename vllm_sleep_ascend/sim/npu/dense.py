@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators of a dense model's layers: norms, activation, rotary embedding."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(
+    input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``input / rms * gamma`` over gamma's dimensions; and ``1 / rms``, float32."""
+    dims = tuple(range(-gamma.dim(), 0))
+    x = input.float()
+    rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
+    return (x * rstd * gamma.float()).to(input.dtype), rstd
+
+
+def add_rms_norm(
+    x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm of ``x1 + x2``, ``1 / rms``, and the sum."""
+    x = x1 + x2
+    return *rms_norm(x, gamma, epsilon), x
+
+
+def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """``silu(a) * b`` of the two halves along ``dim``."""
+    a, b = input.float().chunk(2, dim)
+    return (F.silu(a) * b).to(input.dtype)
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox_style: bool,
+) -> None:
+    """Rotate query and key in place: halves of a head (neox), or neighbours."""
+    cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, -1)
+    rotated = 2 * cos.shape[-1]
+    for tensor in (query, key):
+        heads = tensor.view(len(positions), -1, head_size)[..., :rotated]
+        x = heads.float()
+        a, b = x.chunk(2, -1) if is_neox_style else (x[..., ::2], x[..., 1::2])
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        joined = torch.cat(turned, -1) if is_neox_style else torch.stack(turned, -1).flatten(-2)
+        heads.copy_(joined)
+
+
+def matmul_add_fp32(x: torch.Tensor, weight: torch.Tensor, C: torch.Tensor) -> None:
+    """``C += x.T @ weight``, in float32."""
+    C.add_(x.float().T @ weight.float())
+
+
+KERNELS = {
+    "npu::npu_rms_norm": rms_norm,
+    "npu::npu_add_rms_norm": add_rms_norm,
+    "npu::npu_swiglu": swiglu,
+    "atb::_npu_rotary_embedding": rotary_embedding,
+    "atb::_npu_matmul_add_fp32": matmul_add_fp32,
+}
