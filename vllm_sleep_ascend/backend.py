@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``camem``: vLLM's SleepModeBackend over the compiled allocator."""
+"""``camem``: vLLM's SleepModeBackend over the compiled allocator.
+
+vLLM 0.23 has no such interface: there the class stands alone, and the worker calls it.
+"""
 
 import gc
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_npu
-from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeState
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend import _camem, pool
@@ -16,6 +18,11 @@ from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 from vllm_sleep_ascend.progress import logged
+
+try:
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+except ImportError:
+    SleepModeBackend = object  # type: ignore[assignment,misc]
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -58,21 +65,24 @@ class CamemBackend(SleepModeBackend):
 
     def suspend(self, level: int = 1) -> None:
         """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""
-        self._sleep(f"sleep level {level}", POLICY[level])
+        self.sleep(f"sleep level {level}", POLICY[level])
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content; keep all others."""
-        self._sleep(f"discard {', '.join(tags)}", dict.fromkeys(tags, "discard"), "keep")
+        self.sleep(f"discard {', '.join(tags)}", dict.fromkeys(tags, "discard"), "keep")
 
     def resume(self, tags: list[str] | None = None) -> None:
         """Bring back these tags, and every tag that cannot be deferred; None brings back all."""
         deferred = set() if tags is None else set(DEFERRABLE_TAGS) - set(tags)
-        wanted = [tag for tag in _camem.tags() if tag not in deferred]
+        self.wake([tag for tag in _camem.tags() if tag not in deferred])
+
+    def wake(self, tags: list[str]) -> None:
+        """Bring back these tags and no other."""
         gc.collect()
         torch.accelerator.empty_cache()
         asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
         with logged("wake"):
-            report = _camem.wake(wanted, self._config.wake_timeout_s, hold=self.holds)
+            report = _camem.wake(tags, self._config.wake_timeout_s, hold=self.holds)
         if self._config.verify_wake:
             self._verify(asleep)
         self._held = "wake"
@@ -87,7 +97,7 @@ class CamemBackend(SleepModeBackend):
         """Take back what is held, if anything is; returns what failed in that, or ``""``."""
         return _camem.abort()
 
-    def state(self) -> SleepModeState:
+    def state(self) -> Literal["RUNNING", "SUSPENDED"]:
         """SUSPENDED while anything sleeps, RUNNING otherwise."""
         asleep = any(a["state"] in _ASLEEP for a in _camem.allocations())
         return "SUSPENDED" if asleep else "RUNNING"
@@ -146,9 +156,10 @@ class CamemBackend(SleepModeBackend):
                     f"memory of tag {a['tag']!r} sleeps and cannot be read; call wake_up() first"
                 )
 
-    def _sleep(
+    def sleep(
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
     ) -> None:
+        """Do to each tag what ``actions`` says, and ``otherwise`` to all other tags."""
         gc.collect()
         pool.trim()
         contents = self._checksums(actions, otherwise)

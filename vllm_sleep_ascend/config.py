@@ -45,6 +45,10 @@ class SleepModeConfig(BaseModel):
     """What becomes of new generation requests while the engine sleeps. "wait": they are queued.
     "refuse": the server answers 503 with Retry-After, and AsyncLLM raises."""
 
+    preserve_parameters: list[str] = Field(default=[])
+    """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
+    vLLM's own sleep_preserve_parameter_names, which vLLM 0.23 lacks."""
+
     @model_validator(mode="after")
     def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
         if self.skip_unchanged and not self.keep_host_backup:

@@ -7,6 +7,7 @@ holds, and every refusal is a 4xx or 5xx with a reason.
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_ascend import metrics, policy
@@ -44,6 +45,7 @@ def _with_middleware(stock: Callable) -> Callable:
 def attach_router(app: "FastAPI") -> None:
     """Add the endpoints to ``app``, whose ``state.engine_client`` is vLLM's."""
     from fastapi import APIRouter, Request
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     # Handlers are annotated in this scope: FastAPI has to see the class itself.
     router = APIRouter()
@@ -56,9 +58,11 @@ def attach_router(app: "FastAPI") -> None:
     async def wake_up(request: Request) -> Any:
         return await _answer("wake", _wake_up, request)
 
-    @router.post("/release_kv_cache_memory")
-    async def release_kv_cache_memory(request: Request) -> Any:
-        return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
+    if hasattr(AsyncLLM, "release_kv_cache_memory"):  # not in vLLM 0.23
+
+        @router.post("/release_kv_cache_memory")
+        async def release_kv_cache_memory(request: Request) -> Any:
+            return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
     async def is_sleeping(request: Request) -> Any:
@@ -112,16 +116,24 @@ def _state(ranks: list[dict[str, Any]], is_sleeping: bool) -> str:
 async def _answer(operation: Any, parse: Any, request: "Request") -> "JSONResponse":
     """Bad input is refused before it counts as an operation; a failure leaves its trace in both."""
     from fastapi.responses import JSONResponse
-    from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         call: Call = await parse(request)
-        with sleep_mode_operation_metrics().record(operation):
+        with _recorded(operation):
             return JSONResponse(await call())
     except (ValueError, RuntimeError, EngineDeadError) as error:
         status = 400 if isinstance(error, ValueError) else 503
         return JSONResponse(_error(error, status), status)
+
+
+def _recorded(operation: Any) -> AbstractContextManager:
+    """vLLM's own metrics of an operation, where it has them."""
+    try:
+        from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
+    except ImportError:
+        return nullcontext()
+    return sleep_mode_operation_metrics().record(operation)
 
 
 def _error(error: Exception, status: int) -> dict[str, Any]:
@@ -147,7 +159,10 @@ async def _wake_up(request: "Request") -> Call:
     wanted = policy.check_tags(tags)
 
     async def call() -> dict[str, Any]:
-        fully_awake = await request.app.state.engine_client.wake_up(wanted)
+        client = request.app.state.engine_client
+        fully_awake = await client.wake_up(wanted)
+        if fully_awake is None:  # vLLM 0.23
+            fully_awake = not await client.is_sleeping()
         return {"status": "awake" if fully_awake else "sleeping", "tags": tags}
 
     return call

@@ -8,12 +8,11 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch_npu
 from torch import nn
-from vllm.distributed.parallel_state import resume_device_comms, suspend_device_comms
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
-from vllm_sleep_ascend.native.lora import restore_adapters
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, NEEDS_WEIGHTS, check_level
 from vllm_sleep_ascend.weights import LoadingWorker
 
@@ -44,7 +43,8 @@ def needs_weights_awake(cls: type) -> type:
         return call
 
     for name in NEEDS_WEIGHTS:
-        setattr(cls, name, refusing(name, ("weights",), getattr(cls, name)))
+        if hasattr(cls, name):  # vLLM's versions differ in what a worker can do
+            setattr(cls, name, refusing(name, ("weights",), getattr(cls, name)))
     name = "execute_dummy_batch"
     setattr(cls, name, refusing(name, DEFERRABLE_TAGS, getattr(cls, name)))
     return cls
@@ -57,6 +57,10 @@ class SleepingWorker(LoadingWorker):
     agreement: "Agreement"
     _last_error: dict[str, str] | None = None
     _wake_unfinished = False
+
+    def sleep_refusal(self, level: int) -> str | None:
+        """Why this rank cannot sleep at this level; None if it can."""
+        return None
 
     def sleep(self, level: int = 1) -> None:
         """Free this rank's device memory, if every rank of the engine can.
@@ -80,8 +84,9 @@ class SleepingWorker(LoadingWorker):
                 raise SleepModeError(
                     "sleep refused: a weight update is under way; call finish_weight_update first"
                 )
+            self._before_sleep(level)
             torch.accelerator.synchronize()
-            free_before, _ = torch.accelerator.get_memory_info()
+            free_before, _ = torch_npu.npu.mem_get_info()
             if level == 2 and not self._has_saved():
                 self._save_for_level_2()
             self.sleep_mode_backend.suspend(level)
@@ -90,10 +95,9 @@ class SleepingWorker(LoadingWorker):
             self._together(f"sleep level {level}", prepare)
         finally:
             self._note_discarded_weights()
-        if worker.model_config.enable_nccl_comm_suspend:
-            suspend_device_comms()
+        self._after_sleep()
         with suppress(RuntimeError):  # it is done: a figure for the log may not make it an error
-            free_after, total = torch.accelerator.get_memory_info()
+            free_after, total = torch_npu.npu.mem_get_info()
             logger.info(
                 "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in "
                 "use on the device, by all processes.",
@@ -119,11 +123,12 @@ class SleepingWorker(LoadingWorker):
                 raise
             # From here memory is awake, but not all that belongs to a wake is done.
             self._wake_unfinished = True
-            if worker.model_config.enable_nccl_comm_suspend:
-                resume_device_comms()
+            self._resume_communicators()
             if not self.sleep_mode_backend.asleep("weights"):
                 self._restore_saved()
                 if self._content.missing:
+                    from vllm_sleep_ascend.native.lora import restore_adapters
+
                     restore_adapters(worker.model_runner)
                 if self._content.missing and self.sleep_mode_backend.reloads_after_level_2:
                     self._reload_or_sleep_again()
@@ -135,6 +140,7 @@ class SleepingWorker(LoadingWorker):
             if self.agreement.size > 1:
                 self._wake_unfinished = False  # it was taken back
             raise
+        self._after_wake()
         self._wake_unfinished = False
         if not self.sleep_mode_backend.asleep("weights"):
             self._forget_saved()
@@ -157,7 +163,7 @@ class SleepingWorker(LoadingWorker):
     def sleep_status(self) -> dict[str, Any]:
         """What this rank holds: bytes by tag and state, the last operation and the last error."""
         worker: Any = self
-        free, total = torch.accelerator.get_memory_info()
+        free, total = torch_npu.npu.mem_get_info()
         status = {
             "rank": worker.rank,
             "engine": worker.parallel_config.data_parallel_index,
@@ -179,6 +185,27 @@ class SleepingWorker(LoadingWorker):
             "last_operation": backend.last_operation,
             "last_error": self._last_error,
         }
+
+    def _before_sleep(self, level: int) -> None:
+        """What has to be done, or refused, before memory is touched. Part of the transaction."""
+
+    def _after_sleep(self) -> None:
+        """What else comes free, once every rank sleeps."""
+        if self.model_config.enable_nccl_comm_suspend:  # type: ignore[attr-defined]
+            from vllm.distributed.parallel_state import suspend_device_comms
+
+            suspend_device_comms()
+
+    def _resume_communicators(self) -> None:
+        """Part of the wake's transaction."""
+        if self.model_config.enable_nccl_comm_suspend:  # type: ignore[attr-defined]
+            from vllm.distributed.parallel_state import resume_device_comms
+
+            resume_device_comms()
+
+    def _after_wake(self) -> None:
+        """What else comes back, once every rank has its memory. If it fails, the engine counts as
+        asleep, and the wake can be repeated."""
 
     def _note_discarded_weights(self) -> None:
         worker: Any = self
@@ -233,11 +260,16 @@ class SleepingWorker(LoadingWorker):
             for name, buffer in model.named_buffers()
         }
 
+    def _preserved_names(self) -> list[str]:
+        """Patterns of the parameters that level 2 keeps."""
+        worker: Any = self
+        return worker.model_config.sleep_preserve_parameter_names
+
     def _preserved_parameters(self) -> dict[str, torch.Tensor]:
         worker: Any = self
         parameters = worker._get_sleep_parameters(worker.model_runner.model)
         names: set[str] = set()
-        for pattern in worker.model_config.sleep_preserve_parameter_names:
+        for pattern in self._preserved_names():
             matches = fnmatch.filter(parameters, pattern)
             if not matches and pattern != "draft.*":
                 raise ValueError(

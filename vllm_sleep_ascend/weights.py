@@ -153,7 +153,8 @@ class LoadingWorker:
         """Run a load; if it fails, the model is usable again, and its source is the one before."""
         worker: Any = self
         config = worker.model_config
-        source = {name: getattr(config, name) for name in ("model", "model_weights", "revision")}
+        names = ("model", "model_weights", "revision")
+        source = {name: getattr(config, name) for name in names if hasattr(config, name)}
         try:
             self._content.whole_or_torn(load)
         except BaseException:

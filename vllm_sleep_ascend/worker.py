@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's worker on an NPU."""
 
-import atexit
 import gc
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +20,7 @@ from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sleep_ascend.agreement import Agreement
+from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
@@ -30,16 +29,6 @@ if TYPE_CHECKING:
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger(f"vllm.{__name__}")
-
-
-@cache
-def finish_before_torch_npu() -> None:
-    """At exit, let objects finish that own device memory or process groups, then torch_npu.
-
-    An engine in the main process ends in a finalizer. Python runs finalizers in the place of the
-    first one ever made, which is after torch_npu has closed the device and its process groups.
-    """
-    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
 
 
 _sleeping_worker: "weakref.ref[NPUWorker] | None" = None  # the one with sleep mode on

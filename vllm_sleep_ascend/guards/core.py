@@ -56,6 +56,8 @@ def _settle(core: Any, was_paused: bool, failed: bool) -> None:
         return
     if core.vllm_config.model_config.enable_sleep_mode:
         executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
+        if not isinstance(getattr(type(executor), "is_sleeping", None), property):
+            executor.is_sleeping = bool(executor.sleeping_tags)  # vLLM 0.23 keeps both
     if failed and not was_paused and not executor.is_sleeping:
         core.resume_scheduler()
 
@@ -76,6 +78,8 @@ def _sleep(stock: Callable) -> Callable:
                 if level > 0:
                     self.model_executor.collective_rpc("sleep", kwargs={"level": level})
                 return None
+            if level > 0:
+                _check_workers(self, level)
             result = stock(self, level, mode)
         if isinstance(result, Future):  # Requests are under way: the sleep is still to come.
             self.pending_sleep = result
@@ -83,6 +87,13 @@ def _sleep(stock: Callable) -> Callable:
         return result
 
     return sleep
+
+
+def _check_workers(core: Any, level: int) -> None:
+    """Let the workers refuse before the scheduler pauses, which aborts requests."""
+    for reason in core.model_executor.collective_rpc("sleep_refusal", args=(level,)):
+        if reason is not None:
+            raise SleepModeError(f"sleep refused: {reason}")
 
 
 def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
@@ -108,7 +119,13 @@ def _wake_up(stock: Callable) -> Callable:
                 logger.warning("wake_up: %s is awake already.", ", ".join(awake))
             tags = [tag for tag in tags if tag in asleep]
         with _named(), _truth(self):
-            return stock(self, tags)
+            self.wakes = True
+            try:
+                fully_awake = stock(self, tags)
+            finally:
+                self.wakes = False
+        # vLLM 0.23 answers nothing.
+        return not self.model_executor.is_sleeping if fully_awake is None else fully_awake
 
     return wake_up
 
@@ -168,6 +185,8 @@ def _resume_scheduler(stock: Callable) -> Callable:
         if gate is None:
             return stock(self)
         if self.model_executor.is_sleeping:
+            if getattr(self, "wakes", False):  # vLLM 0.23 resumes after each part of a wake
+                return None
             raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
         if getattr(self, "pending_sleep", None) is not None:
             raise SleepModeError("a sleep waits for requests to end; wait for it, then wake_up()")

@@ -49,7 +49,11 @@ async def refusal(client: Any) -> str | None:
     config = SleepModeConfig.from_vllm_config(client.vllm_config)
     if config.after_level2 == "warn" and config.while_asleep == "wait":
         return None
-    reasons = await client.engine_core.call_utility_all_async("sleep_mode_refusal")
+    core = client.engine_core
+    if hasattr(core, "call_utility_all_async"):
+        reasons = await core.call_utility_all_async("sleep_mode_refusal")
+    else:
+        reasons = [await core.call_utility_async("sleep_mode_refusal")]
     return next((reason for reason in reasons if reason), None)
 
 

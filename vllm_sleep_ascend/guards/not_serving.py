@@ -3,9 +3,12 @@
 
 from http import HTTPStatus
 
-from vllm.exceptions import GracefulHTTPError
-
 from vllm_sleep_ascend.errors import SleepModeError
+
+try:
+    from vllm.exceptions import GracefulHTTPError
+except ImportError:  # an older vLLM; its server is answered for by SleepModeMiddleware
+    GracefulHTTPError = Exception  # type: ignore[assignment,misc]
 
 
 class NotServingError(SleepModeError, GracefulHTTPError):

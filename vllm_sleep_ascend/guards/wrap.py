@@ -8,8 +8,10 @@ _MARK = "guarded_by_camem"
 
 
 def wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace the method by ``wrapper(method)``, once."""
-    stock = getattr(owner, name)
+    """Replace the method by ``wrapper(method)``, once, in a vLLM that has it."""
+    stock = getattr(owner, name, None)
+    if stock is None:
+        return
     if not hasattr(stock, _MARK):
         wrapped = wraps(stock)(wrapper(stock))
         setattr(wrapped, _MARK, True)
