@@ -7,6 +7,7 @@ import nothing heavy before they know that they are needed.
 
 import importlib.util
 import logging
+import os
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,10 @@ def register_platform() -> str | None:
     """``vllm.platform_plugins``: the platform class, or None where there is no NPU for us."""
     if importlib.util.find_spec("torch_npu") is None:
         return None
-    if importlib.util.find_spec("vllm_ascend") is not None:
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if importlib.util.find_spec("vllm_ascend") is not None and (
+        plugins is None or "ascend" in plugins.split(",")
+    ):
         return None  # vllm-ascend brings its own platform, and vLLM takes only one
     try:
         import torch_npu
@@ -31,8 +35,16 @@ def register_platform() -> str | None:
 
 def register_general() -> None:
     """``vllm.general_plugins``: the sleep-mode backend, and the checks in front of it."""
-    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
     from vllm.platforms import current_platform
+
+    from vllm_sleep_ascend import beside
+
+    if type(current_platform).__module__ == beside.PLATFORM:
+        beside.stand_by(current_platform)
+        return
+    if importlib.util.find_spec("vllm.device_allocator.sleep_mode_backend") is None:
+        return  # a vLLM that this package supports only beside vllm-ascend
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
     if "camem" not in SleepModeBackendFactory._registry:
         SleepModeBackendFactory.register_backend(

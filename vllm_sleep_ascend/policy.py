@@ -16,6 +16,7 @@ POLICY: dict[int, dict[str, Action]] = {
         "cudagraph": "offload",
         "kv_cache": "discard",
         "workspace": "discard",
+        "sleep_persistent": "keep",  # vllm-ascend's: stays mapped
     },
     2: {
         "weights": "discard",
@@ -23,6 +24,7 @@ POLICY: dict[int, dict[str, Action]] = {
         "cudagraph": "offload",
         "kv_cache": "discard",
         "workspace": "discard",
+        "sleep_persistent": "keep",
     },
 }
 LEVELS = (0, *POLICY)

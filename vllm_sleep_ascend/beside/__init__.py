@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sleep mode beside vllm-ascend: its platform, workers and kernels, our allocator and transactions.
+
+vLLM takes one platform, and where vllm-ascend is installed that is vllm-ascend's. This package then
+does nothing until an engine with ``enable_sleep_mode`` is configured; ``entry`` says when.
+"""
+
+import os
+
+SWITCH = "VLLM_SLEEP_ASCEND"
+"""``VLLM_SLEEP_ASCEND=0`` leaves sleep mode to vllm-ascend."""
+
+IN_USE = "_VLLM_SLEEP_ASCEND_IN_USE"
+"""Tells the processes of an engine that it is ours. Not for users."""
+
+PLATFORM = "vllm_ascend.platform"
+WORKER = "vllm_sleep_ascend.beside.worker.SleepingNPUWorker"
+TESTED = {"vllm_ascend": "0.23.0", "vllm": "0.23.0"}
+
+
+def switched_off() -> bool:
+    """Whether the user turned this package off.
+
+    Raises:
+        ValueError: the switch is neither 0 nor 1.
+    """
+    switch = os.environ.get(SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(
+            f"{SWITCH}={switch!r}: use 0 to leave sleep mode to vllm-ascend, 1 or unset otherwise"
+        )
+    return switch == "0"
+
+
+def stand_by(platform: object) -> None:
+    """Wait for an engine with sleep mode on vllm-ascend's platform, and touch nothing of it.
+
+    vLLM asks ``is_sleep_mode_available`` of its platform only for such an engine.
+    """
+    if switched_off() or "is_sleep_mode_available" in vars(platform):
+        return
+    stock = platform.is_sleep_mode_available  # type: ignore[attr-defined]
+
+    def is_sleep_mode_available() -> bool:
+        from vllm_sleep_ascend.beside.entry import take_over
+
+        take_over(platform)
+        return stock()
+
+    platform.is_sleep_mode_available = is_sleep_mode_available  # type: ignore[attr-defined]
+    if os.environ.get(IN_USE) == "1":
+        from vllm_sleep_ascend.beside.entry import guard
+
+        guard()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine with sleep mode gets our worker."""
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_sleep_ascend.beside import IN_USE, SWITCH, WORKER
+from vllm_sleep_ascend.beside.seams import check_seams
+from vllm_sleep_ascend.config import SleepModeConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+_STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
+
+
+def take_over(platform: Any) -> None:
+    """Have engines with sleep mode that are configured from now on run our worker.
+
+    Raises:
+        ValueError: this package was installed without its compiled allocator.
+        SeamError: vllm-ascend or vLLM is not what this package knows; nothing was changed.
+    """
+    if "check_and_update_config" in vars(platform):
+        return
+    if importlib.util.find_spec("vllm_sleep_ascend._camem") is None:
+        raise ValueError(
+            "vllm_sleep_ascend was installed without its compiled allocator; source CANN's "
+            "set_env.sh and install it again with COMPILE_CUSTOM_KERNELS=1 pip install . "
+            f"(COMPILE.md), or set {SWITCH}=0 to leave sleep mode to vllm-ascend"
+        )
+    check_seams()
+    stock = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        stock(vllm_config)
+        _choose_worker(vllm_config)
+
+    platform.check_and_update_config = check_and_update_config
+
+
+def _choose_worker(vllm_config: Any) -> None:
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model_config is None or not model_config.enable_sleep_mode or parallel.worker_cls == WORKER:
+        return
+    if parallel.worker_cls != _STOCK_WORKER:
+        logger.warning(
+            "Sleep mode is left to vllm-ascend: vllm_sleep_ascend knows the worker %s, and this "
+            "engine has %s.",
+            _STOCK_WORKER,
+            parallel.worker_cls,
+        )
+        return
+    SleepModeConfig.from_vllm_config(vllm_config)
+    parallel.worker_cls = WORKER
+    os.environ[IN_USE] = "1"
+    guard()
+    logger.info(
+        "Sleep mode is vllm_sleep_ascend's; %s=0 leaves it to vllm-ascend.",
+        SWITCH,
+    )
+
+
+@cache
+def guard() -> None:
+    """Put our checks in front of the engine's calls, and our endpoints in the server."""
+    from vllm_sleep_ascend import guards, server
+
+    guards.install()
+    server.install()

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vllm-ascend's worker with our sleep and wake."""
+
+import gc
+from typing import Any
+
+import torch
+import torch_npu
+from torch import nn
+
+from vllm_sleep_ascend.agreement import Agreement
+from vllm_sleep_ascend.at_exit import finish_before_torch_npu
+from vllm_sleep_ascend.beside import allocator
+from vllm_sleep_ascend.beside.moe import ExpertLayouts
+from vllm_sleep_ascend.beside.strays import StrayTensors
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
+
+allocator.install()
+
+from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm_ascend.ascend_config import get_ascend_config  # noqa: E402
+from vllm_ascend.worker.worker import NPUWorker  # noqa: E402
+
+_FRACTAL_NZ = 29
+
+
+class _LaterWorker(NPUWorker):
+    """What our mixins call and vLLM's own worker has in later versions."""
+
+    def reload_weights(self, **options: Any) -> None:
+        """Load all weights in place: see ``LoadingWorker.reload_weights``."""
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device):
+            self.model_runner.reload_weights(**options)
+
+    def get_draft_model(self) -> nn.Module | None:
+        model = getattr(getattr(self.model_runner, "drafter", None), "model", None)
+        return model if isinstance(model, nn.Module) else None
+
+    def _get_sleep_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        parameters = dict(model.named_parameters())
+        draft = self.get_draft_model()
+        if draft is not None:
+            known = {id(parameter) for parameter in parameters.values()}
+            parameters |= {
+                f"draft.{name}": parameter
+                for name, parameter in draft.named_parameters()
+                if id(parameter) not in known
+            }
+        return parameters
+
+
+@needs_weights_awake
+class SleepingNPUWorker(SleepingWorker, _LaterWorker):
+    """Sleep, wake and status as one transaction each, with vllm-ascend's own clean-up in it."""
+
+    _pp_send_work: list[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sleep_mode_backend = allocator.SleepingAllocator.get_instance().backend
+        self._sleep_saved_parameters: dict[str, torch.Tensor] = {}
+        self._strays = StrayTensors(self.sleep_mode_backend)
+        self._experts = ExpertLayouts()
+        self._weights_slept = self._cleaned_up = self._graphs_dropped = False
+
+    # --- Start and end ---------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        """Take the device and join the other ranks."""
+        finish_before_torch_npu()
+        self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
+        super().init_device()
+        ranks = self.parallel_config.world_size
+        self.agreement = Agreement(self.rank, ranks, self.device.index)
+        self.sleep_mode_backend.holds = ranks > 1
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.sleep_mode_backend.prepare()
+        return times
+
+    def shutdown(self) -> None:
+        """Give device memory back while the process still has a device to give it to."""
+        super().shutdown()
+        from vllm_sleep_ascend.pool import release_pools
+
+        release_pools()
+
+    # --- Sleep and wake --------------------------------------------------------------------------
+
+    def sleep_refusal(self, level: int) -> str | None:
+        """Level 2 needs weights that can be loaded again in place."""
+        name = self._in_nz_format() if level == 2 else None
+        if name is None:
+            return None
+        return (
+            f"weights in FRACTAL_NZ format ({name}) do not survive being loaded again in place, "
+            "which level 2 needs; use level 1, or start with VLLM_ASCEND_ENABLE_NZ=0"
+        )
+
+    def _before_sleep(self, level: int) -> None:
+        reason = self.sleep_refusal(level)
+        if reason is not None:
+            raise SleepModeError(f"sleep refused: {reason}")
+        self._experts.close()
+        for handle in self._pp_send_work:
+            handle.wait()
+        self._pp_send_work = []
+
+    def _after_sleep(self) -> None:
+        """vllm-ascend's clean-up: of ACL graphs and HCCL's groups. It cannot be taken back, and so
+        comes after every rank sleeps."""
+        self._weights_slept = True
+        if not getattr(get_ascend_config(), "enable_sleep_mode_extra_cleanup", False):
+            return
+        self._graphs_dropped |= self.model_runner.use_aclgraph
+        self._cleaned_up = True
+        self.sleep_wakeup_manager.sleep()
+        gc.collect()
+        torch_npu.npu.empty_cache()
+
+    def _resume_communicators(self) -> None:
+        """HCCL's groups are made by all ranks together: after the wake, not in the transaction."""
+
+    def _after_wake(self) -> None:
+        backend, manager = self.sleep_mode_backend, self.sleep_wakeup_manager
+        if self._cleaned_up:
+            manager.hccl.wakeup()
+            self._cleaned_up = False
+        awake = not backend.asleep("weights")
+        if self._graphs_dropped and awake and not backend.asleep("kv_cache"):
+            manager.acl_graph.wakeup()
+            self._graphs_dropped = False
+        if awake and self._weights_slept:
+            self._weights_slept = False
+            if self.vllm_config.quant_config is None and not backend.reloads_after_level_2:
+                hidden_size = self.model_config.hf_text_config.hidden_size
+                self._experts.open(self.model_runner.model, hidden_size)
+
+    def _preserved_names(self) -> list[str]:
+        # vLLM 0.23 loads a draft model once: its weights cannot be had again.
+        config = SleepModeConfig.from_vllm_config(self.vllm_config)
+        return ["draft.*", *config.preserve_parameters]
+
+    def _save_for_level_2(self) -> None:
+        super()._save_for_level_2()
+        self._strays.save(self._models().values())
+
+    def _restore_saved(self) -> None:
+        super()._restore_saved()
+        self._strays.restore()
+
+    def _has_saved(self) -> bool:
+        return super()._has_saved() or self._strays.saved
+
+    def _forget_saved(self) -> None:
+        super()._forget_saved()
+        self._strays.forget()
+
+    def _in_nz_format(self) -> str | None:
+        """The name of a parameter in that format, if there is one."""
+        for name, parameter in self._get_sleep_parameters(self.model_runner.model).items():
+            on_npu = parameter.device.type == "npu"
+            if on_npu and torch_npu.get_npu_format(parameter) == _FRACTAL_NZ:
+                return name
+        return None
+
+    # --- What runs the model or loads weights needs the experts as the kernels want them ---------
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self._experts.close()
+        return super().execute_model(scheduler_output)
+
+    def execute_dummy_batch(self) -> None:
+        self._experts.close()
+        super().execute_dummy_batch()
+
+    def start_weight_update(self, is_checkpoint_format: bool = True) -> None:
+        self._experts.close()
+        super().start_weight_update(is_checkpoint_format)
+
+    def reload_weights(self, *args: Any, **options: Any) -> None:
+        """Load all weights in place: see ``LoadingWorker.reload_weights``.
+
+        Raises:
+            SleepModeError: weights are in FRACTAL_NZ format.
+        """
+        name = self._in_nz_format()
+        if name is not None:
+            raise SleepModeError(
+                f"weights in FRACTAL_NZ format ({name}) cannot be loaded again in place; start "
+                "with VLLM_ASCEND_ENABLE_NZ=0"
+            )
+        self._experts.close()
+        super().reload_weights(*args, **options)
