@@ -7,11 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from reference import MAX_NUM_BATCHED_TOKENS
-
-DTYPE = torch.float16
-"""Of the types that NPU attention knows, the one whose rounding changes fewer tokens."""
 
 
 @contextmanager
@@ -21,7 +17,7 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     defaults = {
-        "dtype": DTYPE,
+        "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 2048,
         "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,

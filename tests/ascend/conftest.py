@@ -5,3 +5,6 @@ import os
 
 # Before vLLM is imported.
 os.environ.setdefault("VLLM_ASCEND_ENABLE_NZ", "0")  # as its guide to sleep mode sets it
+# NPU attention knows no float32; the tokens of 16-bit engines differ from another
+# implementation's where two logits nearly tie.
+os.environ.setdefault("NPU_SIM_FLOAT32_ATTENTION", "1")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over a paged cache, and writing to the cache."""
 
+import os
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,8 +51,9 @@ def fused_infer_attention_score(
     """softmax(scale * query @ key.T + mask) @ value for a batch of sequences, layout TND.
 
     ``query`` is (tokens, heads, size), ``actual_seq_lengths`` the end of each sequence in it.
-    Without ``block_table``, key and value are laid out as the query, and their lengths are ends too;
-    with it they are (blocks, block size, heads * size), and their lengths are each sequence's own.
+    Without ``block_table``, key and value are laid out as the query, and their lengths are ends
+    too; with it they are (blocks, block size, heads * size), and their lengths are each
+    sequence's own.
     """
     given = [name for name, argument in unsupported.items() if argument not in (None, 0)]
     _require(not given, f"{', '.join(given)} is not simulated")
@@ -62,10 +65,7 @@ def fused_infer_attention_score(
     assert actual_seq_lengths is not None and actual_seq_lengths_kv is not None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _require(tensor.is_contiguous(), f"{name} is not contiguous")
-        _require(
-            tensor.dtype in (torch.float16, torch.bfloat16),
-            f"{name} is {tensor.dtype}, neither float16 nor bfloat16",
-        )
+        _require(tensor.dtype in _types(), f"{name} is {tensor.dtype}, not one of {_types()}")
     _require(len(actual_seq_lengths) == len(actual_seq_lengths_kv), "batch sizes differ")
     _require(actual_seq_lengths[-1] == len(query), "the last sequence does not end the query")
     _check_mask(sparse_mode, atten_mask)
@@ -95,6 +95,14 @@ def fused_infer_attention_score(
         lse[begin:end] = sums.transpose(0, 1)
         begin = end
     return output, lse if softmax_lse_flag else lse.new_zeros(1)
+
+
+@cache
+def _types() -> tuple[torch.dtype, ...]:
+    """What NPU attention takes; float32 too, by NPU_SIM_FLOAT32_ATTENTION=1, so that tokens can be
+    compared with another implementation's, free of what rounding changes."""
+    extra = (torch.float32,) if os.environ.get("NPU_SIM_FLOAT32_ATTENTION") == "1" else ()
+    return (torch.float16, torch.bfloat16, *extra)
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -12,7 +12,7 @@ _pointer, _size, _kind = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 def memcpy(dst: int, dest_max: int, src: int, count: int, kind: int) -> int:
-    """Copy ``count`` bytes; ``kind`` is 0 host to host, 1 to the device, 2 back, 3 on the device."""
+    """Copy ``count`` bytes; ``kind`` 0 is on the host, 1 to the device, 2 back, 3 on the device."""
     return _library.aclrtMemcpy(
         _pointer(dst), _size(dest_max), _pointer(src), _size(count), _kind(kind)
     )
