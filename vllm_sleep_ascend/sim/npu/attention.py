@@ -23,8 +23,8 @@ def reshape_and_cache(
     padding. The caches are (blocks, block size, heads, size)."""
     kept = slot_indices >= 0
     slots = slot_indices[kept].long()
-    for cache, tokens in ((key_cache, key), (value_cache, value)):
-        cache.view(-1, *cache.shape[2:])[slots] = tokens[kept]
+    for paged, tokens in ((key_cache, key), (value_cache, value)):
+        paged.view(-1, *paged.shape[2:])[slots] = tokens[kept]
 
 
 def fused_infer_attention_score(
