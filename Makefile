@@ -69,6 +69,9 @@ $(ASCEND)/.packages: tests/ascend/constraints.txt
 	$(PIP_ASCEND) $(TORCH_NPU)
 	$(PIP_ASCEND) pytest pytest-timeout httpx
 	$(ASCEND)/bin/pip -q uninstall -y triton
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 \
+	  $(ASCEND)/bin/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
+	  --no-binary vllm-ascend -d $(ASCEND)/camem vllm-ascend==$(VLLM_ASCEND)
 	touch $@
 
 toolkit: $(VENV)/.packages
@@ -84,6 +87,8 @@ build: $(VENV)/.installed
 # The allocator and the toolkit are those of .venv: the same Python, torch and torch_npu.
 $(ASCEND)/.installed: $(ASCEND)/.packages setup.py pyproject.toml | build
 	ln -sfn $(TOOLKIT) $(ASCEND)/npu-sim
+	@$(MAKE) --no-print-directory -f csrc/sim/camem.mk SOURCE=$(ASCEND)/camem/vllm_ascend-$(VLLM_ASCEND).tar.gz \
+	  OUT=$(ASCEND)/camem TOOLKIT=$(TOOLKIT) PYTHON=$(ASCEND)/bin/python
 	COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	  $(ASCEND)/bin/pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
 	touch $@

@@ -15,10 +15,15 @@ def load_operators() -> None:
     import torch
     import torch_npu  # noqa: F401  registers the device that the library adds operators to
 
-    from . import absent_modules, npu, triton_kernels
+    from . import absent_modules, camem, imports, npu, triton_kernels
 
     torch.ops.load_library(str(library))
     npu.register()
     if importlib.util.find_spec("vllm_ascend") is not None:
         absent_modules.install()
-        triton_kernels.install()
+        imports.hook(
+            {
+                "vllm_ascend.device_allocator.camem": camem.with_its_library,
+                "vllm_ascend.worker.block_table": triton_kernels.slot_mapping,
+            }
+        )

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-ins for Triton kernels that vllm-ascend launches on an NPU whatever the model.
 
-Triton for Ascend cannot be had without its compiler. A stand-in takes its kernel's place in the
-modules that launch it, as they are imported.
+Triton for Ascend is nothing without its compiler. A stand-in takes its kernel's place in the module
+that launches it, as that is imported.
 """
 
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -50,38 +48,11 @@ def compute_slot_mapping(
     slot_mapping[tokens:max_num_tokens] = PAD_ID
 
 
-STAND_INS: dict[str, dict[str, Callable[..., None]]] = {
-    "vllm_ascend.worker.block_table": {"_compute_slot_mapping_kernel": compute_slot_mapping},
-}
-
-
-class _Patched(importlib.abc.Loader):
-    def __init__(self, loader: Any, kernels: dict[str, Callable[..., None]]) -> None:
-        self.loader, self.kernels = loader, kernels
-
-    def create_module(self, spec: Any) -> Any:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        for name, run in self.kernels.items():
-            if not hasattr(module, name):
-                raise ImportError(f"{module.__name__} has no {name}: its stand-in is outdated")
-            setattr(module, name, Kernel(run))
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in STAND_INS:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None:
-            spec.loader = _Patched(spec.loader, STAND_INS[name])
-        return spec
-
-
-def install() -> None:
-    """From now on, importing one of the modules gives it its stand-ins."""
-    sys.meta_path.insert(0, _Finder())
+@contextmanager
+def slot_mapping(module: ModuleType) -> Iterator[None]:
+    """After the module's body, it launches the stand-in."""
+    yield
+    name = "_compute_slot_mapping_kernel"
+    if not hasattr(module, name):
+        raise ImportError(f"{module.__name__} has no {name}: its stand-in is outdated")
+    setattr(module, name, Kernel(compute_slot_mapping))
