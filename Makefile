@@ -52,7 +52,7 @@ $(VENV)/.packages: tests/constraints.txt
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) $(TORCH_NPU)
-	$(PIP) pytest pytest-timeout hypothesis httpx matplotlib ruff mypy clang-format
+	$(PIP) pytest pytest-timeout hypothesis httpx matplotlib ray ruff mypy clang-format
 	touch $@
 
 # Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.

@@ -22,6 +22,7 @@ GUIDES = (ROOT / "docs" / "guide.md", ROOT / "README.md")
 TRANSLATIONS = (ROOT / "docs" / "guide.zh.md", ROOT / "README.zh.md")
 RUN_ELSEWHERE = {
     "python examples/offline_sleep.py": "tests/e2e/test_examples.py",
+    "python examples/rlhf_colocate.py": "tests/e2e/test_examples.py",
     "VLLM_SERVER_DEV_MODE=1 vllm serve": "tests/e2e/server.py",
     "vllm-sleep switch": "tests/e2e/test_cli.py",
     "vllm-sleep-proxy": "tests/e2e/test_proxy.py",
