@@ -3,6 +3,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 namespace camem {
 namespace {
 
@@ -16,6 +20,7 @@ Function lookup(const char* name) {
 using HostRegister = aclError (*)(void*, uint64_t, aclrtHostRegisterType, void**);
 using HostRegisterV2 = aclError (*)(void*, uint64_t, uint32_t);
 using HostUnregister = aclError (*)(void*);
+using GetMemUsageInfo = aclError (*)(int32_t, aclrtMemUsageInfo*, size_t, size_t*);
 using RecentErrMsg = const char* (*)();
 
 }  // namespace
@@ -35,6 +40,21 @@ aclError host_register(void* address, std::size_t bytes) {
 aclError host_unregister(void* address) {
   static const auto unregister = lookup<HostUnregister>("aclrtHostUnregister");
   return unregister == nullptr ? kNotSupported : unregister(address);
+}
+
+std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int device) {
+  constexpr std::size_t kRoom = 128;
+  static const auto usage = lookup<GetMemUsageInfo>("aclrtGetMemUsageInfo");
+  if (usage == nullptr) return std::nullopt;
+  std::vector<aclrtMemUsageInfo> components(kRoom);
+  std::size_t count = 0;
+  if (usage(device, components.data(), kRoom, &count) != ACL_SUCCESS) return std::nullopt;
+  std::unordered_map<std::string, std::size_t> bytes;
+  for (std::size_t i = 0; i < std::min(count, kRoom); ++i) {
+    const char* name = components[i].name;
+    bytes[std::string(name, strnlen(name, sizeof(components[i].name)))] += components[i].curMemSize;
+  }
+  return bytes;
 }
 
 std::string recent_error_message() {

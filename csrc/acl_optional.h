@@ -6,7 +6,9 @@
 #include <acl/acl.h>
 
 #include <cstddef>
+#include <optional>
 #include <string>
+#include <unordered_map>
 
 namespace camem {
 
@@ -14,6 +16,10 @@ namespace camem {
 // AscendCL cannot register host memory (Ascend 310P).
 aclError host_register(void* address, std::size_t bytes);
 aclError host_unregister(void* address);
+
+// Bytes of device memory that this process holds, by component of CANN: APP, HCCL, RUNTIME and so
+// on. Nothing where the installed AscendCL cannot tell.
+std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int device);
 
 // AscendCL's own words about the last failure on this thread; empty if it has none.
 std::string recent_error_message();

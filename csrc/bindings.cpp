@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "acl_check.h"
+#include "acl_optional.h"
 #include "pool.h"
 
 namespace py = pybind11;
@@ -237,6 +238,7 @@ PYBIND11_MODULE(_camem, module) {
   module.def("tags", [] { return Pool::instance().tag_names(); });
   module.def("available_host_bytes", &available_host_bytes);
   module.def("pinned_host_bytes", &pinned_host_bytes);
+  module.def("component_bytes", &component_bytes, py::arg("device"), py::call_guard<WithoutGil>());
 
   py::module_::import("atexit").attr("register")(
       py::cpp_function([] { Pool::instance().abandon(); }));

@@ -99,3 +99,7 @@ def available_host_bytes() -> int:
 
 def pinned_host_bytes() -> int:
     """Host memory that this process's backups hold."""
+
+def component_bytes(device: int) -> dict[str, int] | None:
+    """Device memory that this process holds, by component of CANN (``APP``, ``HCCL``, ``RUNTIME``
+    and so on); None where AscendCL cannot tell."""

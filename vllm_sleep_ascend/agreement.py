@@ -8,75 +8,109 @@ price is that device memory comes free at the end of a sleep and not chunk by ch
 does not pay it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from vllm_sleep_ascend import errors
-from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 
-_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the slowest. A rank whose process ends is noticed at once."""
+
+def _nothing() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one rank does. Each of ``steps`` runs once all ranks have done the one before it, raises
+    if it fails, and may leave something to take back.
+
+    ``commit`` carries out what is held and cannot fail. ``abort`` takes back what there is and
+    returns what failed in that, ``""`` if nothing did; ``abort_together`` is a second part of it,
+    which needs the other ranks.
+    """
+
+    name: str
+    steps: Sequence[Callable[[], None]]
+    commit: Callable[[], None]
+    abort: Callable[[], str]
+    abort_together: Callable[[], str] = _nothing
 
 
 class Agreement:
     """The ranks of one engine, each with a device of its own.
 
     ``size`` ranks in a row are one engine; data-parallel engines share a world. Every rank of the
-    world has to make one.
+    world has to make one. ``timeout_s`` is how long a rank waits for the slowest; a rank whose
+    process ends is noticed at once.
     """
 
-    def __init__(self, rank: int, size: int, device: int) -> None:
+    def __init__(self, rank: int, size: int, device: int, timeout_s: float = 300) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.members = range(1)  # of the world
+        self._timeout = timedelta(seconds=timeout_s)
         self._group: Any = None
         if size == 1:
             return
         world = dist.get_world_size()
         for first in range(0, world, size):
             ranks = list(range(first, first + size))
-            group = dist.new_group(ranks, timeout=_TIMEOUT, backend="gloo")
+            group = dist.new_group(ranks, timeout=self._timeout, backend="gloo")
             if dist.get_rank() in ranks:
                 self._group = group
+                self.members = range(first, first + size)
 
-    def together(
-        self,
-        operation: str,
-        prepare: Callable[[], None],
-        commit: Callable[[], None],
-        abort: Callable[[], str],
-    ) -> None:
-        """Run ``prepare`` on every rank, then ``commit`` on all or ``abort`` on all.
-
-        ``prepare`` raises if it fails, and may leave something to take back; ``abort`` takes back
-        what there is and returns what failed in that, ``""`` if nothing did.
+    def carry_out(self, operation: Operation) -> None:
+        """Do it on every rank, or on none.
 
         Raises:
             SleepModeError: a rank failed, the same error on every rank: it names the rank, its
-                device and the cause. Or another rank is gone.
+                device and the cause.
+            RankGoneError: another rank is gone, or did not come in time.
         """
-        failure: Exception | None = None
+        for step in operation.steps:
+            failure = _failure_of(step)
+            try:
+                reports = self.exchange(self._report(failure))
+            except RankGoneError as gone:
+                trouble = operation.abort()
+                raise RankGoneError(
+                    f"{operation.name} on rank {self.rank}, device {self.device}: {gone}. This "
+                    f"rank is as it was{_and(trouble)}; restart the engine"
+                ) from failure
+            failed = [report for report in reports if report is not None]
+            if failed:
+                self._take_back(operation, failed)
+        operation.commit()
+
+    def exchange(self, mine: Any) -> list[Any]:
+        """What every rank of the engine has to say, in their order.
+
+        Raises:
+            RankGoneError: another rank is gone, or did not come in time; names it.
+        """
+        everybody = [mine] * self.size
+        if self.size == 1:
+            return everybody
         try:
-            prepare()
-        except Exception as error:
-            failure = error
-        try:
-            reports = self._tell(self._report(failure))
+            # Rank 0 tells who is missing, which a collective does not.
+            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
+            dist.all_gather_object(everybody, mine, group=self._group)
         except RuntimeError as error:
-            trouble = abort()
-            raise SleepModeError(
-                f"{operation} on rank {self.rank}, device {self.device}: another rank did not "
-                f"answer, its process may be gone ({error}). This rank is as it was"
-                f"{_and(trouble)}; restart the engine"
-            ) from failure
-        failed = [report for report in reports if report is not None]
-        if not failed:
-            commit()
-            return
-        trouble = abort()
-        others = self._tell(trouble and f"rank {self.rank}, device {self.device}: {trouble}")
-        raise self._agreed(operation, failed, [trouble for trouble in others if trouble])
+            raise RankGoneError(
+                f"another rank did not answer within {self._timeout.total_seconds():g} s "
+                f"(rank_timeout_s): its process hangs or is gone ({error})"
+            ) from error
+        return everybody
+
+    def _take_back(self, operation: Operation, failed: list[dict[str, Any]]) -> None:
+        troubles = [operation.abort(), operation.abort_together()]
+        mine = "; ".join(trouble for trouble in troubles if trouble)
+        others = self.exchange(mine and f"rank {self.rank}, device {self.device}: {mine}")
+        raise self._agreed(operation.name, failed, [trouble for trouble in others if trouble])
 
     def _report(self, error: Exception | None) -> dict[str, Any] | None:
         if error is None:
@@ -85,24 +119,27 @@ class Agreement:
         where = f"rank {self.rank}, device {self.device}"
         return {"type": type(error).__name__, "text": f"{where}: {error}", "figures": figures}
 
-    def _agreed(self, operation: str, failed: list[dict], troubles: list[str]) -> Exception:
+    def _agreed(self, name: str, failed: list[dict], troubles: list[str]) -> Exception:
         first = failed[0]
         kind: Any = getattr(errors, first["type"], SleepModeError)
         if first["type"] == "ValueError":
             kind = ValueError
-        text = "; ".join(report["text"] for report in failed)
+        texts = dict.fromkeys(report["text"] for report in failed)
         error = kind(
-            f"{operation} failed on {len(failed)} of {self.size} ranks, and happened on none: "
-            f"{text}{_and('; '.join(troubles))}"
+            f"{name} failed on {len(failed)} of {self.size} ranks, and happened on none: "
+            f"{'; '.join(texts)}{_and('; '.join(troubles))}"
         )
-        for name, value in first["figures"].items():
-            setattr(error, name, value)
+        for figure, value in first["figures"].items():
+            setattr(error, figure, value)
         return error
 
-    def _tell(self, mine: Any) -> list[Any]:
-        everybody = [None] * self.size
-        dist.all_gather_object(everybody, mine, group=self._group)
-        return everybody
+
+def _failure_of(step: Callable[[], None]) -> Exception | None:
+    try:
+        step()
+    except Exception as error:
+        return error
+    return None
 
 
 def _and(trouble: str) -> str:

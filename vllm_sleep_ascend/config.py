@@ -45,6 +45,14 @@ class SleepModeConfig(BaseModel):
     """What becomes of new generation requests while the engine sleeps. "wait": they are queued.
     "refuse": the server answers 503 with Retry-After, and AsyncLLM raises."""
 
+    release_communicators: bool = Field(default=False)
+    """Give back the device memory of HCCL's communicators while the engine sleeps, and make them
+    again at the wake. vLLM's enable_nccl_comm_suspend does the same."""
+
+    rank_timeout_s: float = Field(default=300.0, ge=1, le=86400, allow_inf_nan=False)
+    """Seconds that a rank that is ready to sleep or to wake waits for the slowest rank. Then the
+    operation fails, on every rank that answers."""
+
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
     vLLM's own sleep_preserve_parameter_names, which vLLM 0.23 lacks."""

@@ -45,3 +45,7 @@ class HostOutOfMemoryError(SleepModeError, MemoryError):
 
 class WeightsError(SleepModeError):
     """The weights in device memory are not, or not all, what they should be."""
+
+
+class RankGoneError(SleepModeError):
+    """Another rank of the engine is gone or hangs: only a restart of the engine helps."""

@@ -5,20 +5,24 @@ import fnmatch
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch_npu
 from torch import nn
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.agreement import Operation
+from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, NEEDS_WEIGHTS, check_level
+from vllm_sleep_ascend.resident import describe, resident_bytes
 from vllm_sleep_ascend.weights import LoadingWorker
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.agreement import Agreement
     from vllm_sleep_ascend.backend import CamemBackend
+    from vllm_sleep_ascend.communicators import Communicators
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -55,6 +59,7 @@ class SleepingWorker(LoadingWorker):
 
     sleep_mode_backend: "CamemBackend"
     agreement: "Agreement"
+    communicators: "Communicators"
     _last_error: dict[str, str] | None = None
     _wake_unfinished = False
 
@@ -92,7 +97,7 @@ class SleepingWorker(LoadingWorker):
             self.sleep_mode_backend.suspend(level)
 
         try:
-            self._together(f"sleep level {level}", prepare)
+            self._together(f"sleep level {level}", prepare, communicators="release")
         finally:
             self._note_discarded_weights()
         self._after_sleep()
@@ -100,11 +105,12 @@ class SleepingWorker(LoadingWorker):
             free_after, total = torch_npu.npu.mem_get_info()
             logger.info(
                 "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in "
-                "use on the device, by all processes.",
+                "use on the device, by all processes. Still held by this one: %s.",
                 level,
                 (free_after - free_before) / _GIB,
                 (total - free_after) / _GIB,
                 total / _GIB,
+                describe(resident_bytes(worker.device.index, self.sleep_mode_backend.usage())),
             )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -115,7 +121,7 @@ class SleepingWorker(LoadingWorker):
         """
         worker: Any = self
 
-        def prepare() -> None:
+        def resume() -> None:
             try:
                 self.sleep_mode_backend.resume(tags)
             except WeightsError:
@@ -123,7 +129,9 @@ class SleepingWorker(LoadingWorker):
                 raise
             # From here memory is awake, but not all that belongs to a wake is done.
             self._wake_unfinished = True
-            self._resume_communicators()
+
+        def finish() -> None:
+            self.communicators.restore()
             if not self.sleep_mode_backend.asleep("weights"):
                 self._restore_saved()
                 if self._content.missing:
@@ -135,7 +143,7 @@ class SleepingWorker(LoadingWorker):
             torch.accelerator.synchronize()
 
         try:
-            self._together("wake", prepare)
+            self._together("wake", resume, finish, communicators="restore")
         except Exception:
             if self.agreement.size > 1:
                 self._wake_unfinished = False  # it was taken back
@@ -180,6 +188,7 @@ class SleepingWorker(LoadingWorker):
             "enabled": True,
             "state": backend.state(),
             "tags": tags,
+            "resident": resident_bytes(worker.device.index, tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "parameters_without_content": len(self._content.missing),
             "last_operation": backend.last_operation,
@@ -191,17 +200,6 @@ class SleepingWorker(LoadingWorker):
 
     def _after_sleep(self) -> None:
         """What else comes free, once every rank sleeps."""
-        if self.model_config.enable_nccl_comm_suspend:  # type: ignore[attr-defined]
-            from vllm.distributed.parallel_state import suspend_device_comms
-
-            suspend_device_comms()
-
-    def _resume_communicators(self) -> None:
-        """Part of the wake's transaction."""
-        if self.model_config.enable_nccl_comm_suspend:  # type: ignore[attr-defined]
-            from vllm.distributed.parallel_state import resume_device_comms
-
-            resume_device_comms()
 
     def _after_wake(self) -> None:
         """What else comes back, once every rank has its memory. If it fails, the engine counts as
@@ -226,19 +224,28 @@ class SleepingWorker(LoadingWorker):
                 f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
             ) from error
 
-    def _together(self, operation: str, prepare: Callable[[], None]) -> None:
+    def _together(
+        self,
+        name: str,
+        *steps: Callable[[], None],
+        communicators: Literal["keep", "release", "restore"] = "keep",
+    ) -> None:
         """Do it on every rank of the engine or on none. An error says whose it is, and is kept for
-        the status until the next success."""
+        the status until the next success.
+
+        ``communicators``: "release" frees their memory at the end, if an option wants it;
+        "restore": one of the steps makes them again.
+        """
         worker: Any = self
-        backend = self.sleep_mode_backend
         try:
             if self.agreement.size > 1:
-                self.agreement.together(operation, prepare, backend.commit, backend.abort)
+                self.agreement.carry_out(self._operation(name, steps, communicators))
             else:
-                prepare()
+                for step in steps:
+                    step()
         except Exception as error:
             self._last_error = {
-                "operation": operation,
+                "operation": name,
                 "type": type(error).__name__,
                 "message": str(error),
             }
@@ -246,6 +253,35 @@ class SleepingWorker(LoadingWorker):
                 error.args = (f"rank {worker.rank}: {error}",)
             raise
         self._last_error = None
+
+    def _operation(self, name: str, steps: tuple[Callable, ...], fate: str) -> Operation:
+        backend, communicators = self.sleep_mode_backend, self.communicators
+        if fate == "release" and not communicators.released and self._releases_communicators():
+            return Operation(
+                name,
+                (*steps, communicators.release),
+                backend.commit,
+                backend.abort,
+                lambda: communicators.rebuild(self.agreement),
+            )
+
+        def commit() -> None:
+            backend.commit()
+            if fate == "restore":
+                communicators.forget()
+
+        def abort() -> str:
+            communicators.destroy()
+            return backend.abort()
+
+        return Operation(name, steps, commit, abort)
+
+    def _releases_communicators(self) -> bool:
+        worker: Any = self
+        config = SleepModeConfig.from_vllm_config(worker.vllm_config)
+        # vLLM 0.23 has no such option.
+        asked = getattr(worker.model_config, "enable_nccl_comm_suspend", False)
+        return config.release_communicators or asked
 
     def _models(self) -> dict[str, nn.Module]:
         worker: Any = self

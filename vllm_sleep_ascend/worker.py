@@ -21,6 +21,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sleep_ascend.agreement import Agreement
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
+from vllm_sleep_ascend.communicators import Communicators
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
@@ -65,7 +66,9 @@ class NPUWorker(SleepingWorker, Worker):
         )
         if self.model_config.enable_sleep_mode:
             ranks = self.parallel_config.world_size
-            self.agreement = Agreement(self.rank, ranks, self.device.index)
+            timeout_s = SleepModeConfig.from_vllm_config(self.vllm_config).rank_timeout_s
+            self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
+            self.communicators = Communicators(self.device.index, self.agreement.members)
             self.sleep_mode_backend.holds = ranks > 1
         set_random_seed(self.model_config.seed)
         gc.collect()

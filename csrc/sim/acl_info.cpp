@@ -4,8 +4,11 @@
 #include <acl/acl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "context.h"
 #include "error.h"
@@ -118,15 +121,23 @@ aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* info) {
 }
 
 aclError aclrtGetMemUsageInfo(int32_t index, aclrtMemUsageInfo* info, size_t room, size_t* count) {
+  SIM_CALL();
   SIM_REQUIRE(index >= 0 && index < static_cast<int32_t>(sim::settings().visible.size()),
               ACL_ERROR_RT_INVALID_DEVICEID, "%s: there is no device %d", __func__, index);
-  *count = 0;
-  if (room == 0) return ACL_SUCCESS;
-  info[0] = {};
-  std::strcpy(info[0].name, "APP");
-  info[0].curMemSize = sim::machine::taken_by_this_process(sim::settings().visible[index]);
-  info[0].memPeakSize = info[0].curMemSize;
-  *count = 1;
+  SIM_REQUIRE(info != nullptr && count != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result",
+              __func__);
+  const int physical = sim::settings().visible[index];
+  const size_t libraries = sim::taken_by_libraries(physical);
+  std::vector<std::pair<size_t, const char*>> components = {
+      {sim::machine::taken_by_this_process(physical) - libraries, "APP"}, {libraries, "HCCL"}};
+  std::sort(components.rbegin(), components.rend());
+  *count = std::min(room, components.size());
+  for (size_t i = 0; i < *count; ++i) {
+    info[i] = {};
+    std::strcpy(info[i].name, components[i].second);
+    info[i].curMemSize = components[i].first;
+    info[i].memPeakSize = components[i].first;
+  }
   return ACL_SUCCESS;
 }
 

@@ -20,7 +20,7 @@ constexpr size_t kSmall = kMiB;
 constexpr size_t kSmallUnit = 4096;
 constexpr size_t kLargeUnit = 2 * kMiB;
 
-aclError allocate(const char* call, void** result, size_t size) {
+aclError allocate(const char* call, void** result, size_t size, bool for_a_library = false) {
   SIM_REQUIRE(result != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", call);
   SIM_REQUIRE(size > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: size is 0", call);
   sim::Context* context = sim::current_context();
@@ -40,7 +40,7 @@ aclError allocate(const char* call, void** result, size_t size) {
               bytes);
   physical->mapped = address;
   std::lock_guard<std::mutex> lock(memory().mutex);
-  memory().reservations[address] = {bytes, true};
+  memory().reservations[address] = {bytes, true, for_a_library};
   memory().mappings[address] = {bytes, physical};
   *result = address;
   return ACL_SUCCESS;
@@ -68,7 +68,7 @@ aclError deallocate(const char* call, void* pointer) {
 extern "C" {
 
 aclError npuSimAllocate(void** pointer, size_t bytes) {
-  return allocate("simulated library", pointer, bytes);
+  return allocate("simulated library", pointer, bytes, true);
 }
 
 aclError npuSimFree(void* pointer) { return deallocate("simulated library", pointer); }

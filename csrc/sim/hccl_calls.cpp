@@ -109,6 +109,7 @@ extern "C" {
 HcclResult HcclAllReduce(void* from, void* to, uint64_t count, HcclDataType type,
                          HcclReduceOp operation, HcclComm comm, aclrtStream stream) {
   HCCL_FIND(group, comm);
+  HCCL_SKIP_EMPTY(count);
   if (HcclResult error = check_reduction(__func__, type, operation)) return error;
   size_t bytes = count * size_of(type);
   return launch(__func__, group, stream, {{from, bytes}, {to, bytes}},
@@ -118,6 +119,7 @@ HcclResult HcclAllReduce(void* from, void* to, uint64_t count, HcclDataType type
 HcclResult HcclReduce(void* from, void* to, uint64_t count, HcclDataType type,
                       HcclReduceOp operation, uint32_t root, HcclComm comm, aclrtStream stream) {
   HCCL_FIND(group, comm);
+  HCCL_SKIP_EMPTY(count);
   if (HcclResult error = check_reduction(__func__, type, operation)) return error;
   if (HcclResult error = check_rank(__func__, group, root)) return error;
   size_t bytes = count * size_of(type);
@@ -168,6 +170,7 @@ HcclResult HcclAllGatherV(void* from, uint64_t count, void* to, const void* coun
 HcclResult HcclBroadcast(void* buffer, uint64_t count, HcclDataType type, uint32_t root,
                          HcclComm comm, aclrtStream stream) {
   HCCL_FIND(group, comm);
+  HCCL_SKIP_EMPTY(count);
   if (HcclResult error = check_type(__func__, type)) return error;
   if (HcclResult error = check_rank(__func__, group, root)) return error;
   return launch(__func__, group, stream, {{buffer, count * size_of(type)}},
@@ -234,6 +237,7 @@ HcclResult HcclBarrier(HcclComm comm, aclrtStream stream) {
 HcclResult HcclSend(void* buffer, uint64_t count, HcclDataType type, uint32_t to, HcclComm comm,
                     aclrtStream stream) {
   HCCL_FIND(group, comm);
+  HCCL_SKIP_EMPTY(count);
   HcclSendRecvItem item = {HCCL_SEND, buffer, count, type, to};
   return transfer(__func__, group, &item, 1, stream);
 }
@@ -241,6 +245,7 @@ HcclResult HcclSend(void* buffer, uint64_t count, HcclDataType type, uint32_t to
 HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t from, HcclComm comm,
                     aclrtStream stream) {
   HCCL_FIND(group, comm);
+  HCCL_SKIP_EMPTY(count);
   HcclSendRecvItem item = {HCCL_RECV, buffer, count, type, from};
   return transfer(__func__, group, &item, 1, stream);
 }

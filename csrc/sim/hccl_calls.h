@@ -20,6 +20,10 @@ HcclResult refuse(HcclResult code, const char* call, const std::string& reason);
 #define HCCL_CALL() \
   if (int refused = npuSimEnterCall(__func__)) return static_cast<HcclResult>(refused)
 
+// HCCL answers a call of no elements at once, and the other ranks do not hear of it.
+#define HCCL_SKIP_EMPTY(count) \
+  if ((count) == 0) return HCCL_SUCCESS
+
 // Counts the call and finds the communicator that it names.
 #define HCCL_FIND(group, comm)                                                             \
   HCCL_CALL();                                                                             \

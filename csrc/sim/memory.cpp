@@ -45,6 +45,17 @@ Memory& memory() {
   return *once;
 }
 
+size_t taken_by_libraries(int device) {
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  size_t bytes = 0;
+  for (const auto& [address, reservation] : memory().reservations) {
+    if (!reservation.of_a_library) continue;
+    const Physical& physical = *memory().mappings[address].physical;
+    if (physical.device == device) bytes += physical.bytes;
+  }
+  return bytes;
+}
+
 Handles<Physical>& physicals() {
   static auto* once = new Handles<Physical>(0x54);
   return *once;

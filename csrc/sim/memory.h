@@ -34,7 +34,8 @@ struct Mapping {
 
 struct Reservation {
   size_t bytes;
-  bool is_malloc;  // belongs to an aclrtMalloc, which maps all of it
+  bool is_malloc;             // belongs to an aclrtMalloc, which maps all of it
+  bool of_a_library = false;  // taken by a simulated library for itself
 };
 
 struct HostRange {
@@ -50,6 +51,10 @@ struct Memory {
 };
 
 Memory& memory();
+
+// What the simulated libraries of this process took of a device for themselves.
+size_t taken_by_libraries(int device);
+
 Handles<Physical>& physicals();
 
 // True if every byte of the range is mapped device memory; the device that holds its start.

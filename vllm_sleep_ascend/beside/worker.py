@@ -13,6 +13,7 @@ from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.beside import allocator
 from vllm_sleep_ascend.beside.moe import ExpertLayouts
 from vllm_sleep_ascend.beside.strays import StrayTensors
+from vllm_sleep_ascend.communicators import Communicators
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
@@ -73,7 +74,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         super().init_device()
         ranks = self.parallel_config.world_size
-        self.agreement = Agreement(self.rank, ranks, self.device.index)
+        timeout_s = SleepModeConfig.from_vllm_config(self.vllm_config).rank_timeout_s
+        self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
+        self.communicators = Communicators(self.device.index, self.agreement.members)
         self.sleep_mode_backend.holds = ranks > 1
 
     def compile_or_warm_up_model(self) -> Any:
@@ -120,9 +123,6 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self.sleep_wakeup_manager.sleep()
         gc.collect()
         torch_npu.npu.empty_cache()
-
-    def _resume_communicators(self) -> None:
-        """HCCL's groups are made by all ranks together: after the wake, not in the transaction."""
 
     def _after_wake(self) -> None:
         backend, manager = self.sleep_mode_backend, self.sleep_wakeup_manager

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Communicators of sleeping ranks: HCCL's device memory comes back, and so do they."""
+
+import pytest
+from engines import engine
+from reference import PROMPTS, hf_greedy, vllm_greedy
+from support import MIB
+from test_parallel import assert_all, fail_on, footprint, status
+
+BUFFERS = 2 * 4 * MIB  # of one communicator, by HCCL_BUFFSIZE (conftest.py)
+TOKENS = 4
+prompts = PROMPTS[:2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HCCL_CONNECT_TIMEOUT", "5")
+        with engine(
+            tiny_model,
+            enable_sleep_mode=True,
+            distributed_executor_backend="mp",
+            tensor_parallel_size=2,
+            additional_config={"sleep_mode": {"release_communicators": True}},
+        ) as llm:
+            yield llm
+
+
+def held(llm) -> list[int]:
+    return [rank["resident"]["communicators"] for rank in status(llm)]
+
+
+def test_buffers_come_free_and_come_back(ranks, tiny_model) -> None:
+    expected = hf_greedy(tiny_model, prompts, TOKENS)
+    assert vllm_greedy(ranks, prompts, TOKENS) == expected
+    awake = held(ranks)
+    assert min(awake) >= BUFFERS and len(set(awake)) == 1
+    for level in (1, 2):
+        ranks.sleep(level=level)
+        assert held(ranks) == [0, 0]
+        for rank in status(ranks):
+            # Of the process, nothing is left but what torch holds outside the pools.
+            assert rank["total"] - rank["free"] == rank["resident"]["other"]
+            assert rank["resident"]["context"] == rank["resident"]["graphs"] == 0
+        ranks.wake_up(tags=["weights"])
+        assert held(ranks) == awake
+        if level == 2:
+            ranks.collective_rpc("reload_weights")
+        ranks.wake_up()
+        ranks.reset_prefix_cache()
+        assert held(ranks) == awake
+        assert vllm_greedy(ranks, prompts, TOKENS) == expected
+
+
+def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
+    expected = hf_greedy(tiny_model, prompts, TOKENS)
+
+    def cycle() -> list:
+        ranks.sleep(level=1)
+        ranks.wake_up()
+        assert vllm_greedy(ranks, prompts, TOKENS) == expected
+        return ranks.collective_rpc(footprint)
+
+    cycle()
+    figures = [cycle() for _ in range(10)]
+    assert figures[1:] == figures[:1] * 9
+
+
+def test_what_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:
+    expected = hf_greedy(tiny_model, prompts, TOKENS)
+    awake = held(ranks)
+    for rank in (0, 1):
+        fail_on(ranks, rank, "HcclCommDestroy:1:4:*")
+        with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: HCCL kept the"):
+            ranks.sleep(level=1)
+        fail_on(ranks, rank, "")
+        assert_all(ranks, "RUNNING")
+        assert vllm_greedy(ranks, prompts, TOKENS) == expected
+    # The communicators that could not be destroyed are HCCL's loss, and are shown.
+    kept = held(ranks)
+    ranks.sleep(level=1)
+    asleep = [now - then for now, then in zip(kept, awake, strict=True)]
+    assert held(ranks) == asleep
+    for rank in (0, 1):
+        for call in ("HcclGetRootInfo", "HcclCommInitRootInfoConfig"):
+            if rank == 1 and call == "HcclGetRootInfo":
+                continue  # rank 0 makes it
+            fail_on(ranks, rank, f"{call}:1:4")
+            with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: .*{call[4:8]}"):
+                ranks.wake_up()
+            fail_on(ranks, rank, "")
+            assert_all(ranks, "SUSPENDED")
+            assert held(ranks) == asleep
+    ranks.wake_up()
+    assert_all(ranks, "RUNNING")
+    assert held(ranks) == kept
+    assert vllm_greedy(ranks, prompts, TOKENS) == expected

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank's process holds of its device besides memory that can sleep, by cause."""
+
+from collections.abc import Mapping
+
+from vllm_sleep_ascend import _camem
+
+_APPLICATION, _HCCL = "APP", "HCCL"  # components in AscendCL's account
+_GRAPHS = "cudagraph"  # vLLM's tag
+_MIB = 1 << 20
+
+
+def resident_bytes(device: int, tags: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Bytes of device memory of this process, by cause; those of other processes do not count.
+
+    ``communicators``: HCCL's. ``context``: the runtime and other components of CANN. ``graphs``:
+    memory of captured graphs that is mapped. ``other``: what the process allocated and sleep mode
+    does not manage, such as torch's small tensors outside the pools. All but ``graphs`` are
+    AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
+
+    Args:
+        device: the rank's device index. tags: CamemBackend.usage().
+    """
+    graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
+    components = _camem.component_bytes(device)
+    if components is None:
+        return graphs
+    communicators = components.pop(_HCCL, 0)
+    managed = sum(tag["device"] for tag in tags.values())
+    other = max(0, components.pop(_APPLICATION, 0) - managed)
+    context = sum(components.values())
+    return {"context": context, "communicators": communicators, **graphs, "other": other}
+
+
+def describe(resident: Mapping[str, int]) -> str:
+    """The figures in MiB, for a log."""
+    return ", ".join(f"{cause} {count / _MIB:.0f} MiB" for cause, count in resident.items())
