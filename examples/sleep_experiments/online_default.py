@@ -7,17 +7,9 @@ python online_default.py nosleep > out_info_nosleep.log 2>&1
 
 import sys
 
-from harness import parser, run
+from harness import Arm, main
 
-ARMS = {"sleep": 1, "nosleep": None}
-
-
-def main() -> int:
-    arguments = parser(__doc__.split("\n")[0])
-    arguments.add_argument("arm", choices=ARMS)
-    args = arguments.parse_args()
-    return run(args, "default", args.arm, level=ARMS[args.arm])
-
+ARMS = {"sleep": Arm(level=1), "nosleep": Arm(level=None)}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "default", ARMS))

@@ -7,18 +7,9 @@ python online_fp8.py fp8 > out_info_fp8.log 2>&1
 
 import sys
 
-from harness import parser, run
+from harness import Arm, main
 
-QUANTIZED = ("--quantization", "fp8")
-
-
-def main() -> int:
-    arguments = parser(__doc__.split("\n")[0])
-    arguments.add_argument("arm", nargs="?", choices=["nofp8", "fp8"], default="nofp8")
-    args = arguments.parse_args()
-    options = QUANTIZED if args.arm == "fp8" else ()
-    return run(args, "fp8", args.arm, level=1, options=options)
-
+ARMS = {"nofp8": Arm(level=1), "fp8": Arm(level=1, options=("--quantization", "fp8"))}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "fp8", ARMS, default="nofp8"))

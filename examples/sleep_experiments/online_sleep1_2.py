@@ -7,17 +7,9 @@ python online_sleep1_2.py sleep2 > out_info_sleep2.log 2>&1
 
 import sys
 
-from harness import parser, run
+from harness import Arm, main
 
-ARMS = {"sleep1": 1, "sleep2": 2}
-
-
-def main() -> int:
-    arguments = parser(__doc__.split("\n")[0])
-    arguments.add_argument("arm", choices=ARMS)
-    args = arguments.parse_args()
-    return run(args, "sleep1_2", args.arm, level=ARMS[args.arm])
-
+ARMS = {"sleep1": Arm(level=1), "sleep2": Arm(level=2)}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "sleep1_2", ARMS))

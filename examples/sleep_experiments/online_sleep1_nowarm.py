@@ -7,15 +7,9 @@ python online_sleep1_nowarm.py nowarmup > out_info_nowarmup.log 2>&1
 
 import sys
 
-from harness import parser, run
+from harness import Arm, main
 
-
-def main() -> int:
-    arguments = parser(__doc__.split("\n")[0])
-    arguments.add_argument("arm", choices=["sleep1", "nowarmup"])
-    args = arguments.parse_args()
-    return run(args, "sleep1_nowarm", args.arm, level=1, warmup=args.arm == "sleep1")
-
+ARMS = {"sleep1": Arm(level=1), "nowarmup": Arm(level=1, warmup=False)}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "sleep1_nowarm", ARMS))

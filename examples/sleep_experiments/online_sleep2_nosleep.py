@@ -7,17 +7,9 @@ python online_sleep2_nosleep.py nosleep > out_info_nosleep.log 2>&1
 
 import sys
 
-from harness import parser, run
+from harness import Arm, main
 
-ARMS = {"sleep2": 2, "nosleep": None}
-
-
-def main() -> int:
-    arguments = parser(__doc__.split("\n")[0])
-    arguments.add_argument("arm", choices=ARMS)
-    args = arguments.parse_args()
-    return run(args, "sleep2_nosleep", args.arm, level=ARMS[args.arm])
-
+ARMS = {"sleep2": Arm(level=2), "nosleep": Arm(level=None)}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "sleep2_nosleep", ARMS))
