@@ -20,6 +20,7 @@ def load_operators() -> None:
     torch.ops.load_library(str(library))
     npu.register()
     if importlib.util.find_spec("vllm_ascend") is not None:
+        npu.define_vllm_ascend()
         absent_modules.install()
         imports.hook(
             {

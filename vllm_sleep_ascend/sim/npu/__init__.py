@@ -24,3 +24,13 @@ def register() -> None:
                 library = torch.library.Library(namespace, "IMPL")
                 library.impl(operator, kernel, "PrivateUse1", allow_override=True)
                 _registrations.append(library)
+
+
+def define_vllm_ascend() -> None:
+    """Define the operators of vllm-ascend's own library that it calls even without the library."""
+    for name, (schema, kernel) in moe.VLLM_ASCEND_SCHEMAS.items():
+        namespace, operator = name.split("::")
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(operator + schema)
+        library.impl(operator, kernel, "PrivateUse1")
+        _registrations.append(library)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch_npu's own operators, against the formulas in its documentation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_npu
+from torch_npu.op_plugin.atb._atb_ops import _register_atb_extensions
+
+_register_atb_extensions()
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """torch keeps memory that it has freed. Operators are called as an engine calls them."""
+    with torch.inference_mode():
+        yield
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms(dtype):
+    x, other, gamma = random(3, 5, 16, dtype=dtype), random(3, 5, 16, dtype=dtype), random(16)
+    y, rstd = torch_npu.npu_rms_norm(x.npu(), gamma.npu(), 1e-5)
+    expected = F.rms_norm(x.float(), (16,), gamma.float(), 1e-5)
+    assert y.dtype == dtype and rstd.dtype == torch.float32
+    close(y.cpu(), expected.to(dtype))
+    close(rstd.cpu(), (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+    y, _, total = torch_npu.npu_add_rms_norm(x.npu(), other.npu(), gamma.npu(), 1e-5)
+    assert torch.equal(total.cpu(), x + other)
+    close(y.cpu(), F.rms_norm((x + other).float(), (16,), gamma.float(), 1e-5).to(dtype))
+
+
+def test_swiglu():
+    x = random(3, 8, 6)
+    a, b = x.float().chunk(2, -1)
+    close(torch_npu.npu_swiglu(x.npu()).cpu(), (F.silu(a) * b).half())
+    a, b = x.float().chunk(2, 1)
+    close(torch_npu.npu_swiglu(x.npu(), dim=1).cpu(), (F.silu(a) * b).half())
+
+
+@pytest.mark.parametrize("neox", [True, False])
+def test_rotary_embedding(neox):
+    """As complex numbers: each pair turns by its angle; what lies past the rotated part stays."""
+    size, rotated = 8, 6
+    angles = random(20, rotated // 2, dtype=torch.float32)
+    table = torch.cat([angles.cos(), angles.sin()], -1)
+    positions = torch.tensor([3, 0, 19])
+    query, key = random(3, 4 * size, dtype=torch.float32), random(3, 2 * size, dtype=torch.float32)
+    expected = []
+    for tensor in (query, key):
+        heads = tensor.view(3, -1, size)[..., :rotated]
+        pairs = heads.unflatten(-1, (2, -1)).mT if neox else heads.unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(pairs.contiguous())
+        turned = torch.view_as_real(turned * torch.exp(1j * angles[positions]).unsqueeze(1))
+        whole = tensor.view(3, -1, size).clone()
+        whole[..., :rotated] = (turned.mT if neox else turned).flatten(-2)
+        expected.append(whole.view_as(tensor))
+    query, key = query.npu(), key.npu()
+    torch_npu._npu_rotary_embedding(positions.npu(), query, key, size, table.npu(), neox)
+    close(query.cpu(), expected[0])
+    close(key.cpu(), expected[1])
+
+
+def test_matmul_add():
+    x, weight, total = random(2, 4), random(2, 3), random(4, 3, dtype=torch.float32)
+    on_device = total.npu()
+    torch_npu._npu_matmul_add_fp32(x.npu(), weight.npu(), on_device)
+    close(on_device.cpu(), total + x.float().T @ weight.float())
+
+
+def attend(query, key, value, visible):
+    """One sequence, all of it at once: (tokens, heads, size)."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.float().repeat_interleave(group, 1).transpose(0, 1) for t in (key, value))
+    q = query.float().transpose(0, 1)
+    return F.scaled_dot_product_attention(q, key, value, visible, scale=0.3).transpose(0, 1)
+
+
+QUERIES, KEYS, SIZE = (5, 1, 3), (5, 9, 7), 16
+"""Of three sequences: one from its start, one by a token, one in the middle."""
+
+
+@pytest.fixture
+def batch():
+    """Keys and values as tokens, and the same in blocks of 4 that lie in another order."""
+    query, key, value = random(9, 4, SIZE), random(21, 2, SIZE), random(22, 2, SIZE)[1:]
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().view(3, 4)
+    blocks = torch.zeros(2, 12, 4, 2, SIZE, dtype=torch.float16).npu()
+    starts = [0, 5, 14]
+    slots = torch.cat(
+        [table[row].long().mul(4)[torch.arange(n) // 4] + torch.arange(n) % 4
+         for row, n in enumerate(KEYS)]
+    )  # fmt: skip
+    padding = torch.tensor([-1, -1])
+    torch_npu._npu_reshape_and_cache(
+        F.pad(key, (0, 0, 0, 0, 0, 2), value=9.0).npu(),
+        F.pad(value, (0, 0, 0, 0, 0, 2), value=9.0).npu(),
+        blocks[0],
+        blocks[1],
+        torch.cat([slots, padding]).int().npu(),
+    )
+    assert not (blocks == 9.0).any()
+    return query, key, value, starts, blocks.flatten(3), table
+
+
+@pytest.mark.parametrize("band", [None, 2])
+def test_paged_attention(batch, band):
+    query, key, value, starts, blocks, table = batch
+    out, lse = torch_npu.npu_fused_infer_attention_score(
+        query.npu(),
+        blocks[0],
+        blocks[1],
+        atten_mask=torch.ones(2048, 2048).triu(1).to(torch.int8).npu(),
+        block_table=table.npu(),
+        input_layout="TND",
+        block_size=4,
+        actual_seq_lengths=[5, 6, 9],
+        actual_seq_lengths_kv=list(KEYS),
+        num_key_value_heads=2,
+        num_heads=4,
+        scale=0.3,
+        sparse_mode=3 if band is None else 4,
+        **({} if band is None else {"pre_tokens": band, "next_tokens": 0}),
+    )
+    assert lse.shape == (1,)
+    first = 0
+    for q, k, start in zip(QUERIES, KEYS, starts, strict=True):
+        visible = torch.ones(q, k, dtype=torch.bool).tril(k - q)
+        if band is not None:
+            visible &= ~torch.ones(q, k, dtype=torch.bool).tril(k - q - band - 1)
+        tokens = slice(start, start + k)
+        expected = attend(query[first : first + q], key[tokens], value[tokens], visible)
+        close(out[first : first + q].cpu(), expected.half(), atol=2e-3, rtol=2e-3)
+        first += q
+
+
+def test_attention_over_the_tokens_at_hand():
+    query, key, value = random(9, 4, SIZE), random(9, 2, SIZE), random(9, 2, SIZE) + 1
+    out, lse = torch_npu.npu_fused_infer_attention_score(
+        query.npu(), key.npu(), value.npu(), input_layout="TND", num_heads=4,
+        num_key_value_heads=2, scale=0.3, actual_seq_lengths=[4, 9], actual_seq_lengths_kv=[4, 9],
+        softmax_lse_flag=True,
+    )  # fmt: skip
+    for part in (slice(0, 4), slice(4, 9)):
+        expected = attend(query[part], key[part], value[part], None)
+        close(out[part].cpu(), expected.half(), atol=2e-3, rtol=2e-3)
+    scores = torch.einsum(
+        "thd,shd->ths", query[:4].float(), key[:4].float().repeat_interleave(2, 1)
+    )
+    close(lse[:4, :, 0].cpu(), (scores * 0.3).logsumexp(-1))
+
+
+@pytest.mark.parametrize(
+    "change,problem",
+    [
+        ({"sparse_mode": 3}, "sparse_mode 3 needs a mask of 2048 x 2048"),
+        ({"input_layout": "BSH"}, "input_layout BSH is not simulated"),
+        ({"actual_seq_lengths": [8]}, "the last sequence does not end the query"),
+        ({"quant_scale1": torch.ones(1)}, "quant_scale1 is not simulated"),
+    ],
+)
+def test_attention_refuses(change, problem):
+    q = random(9, 2, SIZE).npu()
+    arguments = {
+        "input_layout": "TND",
+        "num_heads": 2,
+        "actual_seq_lengths": [9],
+        "actual_seq_lengths_kv": [9],
+    }
+    change = {k: v.npu() if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(RuntimeError, match=problem):
+        torch_npu.npu_fused_infer_attention_score(q, q, q, **{**arguments, **change})
+
+
+def test_attention_knows_no_float32(monkeypatch):
+    from vllm_sleep_ascend.sim.npu import attention
+
+    monkeypatch.delenv("NPU_SIM_FLOAT32_ATTENTION", raising=False)
+    attention._types.cache_clear()
+    q = random(3, 2, SIZE, dtype=torch.float32).npu()
+    with pytest.raises(RuntimeError, match=r"query is torch\.float32"):
+        torch_npu.npu_fused_infer_attention_score(
+            q, q, q, input_layout="TND", num_heads=2, actual_seq_lengths=[3],
+            actual_seq_lengths_kv=[3],
+        )  # fmt: skip
+    attention._types.cache_clear()
+
+
+def test_experts():
+    """Routing, the experts' products and the way back, against a loop over tokens."""
+    tokens, choices, experts = 6, 2, 4
+    x, weight = random(tokens, 8), random(experts, 8, 5)
+    chosen = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [1, 3]], dtype=torch.int32)
+    probs = random(tokens, choices).abs()
+    rows, index, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x.npu(), chosen.npu(), active_num=tokens * choices, expert_num=experts,
+        expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[0, experts],
+    )  # fmt: skip
+    assert counts.tolist() == [4, 4, 0, 4] and counts.dtype == torch.int64
+    [products] = torch_npu.npu_grouped_matmul(
+        [rows], [weight.npu()], group_list=counts, group_list_type=1, group_type=0, split_item=2
+    )
+    out = torch_npu.npu_moe_token_unpermute(products, index, probs.npu())
+    picked = torch.einsum("th,tkho->tko", x.float(), weight[chosen.long()].float())
+    close(out.cpu(), (picked.half().float() * probs.float().unsqueeze(-1)).sum(1).half())
+
+
+def test_experts_elsewhere():
+    x, chosen = random(2, 3), torch.tensor([[0, 2], [1, 2]], dtype=torch.int32)
+    rows, index, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x.npu(), chosen.npu(), active_num=4, expert_num=3, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, active_expert_range=[1, 3],
+    )  # fmt: skip
+    assert counts.tolist() == [1, 2]
+    assert index.tolist() == [-1, 1, 0, 2]
+    assert torch.equal(rows[:3].cpu(), x[[1, 0, 1]])
+
+
+def test_a_product_of_unlike_shapes_is_refused():
+    with pytest.raises(RuntimeError, match=r"rows \(2, 8\) and weight \(1, 5, 8\) for 1 groups"):
+        torch_npu.npu_grouped_matmul(
+            [random(2, 8).npu()], [random(1, 5, 8).npu()], group_list=torch.tensor([2]).npu(),
+            group_type=0, group_list_type=1, split_item=2,
+        )  # fmt: skip
+
+
+def test_what_is_not_simulated_in_atb_is_refused():
+    with pytest.raises(RuntimeError):
+        torch_npu._npu_group_topk(random(4, 8).npu(), k=1, group_num=2, n=1)
+        torch.npu.synchronize()
