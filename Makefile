@@ -5,6 +5,7 @@
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
 #   make switch-load   five minutes of clients over two models behind the switching proxy
 #   make soak   completions under way while a server sleeps and wakes at random, for 30 minutes
+#   make rank-faults   every call of a sleep and of a wake fails once, on each of two ranks
 #   make sanitize   the allocator core under the sanitizers of the compiler
 #
 # They set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
@@ -36,7 +37,7 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo test test-ascend soak switch-load sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo test test-ascend soak rank-faults switch-load sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -114,6 +115,10 @@ SOAK_MINUTES ?= 30
 soak: setup
 	$(BIN)/python examples/make_model.py tiny-qwen2 $(MODELS)/tiny-qwen2
 	$(SIM) python tests/soak.py $(MODELS)/tiny-qwen2 --minutes $(SOAK_MINUTES)
+
+rank-faults: setup
+	$(BIN)/python examples/make_model.py tiny-qwen2 $(MODELS)/tiny-qwen2
+	$(SIM) python tests/rank_faults.py $(MODELS)/tiny-qwen2
 
 # The core and its C++ contract tests under AddressSanitizer, UBSan and LeakSanitizer, then under
 # ThreadSanitizer.

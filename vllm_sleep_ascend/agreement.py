@@ -31,6 +31,9 @@ class Operation:
     ``commit`` carries out what is held and cannot fail. ``abort`` takes back what there is and
     returns what failed in that, ``""`` if nothing did; ``abort_together`` is a second part of it,
     which needs the other ranks.
+
+    Before the first step every rank gives its ``facts``, and ``judge`` looks at those of all: it
+    raises the same on each, or on none.
     """
 
     name: str
@@ -38,30 +41,24 @@ class Operation:
     commit: Callable[[], None]
     abort: Callable[[], str]
     abort_together: Callable[[], str] = _nothing
+    facts: Callable[[], Any] = _nothing
+    judge: Callable[[list[Any]], None] | None = None
 
 
 class Agreement:
     """The ranks of one engine, each with a device of its own.
 
-    ``size`` ranks in a row are one engine; data-parallel engines share a world. Every rank of the
-    world has to make one. ``timeout_s`` is how long a rank waits for the slowest; a rank whose
-    process ends is noticed at once.
+    ``size`` ranks in a row are one engine; data-parallel engines share a world. ``timeout_s`` is
+    how long a rank waits for the slowest; a rank whose process ends is noticed at once.
     """
 
     def __init__(self, rank: int, size: int, device: int, timeout_s: float = 300) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self.members = range(1)  # of the world
         self._timeout = timedelta(seconds=timeout_s)
-        self._group: Any = None
-        if size == 1:
-            return
-        world = dist.get_world_size()
-        for first in range(0, world, size):
-            ranks = list(range(first, first + size))
-            group = dist.new_group(ranks, timeout=self._timeout, backend="gloo")
-            if dist.get_rank() in ranks:
-                self._group = group
-                self.members = range(first, first + size)
+        me = dist.get_rank() if size > 1 else 0
+        first = me - me % size
+        self.members = range(first, first + size)  # of the world
+        self._group: Any = self._new_group() if size > 1 else None
 
     def carry_out(self, operation: Operation) -> None:
         """Do it on every rank, or on none.
@@ -71,16 +68,11 @@ class Agreement:
                 device and the cause.
             RankGoneError: another rank is gone, or did not come in time.
         """
+        if operation.judge is not None:
+            operation.judge(self._exchange_for(operation, operation.facts(), None))
         for step in operation.steps:
             failure = _failure_of(step)
-            try:
-                reports = self.exchange(self._report(failure))
-            except RankGoneError as gone:
-                trouble = operation.abort()
-                raise RankGoneError(
-                    f"{operation.name} on rank {self.rank}, device {self.device}: {gone}. This "
-                    f"rank is as it was{_and(trouble)}; restart the engine"
-                ) from failure
+            reports = self._exchange_for(operation, self._report(failure), failure)
             failed = [report for report in reports if report is not None]
             if failed:
                 self._take_back(operation, failed)
@@ -96,15 +88,33 @@ class Agreement:
         if self.size == 1:
             return everybody
         try:
+            if self._group is None:
+                self._group = self._new_group()
             # Rank 0 tells who is missing, which a collective does not.
             dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
             dist.all_gather_object(everybody, mine, group=self._group)
         except RuntimeError as error:
+            self._group = None  # every rank gets here, and what was sent in vain may still come
             raise RankGoneError(
                 f"another rank did not answer within {self._timeout.total_seconds():g} s "
                 f"(rank_timeout_s): its process hangs or is gone ({error})"
             ) from error
         return everybody
+
+    def _new_group(self) -> Any:
+        return dist.new_group(
+            list(self.members), self._timeout, backend="gloo", use_local_synchronization=True
+        )
+
+    def _exchange_for(self, operation: Operation, mine: Any, failure: Exception | None) -> list:
+        try:
+            return self.exchange(mine)
+        except RankGoneError as gone:
+            trouble = operation.abort()
+            raise RankGoneError(
+                f"{operation.name} on rank {self.rank}, device {self.device}: {gone}. This rank is "
+                f"as it was{_and(trouble)}. If the other does not answer again, restart the engine"
+            ) from failure
 
     def _take_back(self, operation: Operation, failed: list[dict[str, Any]]) -> None:
         troubles = [operation.abort(), operation.abort_together()]

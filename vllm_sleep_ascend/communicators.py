@@ -8,7 +8,6 @@ its work. So communicators are destroyed and made anew, and all else stays: torc
 with their stores and streams, vLLM's groups over them, and whatever refers to them.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.agreement import Agreement
+from vllm_sleep_ascend.config import connect_timeout_s
 from vllm_sleep_ascend.errors import SleepModeError
 
 logger = init_logger(f"vllm.{__name__}")
@@ -158,16 +158,11 @@ class Communicators:
             dist.recv(token, used.ranks[low], group=used.group)
 
 
-def connect_timeout() -> timedelta:
-    """How long HCCL lets ranks wait for each other while they make a communicator."""
-    return timedelta(seconds=int(os.environ.get("HCCL_CONNECT_TIMEOUT") or 120))
-
-
 @contextmanager
 def _bounded(store: Any) -> Iterator[None]:
     """Ranks first meet in torch's store, which would wait for half an hour."""
     usual = store.timeout
-    store.set_timeout(connect_timeout())
+    store.set_timeout(timedelta(seconds=connect_timeout_s()))
     try:
         yield
     finally:

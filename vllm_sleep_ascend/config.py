@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
 
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -49,9 +50,10 @@ class SleepModeConfig(BaseModel):
     """Give back the device memory of HCCL's communicators while the engine sleeps, and make them
     again at the wake. vLLM's enable_nccl_comm_suspend does the same."""
 
-    rank_timeout_s: float = Field(default=300.0, ge=1, le=86400, allow_inf_nan=False)
-    """Seconds that a rank that is ready to sleep or to wake waits for the slowest rank. Then the
-    operation fails, on every rank that answers."""
+    rank_timeout_s: float = Field(default=120.0, ge=1, le=86400, allow_inf_nan=False)
+    """Seconds that a rank that is ready to sleep or to wake waits for the slowest one. Then the
+    operation fails, on every rank that answers. HCCL_CONNECT_TIMEOUT comes on top where
+    communicators are made again."""
 
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
@@ -62,6 +64,19 @@ class SleepModeConfig(BaseModel):
         if self.skip_unchanged and not self.keep_host_backup:
             raise ValueError("skip_unchanged needs the backup that keep_host_backup=false gives up")
         return self
+
+    @classmethod
+    def releases_communicators(cls, vllm_config: "VllmConfig") -> bool:
+        """By this package's option or by vLLM's."""
+        own = cls.from_vllm_config(vllm_config).release_communicators
+        # vLLM 0.23 has no such option.
+        return own or getattr(vllm_config.model_config, "enable_nccl_comm_suspend", False)
+
+    @classmethod
+    def slowest_rank_s(cls, vllm_config: "VllmConfig") -> float:
+        """Seconds after which a rank that did not come has to be taken for hanging."""
+        connect_s = connect_timeout_s() if cls.releases_communicators(vllm_config) else 0
+        return cls.from_vllm_config(vllm_config).rank_timeout_s + connect_s
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "SleepModeConfig":
@@ -85,3 +100,8 @@ class SleepModeConfig(BaseModel):
                 f"additional_config[{KEY!r}]: {problems}. "
                 f"The options are {', '.join(cls.model_fields)}."
             ) from None
+
+
+def connect_timeout_s() -> int:
+    """How long HCCL lets ranks wait for each other while they make a communicator."""
+    return int(os.environ.get("HCCL_CONNECT_TIMEOUT") or 120)

@@ -48,4 +48,5 @@ class WeightsError(SleepModeError):
 
 
 class RankGoneError(SleepModeError):
-    """Another rank of the engine is gone or hangs: only a restart of the engine helps."""
+    """Another rank of the engine is gone or hangs. If it does not answer again, only a restart of
+    the engine helps."""

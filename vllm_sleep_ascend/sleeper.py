@@ -5,24 +5,23 @@ import fnmatch
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import torch_npu
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend.agreement import Operation
-from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
-from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, NEEDS_WEIGHTS, check_level
+from vllm_sleep_ascend.policy import (
+    DEFERRABLE_TAGS,
+    NEEDS_WEIGHTS,
+    POLICY,
+    check_level,
+)
 from vllm_sleep_ascend.resident import describe, resident_bytes
+from vllm_sleep_ascend.transacting import TransactingWorker
 from vllm_sleep_ascend.weights import LoadingWorker
-
-if TYPE_CHECKING:
-    from vllm_sleep_ascend.agreement import Agreement
-    from vllm_sleep_ascend.backend import CamemBackend
-    from vllm_sleep_ascend.communicators import Communicators
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -54,13 +53,9 @@ def needs_weights_awake(cls: type) -> type:
     return cls
 
 
-class SleepingWorker(LoadingWorker):
+class SleepingWorker(LoadingWorker, TransactingWorker):
     """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
 
-    sleep_mode_backend: "CamemBackend"
-    agreement: "Agreement"
-    communicators: "Communicators"
-    _last_error: dict[str, str] | None = None
     _wake_unfinished = False
 
     def sleep_refusal(self, level: int) -> str | None:
@@ -97,7 +92,12 @@ class SleepingWorker(LoadingWorker):
             self.sleep_mode_backend.suspend(level)
 
         try:
-            self._together(f"sleep level {level}", prepare, communicators="release")
+            self._together(
+                f"sleep level {level}",
+                prepare,
+                communicators="release",
+                actions=POLICY[level],
+            )
         finally:
             self._note_discarded_weights()
         self._after_sleep()
@@ -152,6 +152,16 @@ class SleepingWorker(LoadingWorker):
         self._wake_unfinished = False
         if not self.sleep_mode_backend.asleep("weights"):
             self._forget_saved()
+
+    def synchronize_device(self) -> None:
+        """Of vLLM's pause before a sleep: an error says whose it is."""
+        worker: Any = self
+        try:
+            super().synchronize_device()  # type: ignore[misc]
+        except RuntimeError as error:
+            where = f"rank {worker.rank}, device {worker.device.index}"
+            error.args = (f"{where}: {error}",)
+            raise
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
@@ -223,65 +233,6 @@ class SleepingWorker(LoadingWorker):
             raise SleepModeError(
                 f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
             ) from error
-
-    def _together(
-        self,
-        name: str,
-        *steps: Callable[[], None],
-        communicators: Literal["keep", "release", "restore"] = "keep",
-    ) -> None:
-        """Do it on every rank of the engine or on none. An error says whose it is, and is kept for
-        the status until the next success.
-
-        ``communicators``: "release" frees their memory at the end, if an option wants it;
-        "restore": one of the steps makes them again.
-        """
-        worker: Any = self
-        try:
-            if self.agreement.size > 1:
-                self.agreement.carry_out(self._operation(name, steps, communicators))
-            else:
-                for step in steps:
-                    step()
-        except Exception as error:
-            self._last_error = {
-                "operation": name,
-                "type": type(error).__name__,
-                "message": str(error),
-            }
-            if self.agreement.size == 1 and isinstance(error, RuntimeError):
-                error.args = (f"rank {worker.rank}: {error}",)
-            raise
-        self._last_error = None
-
-    def _operation(self, name: str, steps: tuple[Callable, ...], fate: str) -> Operation:
-        backend, communicators = self.sleep_mode_backend, self.communicators
-        if fate == "release" and not communicators.released and self._releases_communicators():
-            return Operation(
-                name,
-                (*steps, communicators.release),
-                backend.commit,
-                backend.abort,
-                lambda: communicators.rebuild(self.agreement),
-            )
-
-        def commit() -> None:
-            backend.commit()
-            if fate == "restore":
-                communicators.forget()
-
-        def abort() -> str:
-            communicators.destroy()
-            return backend.abort()
-
-        return Operation(name, steps, commit, abort)
-
-    def _releases_communicators(self) -> bool:
-        worker: Any = self
-        config = SleepModeConfig.from_vllm_config(worker.vllm_config)
-        # vLLM 0.23 has no such option.
-        asked = getattr(worker.model_config, "enable_nccl_comm_suspend", False)
-        return config.release_communicators or asked
 
     def _models(self) -> dict[str, nn.Module]:
         worker: Any = self

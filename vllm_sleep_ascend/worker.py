@@ -66,7 +66,7 @@ class NPUWorker(SleepingWorker, Worker):
         )
         if self.model_config.enable_sleep_mode:
             ranks = self.parallel_config.world_size
-            timeout_s = SleepModeConfig.from_vllm_config(self.vllm_config).rank_timeout_s
+            timeout_s = SleepModeConfig.slowest_rank_s(self.vllm_config)
             self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
             self.communicators = Communicators(self.device.index, self.agreement.members)
             self.sleep_mode_backend.holds = ranks > 1

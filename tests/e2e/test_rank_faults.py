@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of the sweep of ``make rank-faults``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import rank_faults
+
+
+def test_ranks_agree_whichever_call_fails_on_one(tiny_model) -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(rank_faults.__file__)), str(tiny_model), "--sample"],
+        env={**os.environ, "HCCL_CONNECT_TIMEOUT": "2"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    for level in results.values():
+        assert level["faults"] >= 20 and level["reported"] >= 10, results
+        assert level["reported"] + level["made good"] == level["faults"], results

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a worker does an operation: with the other ranks of its engine, or alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_sleep_ascend.agreement import Operation
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.host_memory import check_together, host_need
+from vllm_sleep_ascend.policy import Action
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.agreement import Agreement
+    from vllm_sleep_ascend.backend import CamemBackend
+    from vllm_sleep_ascend.communicators import Communicators
+
+Fate = Literal["keep", "release", "restore"]
+
+
+class TransactingWorker:
+    """Mixin for vLLM's ``Worker``."""
+
+    sleep_mode_backend: "CamemBackend"
+    agreement: "Agreement"
+    communicators: "Communicators"
+    _last_error: dict[str, str] | None = None
+
+    def _together(
+        self,
+        name: str,
+        *steps: Callable[[], None],
+        communicators: Fate = "keep",
+        actions: Mapping[str, Action] | None = None,
+    ) -> None:
+        """Do it on every rank of the engine or on none. An error says whose it is, and is kept for
+        the status until the next success.
+
+        ``communicators``: "release" frees their memory at the end, if an option wants it;
+        "restore": one of the steps makes them again. ``actions``: of a sleep, so that the host
+        memory of all ranks is looked at before it starts.
+        """
+        worker: Any = self
+        try:
+            if self.agreement.size > 1:
+                self.agreement.carry_out(self._operation(name, steps, communicators, actions))
+            else:
+                for step in steps:
+                    step()
+        except Exception as error:
+            self._last_error = {
+                "operation": name,
+                "type": type(error).__name__,
+                "message": str(error),
+            }
+            if self.agreement.size == 1 and isinstance(error, RuntimeError):
+                error.args = (f"rank {worker.rank}: {error}",)
+            raise
+        self._last_error = None
+
+    def _operation(
+        self,
+        name: str,
+        steps: tuple[Callable, ...],
+        fate: Fate,
+        actions: Mapping[str, Action] | None,
+    ) -> Operation:
+        worker: Any = self
+        backend, communicators = self.sleep_mode_backend, self.communicators
+        release = fate == "release" and not communicators.released
+        if release and SleepModeConfig.releases_communicators(worker.vllm_config):
+            steps = (*steps, communicators.release)
+        else:
+            release = False
+
+        def commit() -> None:
+            backend.commit()
+            if fate == "restore":
+                communicators.forget()
+
+        def abort() -> str:
+            if not release:
+                communicators.destroy()
+            return backend.abort()
+
+        operation = Operation(name, steps, commit, abort)
+        if release:
+            rebuild = partial(communicators.rebuild, self.agreement)
+            operation = replace(operation, abort_together=rebuild)
+        if actions is not None:
+            facts = partial(host_need, worker.rank, actions)
+            operation = replace(operation, facts=facts, judge=check_together)
+        return operation
