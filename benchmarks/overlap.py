@@ -26,8 +26,14 @@ TAGS = ["weights", "kv_cache"]
 class Engine:
     """A child process that holds one model and does what it is told, one line a command."""
 
-    def __init__(self, name: str, arguments: list[str], environment: dict[str, str]) -> None:
-        command = [sys.executable, __file__, *arguments, "--child", name]
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        environment: dict[str, str],
+        script: str = __file__,
+    ) -> None:
+        command = [sys.executable, script, *arguments, "--child", name]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -26,6 +26,16 @@ def test_the_allocator_benchmark_keeps_all_contents(tmp_path):
     assert "| ours_prepared" in table
 
 
+def test_ranks_that_share_a_link_have_it_together(tmp_path):
+    arguments = ("--ranks", "1,2", "--cycles", "2", "--out", str(tmp_path))
+    run("parallel.py", "--device", "sim", *arguments)
+    result = json.loads((tmp_path / "parallel_sim_1_toy.json").read_text())
+    assert result["contents_kept"]
+    for figures in result["ranks"].values():
+        assert figures["sleep_gb_s"] <= 1.01 * result["link_gbps"]
+        assert figures["wake_gb_s"] <= 1.01 * result["link_gbps"]
+
+
 def test_the_switch_between_two_models_keeps_both(tmp_path):
     run("overlap.py", "--device", "sim", "--cycles", "2", "--out", str(tmp_path))
     result = json.loads((tmp_path / "overlap_sim_toy.json").read_text())

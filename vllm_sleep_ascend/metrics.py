@@ -9,6 +9,8 @@ from prometheus_client import REGISTRY, Gauge
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_sleep_ascend.guards.replicas import rank_status
+
 logger = init_logger(f"vllm.{__name__}")
 
 _STATES = ("mapped", "offloaded", "discarded")
@@ -64,7 +66,7 @@ async def record_async(engine: Any) -> list[dict[str, Any]]:
     if _is_dead(engine):
         return []
     try:
-        ranks = await engine.collective_rpc("sleep_status")
+        ranks = await rank_status(engine)
         if _has_metrics(engine):
             _publish(engine, ranks, await engine.is_sleeping())
     except EngineDeadError:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_ascend import metrics, policy
+from vllm_sleep_ascend.guards.replicas import rank_status
 from vllm_sleep_ascend.middleware import SleepModeMiddleware
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ async def _status(client: Any) -> "JSONResponse":
         if client.errored:
             raise client.dead_error
         is_sleeping = await client.is_sleeping()
-        ranks = await metrics.record_async(client) or await client.collective_rpc("sleep_status")
+        ranks = await metrics.record_async(client) or await rank_status(client)
     except EngineDeadError as error:
         return JSONResponse(
             {

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +166,46 @@ def test_a_rank_that_dies_while_it_falls_asleep_is_an_error_and_no_hang(tiny_mod
         assert time.monotonic() - started < 15
 
 
+def test_a_rank_that_hangs_is_an_error_in_bounded_time(tiny_model) -> None:
+    expected = hf_greedy(tiny_model, PROMPTS[:2], 4)
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+        additional_config={"sleep_mode": {"rank_timeout_s": 3}},
+    ) as llm:
+        # It answers again: the ranks are as they were, and the call can be repeated.
+        for rank in (0, 1):
+            fail_on(llm, rank, "aclrtMemcpyAsync:1:delay_ms=6000")
+            with pytest.raises(RuntimeError, match=r"did not answer within 3 s \(rank_timeout_s\)"):
+                llm.sleep(level=1)
+            fail_on(llm, rank, "")
+            assert_all(llm, "RUNNING")
+            llm.sleep(level=1)
+            assert_all(llm, "SUSPENDED")
+            llm.wake_up()
+            assert vllm_greedy(llm, PROMPTS[:2], 4) == expected
+
+        # It does not: the other says so, and then the engine ends, which frees the devices.
+        victim = llm.collective_rpc(process_id)[0]
+        os.kill(victim, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="rank 0 hangs"):
+            llm.sleep(level=1)
+        assert time.monotonic() - started < 40
+        with pytest.raises(RuntimeError, match="Executor failed"):
+            llm.wake_up()
+
+
+class FailingReplica:
+    """Of the server's workers, by ``--worker-extension-cls``."""
+
+    def fail_on_replica(self, replica: int, rules: str) -> None:
+        mine = self.parallel_config.data_parallel_index == replica  # type: ignore[attr-defined]
+        control.set_faults(rules if mine else "")
+
+
 def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> None:
     prompts = PROMPTS[:2]
     expected = hf_greedy(tiny_model, prompts)
@@ -187,7 +228,9 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
     options = ("--enable-sleep-mode", "--dtype", "float32", "--data-parallel-size", "2", *SMALL)
     options += ("--api-server-count", "1")
     memory = ("--kv-cache-memory-bytes", str(64 * MIB), "--gpu-memory-utilization", "0.4")
-    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    options += ("--worker-extension-cls", f"{__name__}.{FailingReplica.__name__}")
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
     with Server(tiny_model, *options, *memory, log=tmp_path / "log", env=env) as server:
         assert answers(server, 0) == answers(server, 1) == expected
         assert all(now - then > 64 * MIB for now, then in zip(used(), before, strict=True))
@@ -199,4 +242,41 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
                 server.post("/collective_rpc", json={"method": "reload_weights"})
             server.post("/wake_up")
             server.post("/reset_prefix_cache")
+            assert answers(server, 0) == answers(server, 1) == expected
+
+        def states() -> list[tuple[int, int, str]]:
+            ranks = server.http.get("/sleep_status").json()["ranks"]
+            return [(rank["engine"], rank["device"], rank["state"]) for rank in ranks]
+
+        def fail(replica: int, rules: str) -> None:
+            body = {"method": "fail_on_replica", "args": [replica, rules]}
+            server.post("/collective_rpc", json=body)
+
+        def state() -> str:
+            return server.http.get("/sleep_status").json()["state"]
+
+        # A replica that fails is named, the others stay as they are, and the call can be repeated.
+        both = {state: [(0, 0, state), (1, 1, state)] for state in ("RUNNING", "SUSPENDED")}
+        assert (state(), states()) == ("awake", both["RUNNING"])
+        for replica in (0, 1):
+            fail(replica, "aclrtUnmapMem:1:507899")
+            answer = server.http.post("/sleep", params={"level": 1})
+            assert answer.status_code == 503
+            assert "sleep failed on 1 of 2 data-parallel engines" in answer.text
+            assert f"engine {replica}: " in answer.text
+            fail(replica, "")
+            other = 1 - replica
+            mixed = {replica: "RUNNING", other: "SUSPENDED"}
+            assert states() == [(0, 0, mixed[0]), (1, 1, mixed[1])]
+            assert (state(), server.is_sleeping()) == ("partly_asleep", True)
+            server.post("/sleep", params={"level": 1})
+            assert (state(), states()) == ("asleep", both["SUSPENDED"])
+            fail(replica, "aclrtMapMem:1:507899")
+            answer = server.http.post("/wake_up")
+            assert answer.status_code == 503 and f"engine {replica}: " in answer.text
+            fail(replica, "")
+            assert (state(), server.is_sleeping()) == ("partly_asleep", True)
+            server.post("/wake_up")
+            assert (state(), states()) == ("awake", both["RUNNING"])
+            assert not server.is_sleeping()
             assert answers(server, 0) == answers(server, 1) == expected

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines of a data-parallel server, which vLLM calls all at once: an error says whose it is,
+and nothing is answered before every engine has."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+from vllm_sleep_ascend.guards.wrap import wrap
+
+_FAILED = re.compile(r"(Call to \w+ method failed: (?:\w+: )?)(.*)", re.DOTALL)
+
+
+def install() -> None:
+    """Wrap the client's calls. Repeating it changes nothing."""
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    wrap(AsyncMPClient, "call_utility_all_async", _waits_for_all)
+    wrap(AsyncMPClient, "is_sleeping_async", _is_sleeping)
+
+
+async def rank_status(client: Any) -> list[dict[str, Any]]:
+    """``sleep_status`` of every rank of every engine.
+
+    Args:
+        client: vLLM's AsyncLLM.
+    """
+    call = ("collective_rpc", "sleep_status", None, (), None)
+    engines = await client.engine_core.call_utility_all_async(*call)
+    return [rank for ranks in engines for rank in ranks]
+
+
+def _waits_for_all(stock: Callable) -> Callable:
+    async def call_utility_all_async(self: Any, method: str, *args: Any) -> list[Any]:
+        engines = self.core_engines
+        if len(engines) == 1:
+            return await stock(self, method, *args)
+        calls = [self._call_utility_async(method, *args, engine=engine) for engine in engines]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        failed = {n: r for n, r in enumerate(results) if isinstance(r, BaseException)}
+        if failed:
+            _raise(method, failed, [_number(engine) for engine in engines])
+        return results
+
+    return call_utility_all_async
+
+
+def _raise(method: str, failed: dict[int, BaseException], engines: list[int]) -> None:
+    """One error for all that failed, in the form of vLLM's: its type is that of the first."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    first, *_ = failed.values()
+    known = {n: _FAILED.fullmatch(str(error)) for n, error in failed.items()}
+    head = known[next(iter(failed))]
+    if isinstance(first, EngineDeadError) or head is None:
+        raise first
+    texts = [
+        f"engine {engines[n]}: {match[2] if match else failed[n]}" for n, match in known.items()
+    ]
+    done = [str(engine) for n, engine in enumerate(engines) if n not in failed]
+    others = f". Engines that did it: {', '.join(done)}" if done else ""
+    raise RuntimeError(
+        f"{head[1]}{method} failed on {len(failed)} of {len(engines)} data-parallel engines: "
+        f"{'; '.join(texts)}{others}. Repeat the call: engines that did it stay as they are"
+    ) from first
+
+
+def _number(engine: bytes) -> int:
+    return int.from_bytes(engine, "little")
+
+
+def _is_sleeping(stock: Callable) -> Callable:
+    """Where engines differ, after a failure, stock vLLM knows no answer."""
+
+    async def is_sleeping_async(self: Any) -> bool:
+        return any(await self.call_utility_all_async("is_sleeping"))
+
+    return is_sleeping_async
