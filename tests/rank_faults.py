@@ -140,6 +140,8 @@ def main() -> None:
         options.model,
         enable_sleep_mode=True,
         enable_nccl_comm_suspend=True,
+        # Each sleep pins host memory anew, so that those calls are among them.
+        additional_config={"sleep_mode": {"keep_host_backup": False}},
         distributed_executor_backend="mp",
         tensor_parallel_size=RANKS,
     ) as llm:

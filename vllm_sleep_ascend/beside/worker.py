@@ -74,7 +74,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         super().init_device()
         ranks = self.parallel_config.world_size
-        timeout_s = SleepModeConfig.from_vllm_config(self.vllm_config).rank_timeout_s
+        timeout_s = SleepModeConfig.slowest_rank_s(self.vllm_config)
         self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
         self.communicators = Communicators(self.device.index, self.agreement.members)
         self.sleep_mode_backend.holds = ranks > 1
