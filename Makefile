@@ -107,8 +107,10 @@ test: setup
 test-ascend: setup-ascend
 	$(ASCEND)/bin/npu-sim python -m pytest tests/ascend $(ARGS)
 
+SWITCH_LOAD_S ?= 300
+
 switch-load: setup
-	SWITCH_LOAD_S=300 $(SIM) python -m pytest tests/e2e/test_proxy.py -k closed_loop -s $(ARGS)
+	SWITCH_LOAD_S=$(SWITCH_LOAD_S) $(SIM) python -m pytest tests/e2e/switching_proxy/test_proxy_load.py -k closed_loop -s $(ARGS)
 
 SOAK_MINUTES ?= 30
 

@@ -3,11 +3,13 @@
 
 Exit codes: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 a server is
 unreachable. Progress goes to stderr, the summary to stdout: one line, or with --json one object.
+Servers that ask for an API key (--api-key) get that of the environment, VLLM_API_KEY.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -114,10 +116,11 @@ async def _run(args: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
     addresses = getattr(args, "urls", None) or [
         value for name in ("url", "from_url", "to_url") if (value := getattr(args, name, None))
     ]
+    key = os.environ.get("VLLM_API_KEY")
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(SleepClient(address, args.timeout, progress))
+            await stack.enter_async_context(SleepClient(address, args.timeout, progress, key))
             for address in addresses
         ]
         run: Callable[[argparse.Namespace, Clients], Awaitable[Result]] = args.run

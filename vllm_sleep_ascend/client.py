@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client of the development endpoints of one vLLM server, this package's or stock."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 import httpx
 
 Progress = Callable[[str], None]
+
+GONE_ATTEMPTS = 5
+HEALTH_S = 1.0
+"""Seconds between two looks at whether an engine that works on a call is still alive."""
 
 
 class CallFailed(Exception):
@@ -33,10 +38,15 @@ class SleepClient:
         url: such as ``http://127.0.0.1:8001``.
         timeout_s: seconds that one call may take.
         progress: is told of each finished step, in words.
+        api_key: of servers that ask for one (``vllm serve --api-key``).
     """
 
     def __init__(
-        self, url: str, timeout_s: float = 600.0, progress: Progress = lambda text: None
+        self,
+        url: str,
+        timeout_s: float = 600.0,
+        progress: Progress = lambda text: None,
+        api_key: str | None = None,
     ) -> None:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
@@ -50,6 +60,7 @@ class SleepClient:
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=5.0),
             limits=httpx.Limits(keepalive_expiry=2.0),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             trust_env=False,
         )
 
@@ -65,25 +76,44 @@ class SleepClient:
         Raises:
             CallFailed: the server is unreachable or has no development endpoints.
         """
-        answer = await self._call("GET", "/sleep_status", optional=True)
-        ranks = None if answer is None else answer["ranks"]
-        if answer is None:
-            answer = await self._call("GET", "/is_sleeping")
-        models = await self._call("GET", "/v1/models")
+        ranks = await self._ranks()
         return {
             "url": self.url,
-            "is_sleeping": answer["is_sleeping"],
-            "models": [model["id"] for model in models["data"]],
+            "is_sleeping": await self.is_sleeping(),
+            "models": await self.models(),
             "ranks": ranks,
         }
 
-    async def is_sleeping(self) -> bool:
+    async def is_sleeping(self, timeout_s: float | None = None) -> bool:
         """Whether any memory of the server sleeps."""
-        return (await self._call("GET", "/is_sleeping"))["is_sleeping"]
+        return await self._get("/is_sleeping", "is_sleeping", timeout_s)
+
+    async def models(self, timeout_s: float | None = None) -> list[str]:
+        """Names of what it serves."""
+        models = await self._get("/v1/models", "data", timeout_s)
+        try:
+            return [model["id"] for model in models]
+        except (KeyError, TypeError):
+            raise CallFailed(f"{self.url}: /v1/models lists no ids; is it vLLM?") from None
 
     async def reports_memory(self) -> bool:
         """Whether it is a server of this package, which wakes as a transaction."""
-        return await self._call("GET", "/sleep_status", optional=True) is not None
+        return await self._ranks() is not None
+
+    async def is_gone(self, timeout_s: float) -> bool:
+        """Whether there is no engine any more, so that its device memory is free: nobody listens,
+        or vLLM says that its engine is dead. False if the server does not say."""
+        for _ in range(GONE_ATTEMPTS):
+            try:
+                answer = await self._http.get("/health", timeout=timeout_s)
+            except httpx.ConnectError:
+                return True
+            except httpx.TimeoutException:
+                return False
+            except httpx.TransportError:
+                continue  # A connection of old, which broke as well.
+            return answer.status_code == 503
+        return False
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Put the server to sleep, and see that it sleeps.
@@ -124,11 +154,11 @@ class SleepClient:
 
     async def level(self, otherwise: int | None = None) -> int:
         """The level at which the weights sleep (0: they are awake), from the ranks' bytes."""
-        answer = await self._call("GET", "/sleep_status", optional=True)
-        if answer is None:
+        ranks = await self._ranks()
+        if ranks is None:
             return (otherwise or 1) if await self.is_sleeping() else 0
         levels = {"discarded": 2, "offloaded": 1}
-        weights = [rank.get("tags", {}).get("weights", {}) for rank in answer["ranks"]]
+        weights = [rank.get("tags", {}).get("weights", {}) for rank in ranks]
         return max(
             (level for state, level in levels.items() if any(w.get(state) for w in weights)),
             default=0,
@@ -151,11 +181,38 @@ class SleepClient:
 
     async def _step(self, name: str, method: str, path: str, **options: Any) -> Any:
         started = time.perf_counter()
-        answer = await self._call(method, path, **options)
+        answer = await self._unless_the_engine_dies(self._call(method, path, **options))
         seconds = time.perf_counter() - started
         self.steps.append({"url": self.url, "step": name, "seconds": round(seconds, 4)})
         self.say(f"{name} {seconds:.3f} s")
         return answer
+
+    async def _unless_the_engine_dies(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """What the call gives. vLLM may leave it without an answer when its engine dies."""
+        working = asyncio.create_task(call)
+        try:
+            while not (await asyncio.wait({working}, timeout=HEALTH_S))[0]:
+                if await self.is_gone(HEALTH_S) and not working.done():
+                    raise CallFailed(f"{self.url}: its engine died; restart the server")
+            return working.result()
+        finally:
+            working.cancel()
+            await asyncio.wait({working})
+
+    async def _ranks(self) -> list[dict[str, Any]] | None:
+        """What /sleep_status says of each rank; None: there is no such endpoint (stock vLLM)."""
+        return await self._get("/sleep_status", "ranks", optional=True)
+
+    async def _get(
+        self, path: str, field: str, timeout_s: float | None = None, optional: bool = False
+    ) -> Any:
+        options = {"timeout": timeout_s} if timeout_s else {}
+        answer = await self._call("GET", path, optional, **options)
+        if answer is None and optional:
+            return None
+        if not isinstance(answer, dict) or field not in answer:
+            raise CallFailed(f"{self.url}: {path} answered without {field!r}; is it vLLM?")
+        return answer[field]
 
     async def _call(self, method: str, path: str, optional: bool = False, **options: Any) -> Any:
         try:

@@ -20,13 +20,21 @@ MEMORY = ("--gpu-memory-utilization", "0.5")
 
 
 class Server:
-    """One server process group on a free loopback port. Usable as a context manager."""
+    """One server process group on a loopback port (0: a free one). Usable as a context manager."""
 
-    def __init__(self, model: Path, *options: str, log: Path, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        model: Path,
+        *options: str,
+        log: Path,
+        env: dict[str, str] | None = None,
+        port: int = 0,
+    ):
         self.model = str(model)
         self.log = log
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
         started = time.monotonic()

@@ -25,7 +25,7 @@ RUN_ELSEWHERE = {
     "python examples/rlhf_colocate.py": "tests/e2e/test_examples.py",
     "VLLM_SERVER_DEV_MODE=1 vllm serve": "tests/e2e/server.py",
     "vllm-sleep switch": "tests/e2e/test_cli.py",
-    "vllm-sleep-proxy": "tests/e2e/test_proxy.py",
+    "vllm-sleep-proxy": "tests/e2e/switching_proxy/test_proxy.py",
     "make demo": "Makefile",
     "make test": ".ci/run",
 }

@@ -3,20 +3,25 @@
 
 Each server runs with VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode; start all but the last and put
 each to sleep (vllm-sleep sleep URL) before the next. A request wakes the model that it names. Let
-users reach only the proxy: a server that is asked directly does not wake.
+users reach only the proxy: a server that is asked directly does not wake. Servers that ask for an
+API key (--api-key) get that of the environment, VLLM_API_KEY; users send theirs.
 """
 
 import argparse
 import asyncio
 import logging
+import os
 import sys
+from typing import Any
 
 import uvicorn
 
 from vllm_sleep_ascend.client import SleepClient
-from vllm_sleep_ascend.proxy.app import Proxy
+from vllm_sleep_ascend.proxy.admin import Admin
 from vllm_sleep_ascend.proxy.metrics import Metrics
-from vllm_sleep_ascend.proxy.turns import Server, Turns
+from vllm_sleep_ascend.proxy.public import Public
+from vllm_sleep_ascend.proxy.servers import Server
+from vllm_sleep_ascend.proxy.turns import Settings, Turns
 
 LOOPBACK = "127.0.0.1"
 
@@ -34,29 +39,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--admin-port", type=int, default=8100, help="status, sleep, wake, metrics; loopback only")
     add("--level", type=int, choices=(1, 2), default=1, help="of sleep")
     add("--max-queue", type=int, default=256, help="requests that may wait; more get a 503")
+    add("--max-body-mib", type=int, default=64, help="of a request; larger ones get a 413")
     add("--turn-s", type=float, default=2.0, help="served on for, once awake, while another waits")
     add("--idle-s", type=float, default=0.0, help="without a request before sleep; 0: never")
     add("--max-awake", type=int, default=1, help="servers that fit on the device together")
     add("--timeout-s", type=float, default=600.0, help="that a sleep or a wake may take")
+    add("--grace-s", type=int, default=60, help="that running requests get when the proxy ends")
     return parser
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    servers = [Server(SleepClient(url, args.timeout_s)) for url in args.urls]
-    turns = Turns(
-        servers,
-        Metrics(),
-        level=args.level,
-        max_queue=args.max_queue,
-        turn_s=args.turn_s,
-        idle_s=args.idle_s,
-        max_awake=args.max_awake,
+    key = os.environ.get("VLLM_API_KEY")
+    servers = [Server(SleepClient(url, args.timeout_s, api_key=key)) for url in args.urls]
+    settings = Settings(args.level, args.max_queue, args.turn_s, args.idle_s, args.max_awake)
+    turns = Turns(servers, Metrics(), settings)
+    apps = (
+        (Public(turns, args.max_body_mib << 20).app, args.host, args.port),
+        (Admin(turns).app, LOOPBACK, args.admin_port),
     )
-    proxy = Proxy(turns)
-    listeners = [
-        uvicorn.Server(uvicorn.Config(proxy.public, args.host, args.port, access_log=False)),
-        uvicorn.Server(uvicorn.Config(proxy.admin, LOOPBACK, args.admin_port, access_log=False)),
-    ]
+    grace: dict[str, Any] = {"timeout_graceful_shutdown": args.grace_s, "access_log": False}
+    listeners = [uvicorn.Server(uvicorn.Config(*app, **grace)) for app in apps]
 
     async def serve(listener: uvicorn.Server) -> None:
         try:
@@ -72,9 +74,15 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``vllm-sleep-proxy``."""
     parser = _parser()
     args = parser.parse_args(argv)
-    for name, least in (("max_queue", 1), ("max_awake", 1), ("turn_s", 0), ("idle_s", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in ("max_queue", "max_awake", "max_body_mib", "timeout_s", "grace_s"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("turn_s", "idle_s"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    twice = {url for url in args.urls if args.urls.count(url) > 1}
+    if twice:
+        parser.error(f"{', '.join(twice)} is named more than once")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the proxy counts, in a registry of its own."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
-    from vllm_sleep_ascend.proxy.turns import Server
+    from vllm_sleep_ascend.proxy.servers import Server
 
-NAMESPACE = "sleep_proxy"
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Metrics:
@@ -16,61 +16,31 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        here: dict[str, Any] = {"registry": self.registry, "namespace": "sleep_proxy"}
+        by_server = ["server"]
         self.requests = Counter(
-            "requests",
-            "Requests by their end",
-            ["server", "status"],
-            registry=self.registry,
-            namespace=NAMESPACE,
+            "requests", "Requests by their end; no server: refused", ["server", "status"], **here
         )
-        self.queued = Gauge(
-            "queued", "Requests that wait", ["server"], registry=self.registry, namespace=NAMESPACE
-        )
-        self.in_flight = Gauge(
-            "in_flight",
-            "Requests that the server works on",
-            ["server"],
-            registry=self.registry,
-            namespace=NAMESPACE,
-        )
+        self.queued = Gauge("queued", "Requests that wait", by_server, **here)
+        self.in_flight = Gauge("in_flight", "Requests that the server works on", by_server, **here)
         self.wait = Histogram(
             "wait_seconds",
             "From the arrival of a request until its server is awake",
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-            registry=self.registry,
-            namespace=NAMESPACE,
+            buckets=_SECONDS,
+            **here,
         )
-        self.awake = Gauge(
-            "awake",
-            "1 while the server is awake",
-            ["server"],
-            registry=self.registry,
-            namespace=NAMESPACE,
-        )
-        self.switches = Counter(
-            "switches", "Servers woken", ["server"], registry=self.registry, namespace=NAMESPACE
-        )
-        self.sleeps = Counter(
-            "sleeps",
-            "Servers put to sleep",
-            ["server"],
-            registry=self.registry,
-            namespace=NAMESPACE,
-        )
+        self.awake = Gauge("awake", "1 while the server is awake", by_server, **here)
+        self.switches = Counter("switches", "Servers woken", by_server, **here)
+        self.sleeps = Counter("sleeps", "Servers put to sleep", by_server, **here)
         self.failures = Counter(
-            "failures",
-            "Sleeps and wakes that failed",
-            ["server", "operation"],
-            registry=self.registry,
-            namespace=NAMESPACE,
+            "failures", "Sleeps and wakes that failed", ["server", "operation"], **here
         )
         self.operation = Histogram(
             "operation_seconds",
             "Duration of sleeps and wakes",
             ["operation"],
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-            registry=self.registry,
-            namespace=NAMESPACE,
+            buckets=_SECONDS,
+            **here,
         )
 
     def watch(self, server: "Server") -> None:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A closed loop of clients over two models, and over three of which two fit awake.
+
+The first runs for SWITCH_LOAD_S seconds (30); `make switch-load` runs it for five minutes.
+"""
+
+import asyncio
+import os
+import random
+import time
+
+import httpx
+from server import Server
+from support import MIB
+
+from .conftest import API_KEY
+from .helpers import PROMPTS, Proxy, body, text, url
+
+CLIENTS = 16
+LOAD_S = float(os.environ.get("SWITCH_LOAD_S", "30"))
+KEY = {"Authorization": f"Bearer {API_KEY}"}
+
+
+class Load:
+    """What a closed loop over ``servers`` through ``proxy`` gave: the model of each answer, all of
+    which were right, and the device's bytes in use and the proxy's states meanwhile."""
+
+    def __init__(self, proxy: Proxy, servers: list[Server], seconds: float) -> None:
+        self.answered: list[str] = []
+        self.used: list[int] = []
+        self.awake: list[int] = []
+        self._servers = servers
+        self._end = time.monotonic() + seconds
+        asyncio.run(self._run(proxy))
+        self.switches = proxy.metric("switches_total")
+        shares = [self.answered.count(server.model) for server in servers]
+        print(f"{len(self.answered)} answers, {shares} by model, {self.switches:.0f} switches")
+        assert proxy.metric('requests_total{server="') == len(self.answered)
+        assert proxy.quiet()
+        assert proxy.metric("failures_total") == 0
+        assert min(shares) > 0.5 * len(self.answered) / len(servers)  # none starves
+        assert len(self.used) > seconds
+
+    async def _run(self, proxy: Proxy) -> None:
+        clients = [self._client(number, proxy.url) for number in range(CLIENTS)]
+        await asyncio.gather(self._watch(proxy), *clients)
+
+    async def _client(self, number: int, url: str) -> None:
+        choose = random.Random(number)
+        async with httpx.AsyncClient(base_url=url, timeout=300, headers=KEY) as http:
+            while time.monotonic() < self._end:
+                server, prompt = choose.choice(self._servers), choose.choice(PROMPTS)
+                answer = await http.post("/v1/completions", json=body(server, prompt))
+                assert text(answer) == server.texts[prompt]
+                assert answer.json()["model"] == server.model
+                self.answered.append(server.model)
+
+    async def _watch(self, proxy: Proxy) -> None:
+        async with httpx.AsyncClient(timeout=60) as http:
+            while time.monotonic() < self._end:
+                answer = await http.get(f"{url(self._servers[0])}/sleep_status")
+                (rank,) = answer.json()["ranks"]
+                self.used.append(rank["total"] - rank["free"])
+                status = (await http.get(f"{proxy.admin.base_url}/status")).json()["servers"]
+                self.awake.append(sum(server["state"] == "awake" for server in status))
+                await asyncio.sleep(0.02)
+
+
+def test_a_closed_loop_of_clients_over_two_models(pair):
+    with Proxy(pair, "--turn-s", "1") as proxy:
+        load = Load(proxy, pair, LOAD_S)
+    assert LOAD_S / 8 < load.switches <= LOAD_S  # a turn is a second or more
+    assert max(load.awake) == 1
+    # Both awake would hold the sum.
+    assert max(load.used) <= max(server.alone for server in pair) + 100 * MIB
+    assert min(server.alone for server in pair) > 250 * MIB
+
+
+def test_two_of_three_awake(pair, third):
+    servers = [*pair, third]
+    with Proxy(
+        servers, "--turn-s", "0.5", "--max-awake", "2", env={"VLLM_API_KEY": API_KEY}
+    ) as proxy:
+        load = Load(proxy, servers, 6)
+        assert sum(not server.is_sleeping() for server in servers) == 2
+    assert load.switches >= 4
+    assert max(load.awake) == 2
+    # More than one alone holds, and never what three would.
+    alone = sorted(server.alone for server in servers)
+    assert alone[-1] + 100 * MIB < max(load.used) <= sum(alone[1:]) + 100 * MIB

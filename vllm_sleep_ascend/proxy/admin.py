@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's interface: who is awake, sleep and wake by hand, metrics."""
+
+from collections.abc import Awaitable, Callable
+
+from prometheus_client import generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from vllm_sleep_ascend.client import CallFailed
+from vllm_sleep_ascend.proxy.answers import Refused
+from vllm_sleep_ascend.proxy.public import health, server_of
+from vllm_sleep_ascend.proxy.servers import Server
+from vllm_sleep_ascend.proxy.turns import QueueFull, Turns
+
+
+class Admin:
+    """The ASGI application ``app``."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.app = Starlette(
+            routes=[
+                Route("/status", self._status),
+                Route("/sleep", self._sleep, methods=["POST"]),
+                Route("/wake", self._wake, methods=["POST"]),
+                Route("/metrics", self._metrics),
+                Route("/health", health),
+            ]
+        )
+
+    async def _status(self, _: Request) -> Response:
+        servers = [
+            {
+                "url": server.name,
+                "models": server.models,
+                "state": server.state,
+                "queued": len(server.waiting),
+                "in_flight": server.in_flight,
+            }
+            for server in self.turns.servers
+        ]
+        return JSONResponse({"servers": servers})
+
+    async def _sleep(self, request: Request) -> Response:
+        return await self._operate(request, self.turns.put_to_sleep)
+
+    async def _wake(self, request: Request) -> Response:
+        async def wake(server: Server) -> None:
+            async with self.turns.turn(server):
+                pass
+
+        return await self._operate(request, wake)
+
+    async def _operate(
+        self, request: Request, operation: Callable[[Server], Awaitable[None]]
+    ) -> Response:
+        try:
+            server = await server_of(self.turns, request.query_params.get("model"))
+            await operation(server)
+        except Refused as refused:
+            return refused.response()
+        except (CallFailed, QueueFull) as error:
+            return Refused(503, str(error)).response()
+        return JSONResponse({"url": server.name, "state": server.state})
+
+    async def _metrics(self, _: Request) -> Response:
+        text = generate_latest(self.turns.metrics.registry).decode()
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client of the proxy gets: a server's answer as it comes, or a refusal with the reason."""
+
+import logging
+from collections.abc import Callable
+
+import httpx
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+
+# Of one connection, not of the message that is passed on.
+HOP_BY_HOP = {
+    *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
+    *(b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"expect"),
+}
+
+
+class Refused(Exception):
+    """A request that no server gets to see, or that none answers."""
+
+    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+    def response(self) -> Response:
+        kind = "invalid_request_error" if self.status < 500 else "unavailable"
+        error = {"message": str(self), "type": kind, "code": self.status}
+        wait = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else None
+        return JSONResponse({"error": error}, self.status, headers=wait)
+
+
+class PassedOn(StreamingResponse):
+    """An answer as it comes from a server.
+
+    Args:
+        finish: called once, however the answer ends; told whether the server broke it off.
+    """
+
+    def __init__(self, upstream: httpx.Response, finish: Callable[[bool], None]) -> None:
+        super().__init__(upstream.aiter_raw(), upstream.status_code)
+        self.raw_headers = end_to_end(upstream.headers.raw)
+        self._upstream, self._finish = upstream, finish
+        self._broken = False
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except httpx.HTTPError as error:
+            # Left without its end, so that the client sees that something is missing.
+            logger.warning("%s broke off its answer: %r", self._upstream.url, error)
+            self._broken = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._finish(self._broken)
+            # Ends the request at the server, if its client left.
+            await self._upstream.aclose()
+
+
+def end_to_end(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers that are passed on."""
+    return [(key, value) for key, value in headers if key.lower() not in HOP_BY_HOP]

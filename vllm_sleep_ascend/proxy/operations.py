@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking servers, putting them to sleep and waking them: each failure is logged and counted, and
+leaves a state that the next operation checks before it trusts it."""
+
+import asyncio
+import logging
+import time
+
+from vllm_sleep_ascend.client import CallFailed, NobodyListens
+from vllm_sleep_ascend.proxy.metrics import Metrics
+from vllm_sleep_ascend.proxy.servers import Server
+
+logger = logging.getLogger(__name__)
+
+ASK_S = 5.0
+"""Seconds that a question may take; a server that does not answer holds up nobody for longer."""
+
+
+class Operations:
+    """What the proxy does to its servers. ``last_wake_s`` is how long the last wake took."""
+
+    def __init__(self, metrics: Metrics, level: int) -> None:
+        self.metrics = metrics
+        self.level = level
+        self.last_wake_s = 1.0
+
+    async def learn_models(self, servers: list[Server]) -> None:
+        """Ask what they serve; adapters may have come since."""
+
+        async def learn(server: Server) -> None:
+            try:
+                server.models = await server.client.models(timeout_s=ASK_S)
+            except CallFailed as error:
+                if not server.models:
+                    logger.warning("models: %s", error)
+
+        await asyncio.gather(*(learn(server) for server in servers))
+
+    async def ask(self, server: Server) -> CallFailed | None:
+        """Ask whether it is awake; gives what hindered the answer, if there was none.
+
+        A server counts as asleep only after ``sleep``: one that says so may have woken in part.
+        """
+        try:
+            awake = not await server.client.is_sleeping(timeout_s=ASK_S)
+        except CallFailed as error:
+            if server.state == "awake" or isinstance(error, NobodyListens):
+                server.state, server.open = "unknown", False
+            return error
+        if awake and server.state != "awake":
+            server.state, server.awake_since = "awake", time.monotonic()
+        elif not awake and server.state == "awake":
+            server.state, server.open = "unknown", False
+        return None
+
+    async def sleep(self, server: Server) -> bool:
+        """Whether it holds no device memory now: it sleeps, or is gone."""
+        server.open = False
+        started = time.monotonic()
+        try:
+            await server.client.sleep(self.level, mode="wait")
+        except CallFailed as error:
+            logger.warning("sleep: %s", error)
+            server.state = "unknown"
+            if isinstance(error, NobodyListens) or await server.client.is_gone(ASK_S):
+                return True  # The process is dead, and its memory free.
+            self.metrics.failures.labels(server.name, "sleep").inc()
+            return False
+        server.state = "asleep"
+        self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
+        self.metrics.sleeps.labels(server.name).inc()
+        return True
+
+    async def wake(self, server: Server) -> None:
+        """Wake it, or fail those who wait for it."""
+        started = time.monotonic()
+        try:
+            await server.client.wake_to_serve(slept_at=self.level)
+        except CallFailed as error:
+            server.state = "unknown"
+            self.metrics.failures.labels(server.name, "wake").inc()
+            logger.warning("wake: %s", error)
+            server.fail(error)
+            return
+        server.state, server.served = "awake", False
+        server.awake_since = time.monotonic()
+        self.last_wake_s = server.awake_since - started
+        self.metrics.operation.labels("wake").observe(self.last_wake_s)
+        self.metrics.switches.labels(server.name).inc()

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the proxy knows of one vLLM server, and the requests that wait for it."""
+
+import asyncio
+import itertools
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vllm_sleep_ascend.client import CallFailed, SleepClient
+
+State = Literal["awake", "asleep", "unknown"]
+
+TRUST_S = 1.0
+"""Seconds without a request after which a server that was awake is asked whether it still is."""
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Server:
+    """One vLLM server. ``state`` is unknown until it told, and after a failure."""
+
+    client: SleepClient
+    models: list[str] = field(default_factory=list)
+    state: State = "unknown"
+    # Requests go straight in: it is awake, and its turn goes on.
+    open: bool = False
+    in_flight: int = 0
+    # Requests that wait for it, by number, with the time of their arrival.
+    waiting: "OrderedDict[int, tuple[float, asyncio.Future]]" = field(default_factory=OrderedDict)
+    awake_since: float = 0.0
+    last_used: float = 0.0
+    # Whether a request was admitted since it woke: each turn serves at least one.
+    served: bool = False
+    # Somebody asked for it to sleep; answered when it does.
+    sleep_asked: "asyncio.Future | None" = None
+
+    @property
+    def name(self) -> str:
+        return self.client.url
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or self.in_flight > 0
+
+    @property
+    def unsure(self) -> bool:
+        """Nothing ran on it for so long that somebody else may have put it to sleep."""
+        last = max(self.last_used, self.awake_since)
+        return self.in_flight == 0 and time.monotonic() - last > TRUST_S
+
+    def waits_since(self) -> float:
+        return next(iter(self.waiting.values()))[0] if self.waiting else math.inf
+
+    def enter(self) -> None:
+        """One request more runs on it."""
+        self.in_flight += 1
+        self.served = True
+        self.last_used = time.monotonic()
+
+    def leave(self) -> None:
+        """One request less runs on it."""
+        self.in_flight -= 1
+        self.last_used = time.monotonic()
+
+    async def wait(self) -> None:
+        """Wait until the server opens; then as ``enter``.
+
+        Raises:
+            CallFailed: it could not be woken.
+        """
+        number = next(_numbers)
+        admitted = asyncio.get_running_loop().create_future()
+        self.waiting[number] = (time.monotonic(), admitted)
+        try:
+            await admitted
+        except BaseException:
+            if self.waiting.pop(number, None) is None and _succeeded(admitted):
+                self.leave()  # Admitted at the moment in which its client went away.
+            raise
+
+    def open_up(self) -> None:
+        """Admit those who wait, and whoever comes until ``open`` is taken back."""
+        self.open = True
+        while self.waiting:
+            _, (_, admitted) = self.waiting.popitem(last=False)
+            if not admitted.done():
+                self.enter()
+                admitted.set_result(None)
+
+    def fail(self, error: CallFailed) -> None:
+        """Whoever waits is told so."""
+        while self.waiting:
+            _, (_, admitted) = self.waiting.popitem(last=False)
+            if not admitted.done():
+                admitted.set_exception(error)
+
+
+def _succeeded(future: asyncio.Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
