@@ -25,13 +25,13 @@ class Host:
         """GB/s of one NPU when all NPUs of the host copy at once."""
         return min(self.link, self.memory / npus)
 
-    def copy_s(self, weights_gb: float, npus: int) -> float:
-        """A later sleep, or a wake: every NPU moves its share, all at once."""
-        return weights_gb / npus / self.speed(npus)
+    def copy_s(self, weights_gb: float, npus: int, hosts: int = 1) -> float:
+        """A later sleep, or a wake: every NPU of every host moves its share, all at once."""
+        return weights_gb / hosts / npus / self.speed(npus)
 
-    def first_sleep_s(self, weights_gb: float, npus: int) -> float:
-        """The host also pins all of it: the slower of the two decides."""
-        return max(self.copy_s(weights_gb, npus), weights_gb / self.pin)
+    def first_sleep_s(self, weights_gb: float, npus: int, hosts: int = 1) -> float:
+        """Each host also pins its part: the slower of the two decides."""
+        return max(self.copy_s(weights_gb, npus, hosts), weights_gb / hosts / self.pin)
 
 
 def main() -> None:
@@ -39,15 +39,16 @@ def main() -> None:
     parser.add_argument("--link-gbps", type=float, default=25.0)
     parser.add_argument("--host-gbps", type=float, default=100.0)
     parser.add_argument("--pin-gbps", type=float, default=18.0)
+    parser.add_argument("--hosts", type=int, default=1, help="with as many NPUs each")
     options = parser.parse_args()
     host = Host(options.link_gbps, options.host_gbps, options.pin_gbps)
     heading = "".join(f" {count} NPU{'s' if count > 1 else ''} |" for count in NPUS)
-    print(f"| model | weights | first sleep, 1 NPU |{heading}")
+    print(f"| model | weights | first sleep, 1 NPU a host |{heading}")
     print("|---|---|---|" + "---|" * len(NPUS))
     for name, billions in MODELS.items():
         weights = billions * BYTES_A_PARAMETER
-        cells = "".join(f" {host.copy_s(weights, count):.2f} s |" for count in NPUS)
-        first = host.first_sleep_s(weights, 1)
+        cells = "".join(f" {host.copy_s(weights, count, options.hosts):.2f} s |" for count in NPUS)
+        first = host.first_sleep_s(weights, 1, options.hosts)
         print(f"| {name} | {weights:.0f} GB | {first:.2f} s |{cells}")
 
 

@@ -50,7 +50,7 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self._wait_until_healthy(started + 450)
+            self._wait_until_healthy(started + 150)
         except BaseException:
             self.kill()
             raise

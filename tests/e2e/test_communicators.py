@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Communicators of sleeping ranks: HCCL's device memory comes back, and so do they."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 from engines import engine
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from support import MIB
 from test_parallel import assert_all, fail_on, footprint, status
+
+from vllm_sleep_ascend.host_memory import host_need
+from vllm_sleep_ascend.policy import POLICY
 
 BUFFERS = 2 * 4 * MIB  # of one communicator, by HCCL_BUFFSIZE (conftest.py)
 TOKENS = 4
@@ -28,6 +37,60 @@ def ranks(tiny_model):
 
 def held(llm) -> list[int]:
     return [rank["resident"]["communicators"] for rank in status(llm)]
+
+
+def needed(worker) -> int:
+    return host_need(worker.rank, POLICY[1]).needed
+
+
+def process_id(worker) -> int:
+    return os.getpid()
+
+
+@contextmanager
+def control_group(limit: int, processes: list[int]) -> Iterator[None]:
+    """The processes are in a control group with this limit of memory, in bytes."""
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.split(":", 2)[2] for line in groups if ":memory:" in line), None)
+    v2 = next((line.split(":", 2)[2] for line in groups if line.startswith("0::")), "/")
+    root, name = (
+        (Path("/sys/fs/cgroup/memory") / own.lstrip("/"), "memory.limit_in_bytes")
+        if own is not None
+        else (Path("/sys/fs/cgroup") / v2.lstrip("/"), "memory.max")
+    )
+    group = root / f"camem-{os.getpid()}"
+
+    def move(to: Path) -> None:
+        for process in processes:
+            (to / "cgroup.procs").write_text(str(process))
+
+    try:
+        group.mkdir()
+        (group / name).write_text(str(limit))
+        move(group)
+    except OSError as error:
+        pytest.skip(f"control groups cannot be made here: {error}")
+    try:
+        yield
+    finally:
+        move(root)
+        group.rmdir()
+
+
+def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
+    """Before the first sleep: what one rank needs is there, what both need is not."""
+    needs = ranks.collective_rpc(needed)
+    limit = max(needs) * 3 // 2
+    with control_group(limit, ranks.collective_rpc(process_id)):
+        with pytest.raises(MemoryError) as refused:
+            ranks.sleep(level=1)
+        text = str(refused.value)
+        assert "the backups of ranks 0, 1 on host" in text and "use level 2" in text
+        assert f"need {needs[0]} + {needs[1]} = {sum(needs)} bytes of host memory" in text
+        available = int(re.search(r"together and (\d+) are available", text)[1])
+        assert max(needs) < available <= limit < sum(needs)
+        assert_all(ranks, "RUNNING")
+        assert [rank["host_backup"] for rank in status(ranks)] == [0, 0]
 
 
 def test_buffers_come_free_and_come_back(ranks, tiny_model) -> None:
