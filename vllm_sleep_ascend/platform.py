@@ -100,6 +100,11 @@ class NPUPlatform(Platform):
         if vllm_config.shutdown_timeout == 0:
             # Engine processes are killed at once by default; let them close the device first.
             vllm_config.shutdown_timeout = _SHUTDOWN_S
+        if parallel_config.distributed_executor_backend == "ray":
+            from vllm.v1.executor import ray_utils
+
+            # Ray chooses the devices of each node: those visible to the driver mean nothing there.
+            ray_utils.WORKER_SPECIFIC_ENV_VARS.add(cls.device_control_env_var)
         # A forked child cannot use a device that its parent has touched.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         _configure_sleep_mode(vllm_config)

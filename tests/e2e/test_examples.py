@@ -38,6 +38,7 @@ def test_the_rlhf_example(tiny_model, devices, tmp_path):
         ],
         env={
             **os.environ,
+            "RAY_worker_niceness": "0",
             "NPU_SIM_MACHINE": f"rlhf-{os.getpid()}",
             "NPU_SIM_DEVICES": str(devices),
             "NPU_SIM_HBM_GIB": "0.5",

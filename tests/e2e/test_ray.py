@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Ray executor: one engine over two nodes, each with a simulated NPU of its own."""
+
+import os
+import sys
+from pathlib import Path
+
+from ray_cluster import RayCluster
+from support import ROOT
+
+TESTS = Path(__file__).with_name("on_ray.py")
+
+
+def test_an_engine_over_two_nodes(tiny_model) -> None:
+    # Workers import what the tests send them.
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/e2e"))
+    with RayCluster({"PYTHONPATH": paths, "NPU_SIM_HBM_GIB": "1"}) as cluster:
+        machines = ",".join(cluster.environment(node)["NPU_SIM_MACHINE"] for node in range(2))
+        done = cluster.run(
+            0,
+            [sys.executable, "-m", "pytest", TESTS, "-x", "-q", "-p", "no:cacheprovider"],
+            timeout=500,
+            RAY_NODES=machines,
+        )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "4 passed" in done.stdout
