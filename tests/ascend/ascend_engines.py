@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from reference import MAX_NUM_BATCHED_TOKENS
+ITS_OWN = {
+    "VLLM_PLUGINS": "ascend,ascend_kv_connector,ascend_model,ascend_model_loader,"
+    "ascend_service_profiling",
+    "VLLM_ASCEND_ENABLE_NZ": "0",
+}
+"""vllm-ascend as it is, set up as its guide to sleep mode says."""
 
 
 @contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
     """An ``LLM``; gone afterwards."""
+    from reference import MAX_NUM_BATCHED_TOKENS
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 

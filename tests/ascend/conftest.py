@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of vllm-ascend that tests share."""
+"""vllm-ascend on the simulated NPU; before vLLM is imported."""
 
 import os
 from collections.abc import Iterator
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-# Before vLLM is imported.
-os.environ.setdefault("VLLM_ASCEND_ENABLE_NZ", "0")  # as its guide to sleep mode sets it
+from ascend_engines import ITS_OWN
+
+os.environ.update(ITS_OWN)
 # NPU attention knows no float32; the tokens of 16-bit engines differ from another
 # implementation's where two logits nearly tie.
 os.environ.setdefault("NPU_SIM_FLOAT32_ATTENTION", "1")
