@@ -5,7 +5,6 @@ import gc
 
 import pytest
 import torch
-from ascend_engines import DTYPE
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from support import MIB
 
@@ -211,7 +210,7 @@ def test_weights_in_nz_format_sleep_at_level_1_and_are_refused_at_level_2(llm, e
 
     norm = worker(llm).model_runner.model.model.norm
     stock = norm.weight
-    nz = torch_npu.empty_with_format((32, 32), dtype=DTYPE, device="npu", acl_format=29)
+    nz = torch_npu.empty_with_format((32, 32), dtype=torch.float16, device="npu", acl_format=29)
     norm.weight = torch.nn.Parameter(nz, requires_grad=False)
     try:
         with pytest.raises(SleepModeError, match=r"FRACTAL_NZ.*VLLM_ASCEND_ENABLE_NZ=0"):
