@@ -23,6 +23,7 @@ TRANSLATIONS = (ROOT / "docs" / "guide.zh.md", ROOT / "README.zh.md")
 RUN_ELSEWHERE = {
     "python examples/offline_sleep.py": "tests/e2e/test_examples.py",
     "python examples/rlhf_colocate.py": "tests/e2e/test_examples.py",
+    "ray start": "tests/e2e/test_ray.py",
     "VLLM_SERVER_DEV_MODE=1 vllm serve": "tests/e2e/server.py",
     "vllm-sleep switch": "tests/e2e/test_cli.py",
     "vllm-sleep-proxy": "tests/e2e/switching_proxy/test_proxy.py",
