@@ -16,6 +16,8 @@ def install() -> None:
     """Wrap the client's calls. Repeating it changes nothing."""
     from vllm.v1.engine.core_client import AsyncMPClient
 
+    if not hasattr(AsyncMPClient, "call_utility_all_async"):
+        return  # vLLM 0.23 has one answer for all
     wrap(AsyncMPClient, "call_utility_all_async", _waits_for_all)
     wrap(AsyncMPClient, "is_sleeping_async", _is_sleeping)
 
@@ -26,6 +28,8 @@ async def rank_status(client: Any) -> list[dict[str, Any]]:
     Args:
         client: vLLM's AsyncLLM.
     """
+    if not hasattr(client.engine_core, "call_utility_all_async"):
+        return await client.collective_rpc("sleep_status")
     call = ("collective_rpc", "sleep_status", None, (), None)
     engines = await client.engine_core.call_utility_all_async(*call)
     return [rank for ranks in engines for rank in ranks]
