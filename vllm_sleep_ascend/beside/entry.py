@@ -47,6 +47,7 @@ def _choose_worker(vllm_config: Any) -> None:
     if model_config is None or not model_config.enable_sleep_mode or parallel.worker_cls == WORKER:
         return
     if parallel.worker_cls != _STOCK_WORKER:
+        os.environ.pop(IN_USE, None)
         logger.warning(
             "Sleep mode is left to vllm-ascend: vllm_sleep_ascend knows the worker %s, and this "
             "engine has %s.",

@@ -32,7 +32,7 @@ SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     },
     "vllm_ascend.device_allocator.sleep_mem_optimized": {
         "SleepWakeupManager": {"sleep": (), "wakeup": ("tags",)},
-        "HcclSleepWakeupManager": {"sleep": (), "wakeup": ()},
+        "HcclSleepWakeupManager": {"refresh_moe_hccl_groups": ()},
         "AclGraphSleepWakeupManager": {"sleep": (), "wakeup": ("tags",)},
     },
     "vllm_ascend.worker.worker": {

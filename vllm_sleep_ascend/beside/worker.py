@@ -16,15 +16,21 @@ from vllm_sleep_ascend.beside.strays import StrayTensors
 from vllm_sleep_ascend.communicators import Communicators
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.pool import release_pools
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
 allocator.install()
 
 from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO  # noqa: E402
 from vllm_ascend.ascend_config import get_ascend_config  # noqa: E402
 from vllm_ascend.worker.worker import NPUWorker  # noqa: E402
 
 _FRACTAL_NZ = 29
+
+
+def _extra_cleanup() -> bool:
+    return bool(getattr(get_ascend_config(), "enable_sleep_mode_extra_cleanup", False))
 
 
 class _LaterWorker(NPUWorker):
@@ -64,7 +70,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self._sleep_saved_parameters: dict[str, torch.Tensor] = {}
         self._strays = StrayTensors(self.sleep_mode_backend)
         self._experts = ExpertLayouts()
-        self._weights_slept = self._cleaned_up = self._graphs_dropped = False
+        self._weights_slept = self._graphs_dropped = False
 
     # --- Start and end ---------------------------------------------------------------------------
 
@@ -86,9 +92,11 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
 
     def shutdown(self) -> None:
         """Give device memory back while the process still has a device to give it to."""
+        model = getattr(getattr(self, "model_runner", None), "model", None)
         super().shutdown()
-        from vllm_sleep_ascend.pool import release_pools
-
+        # vLLM remembers by layer how to load it again, and what it remembers refers to the layer.
+        for layer in model.modules() if model is not None else ():
+            LAYERWISE_INFO.pop(layer, None)
         release_pools()
 
     # --- Sleep and wake --------------------------------------------------------------------------
@@ -112,23 +120,24 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
             handle.wait()
         self._pp_send_work = []
 
+    def _releases_communicators(self) -> bool:
+        """vllm-ascend's extra clean-up means them too; ours can be taken back."""
+        return _extra_cleanup() or super()._releases_communicators()
+
     def _after_sleep(self) -> None:
-        """vllm-ascend's clean-up: of ACL graphs and HCCL's groups. It cannot be taken back, and so
-        comes after every rank sleeps."""
+        """Forget captured graphs, if vllm-ascend's extra clean-up is on. It cannot be taken back,
+        and so comes once every rank sleeps."""
         self._weights_slept = True
-        if not getattr(get_ascend_config(), "enable_sleep_mode_extra_cleanup", False):
-            return
-        self._graphs_dropped |= self.model_runner.use_aclgraph
-        self._cleaned_up = True
-        self.sleep_wakeup_manager.sleep()
-        gc.collect()
-        torch_npu.npu.empty_cache()
+        if _extra_cleanup() and self.model_runner.use_aclgraph and not self._graphs_dropped:
+            self._graphs_dropped = True
+            self.sleep_wakeup_manager.acl_graph.sleep()
+            gc.collect()
+            torch_npu.npu.empty_cache()
 
     def _after_wake(self) -> None:
         backend, manager = self.sleep_mode_backend, self.sleep_wakeup_manager
-        if self._cleaned_up:
-            manager.hccl.wakeup()
-            self._cleaned_up = False
+        if self._releases_communicators():
+            manager.hccl.refresh_moe_hccl_groups()  # they know communicators by name
         awake = not backend.asleep("weights")
         if self._graphs_dropped and awake and not backend.asleep("kv_cache"):
             manager.acl_graph.wakeup()
