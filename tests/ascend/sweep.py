@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every AscendCL call of a sleep and a wake fails once, through vllm-ascend's allocator class.
+
+    npu-sim python tests/ascend/sweep.py [own]
+
+``own`` is vllm-ascend's allocator as it ships, otherwise it is ours in its place. Three tensors of
+weights and two of KV cache sleep at level 1 and wake; one call fails with 507899; the operation
+that failed is repeated once. Each fault has a process of its own, as some end it.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+from vllm_sleep_ascend.sim import control
+
+CODE = 507899
+MIB = 1 << 20
+ASKED_ONLY = ("aclrtGetDevice", "aclrtGetCurrentContext")  # of the thread, not of the device
+OUTCOMES = ("survived", "lost", "aborted", "stuck")
+
+
+def allocator(own: bool) -> Any:
+    from vllm_ascend.device_allocator import camem
+
+    if not own:
+        from vllm_sleep_ascend.beside.allocator import install
+
+        install()
+    return camem.CaMemAllocator.get_instance()
+
+
+class World:
+    """Three weights and two caches, put to sleep and woken through the allocator."""
+
+    def __init__(self, own: bool):
+        memory = allocator(own)
+        self.weights = []
+        with memory.use_memory_pool(tag="weights"):
+            for seed, mib in enumerate((10, 12, 14)):
+                dice = torch.Generator().manual_seed(seed)
+                content = torch.randint(0, 255, (mib * MIB,), dtype=torch.uint8, generator=dice)
+                self.weights.append((content.npu(), content))
+        with memory.use_memory_pool(tag="kv_cache"):
+            self.caches = [
+                torch.ones(mib * MIB, dtype=torch.uint8, device="npu") for mib in (10, 12)
+            ]
+        torch.npu.synchronize()
+        self.operations = {
+            "sleep": lambda: memory.sleep(offload_tags=("weights",)),
+            "wake": memory.wake_up,
+        }
+
+    def calls(self) -> dict[str, list[str]]:
+        """What each operation asks of AscendCL."""
+        calls = {}
+        for name, operation in self.operations.items():
+            control.reset_counters()
+            control.keep_call_log(True)
+            operation()
+            calls[name] = control.call_log()
+            control.keep_call_log(False)
+        return calls
+
+    def outcome(self, faulty: str, call: str, nth: int) -> str:
+        """Of a cycle in which that call of one operation fails."""
+        for name, operation in self.operations.items():
+            control.set_faults(f"{call}:{nth}:{CODE}" if name == faulty else "")
+            try:
+                operation()
+            except Exception:
+                control.set_faults("")
+                try:
+                    operation()
+                except Exception:
+                    return "stuck"
+            control.set_faults("")
+        for cache in self.caches:
+            cache.fill_(2)
+        intact = all(torch.equal(tensor.cpu(), content) for tensor, content in self.weights)
+        return "survived" if intact else "lost"
+
+
+def in_a_process(own: bool, faults: list[tuple[str, str, int]] | None) -> Any:
+    """The outcomes of faults one after the other, or the calls; None if the process ended."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            world = World(own)
+            answer = world.calls() if faults is None else [world.outcome(*f) for f in faults]
+            with os.fdopen(writer, "w") as pipe:
+                pipe.write(json.dumps(answer))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else None
+
+
+def sweep(own: bool) -> dict[str, Counter]:
+    """Outcomes by call, over every call of a sleep and a wake.
+
+    Ours takes all faults in one process; its own gets a process for each, as some end it.
+    """
+    calls = in_a_process(own, None)
+    faults = [
+        (operation, call, nth)
+        for operation, names in calls.items()
+        for call, times in Counter(names).items()
+        for nth in range(1, times + 1)
+        if call not in ASKED_ONLY
+    ]
+    outcomes = in_a_process(own, faults) if not own else None
+    if outcomes is None:
+        outcomes = [(in_a_process(own, [fault]) or ["aborted"])[0] for fault in faults]
+    table: dict[str, Counter] = {}
+    for (_, call, _), outcome in zip(faults, outcomes, strict=True):
+        table.setdefault(call, Counter())[outcome] += 1
+    return table
+
+
+if __name__ == "__main__":
+    for call, outcomes in sweep("own" in sys.argv[1:]).items():
+        print("ROW", call, *(outcomes[outcome] for outcome in OUTCOMES))
