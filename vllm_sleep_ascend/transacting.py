@@ -2,9 +2,12 @@
 """How a worker does an operation: with the other ranks of its engine, or alone."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch_npu
 
 from vllm_sleep_ascend.agreement import Operation
 from vllm_sleep_ascend.config import SleepModeConfig
@@ -54,6 +57,9 @@ class TransactingWorker:
                 "type": type(error).__name__,
                 "message": str(error),
             }
+            with suppress(RuntimeError):
+                # A call that failed may have kept torch from coming back from another device.
+                torch_npu.npu.set_device(worker.device)
             if self.agreement.size == 1 and isinstance(error, RuntimeError):
                 error.args = (f"rank {worker.rank}: {error}",)
             raise
