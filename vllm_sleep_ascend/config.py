@@ -67,10 +67,12 @@ class SleepModeConfig(BaseModel):
 
     @classmethod
     def releases_communicators(cls, vllm_config: "VllmConfig") -> bool:
-        """By this package's option or by vLLM's."""
+        """By this package's option, vLLM's or vllm-ascend's."""
         own = cls.from_vllm_config(vllm_config).release_communicators
         # vLLM 0.23 has no such option.
-        return own or getattr(vllm_config.model_config, "enable_nccl_comm_suspend", False)
+        vllms = getattr(vllm_config.model_config, "enable_nccl_comm_suspend", False)
+        vllm_ascends = (vllm_config.additional_config or {}).get("enable_sleep_mode_extra_cleanup")
+        return bool(own or vllms or vllm_ascends)
 
     @classmethod
     def slowest_rank_s(cls, vllm_config: "VllmConfig") -> float:

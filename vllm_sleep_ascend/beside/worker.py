@@ -120,13 +120,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
             handle.wait()
         self._pp_send_work = []
 
-    def _releases_communicators(self) -> bool:
-        """vllm-ascend's extra clean-up means them too; ours can be taken back."""
-        return _extra_cleanup() or super()._releases_communicators()
-
     def _after_sleep(self) -> None:
         """Forget captured graphs, if vllm-ascend's extra clean-up is on. It cannot be taken back,
-        and so comes once every rank sleeps."""
+        and so comes once every rank sleeps. HCCL's part of it is in our transaction."""
         self._weights_slept = True
         if _extra_cleanup() and self.model_runner.use_aclgraph and not self._graphs_dropped:
             self._graphs_dropped = True
@@ -136,7 +132,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
 
     def _after_wake(self) -> None:
         backend, manager = self.sleep_mode_backend, self.sleep_wakeup_manager
-        if self._releases_communicators():
+        if SleepModeConfig.releases_communicators(self.vllm_config):
             manager.hccl.refresh_moe_hccl_groups()  # they know communicators by name
         awake = not backend.asleep("weights")
         if self._graphs_dropped and awake and not backend.asleep("kv_cache"):
