@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When this package stays out of vllm-ascend's way, and when it refuses to go in."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference import hf_greedy
+from support import ROOT
+
+from vllm_sleep_ascend import beside
+
+OURS, STOCK = beside.WORKER, "vllm_ascend.worker.worker.NPUWorker"
+
+# The worker, or the error, of each configuration that is asked for.
+CONFIGURE = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+
+answers = []
+for options in json.loads(sys.argv[2]):
+    args = EngineArgs(sys.argv[1], enforce_eager=True, max_model_len=512, **options)
+    try:
+        answers.append(args.create_engine_config().parallel_config.worker_cls)
+    except Exception as error:
+        answers.append(f"{type(error).__name__}: {error}")
+print("RESULT", json.dumps(answers))
+"""
+
+# An engine without sleep mode, and every function of vLLM's and vllm-ascend's that is ours.
+GENERATE = """
+import inspect, json, sys
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+
+llm = LLM(
+    sys.argv[1], dtype="float16", enforce_eager=True, max_model_len=512,
+    max_num_batched_tokens=256, kv_cache_memory_bytes=16 << 20,
+)
+out = llm.generate(
+    "Hello", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
+)
+
+import vllm_ascend.worker.worker as stock
+from vllm.entrypoints.serve.dev.sleep import api_router
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor.abstract import Executor
+
+owners = (EngineCore, LLMEngine, Executor, LLM, stock.NPUWorker, stock.CaMemAllocator)
+places = [member for owner in owners for member in vars(owner).values()]
+places += [api_router.attach_router, current_platform.check_and_update_config.__func__]
+functions = [place for place in places if inspect.isfunction(place)]
+print("RESULT", json.dumps({
+    "tokens": list(out[0].outputs[0].token_ids),
+    "worker": type(llm.llm_engine.model_executor.driver_worker.worker).__module__,
+    "functions": len(functions),
+    "changed": [str(f) for f in functions if "vllm_sleep_ascend" in f.__code__.co_filename],
+    "ours": sorted(name for name in sys.modules if name.startswith("vllm_sleep_ascend")
+                   and not name.startswith("vllm_sleep_ascend.sim")),
+}))
+"""
+
+
+def run(script: str, *arguments: object, **env: str) -> tuple[object, str]:
+    """What the script found, and everything that it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    said = done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, said[-6000:]
+    return json.loads(lines[-1].removeprefix("RESULT ")), " ".join(said.split())
+
+
+def ahead(folder: Path) -> dict[str, str]:
+    """An environment in which this folder's packages are found before those installed."""
+    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def test_without_sleep_mode_nothing_is_changed_and_nothing_of_ours_is_loaded(tiny_model):
+    found, _ = run(GENERATE, tiny_model)
+    assert found["ours"] == ["vllm_sleep_ascend", "vllm_sleep_ascend.beside"]
+    assert found["changed"] == []
+    assert found["functions"] > 100
+    assert found["worker"] == "vllm_ascend.worker.worker"
+    assert [found["tokens"]] == hf_greedy(tiny_model, ("Hello",), 8)
+
+
+def test_sleep_mode_gets_our_worker_and_another_version_a_warning(tiny_model, tmp_path):
+    info = tmp_path / "vllm_ascend-0.23.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm_ascend\nVersion: 0.23.1\n")
+    points = importlib.metadata.distribution("vllm_ascend").read_text("entry_points.txt")
+    (info / "entry_points.txt").write_text(points or "")
+    asked = [
+        {},
+        {"enable_sleep_mode": True, "additional_config": {"sleep_mode": {"chunks": 1}}},
+        {"enable_sleep_mode": True},
+        {},
+    ]
+    answers, said = run(CONFIGURE, tiny_model, json.dumps(asked), **ahead(tmp_path))
+    assert answers[0] == STOCK
+    assert "additional_config['sleep_mode']: chunks=1" in answers[1]
+    assert answers[2:] == [OURS, STOCK]
+    assert "with vllm_ascend 0.23.0, vllm 0.23.0, and this is vllm_ascend 0.23.1, vllm" in said
+    assert "what they do was not compared" in said
+
+
+def test_the_switch_leaves_sleep_mode_to_vllm_ascend(tiny_model):
+    asked = json.dumps([{"enable_sleep_mode": True}])
+    answers, said = run(CONFIGURE, tiny_model, asked, VLLM_SLEEP_ASCEND="0")
+    assert answers == [STOCK]
+    assert "Sleep mode is vllm_sleep_ascend's" not in said
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_SLEEP_ASCEND", "false")
+    with pytest.raises(ValueError, match="'false': use 0 to leave sleep mode to vllm-ascend"):
+        beside.switched_off()
+
+
+def test_a_changed_seam_is_an_error_that_names_all_of_it_and_changes_nothing(tiny_model, tmp_path):
+    """vllm-ascend as it is installed, but for its worker and its allocator."""
+    origin = importlib.metadata.distribution("vllm_ascend").locate_file("vllm_ascend")
+    shutil.copytree(str(origin), tmp_path / "vllm_ascend", ignore=shutil.ignore_patterns("*.so"))
+    for name, old, new in (
+        ("worker/worker.py", "def sleep(self, level: int = 1)", "def sleep(self, options)"),
+        ("device_allocator/camem.py", "def get_current_usage", "def usage"),
+    ):
+        file = tmp_path / "vllm_ascend" / name
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+    asked = json.dumps([{"enable_sleep_mode": True}, {}])
+    (refused, without), _ = run(CONFIGURE, tiny_model, asked, **ahead(tmp_path))
+    assert refused.startswith("SeamError")
+    assert "vllm_ascend.worker.worker.NPUWorker.sleep takes (options), not (level)" in refused
+    assert "CaMemAllocator.get_current_usage is gone" in refused
+    assert "Nothing was changed" in refused
+    assert "VLLM_SLEEP_ASCEND=0" in refused
+    assert without == STOCK
