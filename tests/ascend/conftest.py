@@ -20,3 +20,40 @@ def sleeper(tiny_model) -> Iterator[Any]:
 
     with engine(tiny_model, enable_sleep_mode=True) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """The file from which the server's simulated device reads its faults."""
+    path = tmp_path_factory.mktemp("faults") / "rules"
+    path.touch()
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, tmp_path_factory, faults) -> Iterator[Any]:
+    """A server with sleep mode and the development endpoints, on a simulated NPU of its own."""
+    from server import HBM_GIB, MEMORY, SMALL, Server
+
+    env = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",  # has to pause inside the pools
+        "NPU_SIM_MACHINE": f"ascend-server-{os.getpid()}",
+        "NPU_SIM_HBM_GIB": str(HBM_GIB),
+        "NPU_SIM_FAULTS_FILE": str(faults),
+    }
+    log = tmp_path_factory.mktemp("server") / "log"
+    eager = ("--enforce-eager", "--dtype", "float32")
+    options = ("--enable-sleep-mode", *eager, *SMALL, *MEMORY)
+    with Server(tiny_model, *options, log=log, env=env) as server:
+        yield server
+
+
+@pytest.fixture
+def left_awake(server, faults):
+    """Whatever the test did, the next one finds the server awake and its device in order."""
+    yield
+    faults.write_text("")
+    server.post("/wake_up")
+    assert not server.is_sleeping()

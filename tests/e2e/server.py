@@ -50,7 +50,7 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self._wait_until_healthy(started + 150)
+            self._wait_until_healthy(started + 480)
         except BaseException:
             self.kill()
             raise
