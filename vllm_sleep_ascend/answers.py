@@ -6,26 +6,35 @@ ranks behind it answered stays in their queues, and the next call takes it for i
 it waits without end for a rank that hangs, though the others have said so.
 """
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend import errors
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import RankGoneError
 
 logger = init_logger(f"vllm.{__name__}")
 
+_FROM_WORKER = re.compile(r"Worker failed with error '(\w+): (.*)', please check .*", re.DOTALL)
+# Of sleep and wake, in which all ranks do the same. What a user calls may take one rank long.
+_OURS = ("synchronize_device", "sleep", "wake_up", "discard", "sleeping_tags", "sleep_status")
 _LOOK_S = 1.0  # how often to look at the ranks behind while one does not answer
 _ABORT_S = 10.0  # to take back what a rank holds
 
 
 class _Answers:
-    """A rank's queue of answers that, at an error, reads those of the ranks behind it too."""
+    """A rank's queue of answers that, at an error, reads those of the ranks behind it too.
 
-    def __init__(self, rank: int, queue: Any, grace_s: float) -> None:
-        self._rank, self._queue, self._grace_s = rank, queue, grace_s
+    ``bounded``: once a rank has answered, the others have ``grace_s`` seconds. Else only after an
+    error: ranks may take their time with what a user calls.
+    """
+
+    def __init__(self, rank: int, queue: Any, bounded: bool, grace_s: float) -> None:
+        self._rank, self._queue, self._bounded, self._grace_s = rank, queue, bounded, grace_s
         self._early: list[Any] = []
         self.behind: list[_Answers] = []
 
@@ -35,8 +44,7 @@ class _Answers:
     def dequeue(self, timeout: float | None = None, **kwargs: Any) -> Any:
         """
         Raises:
-            RankGoneError: another rank has failed, and this one or one behind it did not answer
-                since.
+            RankGoneError: this rank or one behind it did not answer after another had.
         """
         status, result = self._take(timeout, **kwargs)
         if _failed(status):
@@ -48,35 +56,38 @@ class _Answers:
     def _take(self, timeout: float | None, **kwargs: Any) -> Any:
         if self._early:
             return self._early.pop()
-        if timeout is not None or not self.behind:
+        if timeout is not None:
             return self._queue.dequeue(timeout=timeout, **kwargs)
+        started = time.monotonic()
         while True:
             try:
                 return self._queue.dequeue(timeout=_LOOK_S, **kwargs)
             except TimeoutError:
-                error = next((e for other in self.behind if (e := other._look())), None)
-                if error is not None:
-                    return self._take_by(time.monotonic() + self._grace_s, error)
+                # Ranks before this one have answered, since they are read in order.
+                answers = [answer for other in self.behind if (answer := other._look())]
+                errors = [result for status, result in answers if _failed(status)]
+                if errors or (self._bounded and (answers or self._rank > 0)):
+                    return self._take_by(started + self._grace_s, "".join(errors[:1]))
 
     def _look(self) -> Any:
-        """The error with which this rank has answered; None if with none, or not yet."""
+        """What this rank has answered; None if it has not yet."""
         if not self._early:
             try:
                 self._early.append(self._queue.dequeue(timeout=0.001))
             except TimeoutError:
                 return None
-        status, result = self._early[0]
-        return result if _failed(status) else None
+        return self._early[0]
 
-    def _take_by(self, deadline: float, error: Any) -> Any:
+    def _take_by(self, deadline: float, error: str) -> Any:
         if self._early:
             return self._early.pop()
         try:
             return self._queue.dequeue(timeout=max(0.001, deadline - time.monotonic()))
         except TimeoutError:
             raise RankGoneError(
-                f"rank {self._rank} hangs: it did not answer for {self._grace_s:g} s after "
-                f"another rank had failed; restart the engine. The other's error: {error}"
+                f"rank {self._rank} hangs: another rank has answered, and it did not within "
+                f"{self._grace_s:g} s; restart the engine"
+                + (f". The other's error: {error}" if error else "")
             ) from None
 
 
@@ -94,7 +105,8 @@ def reads_every_answer(stock: Callable) -> Callable:
             return stock(self, method, *args, **kwargs)
         queues = self.response_mqs
         grace_s = SleepModeConfig.slowest_rank_s(self.vllm_config) + _ABORT_S
-        answers = [_Answers(rank, queue, grace_s) for rank, queue in enumerate(queues)]
+        bounded = method in _OURS
+        answers = [_Answers(rank, queue, bounded, grace_s) for rank, queue in enumerate(queues)]
         for rank, answer in enumerate(answers):
             answer.behind = answers[rank + 1 :]
         self.response_mqs = answers
@@ -103,11 +115,22 @@ def reads_every_answer(stock: Callable) -> Callable:
         except RankGoneError as error:
             _give_up(self, error)
             raise
+        except RuntimeError as error:
+            _raise_as_it_was(error)
+            raise
         finally:
             if self.response_mqs is answers:  # else the executor was shut down
                 self.response_mqs = queues
 
     return collective_rpc
+
+
+def _raise_as_it_was(error: RuntimeError) -> None:
+    """Only its text comes from a worker's process; ours begin with their type."""
+    crossed = _FROM_WORKER.fullmatch(str(error))
+    kind = getattr(errors, crossed[1], None) if crossed else None
+    if crossed and kind:
+        raise kind(crossed[2]) from error
 
 
 def _give_up(executor: Any, error: RankGoneError) -> None:

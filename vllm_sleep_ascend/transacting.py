@@ -60,7 +60,9 @@ class TransactingWorker:
             with suppress(RuntimeError):
                 # A call that failed may have kept torch from coming back from another device.
                 torch_npu.npu.set_device(worker.device)
-            if self.agreement.size == 1 and isinstance(error, RuntimeError):
+            if self.agreement.size > 1:
+                error.args = (f"{type(error).__name__}: {error}",)  # see answers.py
+            elif isinstance(error, RuntimeError):
                 error.args = (f"rank {worker.rank}: {error}",)
             raise
         self._last_error = None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from engines import engine
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from support import MIB
@@ -15,6 +16,7 @@ from test_parallel import assert_all, fail_on, footprint, status
 
 from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
+from vllm_sleep_ascend.pool import trim, use_pool
 
 BUFFERS = 2 * 4 * MIB  # of one communicator, by HCCL_BUFFSIZE (conftest.py)
 TOKENS = 4
@@ -37,6 +39,17 @@ def ranks(tiny_model):
 
 def held(llm) -> list[int]:
     return [rank["resident"]["communicators"] for rank in status(llm)]
+
+
+def hold(worker, size: int) -> None:
+    """As if the weights were larger by this: else a limit between one and both is too fine."""
+    with use_pool("weights"):
+        worker.more_weights = torch.ones(size, dtype=torch.uint8, device="npu")
+
+
+def drop(worker) -> None:
+    del worker.more_weights
+    trim()
 
 
 def needed(worker) -> int:
@@ -79,6 +92,7 @@ def control_group(limit: int, processes: list[int]) -> Iterator[None]:
 
 def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
     """Before the first sleep: what one rank needs is there, what both need is not."""
+    ranks.collective_rpc(hold, args=(64 * MIB,))
     needs = ranks.collective_rpc(needed)
     limit = max(needs) * 3 // 2
     with control_group(limit, ranks.collective_rpc(process_id)):
@@ -91,6 +105,7 @@ def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
         assert max(needs) < available <= limit < sum(needs)
         assert_all(ranks, "RUNNING")
         assert [rank["host_backup"] for rank in status(ranks)] == [0, 0]
+    ranks.collective_rpc(drop)
 
 
 def test_buffers_come_free_and_come_back(ranks, tiny_model) -> None:
