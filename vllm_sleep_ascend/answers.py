@@ -101,6 +101,8 @@ def reads_every_answer(stock: Callable) -> Callable:
     """Wrapper of ``MultiprocExecutor.collective_rpc``."""
 
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_failed:
+            raise RuntimeError("Executor failed: a rank is gone; restart the engine")
         if kwargs.get("unique_reply_rank") is not None:  # then the other ranks do not answer
             return stock(self, method, *args, **kwargs)
         queues = self.response_mqs

@@ -14,12 +14,28 @@ _FAILED = re.compile(r"(Call to \w+ method failed: (?:\w+: )?)(.*)", re.DOTALL)
 
 def install() -> None:
     """Wrap the client's calls. Repeating it changes nothing."""
-    from vllm.v1.engine.core_client import AsyncMPClient
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 
-    if not hasattr(AsyncMPClient, "call_utility_all_async"):
-        return  # vLLM 0.23 has one answer for all
-    wrap(AsyncMPClient, "call_utility_all_async", _waits_for_all)
+    wrap(AsyncMPClient, "call_utility_all_async", lambda _: call_all)  # not in vLLM 0.23
+    wrap(DPLBAsyncMPClient, "call_utility_async", _of_the_first)
     wrap(AsyncMPClient, "is_sleeping_async", _is_sleeping)
+
+
+async def call_all(core: Any, method: str, *args: Any) -> list[Any]:
+    """A method of every engine of vLLM's AsyncMPClient: what each answers, once all have.
+
+    Raises:
+        Exception: engines failed; names them where there are several.
+    """
+    engines = core.core_engines
+    calls = [core._call_utility_async(method, *args, engine=engine) for engine in engines]
+    if len(engines) == 1:
+        return [await calls[0]]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    failed = {n: r for n, r in enumerate(results) if isinstance(r, BaseException)}
+    if failed:
+        _raise(method, failed, [_number(engine) for engine in engines])
+    return results
 
 
 async def rank_status(client: Any) -> list[dict[str, Any]]:
@@ -28,26 +44,16 @@ async def rank_status(client: Any) -> list[dict[str, Any]]:
     Args:
         client: vLLM's AsyncLLM.
     """
-    if not hasattr(client.engine_core, "call_utility_all_async"):
-        return await client.collective_rpc("sleep_status")
     call = ("collective_rpc", "sleep_status", None, (), None)
-    engines = await client.engine_core.call_utility_all_async(*call)
+    engines = await call_all(client.engine_core, *call)
     return [rank for ranks in engines for rank in ranks]
 
 
-def _waits_for_all(stock: Callable) -> Callable:
-    async def call_utility_all_async(self: Any, method: str, *args: Any) -> list[Any]:
-        engines = self.core_engines
-        if len(engines) == 1:
-            return await stock(self, method, *args)
-        calls = [self._call_utility_async(method, *args, engine=engine) for engine in engines]
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        failed = {n: r for n, r in enumerate(results) if isinstance(r, BaseException)}
-        if failed:
-            _raise(method, failed, [_number(engine) for engine in engines])
-        return results
+def _of_the_first(stock: Callable) -> Callable:
+    async def call_utility_async(self: Any, method: str, *args: Any) -> Any:
+        return (await call_all(self, method, *args))[0]
 
-    return call_utility_all_async
+    return call_utility_async
 
 
 def _raise(method: str, failed: dict[int, BaseException], engines: list[int]) -> None:
@@ -78,6 +84,6 @@ def _is_sleeping(stock: Callable) -> Callable:
     """Where engines differ, after a failure, stock vLLM knows no answer."""
 
     async def is_sleeping_async(self: Any) -> bool:
-        return any(await self.call_utility_all_async("is_sleeping"))
+        return any(await call_all(self, "is_sleeping"))
 
     return is_sleeping_async
