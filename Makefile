@@ -110,7 +110,8 @@ test-ascend: setup-ascend
 SWITCH_LOAD_S ?= 300
 
 switch-load: setup
-	SWITCH_LOAD_S=$(SWITCH_LOAD_S) $(SIM) python -m pytest tests/e2e/switching_proxy/test_proxy_load.py -k closed_loop -s $(ARGS)
+	SWITCH_LOAD_S=$(SWITCH_LOAD_S) $(SIM) python -m pytest tests/e2e/switching_proxy/test_proxy_load.py -k closed_loop -s \
+	  --timeout 1800 $(ARGS)
 
 SOAK_MINUTES ?= 30
 

@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
-from vllm_sleep_ascend.client import CallFailed, SleepClient, Unreachable
+from vllm_sleep_ascend.calls import CallFailed, Unreachable
+from vllm_sleep_ascend.client import SleepClient
 from vllm_sleep_ascend.policy import LEVELS
 from vllm_sleep_ascend.switch import switch
 

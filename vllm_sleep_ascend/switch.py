@@ -4,7 +4,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from vllm_sleep_ascend.client import CallFailed, OutOfMemory, SleepClient
+from vllm_sleep_ascend.calls import CallFailed, OutOfMemory
+from vllm_sleep_ascend.client import SleepClient
 
 RETRY_S = 0.01
 """Seconds between two attempts of a wake that waits for memory."""

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vllm_sleep_ascend.client import CallFailed
+from vllm_sleep_ascend.calls import CallFailed
 from vllm_sleep_ascend.proxy.answers import CLIENT_LEFT, PassedOn, Refused, end_to_end
 from vllm_sleep_ascend.proxy.schedule import Schedule
 from vllm_sleep_ascend.proxy.servers import Server

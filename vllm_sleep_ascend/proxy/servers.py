@@ -9,7 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vllm_sleep_ascend.client import CallFailed, SleepClient
+from vllm_sleep_ascend.calls import CallFailed
+from vllm_sleep_ascend.client import SleepClient
 
 State = Literal["awake", "asleep", "unknown"]
 

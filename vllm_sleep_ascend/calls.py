@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP calls to one vLLM server, and the ways in which they fail."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import httpx
+
+HEALTH_S = 1.0
+"""Seconds between two looks at whether an engine that works on a call is still alive."""
+
+_ATTEMPTS = 5
+
+
+class CallFailed(Exception):
+    """A server refused or failed a call; the text says which, and why."""
+
+
+class OutOfMemory(CallFailed):
+    """A wake that found too little free device memory. What slept still sleeps."""
+
+
+class Unreachable(CallFailed):
+    """No answer from the server: nobody listens, or the connection broke."""
+
+
+class NobodyListens(Unreachable):
+    """The connection was refused: there is no server process."""
+
+
+class Calls:
+    """Calls to the server at ``url``; each may take ``timeout_s`` seconds."""
+
+    def __init__(self, url: str, timeout_s: float, api_key: str | None) -> None:
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(f"{url!r} is not a server's address; write such as http://HOST:PORT")
+        self.url = url.rstrip("/")
+        # Proxies of the environment are for the outside; servers that sleep are near. Idle
+        # connections end before the server ends them (after 5 s), which a call could collide with.
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            limits=httpx.Limits(keepalive_expiry=2.0),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def call(self, method: str, path: str, optional: bool = False, **options: Any) -> Any:
+        """The JSON answer, None if it is empty or an ``optional`` path is missing.
+
+        Raises:
+            OutOfMemory: the server found too little free device memory.
+            Unreachable: it gave no answer; NobodyListens: there is no process.
+            CallFailed: it refused or failed the call.
+        """
+        try:
+            answer = await self._http.request(method, path, **options)
+        except httpx.ConnectError as error:
+            raise NobodyListens(
+                f"{self.url}: cannot connect ({error}); is the server up, and is this its address?"
+            ) from None
+        except httpx.ConnectTimeout:
+            raise Unreachable(f"{self.url}: connecting took too long") from None
+        except httpx.TimeoutException:
+            raise CallFailed(f"{self.url}: {path} gave no answer in time") from None
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise Unreachable(f"{self.url}: {path}: the connection broke ({reason})") from None
+        if answer.status_code == 404:
+            if optional:
+                return None
+            raise CallFailed(
+                f"{self.url}: there is no {path}; start the server with VLLM_SERVER_DEV_MODE=1"
+            )
+        if answer.status_code != 200:
+            kind, reason = _reason(answer)
+            failure = OutOfMemory if kind == "DeviceOutOfMemoryError" else CallFailed
+            raise failure(f"{self.url}: {path} answered {answer.status_code}: {reason}")
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise CallFailed(f"{self.url}: {path} did not answer in JSON; is it vLLM?") from None
+
+    async def get(
+        self, path: str, field: str, timeout_s: float | None = None, optional: bool = False
+    ) -> Any:
+        """A field of the JSON object that ``path`` answers; None if an optional path is missing."""
+        options = {"timeout": timeout_s} if timeout_s else {}
+        answer = await self.call("GET", path, optional, **options)
+        if answer is None and optional:
+            return None
+        if not isinstance(answer, dict) or field not in answer:
+            raise CallFailed(f"{self.url}: {path} answered without {field!r}; is it vLLM?")
+        return answer[field]
+
+    async def is_gone(self, timeout_s: float) -> bool:
+        """Whether there is no engine any more, so that its device memory is free: nobody listens,
+        or vLLM says that its engine is dead. False if the server does not say."""
+        for _ in range(_ATTEMPTS):
+            try:
+                answer = await self._http.get("/health", timeout=timeout_s)
+            except httpx.ConnectError:
+                return True
+            except httpx.TimeoutException:
+                return False
+            except httpx.TransportError:
+                continue  # A connection of old, which broke as well.
+            return answer.status_code == 503
+        return False
+
+    async def unless_the_engine_dies(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """What the call gives. vLLM may leave it without an answer when its engine dies."""
+        working = asyncio.create_task(call)
+        try:
+            while not (await asyncio.wait({working}, timeout=HEALTH_S))[0]:
+                if await self.is_gone(HEALTH_S) and not working.done():
+                    raise CallFailed(f"{self.url}: its engine died; restart the server")
+            return working.result()
+        finally:
+            working.cancel()
+            await asyncio.wait({working})
+
+
+def _reason(answer: httpx.Response) -> tuple[str, str]:
+    """Type and text of an error answer, in the form of this package or of FastAPI."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return "", answer.text.strip() or answer.reason_phrase
+    if isinstance(body, dict) and isinstance(body.get("error"), dict):
+        return str(body["error"].get("type", "")), str(body["error"].get("message", ""))
+    return "", str(body.get("detail", body) if isinstance(body, dict) else body)
