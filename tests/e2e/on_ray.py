@@ -6,7 +6,6 @@ import os
 import pytest
 from engines import engine
 from reference import PROMPTS, hf_greedy, vllm_greedy
-from support import MIB
 from test_parallel import RESIDENT, assert_all, assert_asleep, fail_on, footprint, status
 
 
@@ -36,7 +35,7 @@ def test_each_rank_has_the_device_of_its_node(ranks) -> None:
 def test_every_rank_sleeps_and_the_tokens_stay(ranks, tiny_model) -> None:
     expected = hf_greedy(tiny_model)
     assert vllm_greedy(ranks) == expected
-    assert all(rank["total"] - rank["free"] > 64 * MIB > RESIDENT // 2 for rank in status(ranks))
+    assert all(rank["total"] - rank["free"] > RESIDENT for rank in status(ranks))
 
     ranks.sleep(level=1)
     assert_asleep(ranks)

@@ -5,12 +5,14 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from ray_cluster import RayCluster
 from support import ROOT
 
 TESTS = Path(__file__).with_name("on_ray.py")
 
 
+@pytest.mark.timeout(900)
 def test_an_engine_over_two_nodes(tiny_model) -> None:
     # Workers import what the tests send them.
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/e2e"))
@@ -19,7 +21,7 @@ def test_an_engine_over_two_nodes(tiny_model) -> None:
         done = cluster.run(
             0,
             [sys.executable, "-m", "pytest", TESTS, "-x", "-q", "-p", "no:cacheprovider"],
-            timeout=500,
+            timeout=800,
             RAY_NODES=machines,
         )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
