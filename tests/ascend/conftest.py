@@ -18,7 +18,8 @@ def sleeper(tiny_model) -> Iterator[Any]:
     """An engine with sleep mode, in this process."""
     from ascend_engines import engine
 
-    with engine(tiny_model, enable_sleep_mode=True) as llm:
+    options = {"sleep_mode": {"preserve_parameters": ["model.layers.0.*_layernorm.weight"]}}
+    with engine(tiny_model, enable_sleep_mode=True, additional_config=options) as llm:
         yield llm
 
 

@@ -107,14 +107,20 @@ def test_level_2_with_reload_keeps_the_tokens(llm, expected):
 
 
 def test_level_2_keeps_buffers_and_what_is_neither_buffer_nor_parameter(llm, expected):
-    """vllm-ascend keeps tables and derived matrices in attributes and globals."""
+    """vllm-ascend keeps tables and derived matrices in attributes and globals. Two parameters are
+    preserved by an option."""
     model = worker(llm).model_runner.model
     with _in_weights_pool():
         model.stray = [torch.arange(100_000, device="npu")]
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers()}
     assert buffers
+    norms = {n: p.cpu() for n, p in model.named_parameters() if "layernorm" in n}
     llm.sleep(level=2)
     llm.wake_up()
+    kept = {n for n, p in model.named_parameters() if n in norms and torch.equal(p.cpu(), norms[n])}
+    preserved = {f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")}
+    assert kept == preserved
+    assert preserved.isdisjoint(worker(llm).weights_content()["missing"])
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer.cpu(), buffers[name]), name
     assert torch.equal(model.stray[0].cpu(), torch.arange(100_000))
