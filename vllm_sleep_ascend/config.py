@@ -71,7 +71,8 @@ class SleepModeConfig(BaseModel):
         own = cls.from_vllm_config(vllm_config).release_communicators
         # vLLM 0.23 has no such option.
         vllms = getattr(vllm_config.model_config, "enable_nccl_comm_suspend", False)
-        vllm_ascends = (vllm_config.additional_config or {}).get("enable_sleep_mode_extra_cleanup")
+        additional: Any = vllm_config.additional_config or {}
+        vllm_ascends = additional.get("enable_sleep_mode_extra_cleanup")
         return bool(own or vllms or vllm_ascends)
 
     @classmethod
