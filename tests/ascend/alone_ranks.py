@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks beside vllm-ascend, with its extra clean-up on: all sleep and wake, or none."""
+"""Two ranks beside vllm-ascend, with its extra clean-up on: all sleep and wake, or none.
+
+Run by itself (``pytest tests/ascend/alone_ranks.py``): at its end vLLM 0.23 may wait for ever for a
+zmq context of an engine in this process with workers in others.
+"""
 
 import pytest
 from ascend_engines import engine
