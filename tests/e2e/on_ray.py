@@ -64,7 +64,7 @@ def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
         return ranks.collective_rpc(footprint)
 
     cycle()
-    figures = [cycle() for _ in range(5)]
+    figures = [cycle() for _ in range(10)]
     assert figures[1:] == figures[:1] * 4
 
 
