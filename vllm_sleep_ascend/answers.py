@@ -21,7 +21,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 _FROM_WORKER = re.compile(r"Worker failed with error '(\w+): (.*)', please check .*", re.DOTALL)
 # Of sleep and wake, in which all ranks do the same. What a user calls may take one rank long.
-_OURS = ("synchronize_device", "sleep", "wake_up", "discard", "sleeping_tags", "sleep_status")
+_OURS = (
+    *("sleep_refusal", "synchronize_device", "sleep", "wake_up", "discard"),
+    *("sleeping_tags", "sleep_status", "weights_content"),
+)
 _LOOK_S = 1.0  # how often to look at the ranks behind while one does not answer
 _ABORT_S = 10.0  # to take back what a rank holds
 
@@ -58,7 +61,6 @@ class _Answers:
             return self._early.pop()
         if timeout is not None:
             return self._queue.dequeue(timeout=timeout, **kwargs)
-        started = time.monotonic()
         while True:
             try:
                 return self._queue.dequeue(timeout=_LOOK_S, **kwargs)
@@ -67,7 +69,8 @@ class _Answers:
                 answers = [answer for other in self.behind if (answer := other._look())]
                 errors = [result for status, result in answers if _failed(status)]
                 if errors or (self._bounded and (answers or self._rank > 0)):
-                    return self._take_by(started + self._grace_s, "".join(errors[:1]))
+                    deadline = time.monotonic() + self._grace_s
+                    return self._take_by(deadline, "".join(errors[:1]))
 
     def _look(self) -> Any:
         """What this rank has answered; None if it has not yet."""

@@ -8,7 +8,7 @@ its work. So communicators are destroyed and made anew, and all else stays: torc
 with their stores and streams, vLLM's groups over them, and whatever refers to them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -112,17 +112,14 @@ class Communicators:
         """Take back a release, if it has begun; returns what failed in that, ``""``: nothing."""
         if not self._begun:
             return ""
-        self.destroy()
-        agreement.exchange(None)
-        trouble = ""
-        try:
-            self.restore()
-        except RuntimeError as error:
-            trouble = f"communicators are made again by their next use, not now: {error}"
+        trouble = _failure_of(self.destroy)
+        agreement.exchange(None)  # every rank comes here, whatever happened
+        if not trouble:
+            trouble = _failure_of(self.restore)
         if any(agreement.exchange(trouble)):
-            self.destroy()
+            trouble = trouble or _failure_of(self.destroy)
         self.forget()
-        return trouble
+        return trouble and f"communicators are made again by their next use, not now: {trouble}"
 
     def _used(self) -> Iterator[_Used]:
         for group, (backend, store) in distributed_c10d._world.pg_map.items():
@@ -156,6 +153,15 @@ class Communicators:
             dist.send(token, used.ranks[high], group=used.group)
         else:
             dist.recv(token, used.ranks[low], group=used.group)
+
+
+def _failure_of(step: Callable[[], None]) -> str:
+    """What kept it from being done, ``""``: nothing."""
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 @contextmanager

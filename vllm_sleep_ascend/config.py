@@ -53,7 +53,7 @@ class SleepModeConfig(BaseModel):
     rank_timeout_s: float = Field(default=120.0, ge=1, le=86400, allow_inf_nan=False)
     """Seconds that a rank that is ready to sleep or to wake waits for the slowest one. Then the
     operation fails, on every rank that answers. HCCL_CONNECT_TIMEOUT comes on top where
-    communicators are made again."""
+    communicators are made again, and so does wake_timeout_s."""
 
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
@@ -79,7 +79,8 @@ class SleepModeConfig(BaseModel):
     def slowest_rank_s(cls, vllm_config: "VllmConfig") -> float:
         """Seconds after which a rank that did not come has to be taken for hanging."""
         connect_s = connect_timeout_s() if cls.releases_communicators(vllm_config) else 0
-        return cls.from_vllm_config(vllm_config).rank_timeout_s + connect_s
+        config = cls.from_vllm_config(vllm_config)
+        return config.rank_timeout_s + config.wake_timeout_s + connect_s
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "SleepModeConfig":

@@ -142,11 +142,12 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
                     self._reload_or_sleep_again()
             torch.accelerator.synchronize()
 
+        was_unfinished = self._wake_unfinished
         try:
             self._together("wake", resume, finish, communicators="restore")
         except Exception:
             if self.agreement.size > 1:
-                self._wake_unfinished = False  # it was taken back
+                self._wake_unfinished = was_unfinished  # this one was taken back
             raise
         self._after_wake()
         self._wake_unfinished = False

@@ -76,6 +76,8 @@ class TransactingWorker:
     ) -> Operation:
         worker: Any = self
         backend, communicators = self.sleep_mode_backend, self.communicators
+        if fate == "release" and backend.state() == "RUNNING":
+            communicators.forget()  # of a sleep that was taken back without the other ranks
         release = fate == "release" and not communicators.released
         if release and SleepModeConfig.releases_communicators(worker.vllm_config):
             steps = (*steps, communicators.release)
@@ -88,9 +90,16 @@ class TransactingWorker:
                 communicators.forget()
 
         def abort() -> str:
+            with suppress(RuntimeError):  # nothing may run on what is unmapped now
+                torch_npu.npu.set_device(worker.device)
+                torch_npu.npu.synchronize()
+            trouble = backend.abort()
             if not release:
-                communicators.destroy()
-            return backend.abort()
+                try:
+                    communicators.destroy()
+                except RuntimeError as error:
+                    trouble = "; ".join(filter(None, (trouble, str(error))))
+            return trouble
 
         operation = Operation(name, steps, commit, abort)
         if release:
