@@ -65,7 +65,7 @@ def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
 
     cycle()
     figures = [cycle() for _ in range(10)]
-    assert figures[1:] == figures[:1] * 4
+    assert figures[1:] == figures[:1] * 9
 
 
 def test_a_fault_on_the_other_node_keeps_both_as_they_were(ranks, tiny_model) -> None:
