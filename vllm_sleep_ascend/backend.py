@@ -129,6 +129,25 @@ class CamemBackend(SleepModeBackend):
             usage["host"] += allocation["host_bytes"]
         return tags
 
+    def component_bytes(self, device: int) -> dict[str, int] | None:
+        """Device memory of this process by component of CANN, by AscendCL's own account; None where
+        it has none."""
+        return _camem.component_bytes(device)
+
+    def host_need(
+        self, actions: Mapping[str, Action], otherwise: Action = "offload"
+    ) -> tuple[int, int]:
+        """Bytes of host memory that a sleep by these actions takes beyond what is pinned already,
+        and bytes that the machine or this process's control group has left."""
+        allocations = _camem.allocations()
+        ready = _camem.pinned_host_bytes() - sum(a["host_bytes"] for a in allocations)
+        needed = sum(
+            max(0, a["bytes"] - a["host_bytes"])
+            for a in allocations
+            if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
+        )
+        return max(0, needed - max(0, ready)), _camem.available_host_bytes()
+
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host, also of a tensor whose memory sleeps in a host backup.
 

@@ -18,16 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch_npu.distributed import reinit_process_group
-from vllm.logger import init_logger
 
-from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.agreement import Agreement
 from vllm_sleep_ascend.config import connect_timeout_s
 from vllm_sleep_ascend.errors import SleepModeError
 
-logger = init_logger(f"vllm.{__name__}")
-
-_HCCL = "HCCL"  # the component's name in AscendCL's account of device memory
 _NPU = torch.device("npu")
 
 
@@ -48,12 +43,12 @@ class Communicators:
     Every rank makes the same calls at the same time.
 
     Args:
-        device: index of this rank's device.
+        held_bytes: tells the device memory that HCCL holds in this process; None: it cannot.
         members: the world's ranks that are the engine. Groups with others stay as they are.
     """
 
-    def __init__(self, device: int, members: range) -> None:
-        self._device, self._members = device, members
+    def __init__(self, held_bytes: Callable[[], int | None], members: range) -> None:
+        self._held_bytes, self._members = held_bytes, members
         self._released: list[_Used] = []
         self._begun = False  # a release that can still be taken back
 
@@ -61,11 +56,6 @@ class Communicators:
     def released(self) -> bool:
         """Whether there were communicators, and they are released."""
         return bool(self._released)
-
-    def held_bytes(self) -> int | None:
-        """Device memory that HCCL holds in this process; None where AscendCL cannot tell."""
-        components = _camem.component_bytes(self._device)
-        return None if components is None else components.get(_HCCL, 0)
 
     def release(self) -> None:
         """Destroy what there is. Work on the communicators has to be complete, on every rank.
@@ -75,10 +65,10 @@ class Communicators:
         """
         self._begun = True
         self._released = list(self._used())
-        before = self.held_bytes()
+        before = self._held_bytes()
         self.destroy()
         # torch_npu does not tell whether HcclCommDestroy failed.
-        if self._released and before and before == self.held_bytes():
+        if self._released and before and before == self._held_bytes():
             raise SleepModeError(
                 f"HCCL kept the {before} bytes of its communicators when they were destroyed; "
                 "HCCL's log may have the cause. To sleep without it, leave out "
@@ -112,12 +102,12 @@ class Communicators:
         """Take back a release, if it has begun; returns what failed in that, ``""``: nothing."""
         if not self._begun:
             return ""
-        trouble = _failure_of(self.destroy)
+        trouble = trouble_of(self.destroy)
         agreement.exchange(None)  # every rank comes here, whatever happened
         if not trouble:
-            trouble = _failure_of(self.restore)
+            trouble = trouble_of(self.restore)
         if any(agreement.exchange(trouble)):
-            trouble = trouble or _failure_of(self.destroy)
+            trouble = trouble or trouble_of(self.destroy)
         self.forget()
         return trouble and f"communicators are made again by their next use, not now: {trouble}"
 
@@ -155,7 +145,7 @@ class Communicators:
             dist.recv(token, used.ranks[low], group=used.group)
 
 
-def _failure_of(step: Callable[[], None]) -> str:
+def trouble_of(step: Callable[[], None]) -> str:
     """What kept it from being done, ``""``: nothing."""
     try:
         step()

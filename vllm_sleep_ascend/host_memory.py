@@ -8,10 +8,13 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import HostOutOfMemoryError
 from vllm_sleep_ascend.policy import Action
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.backend import CamemBackend
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -27,22 +30,10 @@ class HostNeed:
     available: int
 
 
-def host_need(rank: int, actions: Mapping[str, Action], otherwise: Action = "offload") -> HostNeed:
+def host_need(backend: "CamemBackend", rank: int, actions: Mapping[str, Action]) -> HostNeed:
     """Of a sleep by these actions on this rank, beyond what is pinned already."""
-    allocations = _camem.allocations()
-    ready = _camem.pinned_host_bytes() - sum(a["host_bytes"] for a in allocations)
-    needed = sum(
-        max(0, a["bytes"] - a["host_bytes"])
-        for a in allocations
-        if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
-    )
     boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-    return HostNeed(
-        rank,
-        (boot_id, socket.gethostname()),
-        max(0, needed - max(0, ready)),
-        _camem.available_host_bytes(),
-    )
+    return HostNeed(rank, (boot_id, socket.gethostname()), *backend.host_need(actions))
 
 
 def check_together(needs: Iterable[HostNeed]) -> None:

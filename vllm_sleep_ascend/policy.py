@@ -51,7 +51,6 @@ NEEDS_WEIGHTS = (
     "add_lora",
     "pin_lora",
     "remove_lora",
-    "pin_lora",
 )
 
 

@@ -2,15 +2,17 @@
 """What a rank's process holds of its device besides memory that can sleep, by cause."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from vllm_sleep_ascend import _camem
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.backend import CamemBackend
 
 _APPLICATION, _HCCL = "APP", "HCCL"  # components in AscendCL's account
 _GRAPHS = "cudagraph"  # vLLM's tag
 _MIB = 1 << 20
 
 
-def resident_bytes(device: int, tags: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+def resident_bytes(backend: "CamemBackend", device: int) -> dict[str, int]:
     """Bytes of device memory of this process, by cause; those of other processes do not count.
 
     ``communicators``: HCCL's. ``context``: the runtime and other components of CANN. ``graphs``:
@@ -19,10 +21,11 @@ def resident_bytes(device: int, tags: Mapping[str, Mapping[str, int]]) -> dict[s
     AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
 
     Args:
-        device: the rank's device index. tags: CamemBackend.usage().
+        device: the rank's device index.
     """
+    tags = backend.usage()
     graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
-    components = _camem.component_bytes(device)
+    components = backend.component_bytes(device)
     if components is None:
         return graphs
     communicators = components.pop(_HCCL, 0)
@@ -30,6 +33,12 @@ def resident_bytes(device: int, tags: Mapping[str, Mapping[str, int]]) -> dict[s
     other = max(0, components.pop(_APPLICATION, 0) - managed)
     context = sum(components.values())
     return {"context": context, "communicators": communicators, **graphs, "other": other}
+
+
+def communicator_bytes(backend: "CamemBackend", device: int) -> int | None:
+    """Bytes of device memory that HCCL holds in this process; None where AscendCL cannot tell."""
+    components = backend.component_bytes(device)
+    return None if components is None else components.get(_HCCL, 0)
 
 
 def describe(resident: Mapping[str, int]) -> str:

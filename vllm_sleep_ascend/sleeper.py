@@ -58,6 +58,15 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
 
     _wake_unfinished = False
 
+    def shutdown(self) -> None:
+        """End the worker, and give device memory back while the process still has a device."""
+        worker: Any = self
+        super().shutdown()
+        if worker.model_config.enable_sleep_mode:
+            from vllm_sleep_ascend.pool import release_pools
+
+            release_pools()
+
     def sleep_refusal(self, level: int) -> str | None:
         """Why this rank cannot sleep at this level; None if it can."""
         return None
@@ -110,7 +119,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
                 (free_after - free_before) / _GIB,
                 (total - free_after) / _GIB,
                 total / _GIB,
-                describe(resident_bytes(worker.device.index, self.sleep_mode_backend.usage())),
+                describe(resident_bytes(self.sleep_mode_backend, worker.device.index)),
             )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -199,7 +208,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             "enabled": True,
             "state": backend.state(),
             "tags": tags,
-            "resident": resident_bytes(worker.device.index, tags),
+            "resident": resident_bytes(backend, worker.device.index),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "parameters_without_content": len(self._content.missing),
             "last_operation": backend.last_operation,

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch_npu
 
-from vllm_sleep_ascend.agreement import Operation
+from vllm_sleep_ascend.agreement import Agreement, Operation
+from vllm_sleep_ascend.communicators import Communicators, trouble_of
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.host_memory import check_together, host_need
 from vllm_sleep_ascend.policy import Action
+from vllm_sleep_ascend.resident import communicator_bytes
 
 if TYPE_CHECKING:
-    from vllm_sleep_ascend.agreement import Agreement
     from vllm_sleep_ascend.backend import CamemBackend
-    from vllm_sleep_ascend.communicators import Communicators
 
 Fate = Literal["keep", "release", "restore"]
 
@@ -26,9 +26,20 @@ class TransactingWorker:
     """Mixin for vLLM's ``Worker``."""
 
     sleep_mode_backend: "CamemBackend"
-    agreement: "Agreement"
-    communicators: "Communicators"
+    agreement: Agreement
+    communicators: Communicators
     _last_error: dict[str, str] | None = None
+
+    def _join_ranks(self) -> None:
+        """From here on operate together with the other ranks of the engine, which have met."""
+        worker: Any = self
+        backend, device = self.sleep_mode_backend, worker.device.index
+        ranks = worker.parallel_config.world_size
+        timeout_s = SleepModeConfig.slowest_rank_s(worker.vllm_config)
+        self.agreement = Agreement(worker.rank, ranks, device, timeout_s)
+        held_bytes = partial(communicator_bytes, backend, device)
+        self.communicators = Communicators(held_bytes, self.agreement.members)
+        backend.holds = ranks > 1
 
     def _together(
         self,
@@ -95,10 +106,7 @@ class TransactingWorker:
                 torch_npu.npu.synchronize()
             trouble = backend.abort()
             if not release:
-                try:
-                    communicators.destroy()
-                except RuntimeError as error:
-                    trouble = "; ".join(filter(None, (trouble, str(error))))
+                trouble = "; ".join(filter(None, (trouble, trouble_of(communicators.destroy))))
             return trouble
 
         operation = Operation(name, steps, commit, abort)
@@ -106,6 +114,6 @@ class TransactingWorker:
             rebuild = partial(communicators.rebuild, self.agreement)
             operation = replace(operation, abort_together=rebuild)
         if actions is not None:
-            facts = partial(host_need, worker.rank, actions)
+            facts = partial(host_need, backend, worker.rank, actions)
             operation = replace(operation, facts=facts, judge=check_together)
         return operation

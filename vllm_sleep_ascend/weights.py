@@ -102,6 +102,18 @@ class LoadingWorker:
         model = worker.model_runner.get_model()
         self._content = WeightsContent(model, worker.model_config.quantization is not None)
 
+    def shutdown(self) -> None:
+        """End the worker, and let go of the model's layers."""
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+        worker: Any = self
+        model = getattr(getattr(worker, "model_runner", None), "model", None)
+        stock: Any = super()
+        stock.shutdown()
+        # vLLM remembers by layer how to load it again, and what it remembers refers to the layer.
+        for layer in model.modules() if model is not None else ():
+            LAYERWISE_INFO.pop(layer, None)
+
     def weights_content(self) -> dict[str, Any]:
         """``missing``: parameters without content; ``corrupt``: whether that was found out by
         comparing; ``updating``: whether an update is under way."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch_npu
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
@@ -19,9 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_sleep_ascend.agreement import Agreement
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
-from vllm_sleep_ascend.communicators import Communicators
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger(f"vllm.{__name__}")
-
 
 _sleeping_worker: "weakref.ref[NPUWorker] | None" = None  # the one with sleep mode on
 
@@ -65,11 +61,7 @@ class NPUWorker(SleepingWorker, Worker):
             current_platform.dist_backend,
         )
         if self.model_config.enable_sleep_mode:
-            ranks = self.parallel_config.world_size
-            timeout_s = SleepModeConfig.slowest_rank_s(self.vllm_config)
-            self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
-            self.communicators = Communicators(self.device.index, self.agreement.members)
-            self.sleep_mode_backend.holds = ranks > 1
+            self._join_ranks()
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()
@@ -165,16 +157,8 @@ class NPUWorker(SleepingWorker, Worker):
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def shutdown(self) -> None:
-        """Give device memory back while the process still has a device to give it to."""
+        """End the worker; another engine of this process may then have sleep mode on."""
         global _sleeping_worker
-        model = getattr(getattr(self, "model_runner", None), "model", None)
         super().shutdown()
-        # vLLM remembers by layer how to load it again, and what it remembers refers to the layer.
-        for layer in model.modules() if model is not None else ():
-            LAYERWISE_INFO.pop(layer, None)
-        if self.model_config.enable_sleep_mode:
-            from vllm_sleep_ascend.pool import release_pools
-
-            release_pools()
         if _sleeping_worker is not None and _sleeping_worker() is self:
             _sleeping_worker = None

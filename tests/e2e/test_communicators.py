@@ -53,7 +53,7 @@ def drop(worker) -> None:
 
 
 def needed(worker) -> int:
-    return host_need(worker.rank, POLICY[1]).needed
+    return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
 
 
 def process_id(worker) -> int:

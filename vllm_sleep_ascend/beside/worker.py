@@ -8,21 +8,17 @@ import torch
 import torch_npu
 from torch import nn
 
-from vllm_sleep_ascend.agreement import Agreement
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.beside import allocator
 from vllm_sleep_ascend.beside.moe import ExpertLayouts
 from vllm_sleep_ascend.beside.strays import StrayTensors
-from vllm_sleep_ascend.communicators import Communicators
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError
-from vllm_sleep_ascend.pool import release_pools
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
 allocator.install()
 
 from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO  # noqa: E402
 from vllm_ascend.ascend_config import get_ascend_config  # noqa: E402
 from vllm_ascend.worker.worker import NPUWorker  # noqa: E402
 
@@ -79,25 +75,12 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         finish_before_torch_npu()
         self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         super().init_device()
-        ranks = self.parallel_config.world_size
-        timeout_s = SleepModeConfig.slowest_rank_s(self.vllm_config)
-        self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
-        self.communicators = Communicators(self.device.index, self.agreement.members)
-        self.sleep_mode_backend.holds = ranks > 1
+        self._join_ranks()
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         self.sleep_mode_backend.prepare()
         return times
-
-    def shutdown(self) -> None:
-        """Give device memory back while the process still has a device to give it to."""
-        model = getattr(getattr(self, "model_runner", None), "model", None)
-        super().shutdown()
-        # vLLM remembers by layer how to load it again, and what it remembers refers to the layer.
-        for layer in model.modules() if model is not None else ():
-            LAYERWISE_INFO.pop(layer, None)
-        release_pools()
 
     # --- Sleep and wake --------------------------------------------------------------------------
 
