@@ -11,6 +11,7 @@ from vllm_sleep_ascend import metrics
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.not_serving import NotServingError
+from vllm_sleep_ascend.guards.replicas import call_all
 from vllm_sleep_ascend.guards.wrap import wrap
 
 _FROM_ENGINE = re.compile(r"Call to \w+ method failed: ((?:(\w+): )?.*)", re.DOTALL)
@@ -49,11 +50,7 @@ async def refusal(client: Any) -> str | None:
     config = SleepModeConfig.from_vllm_config(client.vllm_config)
     if config.after_level2 == "warn" and config.while_asleep == "wait":
         return None
-    core = client.engine_core
-    if hasattr(core, "call_utility_all_async"):
-        reasons = await core.call_utility_all_async("sleep_mode_refusal")
-    else:
-        reasons = [await core.call_utility_async("sleep_mode_refusal")]
+    reasons = await call_all(client.engine_core, "sleep_mode_refusal")
     return next((reason for reason in reasons if reason), None)
 
 
