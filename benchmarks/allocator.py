@@ -23,10 +23,10 @@ MIB = 1 << 20
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One allocator, in this process."""
-    import torch
     from bench import allocators
-    from bench.machine import Machine, checksum, host_bytes, summary
+    from bench.machine import Machine, host_bytes, summary
     from bench.models import MODELS
+    from bench.tensors import Weights, kv_cache
 
     machine = Machine(options.device)
     peak = machine.link_peak(options.link_mib * MIB)
@@ -35,19 +35,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     allocator.sleep()  # of nothing: what the allocator itself loads counts as context
     context, resident = machine.used(), host_bytes()
 
-    with allocator.use_pool("weights"):
-        weights = [
-            torch.empty(shape, dtype=torch.bfloat16, device=machine.device)
-            for shape in MODELS[options.model].shapes()
-        ]
-    for weight in weights:
-        weight.view(torch.int16).random_(-3000, 3000)
-    sums = [checksum(weight) for weight in weights]
-    with allocator.use_pool("kv_cache"):
-        cache = [
-            torch.empty(options.kv_block_mib * MIB, dtype=torch.uint8, device=machine.device)
-            for _ in range(options.kv_blocks)
-        ]
+    weights = Weights(MODELS[options.model], allocator, machine)
+    cache = kv_cache(options.kv_blocks, options.kv_block_mib, allocator, machine)
     awake = machine.used()
     start = machine.now()
     allocator.prepare()
@@ -69,12 +58,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         start = machine.now()
         allocator.wake(["kv_cache"])
         kv_wakes.append(machine.now() - start)
-        contents_kept = contents_kept and sums == [checksum(weight) for weight in weights]
+        contents_kept = contents_kept and weights.kept()
         cache[0].fill_(1)
     result = {
-        "weights_bytes": sum(weight.numel() * 2 for weight in weights),
-        "tensors": len(weights),
-        "kv_bytes": sum(block.numel() for block in cache),
+        "weights_bytes": sum(weight.nbytes for weight in weights.tensors),
+        "tensors": len(weights.tensors),
+        "kv_bytes": sum(block.nbytes for block in cache),
         "link_peak_gb_s": peak,
         "context_bytes": context,
         "awake_bytes": awake - context,
@@ -155,7 +144,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     if options.child is not None:
         print(json.dumps(measure(options.child, options)), flush=True)
         os._exit(0)  # how an allocator ends its process is not measured

@@ -12,75 +12,28 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from bench.engine import Engine
 
 GIB = 1 << 30
 MIB = 1 << 20
 TAGS = ["weights", "kv_cache"]
 
 
-class Engine:
-    """A child process that holds one model and does what it is told, one line a command."""
-
-    def __init__(
-        self,
-        name: str,
-        arguments: list[str],
-        environment: dict[str, str],
-        script: str = __file__,
-    ) -> None:
-        command = [sys.executable, script, *arguments, "--child", name]
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.answer()
-
-    def tell(self, command: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):  # else something that a library prints
-                return json.loads(line)
-        raise SystemExit(f"an engine ended with {self._process.wait()}")
-
-    def do(self, command: str) -> dict[str, Any]:
-        self.tell(command)
-        return self.answer()
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
 def serve(options: argparse.Namespace) -> None:
     """A child: allocates, sleeps, and then obeys."""
-    import torch
     from bench import allocators
-    from bench.machine import Machine, checksum
+    from bench.machine import Machine
     from bench.models import MODELS
+    from bench.tensors import Weights, kv_cache
 
     machine = Machine(options.device)
     allocator = allocators.make("ours", machine, options.chunk_mib)
-    with allocator.use_pool("weights"):
-        weights = [
-            torch.empty(shape, dtype=torch.bfloat16, device=machine.device)
-            for shape in MODELS[options.model].shapes()
-        ]
-    for weight in weights:
-        weight.view(torch.int16).random_(-3000, 3000)
-    sums = [checksum(weight) for weight in weights]
-    with allocator.use_pool("kv_cache"):
-        cache = [
-            torch.empty(options.kv_block_mib * MIB, dtype=torch.uint8, device=machine.device)
-            for _ in range(options.kv_blocks)
-        ]
+    weights = Weights(MODELS[options.model], allocator, machine)
+    cache = kv_cache(options.kv_blocks, options.kv_block_mib, allocator, machine)
     allocator.sleep()
     machine.torch.empty_cache()
     print(json.dumps({"ready": True}), flush=True)
@@ -93,7 +46,7 @@ def serve(options: argparse.Namespace) -> None:
         end = time.monotonic()
         kept = True
         if line == "check\n":
-            kept = sums == [checksum(weight) for weight in weights]
+            kept = weights.kept()
             cache[0].fill_(1)
             machine.synchronize()
         print(json.dumps({"start": start, "end": end, "kept": kept}), flush=True)
@@ -137,7 +90,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     if options.child is not None:
         serve(options)
         return
@@ -153,7 +105,7 @@ def main() -> None:
         environment.setdefault("NPU_SIM_HBM_GIB", str(min(build.device_gib() - 4, one * 1.5 / GIB)))
     if options.device == "sim":
         environment["NPU_SIM_HBM_GIB"] = str(one * 1.95 / GIB)
-    engines = [Engine(name, sys.argv[1:], environment) for name in ("a", "b")]
+    engines = [Engine(name, environment) for name in ("a", "b")]
     engines[0].do("wake")
     runs: dict[str, list[dict[str, float]]] = {"serial": [], "overlapped": []}
     awake, kept = 0, True

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from overlap import MIB, Engine
+from bench.engine import Engine
 
 GIB = 1 << 30
+MIB = 1 << 20
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES"}
 NPU_VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 WAYS = {"sleep": "d2h", "wake": "h2d"}
@@ -28,19 +29,13 @@ def serve(options: argparse.Namespace) -> None:
     """A child: one rank, which obeys one line a command."""
     import torch
     from bench import allocators
-    from bench.machine import Machine, checksum
+    from bench.machine import Machine
     from bench.models import MODELS
+    from bench.tensors import Weights
 
     machine = Machine(options.device)
     allocator = allocators.make("ours", machine, options.chunk_mib)
-    with allocator.use_pool("weights"):
-        weights = [
-            torch.empty(shape, dtype=torch.bfloat16, device=machine.device)
-            for shape in MODELS[options.model].shapes()
-        ]
-    for weight in weights:
-        weight.view(torch.int16).random_(-3000, 3000)
-    sums = [checksum(weight) for weight in weights]
+    weights = Weights(MODELS[options.model], allocator, machine)
     size = options.copy_mib * MIB
     host = torch.empty(size, dtype=torch.uint8, pin_memory=options.device != "sim")
     device = torch.ones(size, dtype=torch.uint8, device=machine.device)
@@ -56,7 +51,7 @@ def serve(options: argparse.Namespace) -> None:
         elif command == "wake":
             allocator.wake(["weights"], 60.0)
         elif command == "check":
-            kept = sums == [checksum(weight) for weight in weights]
+            kept = weights.kept()
         else:
             target, source = copies[command]
             for _ in range(options.copies):
@@ -135,7 +130,6 @@ def environment_of(rank: int, options: argparse.Namespace, weights: int) -> dict
 
 def main() -> None:
     options = parse()
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     if options.child is not None:
         serve(options)
         return
@@ -147,7 +141,7 @@ def main() -> None:
         build.build()
     weights = MODELS[options.model].bytes()
     engines = [
-        Engine(str(rank), sys.argv[1:], environment_of(rank, options, weights), __file__)
+        Engine(str(rank), environment_of(rank, options, weights))
         for rank in range(max(options.ranks))
     ]
     results = {count: measure(engines[:count], options) for count in options.ranks}
