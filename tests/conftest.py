@@ -38,3 +38,20 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     return make_model("tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory) -> Path:
+    """The file from which the shared server's simulated device reads its faults."""
+    path = tmp_path_factory.mktemp("faults") / "rules"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def left_awake(server, faults):
+    """Whatever the test did, the next one finds the server awake and its device in order."""
+    yield
+    faults.write_text("")
+    server.post("/wake_up")
+    assert not server.is_sleeping()

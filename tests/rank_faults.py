@@ -25,6 +25,8 @@ os.environ.setdefault("NPU_SIM_DEVICES", "2")
 os.environ.setdefault("HCCL_BUFFSIZE", "4")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+from ranks import assert_all, fail_on
+
 from vllm_sleep_ascend.sim import control
 
 RANKS = 2
@@ -50,10 +52,6 @@ def keep_log(worker: Any, on: bool) -> list[str]:
     log = [] if on else control.call_log()
     control.keep_call_log(on)
     return log
-
-
-def set_faults(worker: Any, rank: int, rules: str) -> None:
-    control.set_faults(rules if worker.rank == rank else "")
 
 
 class Sweep:
@@ -83,39 +81,38 @@ class Sweep:
 
     def run(self, fault: Fault) -> None:
         """One cycle with the fault."""
+        try:
+            self._run(fault)
+        except AssertionError as error:
+            error.add_note(str(fault))
+            raise
+
+    def _run(self, fault: Fault) -> None:
         for name, operation in self.operations.items():
             if name == fault.operation:
-                self.llm.collective_rpc(set_faults, args=(fault.rank, fault.rules))
+                fail_on(self.llm, fault.rank, fault.rules)
             failures = 0
             while True:
                 try:
                     operation()
                     break
                 except RuntimeError as error:
-                    self.llm.collective_rpc(set_faults, args=(fault.rank, ""))
+                    fail_on(self.llm, fault.rank, "")
                     failures += 1
-                    self._check("SUSPENDED" if name == "wake" else "RUNNING", fault)
+                    assert_all(self.llm, "SUSPENDED" if name == "wake" else "RUNNING")
                     named = f"rank {fault.rank}, device {fault.rank}" in str(error)
-                    assert named and failures == 1, f"{fault}: {error}"
-            self.llm.collective_rpc(set_faults, args=(fault.rank, ""))
-            self._check("SUSPENDED" if name == "sleep" else "RUNNING", fault)
+                    assert named and failures == 1, error
+            fail_on(self.llm, fault.rank, "")
+            assert_all(self.llm, "SUSPENDED" if name == "sleep" else "RUNNING")
             if name == fault.operation:
                 self.results["reported" if failures else "made good"] += 1
-        self._serve(fault)
+        self._serve()
 
-    def _check(self, state: str, fault: Fault) -> None:
-        """All ranks are in this state, with all of their memory."""
-        ranks = self.llm.collective_rpc("sleep_status")
-        assert [rank["state"] for rank in ranks] == [state] * RANKS, f"{fault}: {ranks}"
-        for tag in (tag for rank in ranks for tag in rank["tags"].values()):
-            assert (tag["mapped"] == 0) == (state == "SUSPENDED"), f"{fault}: {ranks}"
-            assert tag["device"] == tag["mapped"], f"{fault}: {ranks}"
-
-    def _serve(self, fault: Fault | None = None) -> None:
+    def _serve(self) -> None:
         if self._level == 2:
             self.llm.collective_rpc("reload_weights")
         self.llm.reset_prefix_cache()
-        assert self.tokens() == self.expected, f"{fault}: other tokens"
+        assert self.tokens() == self.expected
 
 
 def first_of_each_name(faults: Iterator[Fault]) -> list[Fault]:

@@ -7,9 +7,8 @@ zmq context of an engine in this process with workers in others.
 
 import pytest
 from ascend_engines import engine
+from ranks import assert_all, fail_on
 from reference import PROMPTS, hf_greedy, vllm_greedy
-
-from vllm_sleep_ascend.sim import control
 
 TOKENS = 6
 DRIVER_ERROR = 507899
@@ -36,20 +35,8 @@ def tokens(llm):
     return vllm_greedy(llm, PROMPTS[:4], TOKENS)
 
 
-def states(llm) -> list[str]:
-    return [rank["state"] for rank in llm.collective_rpc("sleep_status")]
-
-
 def communicators(llm) -> list[int]:
     return [rank["resident"]["communicators"] for rank in llm.collective_rpc("sleep_status")]
-
-
-def fail_on(llm, rank: int, rules: str) -> None:
-    llm.collective_rpc(_set_faults, args=(rank, rules))
-
-
-def _set_faults(worker, rank: int, rules: str) -> None:
-    control.set_faults(rules if worker.rank == rank else "")
 
 
 def test_all_ranks_sleep_and_release_their_communicators(llm, expected):
@@ -57,7 +44,7 @@ def test_all_ranks_sleep_and_release_their_communicators(llm, expected):
     assert all(held > 0 for held in communicators(llm))
     for level in (1, 2):
         llm.sleep(level=level)
-        assert states(llm) == ["SUSPENDED"] * 2
+        assert_all(llm, "SUSPENDED")
         assert communicators(llm) == [0, 0]
         llm.wake_up(tags=["weights"])
         if level == 2:
@@ -72,13 +59,13 @@ def test_a_fault_on_one_rank_keeps_all_as_they_were(llm, expected):
     with pytest.raises(RuntimeError, match=r"rank 1, device 1: .*aclrtMemcpyAsync failed"):
         llm.sleep(level=1)
     fail_on(llm, 1, "")
-    assert states(llm) == ["RUNNING"] * 2
+    assert_all(llm, "RUNNING")
     assert tokens(llm) == expected
     llm.sleep(level=1)
     fail_on(llm, 0, f"aclrtMapMem:1:{DRIVER_ERROR}")
     with pytest.raises(RuntimeError, match=r"rank 0, device 0: .*aclrtMapMem failed"):
         llm.wake_up()
     fail_on(llm, 0, "")
-    assert states(llm) == ["SUSPENDED"] * 2
+    assert_all(llm, "SUSPENDED")
     llm.wake_up()
     assert tokens(llm) == expected

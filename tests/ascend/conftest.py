@@ -24,14 +24,6 @@ def sleeper(tiny_model) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    """The file from which the server's simulated device reads its faults."""
-    path = tmp_path_factory.mktemp("faults") / "rules"
-    path.touch()
-    return path
-
-
-@pytest.fixture(scope="module")
 def server(tiny_model, tmp_path_factory, faults) -> Iterator[Any]:
     """A server with sleep mode and the development endpoints, on a simulated NPU of its own."""
     from server import HBM_GIB, MEMORY, SMALL, Server
@@ -49,12 +41,3 @@ def server(tiny_model, tmp_path_factory, faults) -> Iterator[Any]:
     options = ("--enable-sleep-mode", *eager, *SMALL, *MEMORY)
     with Server(tiny_model, *options, log=log, env=env) as server:
         yield server
-
-
-@pytest.fixture
-def left_awake(server, faults):
-    """Whatever the test did, the next one finds the server awake and its device in order."""
-    yield
-    faults.write_text("")
-    server.post("/wake_up")
-    assert not server.is_sleeping()

@@ -14,7 +14,6 @@ from reference import hf_greedy
 from support import ROOT
 
 from vllm_sleep_ascend import beside
-from vllm_sleep_ascend.beside import IN_USE
 
 OURS, STOCK = beside.WORKER, "vllm_ascend.worker.worker.NPUWorker"
 
@@ -71,7 +70,7 @@ print("RESULT", json.dumps({
 def run(script: str, *arguments: object, **env: str) -> tuple[object, str]:
     """What the script found, and everything that it said."""
     # Engines of this process had sleep mode; that of the script need not.
-    own = {name: value for name, value in os.environ.items() if name != IN_USE}
+    own = {name: value for name, value in os.environ.items() if name != beside.IN_USE}
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         env={**own, **env},

@@ -5,7 +5,6 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,14 +33,6 @@ def llm(tiny_model) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def faults(tmp_path_factory) -> Path:
-    """The file from which the shared server's simulated device reads its faults."""
-    path = tmp_path_factory.mktemp("faults") / "rules"
-    path.touch()
-    return path
-
-
-@pytest.fixture(scope="session")
 def server(tiny_model, tmp_path_factory, faults):
     """A server with sleep mode and the development endpoints, on a simulated NPU of its own."""
     from server import HBM_GIB, MEMORY, SMALL, Server
@@ -55,12 +46,3 @@ def server(tiny_model, tmp_path_factory, faults):
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(tiny_model, "--enable-sleep-mode", *SMALL, *MEMORY, log=log, env=env) as server:
         yield server
-
-
-@pytest.fixture
-def left_awake(server, faults):
-    """Whatever the test did, the next one finds the server awake and its device in order."""
-    yield
-    faults.write_text("")
-    server.post("/wake_up")
-    assert not server.is_sleeping()

@@ -5,8 +5,8 @@ import os
 
 import pytest
 from engines import engine
+from ranks import assert_all, assert_cycles_leave_nothing, assert_tokens_survive_sleep, fail_on
 from reference import PROMPTS, hf_greedy, vllm_greedy
-from test_parallel import RESIDENT, assert_all, assert_asleep, fail_on, footprint, status
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +33,11 @@ def test_each_rank_has_the_device_of_its_node(ranks) -> None:
 
 
 def test_every_rank_sleeps_and_the_tokens_stay(ranks, tiny_model) -> None:
-    expected = hf_greedy(tiny_model)
-    assert vllm_greedy(ranks) == expected
-    assert all(rank["total"] - rank["free"] > RESIDENT for rank in status(ranks))
-
-    ranks.sleep(level=1)
-    assert_asleep(ranks)
-    assert all(rank["tags"]["weights"]["host"] > 0 for rank in status(ranks))
-    ranks.wake_up()
-    assert vllm_greedy(ranks) == expected
-
-    ranks.sleep(level=2)
-    assert_asleep(ranks)
-    assert all(rank["tags"]["weights"]["host"] == 0 for rank in status(ranks))
-    ranks.wake_up(tags=["weights"])
-    ranks.collective_rpc("reload_weights")
-    ranks.wake_up(tags=["kv_cache"])
-    ranks.reset_prefix_cache()
-    assert vllm_greedy(ranks) == expected
+    assert_tokens_survive_sleep(ranks, tiny_model)
 
 
 def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
-    prompts = PROMPTS[:2]
-    expected = hf_greedy(tiny_model, prompts, 4)
-
-    def cycle() -> list:
-        ranks.sleep(level=1)
-        ranks.wake_up()
-        assert vllm_greedy(ranks, prompts, 4) == expected
-        return ranks.collective_rpc(footprint)
-
-    cycle()
-    figures = [cycle() for _ in range(10)]
-    assert figures[1:] == figures[:1] * 9
+    assert_cycles_leave_nothing(ranks, tiny_model)
 
 
 def test_a_fault_on_the_other_node_keeps_both_as_they_were(ranks, tiny_model) -> None:

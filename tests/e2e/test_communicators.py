@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from engines import engine
+from ranks import assert_all, assert_cycles_leave_nothing, fail_on, process_id, status
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from support import MIB
-from test_parallel import assert_all, fail_on, footprint, status
 
 from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
@@ -54,10 +54,6 @@ def drop(worker) -> None:
 
 def needed(worker) -> int:
     return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
-
-
-def process_id(worker) -> int:
-    return os.getpid()
 
 
 @contextmanager
@@ -131,17 +127,7 @@ def test_buffers_come_free_and_come_back(ranks, tiny_model) -> None:
 
 
 def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
-    expected = hf_greedy(tiny_model, prompts, TOKENS)
-
-    def cycle() -> list:
-        ranks.sleep(level=1)
-        ranks.wake_up()
-        assert vllm_greedy(ranks, prompts, TOKENS) == expected
-        return ranks.collective_rpc(footprint)
-
-    cycle()
-    figures = [cycle() for _ in range(10)]
-    assert figures[1:] == figures[:1] * 9
+    assert_cycles_leave_nothing(ranks, tiny_model)
 
 
 def test_what_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:

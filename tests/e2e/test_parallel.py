@@ -2,17 +2,24 @@
 """Engines of several ranks, each on a simulated NPU of its own: the tokens are those of one device,
 and sleep frees the memory of every device."""
 
-import gc
 import os
 import signal
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from engines import engine
+from ranks import (
+    RESIDENT,
+    assert_all,
+    assert_cycles_leave_nothing,
+    assert_tokens_survive_sleep,
+    fail_on,
+    process_id,
+    status,
+)
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from server import SMALL, Server
 from support import MIB
@@ -24,9 +31,6 @@ LAYOUTS = {
     "pp2": {"pipeline_parallel_size": 2},
     "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
 }
-# What may stay on a device: two buffers of 4 MiB for each communicator (a rank of tp2-pp2 has
-# five), and the little that torch holds outside the pools.
-RESIDENT = 64 * MIB
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -40,82 +44,19 @@ def ranks(request, tiny_model):
         yield llm
 
 
-def status(llm) -> list[dict]:
-    return llm.collective_rpc("sleep_status")
-
-
-def footprint(worker) -> dict[str, int]:
-    """What the rank holds, apart from the events and pinned blocks that torch keeps for reuse."""
-    gc.collect()
-    torch.npu.synchronize()
-    torch.npu.empty_cache()
-    counters = asdict(control.counters())
-    del counters["events"], counters["pinned_bytes"]
-    return {"free": torch.npu.mem_get_info()[0], **counters}
-
-
-def assert_asleep(llm) -> None:
-    for rank in status(llm):
-        assert rank["state"] == "SUSPENDED"
-        assert all(tag["device"] == 0 for tag in rank["tags"].values()), rank
-        assert rank["total"] - rank["free"] < RESIDENT, rank
-
-
 def test_every_rank_sleeps_and_the_tokens_stay(ranks, tiny_model) -> None:
-    expected = hf_greedy(tiny_model)
     devices = [rank["device"] for rank in status(ranks)]
     assert devices == list(range(len(devices)))
-    assert vllm_greedy(ranks) == expected
-
-    ranks.sleep(level=1)
-    assert_asleep(ranks)
-    ranks.wake_up()
-    assert vllm_greedy(ranks) == expected
-
-    ranks.sleep(level=2)
-    assert_asleep(ranks)
-    assert all(rank["tags"]["weights"]["host"] == 0 for rank in status(ranks))
-    ranks.wake_up(tags=["weights"])
-    ranks.collective_rpc("reload_weights")
-    ranks.wake_up(tags=["kv_cache"])
-    ranks.reset_prefix_cache()
-    assert vllm_greedy(ranks) == expected
+    assert_tokens_survive_sleep(ranks, tiny_model)
 
 
 def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
-    prompts = PROMPTS[:2]
-    expected = hf_greedy(tiny_model, prompts, 4)
-
-    def cycle() -> list:
-        ranks.sleep(level=1)
-        ranks.wake_up()
-        assert vllm_greedy(ranks, prompts, 4) == expected
-        return ranks.collective_rpc(footprint)
-
-    cycle()
-    figures = [cycle() for _ in range(10)]
-    assert figures[1:] == figures[:1] * 9
+    assert_cycles_leave_nothing(ranks, tiny_model)
 
 
 # One call of each step that a rank goes through: what it waits for, copies, unmaps and maps.
 SLEEP_FAULTS = ("aclrtSynchronizeDevice", "aclrtMemcpyAsync", "aclrtUnmapMem")
 WAKE_FAULTS = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtMemcpyAsync")
-
-
-def fail_on(llm, rank: int, rules: str) -> None:
-    llm.collective_rpc(set_faults, args=(rank, rules))
-
-
-def set_faults(worker, rank: int, rules: str) -> None:
-    control.set_faults(rules if worker.rank == rank else "")
-
-
-def assert_all(llm, state: str) -> None:
-    assert [rank["state"] for rank in status(llm)] == [state] * len(status(llm))
-    for rank in status(llm):
-        for tag in rank["tags"].values():
-            assert tag["device"] == (0 if state == "SUSPENDED" else tag["mapped"])
-            assert tag["mapped"] == 0 or state == "RUNNING"
 
 
 def test_a_fault_on_one_rank_keeps_all_as_they_were(ranks, tiny_model) -> None:
@@ -143,10 +84,6 @@ def test_a_fault_on_one_rank_keeps_all_as_they_were(ranks, tiny_model) -> None:
     ranks.wake_up()
     assert_all(ranks, "RUNNING")
     assert vllm_greedy(ranks, prompts, 4) == expected
-
-
-def process_id(worker) -> int:
-    return os.getpid()
 
 
 def test_a_rank_that_dies_while_it_falls_asleep_is_an_error_and_no_hang(tiny_model) -> None:

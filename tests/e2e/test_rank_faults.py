@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import rank_faults
+from support import ROOT
 
 
 def test_ranks_agree_whichever_call_fails_on_one(tiny_model) -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(rank_faults.__file__)), str(tiny_model), "--sample"],
+        [sys.executable, ROOT / "tests" / "rank_faults.py", tiny_model, "--sample"],
         env={**os.environ, "HCCL_CONNECT_TIMEOUT": "2"},
         capture_output=True,
         text=True,
