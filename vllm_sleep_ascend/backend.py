@@ -90,11 +90,13 @@ class CamemBackend(SleepModeBackend):
             self._finish(report)
 
     def commit(self) -> None:
-        """Carry out what is held. Cannot fail."""
-        self._finish(_camem.commit())
+        """Carry out what is held, if anything is. Cannot fail."""
+        if self._held:
+            self._finish(_camem.commit())
 
     def abort(self) -> str:
         """Take back what is held, if anything is; returns what failed in that, or ``""``."""
+        self._held = ""
         return _camem.abort()
 
     def state(self) -> Literal["RUNNING", "SUSPENDED"]:
@@ -221,7 +223,7 @@ class CamemBackend(SleepModeBackend):
                 )
 
     def _finish(self, report: "_camem.Report") -> None:
-        operation = self._held
+        operation, self._held = self._held, ""
         copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
         speed = copied / 1e9 / max(report["seconds"], 1e-9)
         self.last_operation = {

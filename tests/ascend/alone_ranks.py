@@ -69,3 +69,43 @@ def test_a_fault_on_one_rank_keeps_all_as_they_were(llm, expected):
     assert_all(llm, "SUSPENDED")
     llm.wake_up()
     assert tokens(llm) == expected
+
+
+class Dispatcher:
+    """Of experts, in vllm-ascend's list of those that know a communicator by name."""
+
+    def __init__(self, fails: bool) -> None:
+        self.token_dispatcher = self
+        self.fails, self.calls = fails, 0
+
+    def refresh_hccl_group(self) -> None:
+        self.calls += 1
+        if self.fails and self.calls == 1:
+            raise RuntimeError("the group has no name")
+
+
+def add_dispatcher(worker, failing_rank: int) -> None:
+    from vllm_ascend.ops.fused_moe.moe_comm_method import _MoECommMethods
+
+    _MoECommMethods["test"] = Dispatcher(worker.rank == failing_rank)
+
+
+def remove_dispatcher(worker) -> int:
+    from vllm_ascend.ops.fused_moe.moe_comm_method import _MoECommMethods
+
+    return _MoECommMethods.pop("test").calls
+
+
+def test_what_follows_a_wake_is_repeated_on_all_ranks_when_it_fails_on_one(llm, expected):
+    for rank in (0, 1):
+        llm.collective_rpc(add_dispatcher, args=(rank,))
+        llm.sleep(level=1)
+        with pytest.raises(RuntimeError, match=f"rank {rank}, device {rank}: the group has no"):
+            llm.wake_up()
+        assert llm.llm_engine.is_sleeping()
+        assert [sorted(tags) for tags in llm.collective_rpc("sleeping_tags")] == [["weights"]] * 2
+        llm.wake_up()
+        assert not llm.llm_engine.is_sleeping()
+        assert llm.collective_rpc(remove_dispatcher) == [2, 2]
+        assert_all(llm, "RUNNING")
+        assert tokens(llm) == expected

@@ -114,18 +114,31 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
             torch_npu.npu.empty_cache()
 
     def _after_wake(self) -> None:
+        """Graphs that are captured cannot be held and taken back, so this comes after the wake;
+        where it fails on one rank, every rank does it again."""
+        if not (self._weights_slept or self._graphs_dropped):
+            return
+        self._together("the end of a wake", self._make_usable)
+        awake = not self.sleep_mode_backend.asleep("weights")
+        if awake:
+            self._weights_slept = False
+        if awake and not self.sleep_mode_backend.asleep("kv_cache"):
+            self._graphs_dropped = False
+
+    def _make_usable(self) -> None:
         backend, manager = self.sleep_mode_backend, self.sleep_wakeup_manager
         if SleepModeConfig.releases_communicators(self.vllm_config):
-            manager.hccl.refresh_moe_hccl_groups()  # they know communicators by name
-        awake = not backend.asleep("weights")
-        if self._graphs_dropped and awake and not backend.asleep("kv_cache"):
+            with set_current_vllm_config(self.vllm_config):
+                manager.hccl.refresh_moe_hccl_groups()  # they know communicators by name
+        if backend.asleep("weights"):
+            return
+        if self._graphs_dropped and not backend.asleep("kv_cache"):
+            manager.acl_graph.sleep()  # what an attempt before this one captured
             manager.acl_graph.wakeup()
-            self._graphs_dropped = False
-        if awake and self._weights_slept:
-            self._weights_slept = False
-            if self.vllm_config.quant_config is None and not backend.reloads_after_level_2:
-                hidden_size = self.model_config.hf_text_config.hidden_size
-                self._experts.open(self.model_runner.model, hidden_size)
+        as_loaded = self.vllm_config.quant_config is None and not backend.reloads_after_level_2
+        if self._weights_slept and as_loaded:
+            hidden_size = self.model_config.hf_text_config.hidden_size
+            self._experts.open(self.model_runner.model, hidden_size)
 
     def _preserved_names(self) -> list[str]:
         # vLLM 0.23 loads a draft model once: its weights cannot be had again.
