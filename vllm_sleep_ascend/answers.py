@@ -27,6 +27,7 @@ _OURS = (
 )
 _LOOK_S = 1.0  # how often to look at the ranks behind while one does not answer
 _ABORT_S = 10.0  # to take back what a rank holds
+_LARGE_S = 60.0  # for a large answer to follow its mark
 
 
 class _Answers:
@@ -60,10 +61,10 @@ class _Answers:
         if self._early:
             return self._early.pop()
         if timeout is not None:
-            return self._queue.dequeue(timeout=timeout, **kwargs)
+            return _dequeue(self._queue, timeout, **kwargs)
         while True:
             try:
-                return self._queue.dequeue(timeout=_LOOK_S, **kwargs)
+                return _dequeue(self._queue, _LOOK_S, **kwargs)
             except TimeoutError:
                 # Ranks before this one have answered, since they are read in order.
                 answers = [answer for other in self.behind if (answer := other._look())]
@@ -76,7 +77,7 @@ class _Answers:
         """What this rank has answered; None if it has not yet."""
         if not self._early:
             try:
-                self._early.append(self._queue.dequeue(timeout=0.001))
+                self._early.append(_dequeue(self._queue, 0.001))
             except TimeoutError:
                 return None
         return self._early[0]
@@ -85,13 +86,25 @@ class _Answers:
         if self._early:
             return self._early.pop()
         try:
-            return self._queue.dequeue(timeout=max(0.001, deadline - time.monotonic()))
+            return _dequeue(self._queue, max(0.001, deadline - time.monotonic()))
         except TimeoutError:
             raise RankGoneError(
                 f"rank {self._rank} hangs: another rank has answered, and it did not within "
                 f"{self._grace_s:g} s; restart the engine"
                 + (f". The other's error: {error}" if error else "")
             ) from None
+
+
+def _dequeue(queue: Any, timeout: float, **kwargs: Any) -> Any:
+    """As vLLM's, which loses a large answer: in the queue is only a mark, which it takes, and the
+    answer itself comes over a socket, for which it may be too soon."""
+    mark = queue.current_idx
+    try:
+        return queue.dequeue(timeout=timeout, **kwargs)
+    except TimeoutError:
+        if queue.current_idx == mark:
+            raise
+        return queue.recv(queue.local_socket, _LARGE_S)
 
 
 def _failed(status: Any) -> bool:
