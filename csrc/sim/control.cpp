@@ -36,6 +36,8 @@ void npuSimGetCounters(npuSimCounters* counters) {
 
 int npuSimSetFaults(const char* rules) { return sim::faults::set(rules) ? 0 : 1; }
 
+uint64_t npuSimFaultHits(void) { return sim::faults::hits(); }
+
 uint64_t npuSimCallCount(const char* name) { return sim::faults::count(name); }
 void npuSimResetCounters() { sim::faults::reset_counts(); }
 

@@ -31,6 +31,9 @@ NPU_SIM_EXPORT void npuSimGetCounters(npuSimCounters* counters);
 // Rules as in NPU_SIM_FAULTS, counted from now on. Not 0: not understood.
 NPU_SIM_EXPORT int npuSimSetFaults(const char* rules);
 
+// How many calls the rules have hit since they were set.
+NPU_SIM_EXPORT uint64_t npuSimFaultHits(void);
+
 NPU_SIM_EXPORT uint64_t npuSimCallCount(const char* name);
 NPU_SIM_EXPORT void npuSimResetCounters(void);
 

@@ -92,8 +92,14 @@ class Watch {
     if (!parse_rules(text, &rules)) return false;
     std::lock_guard<std::mutex> lock(mutex_);
     rules_.swap(rules);
+    hits_ = 0;
     refresh();
     return true;
+  }
+
+  uint64_t hits() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return hits_;
   }
 
   void keep_log(bool on) {
@@ -121,6 +127,7 @@ class Watch {
         if (rule.seen < rule.first || rule.seen > rule.last) continue;
         code = code != 0 ? code : rule.code;
         delay_ms += rule.delay_ms;
+        ++hits_;
       }
     }
     if (delay_ms > 0) std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
@@ -151,6 +158,7 @@ class Watch {
 
   std::mutex mutex_;
   std::vector<Rule> rules_;
+  uint64_t hits_ = 0;
   std::string log_;
   bool keeps_log_ = false;
   const char* file_ = nullptr;
@@ -199,6 +207,8 @@ int Call::enter() {
 }
 
 bool set(const char* rules) { return watch().set(rules); }
+
+uint64_t hits() { return watch().hits(); }
 
 uint64_t count(const char* name) {
   std::lock_guard<std::mutex> lock(calls().mutex);

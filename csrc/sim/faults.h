@@ -31,6 +31,8 @@ class Call {
 // Replaces all earlier rules. False: not understood, nothing changed.
 bool set(const char* rules);
 
+uint64_t hits();  // calls that the rules have hit since they were set
+
 uint64_t count(const char* name);
 void reset_counts();
 

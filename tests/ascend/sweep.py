@@ -5,7 +5,8 @@
 
 ``own`` is vllm-ascend's allocator as it ships, otherwise it is ours in its place. Three tensors of
 weights and two of KV cache sleep at level 1 and wake; one call fails with 507899; the operation
-that failed is repeated once. Each fault has a process of its own, as some end it.
+that failed is repeated once. Each fault has a process of its own: some end it, and some calls come
+only once in a process.
 """
 
 import json
@@ -21,7 +22,7 @@ from vllm_sleep_ascend.sim import control
 CODE = 507899
 MIB = 1 << 20
 ASKED_ONLY = ("aclrtGetDevice", "aclrtGetCurrentContext")  # of the thread, not of the device
-OUTCOMES = ("survived", "lost", "aborted", "stuck")
+OUTCOMES = ("survived", "lost", "aborted", "stuck", "never")  # never: the call did not come
 
 
 def allocator(own: bool) -> Any:
@@ -72,6 +73,8 @@ class World:
             control.set_faults(f"{call}:{nth}:{CODE}" if name == faulty else "")
             try:
                 operation()
+                if name == faulty and control.fault_hits() == 0:
+                    return "never"
             except Exception:
                 control.set_faults("")
                 try:
@@ -85,15 +88,15 @@ class World:
         return "survived" if intact else "lost"
 
 
-def in_a_process(own: bool, faults: list[tuple[str, str, int]] | None) -> Any:
-    """The outcomes of faults one after the other, or the calls; None if the process ended."""
+def in_a_process(own: bool, fault: tuple[str, str, int] | None) -> Any:
+    """The outcome of a fault, or the calls; None if the process ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         try:
             world = World(own)
-            answer = world.calls() if faults is None else [world.outcome(*f) for f in faults]
+            answer = world.calls() if fault is None else world.outcome(*fault)
             with os.fdopen(writer, "w") as pipe:
                 pipe.write(json.dumps(answer))
         finally:
@@ -106,10 +109,7 @@ def in_a_process(own: bool, faults: list[tuple[str, str, int]] | None) -> Any:
 
 
 def sweep(own: bool) -> dict[str, Counter]:
-    """Outcomes by call, over every call of a sleep and a wake.
-
-    Ours takes all faults in one process; its own gets a process for each, as some end it.
-    """
+    """Outcomes by call, over every call of a sleep and a wake."""
     calls = in_a_process(own, None)
     faults = [
         (operation, call, nth)
@@ -118,12 +118,10 @@ def sweep(own: bool) -> dict[str, Counter]:
         for nth in range(1, times + 1)
         if call not in ASKED_ONLY
     ]
-    outcomes = in_a_process(own, faults) if not own else None
-    if outcomes is None:
-        outcomes = [(in_a_process(own, [fault]) or ["aborted"])[0] for fault in faults]
     table: dict[str, Counter] = {}
-    for (_, call, _), outcome in zip(faults, outcomes, strict=True):
-        table.setdefault(call, Counter())[outcome] += 1
+    for fault in faults:
+        outcome = in_a_process(own, fault) or "aborted"
+        table.setdefault(fault[1], Counter())[outcome] += 1
     return table
 
 

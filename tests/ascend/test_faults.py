@@ -17,7 +17,7 @@ def test_no_single_fault_loses_weights_or_ends_the_process():
     table = {
         call: dict(zip(sweep.OUTCOMES, map(int, counts), strict=True)) for call, *counts in rows
     }
-    assert sum(row["survived"] for row in table.values()) >= 30
+    assert sum(row["survived"] for row in table.values()) >= 50
     assert {call: row for call, row in table.items() if sum(row.values()) > row["survived"]} == {}
     assert "aclrtMallocPhysical" in table
     assert "aclrtUnmapMem" in table

@@ -18,6 +18,7 @@ DRIVER_ERROR = 507899
 def llm(tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of the tests' functions
         with engine(
             tiny_model,

@@ -49,6 +49,7 @@ def results(count: int) -> list[int]:
 def test_the_nth_call_fails(rule: str, expected: list[int]) -> None:
     control.set_faults(rule)
     assert results(4) == expected
+    assert control.fault_hits() == sum(code != 0 for code in expected)
 
 
 def test_rules_replace_each_other_and_count_from_then() -> None:

@@ -41,6 +41,7 @@ class Counters:
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libascendcl.so")
+    library.npuSimFaultHits.restype = ctypes.c_uint64
     library.npuSimCallCount.restype = ctypes.c_uint64
     library.npuSimCallLog.restype = ctypes.c_size_t
     return library
@@ -61,6 +62,11 @@ def set_faults(rules: str) -> None:
     """
     if _library().npuSimSetFaults(rules.encode()) != 0:
         raise ValueError(f"faults {rules!r} are not call:nth:code[:times], comma separated")
+
+
+def fault_hits() -> int:
+    """How many calls the rules have hit since they were set."""
+    return _library().npuSimFaultHits()
 
 
 def call_count(name: str) -> int:
