@@ -54,6 +54,11 @@ class CamemBackend(SleepModeBackend):
         )
 
     @property
+    def verifies(self) -> bool:
+        """Whether a wake compares what came back with what went to sleep."""
+        return self._config.verify_wake
+
+    @property
     def reloads_after_level_2(self) -> bool:
         """Whether a wake loads the weights that level 2 discarded."""
         return self._config.after_level2 == "reload"
@@ -214,13 +219,22 @@ class CamemBackend(SleepModeBackend):
         ]
         device = torch.device("npu", torch_npu.npu.current_device())
         sums = checksums([(a["address"], a["bytes"]) for a in woken], device)
-        for a in woken:
-            if sums[a["address"]] != a["checksum"]:
-                raise WeightsError(
-                    f"wake brought back other content than went to sleep: tag {a['tag']!r}, "
-                    f"{a['bytes']} bytes at {a['address']:#x}, checksum {sums[a['address']]:#018x} "
-                    f"instead of {a['checksum']:#018x}. Load the weights again or restart"
-                )
+        changed = [a for a in woken if sums[a["address"]] != a["checksum"]]
+        if not changed:
+            return
+        beyond_loading = any(a["tag"] != "weights" for a in changed)
+        if self.holds:
+            remedy = "Repeat the wake, or sleep at level 2, wake and load the weights"
+        else:
+            remedy = "Restart the engine" if beyond_loading else "Load the weights again or restart"
+        a = changed[0]
+        error = WeightsError(
+            f"wake brought back other content than went to sleep: tag {a['tag']!r}, "
+            f"{a['bytes']} bytes at {a['address']:#x}, checksum {sums[a['address']]:#018x} "
+            f"instead of {a['checksum']:#018x}. {remedy}"
+        )
+        error.tag, error.device, error.beyond_loading = a["tag"], a["device"], beyond_loading
+        raise error
 
     def _finish(self, report: "_camem.Report") -> None:
         operation, self._held = self._held, ""

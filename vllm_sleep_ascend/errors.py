@@ -44,7 +44,13 @@ class HostOutOfMemoryError(SleepModeError, MemoryError):
 
 
 class WeightsError(SleepModeError):
-    """The weights in device memory are not, or not all, what they should be."""
+    """The weights in device memory are not, or not all, what they should be.
+
+    Attributes:
+        beyond_loading: other memory is damaged too, which loading the weights does not mend.
+    """
+
+    beyond_loading: bool = False
 
 
 class RankGoneError(SleepModeError):

@@ -57,6 +57,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
     """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
 
     _wake_unfinished = False
+    _weights_lost = False  # discarded since they were last awake
 
     def shutdown(self) -> None:
         """End the worker, and give device memory back while the process still has a device."""
@@ -96,7 +97,8 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             self._before_sleep(level)
             torch.accelerator.synchronize()
             free_before, _ = torch_npu.npu.mem_get_info()
-            if level == 2 and not self._has_saved():
+            # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
+            if (level == 2 or self.sleep_mode_backend.verifies) and not self._has_saved():
                 self._save_for_level_2()
             self.sleep_mode_backend.suspend(level)
 
@@ -127,15 +129,20 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
 
         Raises:
             SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
+            WeightsError: as that, where there are several ranks. A single one is awake, and serves
+                once the weights are loaded.
         """
         worker: Any = self
+        changed: list[WeightsError] = []
 
         def resume() -> None:
             try:
                 self.sleep_mode_backend.resume(tags)
-            except WeightsError:
-                self._content.found_corrupt()
-                raise
+            except WeightsError as error:
+                if self.agreement.size > 1:
+                    raise
+                changed.append(error)
+                self._content.found_corrupt(error.beyond_loading)
             # From here memory is awake, but not all that belongs to a wake is done.
             self._wake_unfinished = True
 
@@ -143,25 +150,31 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             self.communicators.restore()
             if not self.sleep_mode_backend.asleep("weights"):
                 self._restore_saved()
-                if self._content.missing:
+                if self._weights_lost:
                     from vllm_sleep_ascend.native.lora import restore_adapters
 
                     restore_adapters(worker.model_runner)
-                if self._content.missing and self.sleep_mode_backend.reloads_after_level_2:
+                reloads = self.sleep_mode_backend.reloads_after_level_2 and not changed
+                if self._content.missing and reloads:
                     self._reload_or_sleep_again()
             torch.accelerator.synchronize()
 
-        was_unfinished = self._wake_unfinished
+        was_unfinished, knowledge = self._wake_unfinished, self._content.knowledge()
         try:
             self._together("wake", resume, finish, communicators="restore")
         except Exception:
-            if self.agreement.size > 1:
-                self._wake_unfinished = was_unfinished  # this one was taken back
+            if self.agreement.size > 1:  # it was taken back, with what was loaded
+                self._wake_unfinished = was_unfinished
+                self._content.know(knowledge)
             raise
         self._after_wake()
         self._wake_unfinished = False
         if not self.sleep_mode_backend.asleep("weights"):
+            self._weights_lost = False
             self._forget_saved()
+        if changed:
+            self._note_failure("wake", changed[0])
+            raise changed[0]
 
     def synchronize_device(self) -> None:
         """Of vLLM's pause before a sleep: an error says whose it is."""
@@ -185,8 +198,12 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank, or whose wake is not finished."""
+        if self._wake_unfinished:
+            return set(DEFERRABLE_TAGS)
         tags = {tag for tag in DEFERRABLE_TAGS if self.sleep_mode_backend.asleep(tag)}
-        return tags | {"weights"} if self._wake_unfinished else tags
+        if not tags and self.sleep_mode_backend.state() == "SUSPENDED":
+            return {"weights"}  # other memory could not be mapped again, and any wake does it
+        return tags
 
     def sleep_status(self) -> dict[str, Any]:
         """What this rank holds: bytes by tag and state, the last operation and the last error."""
@@ -228,8 +245,9 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
     def _note_discarded_weights(self) -> None:
         worker: Any = self
         if "discarded" in self.sleep_mode_backend.states("weights"):
+            self._weights_lost = True
             self._content.lose(but=worker._sleep_saved_parameters)
-        elif not self._wake_unfinished:
+        elif not self._wake_unfinished and not self.sleep_mode_backend.asleep("weights"):
             self._forget_saved()
 
     def _reload_or_sleep_again(self) -> None:
@@ -240,6 +258,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             self._reload_all()
         except SleepModeError as error:
             self.sleep_mode_backend.discard(("weights",))
+            self._note_discarded_weights()
             raise SleepModeError(
                 f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
             ) from error

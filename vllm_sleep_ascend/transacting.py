@@ -63,11 +63,7 @@ class TransactingWorker:
                 for step in steps:
                     step()
         except Exception as error:
-            self._last_error = {
-                "operation": name,
-                "type": type(error).__name__,
-                "message": str(error),
-            }
+            self._note_failure(name, error)
             with suppress(RuntimeError):
                 # A call that failed may have kept torch from coming back from another device.
                 torch_npu.npu.set_device(worker.device)
@@ -77,6 +73,9 @@ class TransactingWorker:
                 error.args = (f"rank {worker.rank}: {error}",)
             raise
         self._last_error = None
+
+    def _note_failure(self, name: str, error: Exception) -> None:
+        self._last_error = {"operation": name, "type": type(error).__name__, "message": str(error)}
 
     def _operation(
         self,

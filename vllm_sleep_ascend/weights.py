@@ -29,6 +29,7 @@ class WeightsContent:
         self._consumed = 0
         self.missing: set[str] = set()
         self._found_corrupt = False
+        self.beyond_loading = False
         loader: Any = model
         loader.load_weights = self._watched(loader.load_weights)
 
@@ -38,15 +39,24 @@ class WeightsContent:
         self.missing = {_plain(name) for name, _ in self._model.named_parameters()}
         self.missing -= {_plain(name) for name in but}
 
-    def found_corrupt(self) -> None:
-        """Note that the content is not what it should be."""
+    def found_corrupt(self, beyond_loading: bool) -> None:
+        """Note that the content is not what it should be, and whether a load can mend that."""
         self.lose()
         self._found_corrupt = True
+        self.beyond_loading = self.beyond_loading or beyond_loading
 
     @property
     def corrupt(self) -> bool:
         """Whether content that was found to be wrong has not all been loaded since."""
-        return self._found_corrupt and bool(self.missing)
+        return self.beyond_loading or (self._found_corrupt and bool(self.missing))
+
+    def knowledge(self) -> tuple[set[str], bool]:
+        """What is known now, for ``know``."""
+        return set(self.missing), self._found_corrupt
+
+    def know(self, knowledge: tuple[set[str], bool]) -> None:
+        """What was known then holds again: the memory is as it was then."""
+        self.missing, self._found_corrupt = set(knowledge[0]), knowledge[1]
 
     def loaded(self, names: Iterable[str] | None) -> None:
         """Note that these parameters were loaded; None means all."""
@@ -116,11 +126,13 @@ class LoadingWorker:
 
     def weights_content(self) -> dict[str, Any]:
         """``missing``: parameters without content; ``corrupt``: whether that was found out by
-        comparing; ``updating``: whether an update is under way."""
+        comparing; ``beyond_loading``: whether more was found than loading mends; ``updating``:
+        whether an update is under way."""
         worker: Any = self
         return {
             "missing": sorted(self._content.missing),
             "corrupt": self._content.corrupt,
+            "beyond_loading": self._content.beyond_loading,
             "updating": bool(worker._weight_update_active),
         }
 
@@ -159,7 +171,12 @@ class LoadingWorker:
     def update_weights(self, update_info: dict | list[dict]) -> None:
         """Load one part of a weight update. If it fails, the update is over."""
         stock: Any = super()
-        self._load(lambda: stock.update_weights(update_info))
+        try:
+            self._load(lambda: stock.update_weights(update_info))
+        except BaseException:
+            worker: Any = self
+            worker._weight_update_active = False  # vLLM 0.23 leaves it open
+            raise
 
     def _load(self, load: Callable[[], None]) -> None:
         """Run a load; if it fails, the model is usable again, and its source is the one before."""

@@ -107,7 +107,7 @@ def test_what_follows_a_wake_is_repeated_on_all_ranks_when_it_fails_on_one(llm, 
         with pytest.raises(RuntimeError, match=f"rank {rank}, device {rank}: the group has no"):
             llm.wake_up()
         assert llm.llm_engine.is_sleeping()
-        assert [sorted(tags) for tags in llm.collective_rpc("sleeping_tags")] == [["weights"]] * 2
+        assert llm.collective_rpc("sleeping_tags") == [{"weights", "kv_cache"}] * 2
         llm.wake_up()
         assert not llm.llm_engine.is_sleeping()
         assert llm.collective_rpc(remove_dispatcher) == [2, 2]

@@ -170,3 +170,14 @@ def test_a_load_that_fails_in_the_middle_leaves_an_engine_that_can_load_again(ti
         llm.collective_rpc("reload_weights")
         llm.reset_prefix_cache()
         assert tokens(llm) == expected
+
+        # The pause that was there before the weights were torn is there again once they are loaded.
+        llm.sleep(level=0)
+        with pytest.raises(OSError, match="trainer went away"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": torn()})
+        llm.collective_rpc("reload_weights")
+        assert without_content(llm) == 0
+        assert llm.llm_engine.is_sleeping()
+        llm.wake_up(tags=["scheduling"])
+        llm.reset_prefix_cache()
+        assert tokens(llm) == expected

@@ -5,8 +5,10 @@ import ctypes
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 from engines import engine
+from ranks import assert_all, status
 from reference import PROMPTS, hf_greedy, vllm_greedy
 
 from vllm_sleep_ascend import _camem
@@ -53,16 +55,17 @@ def test_tokens_and_bytes(tiny_model, options):
         assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
 
 
-def flip_a_bit_of_every_backup() -> int:
-    """Backups are the anonymous memory that a forked child does not get. Returns their bytes."""
+def change_every_backup() -> int:
+    """All of their bytes; a second time changes them back. Backups are the anonymous memory that a
+    forked child does not get. Returns their bytes."""
     total = 0
     for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         header, flags = block.split("\n", 1)[0].split(), block.rsplit("VmFlags:", 1)[1].split()
         if len(header) > 5 or "dc" not in flags or "wr" not in flags:
             continue
         start, end = (int(address, 16) for address in header[0].split("-"))
-        for address in range(start, end, 2 << 20):
-            ctypes.c_uint8.from_address(address).value ^= 1
+        content = numpy.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
+        content ^= 0x5A
         total += end - start
     return total
 
@@ -72,12 +75,56 @@ def test_a_backup_that_changed_is_found_and_not_served(tiny_model):
     config = {"sleep_mode": {"verify_wake": True, "after_level2": "refuse"}}
     with engine(tiny_model, enable_sleep_mode=True, additional_config=config) as llm:
         llm.sleep(level=1)
-        assert flip_a_bit_of_every_backup() >= _camem.pinned_host_bytes() > 0
+        assert change_every_backup() >= _camem.pinned_host_bytes() > 0
         with pytest.raises(WeightsError, match=r"tag .weights.*checksum.*Load the weights again"):
             llm.wake_up()
         with pytest.raises(SleepModeError):
             vllm_greedy(llm, PROMPTS[:2], TOKENS)
         llm.collective_rpc("reload_weights")
+        llm.wake_up()
+        assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
+
+
+def change_backups_of(worker, rank: int) -> None:
+    if worker.rank == rank:
+        assert change_every_backup() > 0
+
+
+def set_model(worker, rank: int, path: str) -> None:
+    if worker.rank == rank:
+        worker.model_config.model = path
+
+
+def test_what_a_rank_knew_of_its_weights_is_taken_back_with_the_wake(tiny_model):
+    expected = hf_greedy(tiny_model, PROMPTS[:2], TOKENS)
+    config = {"sleep_mode": {"verify_wake": True, "after_level2": "reload"}}
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        additional_config=config,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+    ) as llm:
+        # Rank 0 has loaded its weights when rank 1 fails: it has to load them again.
+        llm.sleep(level=2)
+        llm.collective_rpc(set_model, args=(1, "/nowhere"))
+        with pytest.raises(SleepModeError, match=r"rank 1, device 1: .*loaded from /nowhere"):
+            llm.wake_up()
+        assert_all(llm, "SUSPENDED")
+        missing = [rank["parameters_without_content"] for rank in status(llm)]
+        assert missing[0] == missing[1] > 20
+        llm.collective_rpc(set_model, args=(1, str(tiny_model)))
+        llm.wake_up()
+        llm.reset_prefix_cache()
+        assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
+
+        # Rank 1 finds another backup, and the right one the next time: all is well.
+        llm.sleep(level=1)
+        llm.collective_rpc(change_backups_of, args=(1,))
+        with pytest.raises(WeightsError, match=r"rank 1, device 1: .*checksum.*Repeat the wake"):
+            llm.wake_up()
+        assert_all(llm, "SUSPENDED")
+        llm.collective_rpc(change_backups_of, args=(1,))
         llm.wake_up()
         assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
 

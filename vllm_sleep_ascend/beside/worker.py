@@ -133,6 +133,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         if backend.asleep("weights"):
             return
         if self._graphs_dropped and not backend.asleep("kv_cache"):
+            self._experts.close()  # what is captured runs the model
             manager.acl_graph.sleep()  # what an attempt before this one captured
             manager.acl_graph.wakeup()
         as_loaded = self.vllm_config.quant_config is None and not backend.reloads_after_level_2

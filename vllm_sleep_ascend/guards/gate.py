@@ -25,7 +25,8 @@ class ServingGate:
         self._holds = config.after_level2 != "warn"
         self._refuses_while_asleep = config.while_asleep == "refuse"
         self._missing: list[str] = []
-        self._updating = self._corrupt = False
+        self._updating = self._corrupt = self._beyond_loading = False
+        self._before = PauseState.UNPAUSED  # what holds once the engine may serve
         self._warned = False
         self.held = False
 
@@ -46,6 +47,7 @@ class ServingGate:
         self._missing = sorted({name for content in contents for name in content["missing"]})
         self._updating = any(content["updating"] for content in contents)
         self._corrupt = any(content["corrupt"] for content in contents)
+        self._beyond_loading = any(content["beyond_loading"] for content in contents)
         self._warned = self._warned and bool(self._missing)
 
     @property
@@ -58,9 +60,9 @@ class ServingGate:
         """Whether the weights were complete at the last look."""
         return not self._updating and not self._missing
 
-    def hold(self) -> None:
-        """Schedule nothing until the weights are loaded."""
-        self.held = True
+    def hold(self, before: PauseState = PauseState.UNPAUSED) -> None:
+        """Schedule nothing until the weights are loaded; then as ``before``."""
+        self.held, self._before = True, before
         self._core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
         logger.warning("The engine does not serve yet: %s", self._reason())
 
@@ -69,9 +71,13 @@ class ServingGate:
         self.look()
         asleep = self._core.model_executor.is_sleeping
         if self.held and not self.closed and not asleep:
-            self._core.resume_scheduler()
+            if self._before == PauseState.UNPAUSED:
+                self._core.resume_scheduler()
+            else:
+                self.held = False
+                self._core.scheduler.set_pause_state(self._before)
         elif self.closed and not self.held and not self._updating and not asleep:
-            self.hold()
+            self.hold(self._core.scheduler.pause_state)
 
     def warn(self) -> None:
         """Once for each level-2 sleep: what is served now is not the model's."""
@@ -90,10 +96,12 @@ class ServingGate:
     def _reason(self) -> str:
         if self._updating:
             return "a weight update is under way; call finish_weight_update"
+        if self._beyond_loading:
+            return "verify_wake found other memory than went to sleep; restart the engine"
         if self._corrupt:
             return f"verify_wake found other weights than went to sleep; {_REMEDY}"
         names = ", ".join(self._missing[:3]) + (", ..." if len(self._missing) > 3 else "")
         return (
-            f"sleep level 2 discarded the weights, and {len(self._missing)} parameters have not "
-            f"been loaded since ({names}); {_REMEDY}"
+            f"the weights were discarded by sleep level 2, or a load of them broke off, and "
+            f"{len(self._missing)} parameters have not been loaded since ({names}); {_REMEDY}"
         )
