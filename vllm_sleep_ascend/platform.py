@@ -270,4 +270,7 @@ def _configure_sleep_mode(vllm_config: "VllmConfig") -> None:
 
     SleepModeConfig.from_vllm_config(vllm_config)
     if enabled:
+        from vllm_sleep_ascend.guards.checks import check_engines
+
+        check_engines(vllm_config)
         model_config.sleep_mode_backend = _SLEEP_BACKEND

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from reference import hf_greedy
-from support import ROOT
+from support import ROOT, make_model
 
 from vllm_sleep_ascend import beside
 
@@ -124,6 +124,17 @@ def test_the_switch_leaves_sleep_mode_to_vllm_ascend(tiny_model):
     answers, said = run(CONFIGURE, tiny_model, asked, VLLM_SLEEP_ASCEND="0")
     assert answers == [STOCK]
     assert "Sleep mode is vllm_sleep_ascend's" not in said
+
+
+def test_engines_that_share_experts_do_not_sleep(tiny_model):
+    two, sleeps = {"data_parallel_size": 2}, {"enable_sleep_mode": True}
+    asked = json.dumps([two | sleeps, two, {"tensor_parallel_size": 2} | sleeps])
+    (refused, *answers), _ = run(CONFIGURE, make_model("tiny-qwen3-moe"), asked)
+    assert "with data_parallel_size=2 is not supported" in refused
+    assert "tensor_parallel_size=2" in refused
+    assert answers == [STOCK, OURS]
+    answers, _ = run(CONFIGURE, tiny_model, json.dumps([two | sleeps]))
+    assert answers == [OURS]
 
 
 def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):

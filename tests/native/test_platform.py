@@ -88,6 +88,15 @@ def test_adapters_of_experts_are_refused():
         config_of(str(make_model("tiny-qwen3-moe")), enable_lora=True)
 
 
+def test_engines_that_share_experts_do_not_sleep(model):
+    experts, sleeps = str(make_model("tiny-qwen3-moe")), {"enable_sleep_mode": True}
+    with pytest.raises(ValueError, match=r"data_parallel_size=2 .*\(tensor_parallel_size=4\)"):
+        config_of(experts, data_parallel_size=2, tensor_parallel_size=2, **sleeps)
+    config_of(experts, data_parallel_size=2)
+    config_of(experts, tensor_parallel_size=2, **sleeps)
+    config_of(model, data_parallel_size=2, **sleeps)
+
+
 @pytest.mark.parametrize(
     "trait,message",
     [
