@@ -110,10 +110,15 @@ class SleepClient:
             await self.wake()
 
     async def level(self, otherwise: int | None = None) -> int:
-        """The level at which the weights sleep (0: they are awake), from the ranks' bytes."""
+        """The level at which the weights sleep (0: they are awake), from what the ranks say.
+
+        Weights that level 2 discarded and nobody loaded count as 2, awake or not.
+        """
         ranks = await self._ranks()
         if ranks is None:
             return (otherwise or 1) if await self.is_sleeping() else 0
+        if any(rank.get("parameters_without_content") for rank in ranks):
+            return 2
         levels = {"discarded": 2, "offloaded": 1}
         weights = [rank.get("tags", {}).get("weights", {}) for rank in ranks]
         return max(

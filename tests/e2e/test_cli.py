@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import httpx
 import pytest
 from server import SMALL, Server
 
@@ -100,6 +101,21 @@ def test_after_level_2_weights_are_loaded_before_the_kv_cache_wakes(pair, a_is_a
         "wake",
         "reset_prefix_cache",
     ]
+    assert a.complete() == a.text
+
+
+@pytest.mark.parametrize("command", [("wake",), ("switch",), ("switch", "--overlap")])
+def test_a_load_that_failed_is_made_up_for(pair, a_is_awake, command):
+    a, b, _ = pair
+    a.post("/sleep", params={"level": 2})
+    a.post("/wake_up", params={"tags": "weights"})
+    body = {"method": "reload_weights", "kwargs": {"weights_path": "/nowhere"}}
+    # On a connection of its own, which the server closes.
+    assert httpx.post(f"{url(a)}/collective_rpc", json=body, timeout=60).status_code == 500
+    assert a.rank_status()["parameters_without_content"] > 20
+    urls = [url(b), url(a)] if command[0] == "switch" else [url(a)]
+    steps = [step["step"] for step in report(*command, *urls)["steps"] if step["url"] == url(a)]
+    assert steps == ["wake weights", "reload_weights", "wake", "reset_prefix_cache"]
     assert a.complete() == a.text
 
 
