@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of ranks, over vLLM's own queues: none is lost, and none stays for the next call."""
 
+import inspect
+import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-from vllm.v1.executor.multiproc_executor import WorkerProc
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 
+from vllm_sleep_ascend import answers
 from vllm_sleep_ascend.answers import reads_every_answer
+from vllm_sleep_ascend.errors import RankGoneError
 
-SUCCESS = WorkerProc.ResponseStatus.SUCCESS
+SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
 CHUNK = 4096  # bytes of a queue's slot; a larger answer comes over a socket
 
 
@@ -71,3 +78,103 @@ def test_a_large_answer_that_comes_after_its_mark_is_waited_for(queues) -> None:
     writers[0].enqueue((SUCCESS, "next"))
     writers[1].enqueue((SUCCESS, "next"))
     assert collective_rpc(executor, "save_sharded_state") == ["next", "next"]
+
+
+Work = Callable[[int, str], str]  # what a rank answers to a method
+
+
+class Executor(SimpleNamespace):
+    """vLLM's calls, to ranks that are threads."""
+
+    collective_rpc = reads_every_answer(inspect.unwrap(MultiprocExecutor.collective_rpc))
+
+    def shutdown(self) -> None:
+        self.response_mqs = []
+
+
+@contextmanager
+def executor(queues: Any, work: Work) -> Iterator[Executor]:
+    writers, readers = queues
+    calls: list[queue.Queue] = [queue.Queue() for _ in writers]
+
+    def serve(rank: int) -> None:
+        while call := calls[rank].get():
+            method, _, _, output_rank = call
+            try:
+                answer = SUCCESS, work(rank, method)
+            except RuntimeError as error:
+                answer = FAILURE, str(error)
+            if output_rank in (None, rank):
+                writers[rank].enqueue(answer)
+
+    def broadcast(call: Any) -> None:
+        for waiting in calls:
+            waiting.put(call)
+
+    ranks = [threading.Thread(target=serve, args=(rank,)) for rank in range(len(writers))]
+    for rank in ranks:
+        rank.start()
+    config = {"sleep_mode": {"rank_timeout_s": 1}}
+    yield Executor(
+        is_failed=False,
+        failure_callback=None,
+        futures_queue=deque(),
+        response_mqs=readers,
+        rpc_broadcast_mq=SimpleNamespace(enqueue=broadcast),
+        vllm_config=SimpleNamespace(
+            additional_config=config, model_config=SimpleNamespace(enable_nccl_comm_suspend=False)
+        ),
+    )
+    broadcast(None)
+    for rank in ranks:
+        rank.join()
+
+
+@pytest.mark.parametrize("slow", [(0,), (1,), (0, 1)])
+def test_answers_that_come_after_the_timeout_are_of_no_other_call(queues, slow) -> None:
+    def work(rank: int, method: str) -> str:
+        if rank in slow and method == "slow":
+            time.sleep(0.5)
+        return f"{method} {rank}"
+
+    with executor(queues, work) as ranks:
+        for again in range(2):
+            for _ in range(again + 1):
+                with pytest.raises(TimeoutError, match="slow timed out"):
+                    ranks.collective_rpc("slow", timeout=0.1)
+            assert ranks.collective_rpc("weights_content") == [
+                "weights_content 0",
+                "weights_content 1",
+            ]
+        with pytest.raises(TimeoutError):
+            ranks.collective_rpc("slow", 0.1)
+        step = {"unique_reply_rank": 1, "non_block": True, "timeout": 5}
+        steps = [ranks.collective_rpc(f"step {n}", **step) for n in range(2)]
+        assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
+        assert [step.result() for step in steps] == ["step 0 1", "step 1 1"]
+        if 1 in slow:
+            with pytest.raises(TimeoutError):
+                ranks.collective_rpc("slow", timeout=0.1, unique_reply_rank=1)
+            assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
+
+
+def test_a_rank_that_loads_long_after_anothers_error_does_not_hang(queues, monkeypatch) -> None:
+    monkeypatch.setattr(answers, "_ABORT_S", 0)
+
+    def work(rank: int, method: str) -> str:
+        if rank == 0 and method != "sleep":
+            raise RuntimeError("no such file")
+        if rank == 1 and method != "sleep":
+            time.sleep(2.5)
+        return f"{method} {rank}"
+
+    with executor(queues, work) as ranks:
+        with pytest.raises(RuntimeError, match="no such file"):
+            ranks.collective_rpc("reload_weights")
+        assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
+        with pytest.raises(RuntimeError, match="no such file"):  # and has the time of the call
+            ranks.collective_rpc("reload_weights", timeout=0.1)
+        assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
+        with pytest.raises(RankGoneError, match="rank 1 hangs.*within 1 s.*no such file"):
+            ranks.collective_rpc("anything_else")
+        assert ranks.is_failed

@@ -2,13 +2,15 @@
 """One answer of every rank to every call, also when a call fails or a rank hangs.
 
 vLLM's multiprocessing executor stops reading at the first rank that answers with an error. What the
-ranks behind it answered stays in their queues, and the next call takes it for its own answer. And
-it waits without end for a rank that hangs, though the others have said so.
+ranks behind it answered stays in their queues, and the next call takes it for its own answer. So
+it is with a call whose ``timeout`` passes: its answers come later. And it waits without end for a
+rank that hangs, though the others have said so.
 """
 
 import re
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from vllm.logger import init_logger
@@ -25,19 +27,56 @@ _OURS = (
     *("sleep_refusal", "synchronize_device", "sleep", "wake_up", "discard"),
     *("sleeping_tags", "sleep_status", "weights_content"),
 )
+# Of which each rank does its part alone, so that one that takes long after another's error does not
+# hang. If its process ends, vLLM's monitor shuts the executor down, which ends the wait.
+_ALONE = ("reload_weights", "save_sharded_state", "save_tensorized_model")
 _LOOK_S = 1.0  # how often to look at the ranks behind while one does not answer
 _ABORT_S = 10.0  # to take back what a rank holds
 _LARGE_S = 60.0  # for a large answer to follow its mark
 
 
+class _Rank:
+    """A rank's queue of answers. Those that nobody waits for any more are dropped before the next
+    one is read. Deadlines are of ``time.monotonic``."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self.owed = 0  # calls that were given up before this rank had answered
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+    def dequeue(self, timeout: float | None = None) -> Any:
+        """The answer to a call that this rank alone answers."""
+        try:
+            return self.take(_deadline(timeout))
+        except TimeoutError:
+            self.owed += 1
+            raise
+
+    def take(self, deadline: float = inf) -> Any:
+        self.catch_up(deadline)
+        return self._read(deadline)
+
+    def catch_up(self, deadline: float = inf) -> None:
+        while self.owed:
+            self._read(deadline)
+            self.owed -= 1
+
+    def _read(self, deadline: float) -> Any:
+        if deadline == inf:
+            return self._queue.dequeue()
+        return _dequeue(self._queue, max(0.001, deadline - time.monotonic()))
+
+
 class _Answers:
-    """A rank's queue of answers that, at an error, reads those of the ranks behind it too.
+    """A rank's answer to a call of all ranks. At an error, those of the ranks behind are read too.
 
     ``bounded``: once a rank has answered, the others have ``grace_s`` seconds. Else only after an
     error: ranks may take their time with what a user calls.
     """
 
-    def __init__(self, rank: int, queue: Any, bounded: bool, grace_s: float) -> None:
+    def __init__(self, rank: int, queue: _Rank, bounded: bool, grace_s: float) -> None:
         self._rank, self._queue, self._bounded, self._grace_s = rank, queue, bounded, grace_s
         self._early: list[Any] = []
         self.behind: list[_Answers] = []
@@ -45,48 +84,74 @@ class _Answers:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
 
-    def dequeue(self, timeout: float | None = None, **kwargs: Any) -> Any:
+    def dequeue(self, timeout: float | None = None) -> Any:
         """
         Raises:
             RankGoneError: this rank or one behind it did not answer after another had.
+            TimeoutError: it did not answer within ``timeout`` seconds.
         """
-        status, result = self._take(timeout, **kwargs)
+        deadline = _deadline(timeout)
+        try:
+            status, result = self._take(deadline)
+        except TimeoutError:
+            for answer in (self, *self.behind):
+                answer._forgo()
+            raise
         if _failed(status):
-            deadline = time.monotonic() + self._grace_s
+            since = time.monotonic()
             for other in self.behind:
-                other._take_by(deadline, result)
+                other._follow(since, deadline, result)
         return status, result
 
-    def _take(self, timeout: float | None, **kwargs: Any) -> Any:
+    def _take(self, deadline: float) -> Any:
         if self._early:
             return self._early.pop()
-        if timeout is not None:
-            return _dequeue(self._queue, timeout, **kwargs)
+        if deadline < inf:
+            return self._queue.take(deadline)
+        self._queue.catch_up()
         while True:
             try:
-                return _dequeue(self._queue, _LOOK_S, **kwargs)
+                return self._queue.take(time.monotonic() + _LOOK_S)
             except TimeoutError:
                 # Ranks before this one have answered, since they are read in order.
                 answers = [answer for other in self.behind if (answer := other._look())]
                 errors = [result for status, result in answers if _failed(status)]
                 if errors or (self._bounded and (answers or self._rank > 0)):
-                    deadline = time.monotonic() + self._grace_s
-                    return self._take_by(deadline, "".join(errors[:1]))
+                    return self._take_in_grace(time.monotonic(), "".join(errors[:1]))
 
     def _look(self) -> Any:
         """What this rank has answered; None if it has not yet."""
         if not self._early:
             try:
-                self._early.append(_dequeue(self._queue, 0.001))
+                self._early.append(self._queue.take(time.monotonic()))
             except TimeoutError:
                 return None
         return self._early[0]
 
-    def _take_by(self, deadline: float, error: str) -> Any:
+    def _follow(self, since: float, deadline: float, error: str) -> None:
+        """After another's error, keep this rank's answer from staying in the queue."""
+        if self._grace_s < inf:
+            self._take_in_grace(since, error)
+            return
+        try:
+            self._take(deadline)
+        except TimeoutError:
+            self._forgo()
+
+    def _forgo(self) -> None:
+        if self._early:
+            self._early.pop()
+        else:
+            self._queue.owed += 1
+
+    def _take_in_grace(self, since: float, error: str) -> Any:
         if self._early:
             return self._early.pop()
+        if self._queue.owed:  # busy with an earlier call, which may take long
+            self._queue.catch_up()
+            since = time.monotonic()
         try:
-            return _dequeue(self._queue, max(0.001, deadline - time.monotonic()))
+            return self._queue.take(since + self._grace_s)
         except TimeoutError:
             raise RankGoneError(
                 f"rank {self._rank} hangs: another rank has answered, and it did not within "
@@ -95,12 +160,16 @@ class _Answers:
             ) from None
 
 
-def _dequeue(queue: Any, timeout: float, **kwargs: Any) -> Any:
+def _deadline(timeout: float | None) -> float:
+    return inf if timeout is None else time.monotonic() + timeout
+
+
+def _dequeue(queue: Any, timeout: float) -> Any:
     """As vLLM's, which loses a large answer: in the queue is only a mark, which it takes, and the
     answer itself comes over a socket, for which it may be too soon."""
     mark = queue.current_idx
     try:
-        return queue.dequeue(timeout=timeout, **kwargs)
+        return queue.dequeue(timeout=timeout)
     except TimeoutError:
         if queue.current_idx == mark:
             raise
@@ -119,10 +188,14 @@ def reads_every_answer(stock: Callable) -> Callable:
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         if self.is_failed:
             raise RuntimeError("Executor failed: a rank is gone; restart the engine")
+        if not all(isinstance(queue, _Rank) for queue in self.response_mqs):
+            self.response_mqs = [_Rank(queue) for queue in self.response_mqs]
         if kwargs.get("unique_reply_rank") is not None:  # then the other ranks do not answer
             return stock(self, method, *args, **kwargs)
         queues = self.response_mqs
-        grace_s = SleepModeConfig.slowest_rank_s(self.vllm_config) + _ABORT_S
+        grace_s = inf
+        if method not in _ALONE:
+            grace_s = SleepModeConfig.slowest_rank_s(self.vllm_config) + _ABORT_S
         bounded = method in _OURS
         answers = [_Answers(rank, queue, bounded, grace_s) for rank, queue in enumerate(queues)]
         for rank, answer in enumerate(answers):

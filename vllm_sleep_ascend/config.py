@@ -53,7 +53,9 @@ class SleepModeConfig(BaseModel):
     rank_timeout_s: float = Field(default=120.0, ge=1, le=86400, allow_inf_nan=False)
     """Seconds that a rank that is ready to sleep or to wake waits for the slowest one. Then the
     operation fails, on every rank that answers. HCCL_CONNECT_TIMEOUT comes on top where
-    communicators are made again, and so does wake_timeout_s."""
+    communicators are made again, and so does wake_timeout_s. After an error of one rank in another
+    call (collective_rpc) the others have about as long, or the engine ends; but as long as they
+    need in reload_weights, save_sharded_state and save_tensorized_model."""
 
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
