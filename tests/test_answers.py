@@ -2,12 +2,12 @@
 """Answers of ranks, over vLLM's own queues: none is lost, and none stays for the next call."""
 
 import inspect
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +95,7 @@ class Executor(SimpleNamespace):
 @contextmanager
 def executor(queues: Any, work: Work) -> Iterator[Executor]:
     writers, readers = queues
-    calls: list[queue.Queue] = [queue.Queue() for _ in writers]
+    calls: list[Queue] = [Queue() for _ in writers]
 
     def serve(rank: int) -> None:
         while call := calls[rank].get():
@@ -175,6 +175,6 @@ def test_a_rank_that_loads_long_after_anothers_error_does_not_hang(queues, monke
         with pytest.raises(RuntimeError, match="no such file"):  # and has the time of the call
             ranks.collective_rpc("reload_weights", timeout=0.1)
         assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
-        with pytest.raises(RankGoneError, match="rank 1 hangs.*within 1 s.*no such file"):
+        with pytest.raises(RankGoneError, match=r"rank 1 hangs.*within 1 s.*no such file"):
             ranks.collective_rpc("anything_else")
         assert ranks.is_failed
