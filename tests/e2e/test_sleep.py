@@ -194,3 +194,25 @@ def test_20_cycles_leave_memory_handles_mappings_and_rss_where_they_were(llm, ex
     assert len(set(figures[2:])) == 1
     assert process.memory_info().rss - rss < 32 * MIB
     assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_workers_that_are_put_to_sleep_past_the_engine(llm, expected, level):
+    engine = llm.llm_engine
+    assert tokens(llm) == expected  # leaves blocks in the prefix cache
+    llm.enqueue(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    llm.collective_rpc("sleep", kwargs={"level": level})
+    assert engine.is_sleeping() and engine.step() == []
+    with pytest.raises(SleepModeError, match=r"call wake_up\(\) before generate\(\)"):
+        llm.generate(PROMPTS, use_tqdm=False)
+    llm.collective_rpc("wake_up", kwargs={"tags": ["weights"]})
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    assert engine.is_sleeping() and engine.step() == []
+    llm.collective_rpc("wake_up")
+    assert not engine.is_sleeping()
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    assert tokens(llm) == expected

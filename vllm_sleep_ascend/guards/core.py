@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from vllm.logger import init_logger
@@ -17,6 +17,8 @@ from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.wrap import wrap
 
 logger = init_logger(f"vllm.{__name__}")
+
+_MOVES = ("sleep", "discard", "wake_up")  # the worker's methods that move memory
 
 
 def install() -> None:
@@ -218,14 +220,32 @@ def _is_sleeping(stock: Callable) -> Callable:
 def _collective_rpc(stock: Callable) -> Callable:
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         gate = ServingGate.of(self)
+        moves = gate is not None and method in _MOVES
         try:
-            return stock(self, method, *args, **kwargs)
+            with _moved(self) if moves else nullcontext():
+                return stock(self, method, *args, **kwargs)
         finally:
             may_load = not isinstance(method, str) or method in policy.NEEDS_WEIGHTS
             if gate is not None and (may_load or gate.held or not gate.clear):
                 gate.follow_load()
 
     return collective_rpc
+
+
+@contextmanager
+def _moved(core: Any) -> Iterator[None]:
+    """A user has the workers sleep or wake, past the calls of the engine, which has to follow."""
+    executor = core.model_executor
+    before = set(executor.sleeping_tags)
+    try:
+        with _truth(core):
+            yield
+    finally:
+        asleep = executor.sleeping_tags
+        if "kv_cache" in asleep - before:  # what it held is gone; running requests start anew
+            core.reset_prefix_cache(reset_running_requests=True)
+        if before and not asleep and getattr(core, "pending_sleep", None) is None:
+            core.resume_scheduler()
 
 
 def _add_request(stock: Callable) -> Callable:
