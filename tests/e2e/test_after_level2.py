@@ -175,6 +175,7 @@ def test_a_load_that_fails_in_the_middle_leaves_an_engine_that_can_load_again(ti
         llm.sleep(level=0)
         with pytest.raises(OSError, match="trainer went away"):
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": torn()})
+        assert llm.llm_engine.is_sleeping()
         llm.collective_rpc("reload_weights")
         assert without_content(llm) == 0
         assert llm.llm_engine.is_sleeping()

@@ -206,12 +206,12 @@ def _resume_scheduler(stock: Callable) -> Callable:
 
 
 def _is_sleeping(stock: Callable) -> Callable:
-    """An engine that waits for its weights has its memory: it does not sleep."""
+    """An engine that waits for its weights has its memory: it does not sleep, unless at level 0."""
 
     def is_sleeping(self: Any) -> bool:
         gate = ServingGate.of(self)
         if gate is not None and gate.held:
-            return self.model_executor.is_sleeping
+            return self.model_executor.is_sleeping or gate.was_paused
         return stock(self)
 
     return is_sleeping

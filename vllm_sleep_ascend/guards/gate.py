@@ -60,6 +60,11 @@ class ServingGate:
         """Whether the weights were complete at the last look."""
         return not self._updating and not self._missing
 
+    @property
+    def was_paused(self) -> bool:
+        """Whether the engine was paused before it was held, and is again once it may serve."""
+        return self._before != PauseState.UNPAUSED
+
     def hold(self, before: PauseState = PauseState.UNPAUSED) -> None:
         """Schedule nothing until the weights are loaded; then as ``before``."""
         self.held, self._before = True, before
@@ -71,11 +76,11 @@ class ServingGate:
         self.look()
         asleep = self._core.model_executor.is_sleeping
         if self.held and not self.closed and not asleep:
-            if self._before == PauseState.UNPAUSED:
-                self._core.resume_scheduler()
-            else:
+            if self.was_paused:
                 self.held = False
                 self._core.scheduler.set_pause_state(self._before)
+            else:
+                self._core.resume_scheduler()
         elif self.closed and not self.held and not self._updating and not asleep:
             self.hold(self._core.scheduler.pause_state)
 
