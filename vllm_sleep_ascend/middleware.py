@@ -41,7 +41,7 @@ class SleepModeMiddleware:
         if scope["type"] == "http":
             client = getattr(scope["app"].state, "engine_client", None)
         if client is not None and client.model_config.enable_sleep_mode:
-            if scope["path"] == "/metrics":
+            if _path(scope) == "/metrics":
                 await self._refresh_metrics(client)
             elif _generates(scope):
                 refused = await _refused(client)
@@ -57,8 +57,13 @@ class SleepModeMiddleware:
         await asyncio.wait([self._refresh], timeout=_SCRAPE_S)
 
 
+def _path(scope: "Scope") -> str:
+    """Without ``--root-path``, as vLLM's own middleware sees it."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 def _generates(scope: "Scope") -> bool:
-    path = scope["path"]
+    path = _path(scope)
     return scope["method"] == "POST" and (
         path in _GENERATION or (path.startswith("/v1/") and path not in _CONTROL)
     )

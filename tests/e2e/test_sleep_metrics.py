@@ -143,6 +143,7 @@ def test_options_refuse_requests_and_a_dead_engine_is_told_from_a_sleeping_one(
     }
     options = '{"sleep_mode": {"while_asleep": "refuse", "after_level2": "refuse"}}'
     options = ("--enable-sleep-mode", "--additional-config", options, *SMALL, *MEMORY)
+    options += ("--root-path", "/behind")
     with Server(tiny_model, *options, log=tmp_path / "log", env=env) as refusing:
         body = {"model": refusing.model, "prompt": "Hi", "max_tokens": 2}
         chat = {
@@ -162,6 +163,7 @@ def test_options_refuse_requests_and_a_dead_engine_is_told_from_a_sleeping_one(
         assert "the engine sleeps; wake it with" in refused()
         assert "the engine sleeps; wake it with" in refused(json={**body, "stream": True})
         assert "the engine sleeps; wake it with" in refused("/v1/chat/completions", chat)
+        assert "the engine sleeps; wake it with" in refused("/behind/v1/completions")
         assert refusing.http.get("/health").status_code == 200
         assert refusing.http.get("/v1/models").status_code == 200
         refusing.post("/tokenize", json={"model": refusing.model, "prompt": "Hi"})
