@@ -105,8 +105,9 @@ async def _status(client: Any) -> "JSONResponse":
 
 
 def _state(ranks: list[dict[str, Any]], is_sleeping: bool) -> str:
-    tags = [rank["tags"][tag] for rank in ranks for tag in policy.DEFERRABLE_TAGS if "tags" in rank]
-    asleep = [usage["offloaded"] + usage["discarded"] > 0 for usage in tags]
+    usages = [rank.get("tags", {}).get(tag) for rank in ranks for tag in policy.DEFERRABLE_TAGS]
+    # A model without a KV cache, such as an encoder, has no such tag.
+    asleep = [usage["offloaded"] + usage["discarded"] > 0 for usage in usages if usage]
     if any(asleep):
         return "asleep" if all(asleep) else "partly_asleep"
     if any(rank.get("parameters_without_content") for rank in ranks):
@@ -154,9 +155,7 @@ async def _sleep(request: "Request") -> Call:
 
 
 async def _wake_up(request: "Request") -> Call:
-    tags: Any = request.query_params.getlist("tags")
-    if not tags:
-        tags = (await _options(request, ("tags",))).get("tags")
+    tags = (await _options(request, ("tags",))).get("tags")
     wanted = policy.check_tags(tags)
 
     async def call() -> dict[str, Any]:
@@ -197,15 +196,22 @@ async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, Any]
             if name not in names:
                 raise ValueError(f"{name!r} is not an option here; use {', '.join(names)}")
     for name in names:
-        value = request.query_params.get(name)
-        if value is None:
+        values = request.query_params.getlist(name)
+        if not values:
             continue
-        if name in options and str(options[name]) != value:
+        value: Any = values if name == "tags" else values[-1]
+        if name in options and not _same(options[name], value):
             raise ValueError(
                 f"{name} is {value!r} in the query and {options[name]!r} in the body; send one"
             )
         options[name] = value
     return options
+
+
+def _same(given: object, in_query: object) -> bool:
+    if isinstance(given, list) and isinstance(in_query, list):
+        return set(map(str, given)) == set(in_query)
+    return str(given) == in_query
 
 
 def _parse_level(value: object) -> int:

@@ -38,6 +38,32 @@ def test_offline(tiny_model, expected):
             torch.testing.assert_close(embed(), expected, rtol=0, atol=1e-5)
 
 
+def test_an_encoder_without_a_kv_cache(tiny_model, tmp_path):
+    env = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "NPU_SIM_MACHINE": f"encoder-{os.getpid()}",
+        "NPU_SIM_HBM_GIB": str(HBM_GIB),
+    }
+    options = ("--runner", "pooling", "--convert", "embed", "--enable-sleep-mode", *SMALL, *MEMORY)
+    encoder = ("--hf-overrides", '{"is_causal": false}', "--max-num-batched-tokens", "512")
+    with Server(tiny_model, *options, *encoder, log=tmp_path / "log", env=env) as server:
+
+        def embed():
+            body = {"model": server.model, "input": SOME}
+            return [one["embedding"] for one in server.post("/v1/embeddings", json=body)["data"]]
+
+        def state():
+            return server.http.get("/sleep_status").json()["state"]
+
+        before = embed()
+        assert state() == "awake"
+        assert "kv_cache" not in server.rank_status()["tags"]
+        server.post("/sleep")
+        assert (state(), server.is_sleeping()) == ("asleep", True)
+        assert server.post("/wake_up")["status"] == "awake"
+        assert (state(), embed()) == ("awake", before)
+
+
 def test_over_http(tiny_model, expected, tmp_path):
     env = {
         "VLLM_SERVER_DEV_MODE": "1",

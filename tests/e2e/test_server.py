@@ -103,6 +103,8 @@ def test_level_2_after_level_1_frees_the_host_copies(server):
         ("/sleep?mode=kill", None, "use one of abort, wait, keep"),
         ("/wake_up?tags=wieghts", None, "use some of weights, kv_cache, scheduling"),
         ("/wake_up?tags=weights&tags=kv", None, "tag 'kv' does not exist"),
+        ("/wake_up?tags=weights", '{"tags": ["kv_cache"]}', "send one"),
+        ("/wake_up?tags=weights", "tags=weights", "the body is not JSON"),
     ],
 )
 def test_bad_input_is_a_400_with_the_allowed_values(server, path, body, message):
@@ -119,7 +121,7 @@ def test_a_second_sleep_and_a_second_wake_do_nothing(server):
     server.post("/sleep")
     assert server.is_sleeping()
     server.post("/wake_up")
-    server.post("/wake_up")
+    server.post("/wake_up?tags=weights&tags=kv_cache", json={"tags": ["kv_cache", "weights"]})
     assert server.complete() == text
 
 
