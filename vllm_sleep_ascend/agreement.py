@@ -155,4 +155,7 @@ def _failure_of(step: Callable[[], None]) -> Exception | None:
 def _and(trouble: str) -> str:
     if not trouble:
         return ""
-    return f", apart from what could not be taken back ({trouble}): wake_up brings it back"
+    return (
+        f", apart from what could not be taken back ({trouble}); nothing is lost: memory comes "
+        "back with wake_up, and communicators with their next use"
+    )

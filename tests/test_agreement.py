@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operation that failed says of what it could not take back."""
+
+import pytest
+
+from vllm_sleep_ascend.agreement import Agreement, Operation
+from vllm_sleep_ascend.errors import SleepModeError
+
+
+@pytest.mark.parametrize(
+    ("memory", "communicators"), [("unmap failed", ""), ("", "not made"), ("", "")]
+)
+def test_what_was_not_taken_back_and_how_it_comes_back(memory: str, communicators: str) -> None:
+    def fail() -> None:
+        raise SleepModeError("no room")
+
+    operation = Operation("sleep", (fail,), list, lambda: memory, lambda: communicators)
+    with pytest.raises(SleepModeError, match="rank 0, device 3: no room") as failed:
+        Agreement(0, 1, 3).carry_out(operation)
+    text = str(failed.value)
+    if not memory + communicators:
+        assert text.endswith("no room")
+        return
+    assert f"not be taken back (rank 0, device 3: {memory + communicators})" in text
+    assert text.endswith("memory comes back with wake_up, and communicators with their next use")
