@@ -56,7 +56,7 @@ def _gauge(name: str, documentation: str, labels: tuple[str, ...]) -> Gauge:
 
 def record(engine: Any) -> None:
     """Bring the metrics of an LLMEngine up to date, if it has any."""
-    if _has_metrics(engine) and not _is_dead(engine):
+    if has_metrics(engine) and not _is_dead(engine):
         with suppress(EngineDeadError):
             _publish(engine, engine.collective_rpc("sleep_status"), engine.is_sleeping())
 
@@ -67,7 +67,7 @@ async def record_async(engine: Any) -> list[dict[str, Any]]:
         return []
     try:
         ranks = await rank_status(engine)
-        if _has_metrics(engine):
+        if has_metrics(engine):
             _publish(engine, ranks, await engine.is_sleeping())
     except EngineDeadError:
         return []
@@ -78,7 +78,8 @@ def _is_dead(engine: Any) -> bool:
     return bool(getattr(engine, "errored", False))
 
 
-def _has_metrics(engine: Any) -> bool:
+def has_metrics(engine: Any) -> bool:
+    """Whether anybody would see the gauges of this LLMEngine or AsyncLLM."""
     return engine.logger_manager is not None and engine.model_config.enable_sleep_mode
 
 

@@ -139,7 +139,8 @@ def _checked_async(check: Callable) -> Callable:
                 with _typed():
                     return await stock(self, *args, **kwargs)
             finally:
-                await metrics.record_async(self)
+                if metrics.has_metrics(self):
+                    await metrics.record_async(self)
 
         return call
 
