@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_seeds import GUIDE_MODEL, OFFLINE
+from test_published_guides import GUIDE_MODEL, OFFLINE
 
 
 @pytest.mark.parametrize(

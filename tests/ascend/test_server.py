@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm serve`` beside vllm-ascend: the commands of its guide, and what they answer now."""
 
-import test_seeds as guides
+import test_published_guides as guides
 
 # The same commands, the same promises.
 run = guides.run
