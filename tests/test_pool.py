@@ -171,12 +171,15 @@ def test_a_wake_waits_for_room_as_long_as_it_may():
     neighbour = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert neighbour.stdout.readline() == "taken\n"
-    with pytest.raises(DeviceOutOfMemoryError):
-        _camem.wake(["weights"], 0.2)
-    threading.Timer(0.5, neighbour.kill).start()
-    _camem.wake(["weights"], 30.0)
-    neighbour.wait()
+    try:
+        assert neighbour.stdout.readline() == "taken\n"
+        with pytest.raises(DeviceOutOfMemoryError):
+            _camem.wake(["weights"], 0.2)
+        threading.Timer(0.5, neighbour.kill).start()
+        _camem.wake(["weights"], 30.0)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
     assert torch.equal(tensor.cpu(), content)
 
 
