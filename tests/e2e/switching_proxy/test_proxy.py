@@ -114,8 +114,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(pair):
 
 def test_an_idle_server_falls_asleep(pair):
     a, _ = pair
-    with Proxy(pair, "--idle-s", "1", "--level", "2") as proxy:
+    with Proxy(pair, "--idle-s", "3", "--level", "2") as proxy:
         for _ in range(2):
             assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
             assert not a.is_sleeping()
-            soon(a.is_sleeping, 5)
+            soon(a.is_sleeping, 60)

@@ -23,14 +23,19 @@ KEY = {"Authorization": f"Bearer {API_KEY}"}
 
 class Load:
     """What a closed loop over ``servers`` through ``proxy`` gave: the model of each answer, all of
-    which were right, and the device's bytes in use and the proxy's states meanwhile."""
+    which were right, and the device's bytes in use and the proxy's states meanwhile. It goes on for
+    ``seconds``, and a minute longer at most until there were as many ``switches``."""
 
-    def __init__(self, proxy: Proxy, servers: list[Server], seconds: float) -> None:
+    def __init__(
+        self, proxy: Proxy, servers: list[Server], seconds: float, switches: int = 0
+    ) -> None:
         self.answered: list[str] = []
         self.used: list[int] = []
         self.awake: list[int] = []
         self._servers = servers
         self._end = time.monotonic() + seconds
+        self._at_the_latest = self._end + 60
+        self._wanted = switches
         asyncio.run(self._run(proxy))
         self.switches = proxy.metric("switches_total")
         shares = [self.answered.count(server.model) for server in servers]
@@ -63,6 +68,9 @@ class Load:
                 self.used.append(rank["total"] - rank["free"])
                 status = (await http.get(f"{proxy.admin.base_url}/status")).json()["servers"]
                 self.awake.append(sum(server["state"] == "awake" for server in status))
+                now = time.monotonic()
+                if now > self._end - 1 and proxy.metric("switches_total") < self._wanted:
+                    self._end = min(now + 2, self._at_the_latest)
                 await asyncio.sleep(0.02)
 
 
@@ -81,7 +89,7 @@ def test_two_of_three_awake(pair, third):
     with Proxy(
         servers, "--turn-s", "0.5", "--max-awake", "2", env={"VLLM_API_KEY": API_KEY}
     ) as proxy:
-        load = Load(proxy, servers, 6)
+        load = Load(proxy, servers, 6, switches=4)
         assert sum(not server.is_sleeping() for server in servers) == 2
     assert load.switches >= 4
     assert max(load.awake) == 2
