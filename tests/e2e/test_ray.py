@@ -13,10 +13,12 @@ TESTS = Path(__file__).with_name("on_ray.py")
 
 
 @pytest.mark.timeout(900)
-def test_an_engine_over_two_nodes(tiny_model) -> None:
+def test_an_engine_over_two_nodes(tiny_model, record_property) -> None:
     # Workers import what the tests send them.
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/e2e"))
     with RayCluster({"PYTHONPATH": paths, "NPU_SIM_HBM_GIB": "1"}) as cluster:
+        record_property("separate_networks", cluster.network.separate)
+        print("each node has", "a network of its own" if cluster.network.separate else "the host's")
         machines = ",".join(cluster.environment(node)["NPU_SIM_MACHINE"] for node in range(2))
         done = cluster.run(
             0,
