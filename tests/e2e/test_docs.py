@@ -2,7 +2,7 @@
 """The guides' commands are executed as they are written, and both languages say the same.
 
 ``llm`` is the engine and ``http://127.0.0.1:8000`` the server that the tests share. Lines that
-start something of their own are run by the tests named here.
+start something of their own are run by the tests named here, but for ``make demo``.
 """
 
 import json
@@ -39,6 +39,10 @@ def fenced(path: Path) -> list[tuple[str, str]]:
 
 def blocks(path: Path, language: str) -> list[str]:
     return [text for of, text in fenced(path) if of == language]
+
+
+def links(path: Path) -> list[str]:
+    return re.findall(r"\]\(([^)#]+)\)", path.read_text())
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
@@ -78,6 +82,10 @@ def test_both_languages_have_the_same_code(english, chinese):
     assert fenced(english) == fenced(chinese) != []
     headings = [re.findall(r"^#+ ", path.read_text(), flags=re.M) for path in (english, chinese)]
     assert headings[0] == headings[1]
+    in_english = [
+        {target.replace(".zh.md", ".md") for target in links(path)} for path in (english, chinese)
+    ]
+    assert in_english[0] == in_english[1]
 
 
 @pytest.mark.parametrize("path", (GUIDES[0], TRANSLATIONS[0]), ids=lambda path: path.name)
@@ -88,7 +96,28 @@ def test_the_table_of_options_is_the_configuration(path):
     assert documented == options
 
 
-@pytest.mark.parametrize("path", (*GUIDES, *TRANSLATIONS), ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-        assert target.startswith("http") or (path.parent / target).exists(), target
+def test_links_lead_somewhere():
+    listed = subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    documents = [ROOT / name for name in listed.stdout.splitlines()]
+    assert {*GUIDES, *TRANSLATIONS} < set(documents)
+    for path in documents:
+        for target in links(path):
+            assert target.startswith("http") or (path.parent / target).exists(), (path, target)
+
+
+def test_the_tests_beside_vllms_own_exist():
+    named = []
+    for line in (ROOT / "docs" / "upstream_tests.md").read_text().splitlines():
+        vllms, ours = (line.split("|") + [""] * 3)[1:3]
+        file = None
+        for part in ours.split(","):
+            path, test = re.match(r"\s*([\w/]+\.py)?(?:::(\w+))?", part).groups()
+            file = path or file
+            tests = re.findall(r"\b(test_\w+)\b(?!\.py)", vllms) if "same name" in part else [test]
+            named += [(file, test) for test in tests if file]
+    assert len(named) > 40
+    for file, test in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert test is None or f"def {test}(" in text, f"{file}::{test}"
