@@ -132,12 +132,12 @@ def test_a_failed_map_can_be_repeated() -> None:
 
 
 def test_a_slow_call_succeeds() -> None:
-    control.set_faults("aclrtSynchronizeDevice:2:delay_ms=200")
+    control.set_faults("aclrtSynchronizeDevice:2:delay_ms=1500")
     started = time.monotonic()
     assert results(1) == [0]
-    assert time.monotonic() - started < 0.15
+    assert time.monotonic() - started < 1
     assert results(1) == [0]
-    assert time.monotonic() - started >= 0.2
+    assert time.monotonic() - started >= 1.5
 
 
 def test_counts() -> None:

@@ -167,7 +167,7 @@ def test_exit_with_work_in_flight_is_quick_and_silent(ending: str) -> None:
     result = run_python(WORK_IN_FLIGHT + ending)
     assert result.returncode == (3 if "exit" in ending else 0)
     assert result.stdout == result.stderr == ""
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert free_and_total()[0] == GIB
 
 

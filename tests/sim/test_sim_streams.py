@@ -159,8 +159,8 @@ def test_work_of_one_stream_runs_in_order(queues: tuple[int, int], recorder: Rec
 
 def test_launching_does_not_wait(queues: tuple[int, int], recorder: Recorder) -> None:
     started = time.monotonic()
-    recorder.launch(queues[0], "slow", 0.3)
-    assert time.monotonic() - started < 0.2
+    recorder.launch(queues[0], "slow", 1.5)
+    assert time.monotonic() - started < 1
     assert not stream_is_idle(queues[0])
     assert stream_is_idle(queues[1])
     ok("aclrtSynchronizeStream", queues[1])
@@ -279,7 +279,7 @@ def test_synchronising_an_idle_stream_is_cheap(queues: tuple[int, int]) -> None:
     started = time.perf_counter()
     for _ in range(10000):
         call("aclrtSynchronizeStream", handle)
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 2
 
 
 def test_initialising_twice_is_refused() -> None:
