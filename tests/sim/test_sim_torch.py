@@ -3,6 +3,7 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 import time
@@ -263,8 +264,9 @@ def test_destroying_a_group_gives_its_buffers_back() -> None:
 def test_exit_is_clean(code: str) -> None:
     result = run("import torch\ntorch.npu.set_device(0)\n" + code)
     assert result.returncode == 0, result.stderr
-    unexpected = [line for line in result.stderr.splitlines() if "32 padding size" not in line]
-    assert unexpected == []
+    # torch_npu's line of level I on its queue comes when the queue's thread is late.
+    expected = re.compile(r"I\d{4} .*torch_npu|.*32 padding size")
+    assert [line for line in result.stderr.splitlines() if not expected.match(line)] == []
     assert result.stdout == ""
 
 
