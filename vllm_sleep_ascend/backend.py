@@ -150,8 +150,7 @@ class CamemBackend(SleepModeBackend):
         ready = _camem.pinned_host_bytes() - sum(a["host_bytes"] for a in allocations)
         needed = sum(
             max(0, a["bytes"] - a["host_bytes"])
-            for a in allocations
-            if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
+            for a in _to_offload(allocations, actions, otherwise)
         )
         return max(0, needed - max(0, ready)), _camem.available_host_bytes()
 
@@ -204,8 +203,7 @@ class CamemBackend(SleepModeBackend):
         return checksums(
             [
                 (a["address"], a["bytes"])
-                for a in _camem.allocations()
-                if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
+                for a in _to_offload(_camem.allocations(), actions, otherwise)
             ],
             torch.device("npu", torch_npu.npu.current_device()),
         )
@@ -266,6 +264,17 @@ class CamemBackend(SleepModeBackend):
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
         return True
+
+
+def _to_offload(
+    allocations: "list[_camem.AllocationInfo]", actions: Mapping[str, Action], otherwise: Action
+) -> "list[_camem.AllocationInfo]":
+    """Those that a sleep by these actions copies to the host."""
+    return [
+        a
+        for a in allocations
+        if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
+    ]
 
 
 def _describe(tags: Mapping[str, Mapping[str, Any]]) -> str:
