@@ -12,7 +12,9 @@ _GRAPHS = "cudagraph"  # vLLM's tag
 _MIB = 1 << 20
 
 
-def resident_bytes(backend: "CamemBackend", device: int) -> dict[str, int]:
+def resident_bytes(
+    components: Mapping[str, int] | None, tags: Mapping[str, Mapping[str, int]]
+) -> dict[str, int]:
     """Bytes of device memory of this process, by cause; those of other processes do not count.
 
     ``communicators``: HCCL's. ``context``: the runtime and other components of CANN. ``graphs``:
@@ -21,13 +23,12 @@ def resident_bytes(backend: "CamemBackend", device: int) -> dict[str, int]:
     AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
 
     Args:
-        device: the rank's device index.
+        components: CamemBackend.component_bytes(). tags: CamemBackend.usage().
     """
-    tags = backend.usage()
     graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
-    components = backend.component_bytes(device)
     if components is None:
         return graphs
+    components = dict(components)
     communicators = components.pop(_HCCL, 0)
     managed = sum(tag["device"] for tag in tags.values())
     other = max(0, components.pop(_APPLICATION, 0) - managed)

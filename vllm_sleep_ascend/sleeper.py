@@ -112,8 +112,10 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
         finally:
             self._note_discarded_weights()
         self._after_sleep()
+        backend = self.sleep_mode_backend
         with suppress(RuntimeError):  # it is done: a figure for the log may not make it an error
             free_after, total = torch_npu.npu.mem_get_info()
+            components = backend.component_bytes(worker.device.index)
             logger.info(
                 "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in "
                 "use on the device, by all processes. Still held by this one: %s.",
@@ -121,7 +123,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
                 (free_after - free_before) / _GIB,
                 (total - free_after) / _GIB,
                 total / _GIB,
-                describe(resident_bytes(self.sleep_mode_backend, worker.device.index)),
+                describe(resident_bytes(components, backend.usage())),
             )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -225,7 +227,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             "enabled": True,
             "state": backend.state(),
             "tags": tags,
-            "resident": resident_bytes(backend, worker.device.index),
+            "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "parameters_without_content": len(self._content.missing),
             "last_operation": backend.last_operation,
