@@ -89,7 +89,9 @@ class Machine:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    return int(tensor.view(torch.int16).sum(dtype=torch.int64))
+    # A sum takes 8 bytes an element for itself, beside the models of all ranks: so, by parts.
+    parts = tensor.view(torch.int16).flatten().split(16 * MIB)
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts)
 
 
 def host_bytes() -> int:
