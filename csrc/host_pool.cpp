@@ -87,6 +87,14 @@ std::size_t cgroup_headroom(const std::string& directory, const char* limit, con
 
 }  // namespace
 
+void throw_backup_does_not_fit(std::size_t needed, std::size_t available) {
+  throw OutOfHostMemory("the backup needs " + std::to_string(needed) +
+                            " bytes of host memory and " + std::to_string(available) +
+                            " are available; free host memory, or use level 2, which keeps no "
+                            "backup of the weights",
+                        needed, available);
+}
+
 // Starts on a huge-page boundary. A forked child does not inherit it: a copy-on-write of a pinned
 // page would leave the device writing to the wrong one.
 HostSpace::HostSpace(std::size_t bytes) {
@@ -109,10 +117,12 @@ HostSpace::~HostSpace() {
 }
 
 std::byte* HostSpace::take(std::size_t bytes) {
+  const std::size_t available = available_host_bytes();
   std::lock_guard<std::mutex> lock(mutex_);
-  if (bytes > static_cast<std::size_t>(end_ - next_)) {
-    throw std::logic_error("more host memory taken than was mapped for it");
-  }
+  const auto left = static_cast<std::size_t>(end_ - next_);
+  if (bytes > left) throw std::logic_error("more host memory taken than was mapped for it");
+  // It was there when this began: others take it too, other engines of the host above all.
+  if (available < left) throw_backup_does_not_fit(left, available);
   return std::exchange(next_, next_ + bytes);
 }
 

@@ -27,8 +27,9 @@ class HostSpace {
   HostSpace(const HostSpace&) = delete;
   HostSpace& operator=(const HostSpace&) = delete;
 
-  // The next `bytes`, which are the caller's to unmap. Thread-safe. Throws std::logic_error when no
-  // more are left.
+  // The next `bytes`, which are the caller's to unmap. Thread-safe. Throws OutOfHostMemory when the
+  // machine could not give all that is left of the space any more, std::logic_error when nothing is
+  // left.
   std::byte* take(std::size_t bytes);
 
  private:
@@ -93,6 +94,8 @@ class HostReserve {
 // Bytes that this process could still take: the machine's available memory, or what its control
 // group leaves if that is less.
 std::size_t available_host_bytes();
+
+[[noreturn]] void throw_backup_does_not_fit(std::size_t needed, std::size_t available);
 
 // Bytes of all live HostMemory blocks of this process.
 std::size_t pinned_host_bytes();

@@ -77,12 +77,7 @@ std::size_t Pool::unpinned_bytes(Tasks::const_iterator first, Tasks::const_itera
 void Pool::preflight_host(const Tasks& offloads) {
   const std::size_t needed = unpinned_bytes(offloads.begin(), offloads.end());
   const std::size_t available = available_host_bytes();
-  if (needed <= available) return;
-  throw OutOfHostMemory("the backup needs " + std::to_string(needed) +
-                            " bytes of host memory and " + std::to_string(available) +
-                            " are available; free host memory, or use level 2, which keeps no "
-                            "backup of the weights",
-                        needed, available);
+  if (needed > available) throw_backup_does_not_fit(needed, available);
 }
 
 void Pool::preflight_device(const Tasks& tasks) {

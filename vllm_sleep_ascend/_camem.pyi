@@ -74,7 +74,12 @@ def abort() -> str:
     """Take back what is held, if anything is. Returns what failed in that, ``""``: nothing."""
 
 def prepare(tags: list[str]) -> None:
-    """Pin host memory for the backups of these tags in the background, and return at once."""
+    """Pin host memory for the backups of these tags in the background, and return at once.
+
+    Raises:
+        HostOutOfMemoryError: the host has not that much. What others take while it works ends it
+            early, without an error: the sleep that needs the memory asks again.
+    """
 
 def wait_prepared(timeout_s: float) -> bool:
     """Wait until ``prepare`` is done; False if it takes longer."""

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+from vllm_sleep_ascend.errors import HostOutOfMemoryError, SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 from vllm_sleep_ascend.progress import logged
 
@@ -64,9 +64,14 @@ class CamemBackend(SleepModeBackend):
         return self._config.after_level2 == "reload"
 
     def prepare(self) -> None:
-        """Pin host memory for the weights in the background, if ``host_backup`` says so."""
-        if self._config.host_backup == "prepared":
+        """Pin host memory for the weights in the background, if ``host_backup`` says so and the
+        host has it. A sleep that needs more than it has says so when it comes."""
+        if self._config.host_backup != "prepared":
+            return
+        try:
             _camem.prepare(["weights"])
+        except HostOutOfMemoryError as error:
+            logger.warning("camem: no host memory was prepared (host_backup): %s", error)
 
     def suspend(self, level: int = 1) -> None:
         """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Communicators of sleeping ranks: HCCL's device memory comes back, and so do they."""
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from engines import engine
 from ranks import assert_all, assert_cycles_leave_nothing, fail_on, process_id, status
 from reference import PROMPTS, hf_greedy, vllm_greedy
-from support import MIB
+from support import MIB, control_group
 
 from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
@@ -54,36 +50,6 @@ def drop(worker) -> None:
 
 def needed(worker) -> int:
     return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
-
-
-@contextmanager
-def control_group(limit: int, processes: list[int]) -> Iterator[None]:
-    """The processes are in a control group with this limit of memory, in bytes."""
-    groups = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line.split(":", 2)[2] for line in groups if ":memory:" in line), None)
-    v2 = next((line.split(":", 2)[2] for line in groups if line.startswith("0::")), "/")
-    root, name = (
-        (Path("/sys/fs/cgroup/memory") / own.lstrip("/"), "memory.limit_in_bytes")
-        if own is not None
-        else (Path("/sys/fs/cgroup") / v2.lstrip("/"), "memory.max")
-    )
-    group = root / f"camem-{os.getpid()}"
-
-    def move(to: Path) -> None:
-        for process in processes:
-            (to / "cgroup.procs").write_text(str(process))
-
-    try:
-        group.mkdir()
-        (group / name).write_text(str(limit))
-        move(group)
-    except OSError as error:
-        pytest.skip(f"control groups cannot be made here: {error}")
-    try:
-        yield
-    finally:
-        move(root)
-        group.rmdir()
 
 
 def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
