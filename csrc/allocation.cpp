@@ -61,9 +61,11 @@ State Allocation::state() const {
 }
 
 bool Allocation::backed_up(std::uint64_t sum) const {
-  return backup_sum == sum && std::all_of(chunks.begin(), chunks.end(), [](const Chunk& chunk) {
-           return chunk.content == Content::kDevice && chunk.backup;
-         });
+  const auto copied = [](const Chunk& chunk) {
+    return chunk.content == Content::kDevice && chunk.backup;
+  };
+  return backup_sum == sum && !backup_distrusted &&
+         std::all_of(chunks.begin(), chunks.end(), copied);
 }
 
 void Allocation::release() {

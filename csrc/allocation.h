@@ -66,6 +66,8 @@ struct Allocation {
   std::vector<Chunk> chunks;
   // Checksum of the content that the backups of all chunks hold; empty when that is not certain.
   std::optional<std::uint64_t> backup_sum;
+  // The backups were found not to hold it: the next sleep copies again.
+  bool backup_distrusted = false;
   // torch keeps the segment but uses none of it: its memory was given back for good, and no wake
   // brings it back.
   bool trimmed = false;

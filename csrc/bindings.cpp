@@ -233,6 +233,10 @@ PYBIND11_MODULE(_camem, module) {
     const WithoutGil released;
     return Pool::instance().trim(addresses);
   });
+  module.def("distrust_backups", [](const std::set<std::uintptr_t>& addresses) {
+    const WithoutGil released;
+    Pool::instance().distrust_backups(addresses);
+  });
   module.def("allocations", &allocations);
   module.def("read_backup", &read_backup, py::arg("address"), py::arg("bytes"));
   module.def("tags", [] { return Pool::instance().tag_names(); });

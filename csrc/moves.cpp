@@ -37,6 +37,7 @@ void Pool::offload(const Tasks& tasks, const Allocation** current, bool hold) {
     for (auto task = first; task != last; ++task) {
       chunks.push_back(task->chunk);
       task->allocation->backup_sum.reset();
+      task->allocation->backup_distrusted = false;
     }
     std::size_t failed = 0;
     try {

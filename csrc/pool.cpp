@@ -175,6 +175,14 @@ std::size_t Pool::trim(const std::set<std::uintptr_t>& addresses) {
   return bytes;
 }
 
+void Pool::distrust_backups(const std::set<std::uintptr_t>& addresses) {
+  require_alive();
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [address, allocation] : allocations_) {
+    if (addresses.count(address) != 0) allocation->backup_distrusted = true;
+  }
+}
+
 void Pool::prepare(const std::set<TagId>& tags) {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);

@@ -130,6 +130,9 @@ class Pool {
   // Gives back for good the memory of segments of which torch uses nothing. Returns bytes.
   std::size_t trim(const std::set<std::uintptr_t>& addresses);
 
+  // The next sleep copies these allocations again, also where their checksum did not change.
+  void distrust_backups(const std::set<std::uintptr_t>& addresses);
+
   std::vector<AllocationInfo> allocations();
 
   // Copies [address, address + bytes) of a sleeping allocation from its host backup to `target`.

@@ -6,7 +6,7 @@ import torch
 from support import MIB
 
 from vllm_sleep_ascend import _camem, pool
-from vllm_sleep_ascend.checksum import checksums
+from vllm_sleep_ascend.checksum import checksums, mix
 
 WORDS = 2 * MIB // 8
 DEVICE = torch.device("npu", 0)
@@ -43,6 +43,14 @@ def test_words_that_change_places_are_seen(words, other):
     first, second = int(words[0]), int(words[other])
     words[0], words[other] = second, first
     assert checksum(words) != before
+
+
+def test_every_number_is_mixed_to_another():
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-(2**62), 2**62, (100_000,), generator=generator)
+    mixed = mix(torch.cat([numbers, ~numbers, numbers ^ 1]).npu()).cpu()
+    assert len(mixed.unique()) == len(torch.cat([numbers, ~numbers, numbers ^ 1]).unique())
+    assert 0.49 < (mixed < 0).float().mean() < 0.51
 
 
 def test_rows_that_change_places_are_seen(words):

@@ -90,6 +90,9 @@ def copied_bytes() -> int:
 def trim(addresses: set[int]) -> int:
     """Give back for good the memory of segments that torch does not use. Returns bytes."""
 
+def distrust_backups(addresses: set[int]) -> None:
+    """Let the next sleep copy these allocations again, also where their checksum did not change."""
+
 def allocations() -> list[AllocationInfo]:
     """Every allocation, by address."""
 

@@ -225,9 +225,14 @@ class CamemBackend(SleepModeBackend):
         changed = [a for a in woken if sums[a["address"]] != a["checksum"]]
         if not changed:
             return
+        _camem.distrust_backups({a["address"] for a in changed})
         beyond_loading = any(a["tag"] != "weights" for a in changed)
         if self.holds:
-            remedy = "Repeat the wake, or sleep at level 2, wake and load the weights"
+            remedy = "Repeat the wake, or " + (
+                "restart the engine"
+                if beyond_loading
+                else "sleep at level 2, wake and load the weights"
+            )
         else:
             remedy = "Restart the engine" if beyond_loading else "Load the weights again or restart"
         a = changed[0]

@@ -45,7 +45,7 @@ def checksums(ranges: Iterable[tuple[int, int]], device: torch.device) -> dict[i
         torch.arange(1, length + 1, out=places[end : end + length])
         end += length
         ends.append(end)
-    totals = _mix(sums.add_(places.mul_(_STEP))).cumsum(0)
+    totals = mix(sums.add_(places.mul_(_STEP))).cumsum(0)
     picked = totals[torch.tensor(ends, device=device) - 1].tolist()
     before = [0, *picked[:-1]]
     return {
@@ -54,11 +54,16 @@ def checksums(ranges: Iterable[tuple[int, int]], device: torch.device) -> dict[i
     }
 
 
-def _mix(numbers: torch.Tensor) -> torch.Tensor:
+def mix(numbers: torch.Tensor) -> torch.Tensor:
     """A bijection of 64-bit numbers that spreads every bit over all (in place)."""
     for shift, factor in _FACTORS:
-        numbers.bitwise_xor_(numbers >> shift).mul_(factor)
-    return numbers.bitwise_xor_(numbers >> 31)
+        numbers.bitwise_xor_(_shifted(numbers, shift)).mul_(factor)
+    return numbers.bitwise_xor_(_shifted(numbers, 31))
+
+
+def _shifted(numbers: torch.Tensor, places: int) -> torch.Tensor:
+    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    return (numbers >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def _words(address: int, size: int, device: torch.device) -> torch.Tensor:

@@ -55,9 +55,9 @@ def test_tokens_and_bytes(tiny_model, options):
         assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
 
 
-def change_every_backup() -> int:
-    """All of their bytes; a second time changes them back. Backups are the anonymous memory that a
-    forked child does not get. Returns their bytes."""
+def change_every_backup(first: int | None = None) -> int:
+    """All of their bytes, or the ``first`` ones; a second time changes them back. Backups are the
+    anonymous memory that a forked child does not get. Returns their bytes."""
     total = 0
     for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         header, flags = block.split("\n", 1)[0].split(), block.rsplit("VmFlags:", 1)[1].split()
@@ -65,7 +65,7 @@ def change_every_backup() -> int:
             continue
         start, end = (int(address, 16) for address in header[0].split("-"))
         content = numpy.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
-        content ^= 0x5A
+        content[:first] ^= 0x5A
         total += end - start
     return total
 
@@ -81,6 +81,17 @@ def test_a_backup_that_changed_is_found_and_not_served(tiny_model):
         with pytest.raises(SleepModeError):
             vllm_greedy(llm, PROMPTS[:2], TOKENS)
         llm.collective_rpc("reload_weights")
+        llm.wake_up()
+        assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
+
+        # A load mends all of this: the memory has its old checksum, and the backup has not.
+        llm.sleep(level=1)
+        change_every_backup(first=1)
+        with pytest.raises(WeightsError, match="Load the weights again"):
+            llm.wake_up()
+        llm.collective_rpc("reload_weights")
+        llm.wake_up()
+        llm.sleep(level=1)
         llm.wake_up()
         assert vllm_greedy(llm, PROMPTS[:2], TOKENS) == expected
 
