@@ -2,7 +2,8 @@
 """HCCL's communicators while a rank sleeps: released, and made again by the wake.
 
 A communicator holds device memory of its own: two buffers of HCCL_BUFFSIZE (200 MiB each unless set
-otherwise), for each group of ranks and each pair of pipeline stages that has exchanged anything.
+otherwise) for each group of ranks that has exchanged anything, two of P2P_HCCL_BUFFSIZE (20 MiB
+each) for each pair of pipeline stages.
 HCCL has no call that gives the buffers back and keeps the communicator; HcclCommSuspend only stops
 its work. So communicators are destroyed and made anew, and all else stays: torch's process groups
 with their stores and streams, vLLM's groups over them, and whatever refers to them.

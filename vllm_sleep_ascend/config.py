@@ -21,7 +21,8 @@ class SleepModeConfig(BaseModel):
     """Keep the pinned host memory of a backup after the wake, so that the next sleep has it."""
 
     chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
-    """MiB of device memory that are taken, copied and given back at a time."""
+    """MiB of device memory that are taken, copied and given back at a time; of what is never copied
+    (KV cache, workspace) 1024, or this if it is more."""
 
     wake_timeout_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Seconds that a wake waits for device memory that another process still holds."""
