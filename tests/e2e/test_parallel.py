@@ -147,11 +147,18 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
     prompts = PROMPTS[:2]
     expected = hf_greedy(tiny_model, prompts)
 
-    def used() -> list[int]:
-        return [total - free for free, total in map(torch.npu.mem_get_info, (0, 1))]
+    def used_of(device: int) -> int:
+        # mem_get_info(device) would leave the process at that device: mem_get_info(0) after
+        # mem_get_info(1) tells what device 1 has.
+        torch.npu.set_device(device)
+        free, total = torch.npu.mem_get_info()
+        return total - free
 
-    def answers(server: Server, replica: int) -> list[list[int]]:
-        body = {"model": server.model, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    def used() -> list[int]:
+        return [used_of(device) for device in (1, 0)]
+
+    def answers(server: Server, replica: int, tokens: int = 24) -> list[list[int]]:
+        body = {"model": server.model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         return [
             server.post(
                 "/v1/completions",
@@ -180,6 +187,18 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
             server.post("/wake_up")
             server.post("/reset_prefix_cache")
             assert answers(server, 0) == answers(server, 1) == expected
+
+        def cycle() -> tuple[list[int], list[int]]:
+            server.post("/sleep", params={"level": 1})
+            asleep = used()
+            server.post("/wake_up")
+            first = [answer[:1] for answer in expected]
+            assert answers(server, 0, 1) == answers(server, 1, 1) == first
+            return asleep, used()
+
+        # Ten times: nothing piles up, asleep or awake.
+        figures = [cycle() for _ in range(10)]
+        assert figures[1:] == figures[:1] * 9
 
         def states() -> list[tuple[int, int, str]]:
             ranks = server.http.get("/sleep_status").json()["ranks"]
