@@ -14,21 +14,24 @@ from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
 from vllm_sleep_ascend.pool import trim, use_pool
 
-BUFFERS = 2 * 4 * MIB  # of one communicator, by HCCL_BUFFSIZE (conftest.py)
+BUFFERS = 2 * 4 * MIB  # of one communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair
+# of pipeline stages by P2P_HCCL_BUFFSIZE
+LAYOUTS = {"tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
 TOKENS = 4
 prompts = PROMPTS[:2]
 
 
-@pytest.fixture(scope="module")
-def ranks(tiny_model):
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCCL_CONNECT_TIMEOUT", "5")
+        patch.setenv("P2P_HCCL_BUFFSIZE", "4")
         with engine(
             tiny_model,
             enable_sleep_mode=True,
             distributed_executor_backend="mp",
-            tensor_parallel_size=2,
             additional_config={"sleep_mode": {"release_communicators": True}},
+            **LAYOUTS[request.param],
         ) as llm:
             yield llm
 
