@@ -13,8 +13,8 @@ from support import MIB
 
 from vllm_sleep_ascend.sim import control
 
-# What may stay on a device: two buffers of 4 MiB for each communicator (a rank of tp2-pp2 has
-# five), and the little that torch holds outside the pools.
+# What may stay on a device: two buffers of 4 MiB for each communicator of a group and of 20 MiB for
+# each pair of pipeline stages, and the little that torch holds outside the pools.
 RESIDENT = 64 * MIB
 
 

@@ -10,6 +10,7 @@ from ranks import assert_all, assert_cycles_leave_nothing, fail_on, process_id, 
 from reference import PROMPTS, hf_greedy, vllm_greedy
 from support import MIB, control_group
 
+from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
 from vllm_sleep_ascend.pool import trim, use_pool
@@ -55,6 +56,17 @@ def needed(worker) -> int:
     return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
 
 
+def prepare(worker) -> int:
+    """As a start with this option does. Returns the bytes that are pinned then."""
+    backend = worker.sleep_mode_backend
+    options = backend._config
+    backend.configure(options.model_copy(update={"host_backup": "prepared"}))
+    backend.prepare()
+    assert _camem.wait_prepared(30)
+    backend.configure(options)
+    return _camem.pinned_host_bytes()
+
+
 def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
     """Before the first sleep: what one rank needs is there, what both need is not."""
     ranks.collective_rpc(hold, args=(64 * MIB,))
@@ -70,6 +82,8 @@ def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
         assert max(needs) < available <= limit < sum(needs)
         assert_all(ranks, "RUNNING")
         assert [rank["host_backup"] for rank in status(ranks)] == [0, 0]
+    with control_group(min(needs) // 2, ranks.collective_rpc(process_id)):
+        assert ranks.collective_rpc(prepare) == [0, 0]
     ranks.collective_rpc(drop)
 
 
