@@ -5,6 +5,9 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +183,19 @@ def bytes_at(address: int, count: int) -> bytes:
 
 
 HostFunction = ctypes.CFUNCTYPE(None, c_void_p)
+_kept: list[Any] = []  # functions that a stream may still be in
+
+
+@contextmanager
+def held(queue: int) -> Iterator[threading.Event]:
+    """Holds the stream until the event is set, or the block ends."""
+    released = threading.Event()
+    _kept.append(HostFunction(lambda _: released.wait()))
+    ok("aclrtLaunchHostFunc", queue, _kept[-1], None)
+    try:
+        yield released
+    finally:
+        released.set()
 
 
 def run_python(

@@ -17,9 +17,9 @@ from ascendcl import (
     RT_PARAM,
     SUCCESS,
     UNSUPPORTED,
-    HostFunction,
     bytes_at,
     call,
+    held,
     malloc,
     malloc_host,
     memcpy,
@@ -91,27 +91,13 @@ def test_an_asynchronous_copy_refuses(on_device: int, pinned: int) -> None:
     ok("aclrtDestroyStream", queue)
 
 
-def blocked(queue: int) -> tuple[HostFunction, list[bool]]:
-    """Holds the stream until the list is filled."""
-    released: list[bool] = []
-
-    def wait(_: object) -> None:
-        while not released:
-            ctypes.CDLL(None).usleep(1000)
-
-    function = HostFunction(wait)
-    ok("aclrtLaunchHostFunc", queue, function, None)
-    return function, released
-
-
 def test_pinned_copies_are_asynchronous(on_device: int, pinned: int) -> None:
     queue = stream()
-    _function, released = blocked(queue)
-    ctypes.memset(pinned, 1, HUGE)
-    assert memcpy_async(on_device, pinned, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
-    assert bytes_at(on_device, 2) == b"\xff\x7f", "not copied yet"
-    ctypes.memset(pinned, 2, HUGE)
-    released.append(True)
+    with held(queue):
+        ctypes.memset(pinned, 1, HUGE)
+        assert memcpy_async(on_device, pinned, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+        assert bytes_at(on_device, 2) == b"\xff\x7f", "not copied yet"
+        ctypes.memset(pinned, 2, HUGE)
     ok("aclrtSynchronizeStream", queue)
     assert bytes_at(on_device, HUGE) == b"\2" * HUGE, "the source is read when the copy runs"
     ok("aclrtDestroyStream", queue)
@@ -129,10 +115,9 @@ def test_pageable_copies_complete_first(on_device: int, pageable: ctypes.Array) 
 
 def test_part_of_a_pinned_range_is_pinned(on_device: int, pinned: int) -> None:
     queue = stream()
-    _function, released = blocked(queue)
-    assert memcpy_async(on_device, pinned + 64, 64, HOST_TO_DEVICE, queue) == SUCCESS
-    assert not stream_is_idle(queue)
-    released.append(True)
+    with held(queue):
+        assert memcpy_async(on_device, pinned + 64, 64, HOST_TO_DEVICE, queue) == SUCCESS
+        assert not stream_is_idle(queue)
     ok("aclrtSynchronizeStream", queue)
     ok("aclrtDestroyStream", queue)
 
