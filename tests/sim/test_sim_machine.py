@@ -70,14 +70,14 @@ def test_many_processes_never_take_more_than_there_is() -> None:
     code = (
         "import time\n"
         "print('ready', flush=True)\n"
-        "time.sleep(float(sys.stdin.readline()) - time.time())\n"
+        "time.sleep(max(0, float(sys.stdin.readline()) - time.time()))\n"
         "count = 0\n"
         f"while malloc_physical({unit}, prop(HBM_NORMAL))[0] == SUCCESS: count += 1\n"
         "print(count, flush=True)"
     )
     with ExitStack() as stack:
         others = [stack.enter_context(Neighbour(code)).process for _ in range(4)]
-        start = time.time() + 0.2
+        start = time.time() + 1
         for other in others:
             assert other.stdin is not None
             other.stdin.write(f"{start}\n")
@@ -175,26 +175,28 @@ def test_the_link_is_as_slow_as_it_is_set() -> None:
     code = (
         "host, (_, address) = malloc_host(64 * MIB), malloc(64 * MIB)\n"
         "memcpy(address, host, 64 * MIB, HOST_TO_DEVICE)\n"
-        "started = time.monotonic()\n"
-        "memcpy(address, host, 64 * MIB, HOST_TO_DEVICE)\n"
-        "alone = time.monotonic() - started\n"
         "first, second = stream(), stream()\n"
-        "started = time.monotonic()\n"
-        "memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, first)\n"
-        "memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, second)\n"
-        "ok('aclrtSynchronizeDevice')\n"
-        "shared = time.monotonic() - started\n"
         "other = malloc_host(64 * MIB)\n"
         "ctypes.memset(other, 0, 64 * MIB)\n"
-        "started = time.monotonic()\n"
-        "memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, first)\n"
-        "memcpy_async(other, address, 64 * MIB, DEVICE_TO_HOST, second)\n"
-        "ok('aclrtSynchronizeDevice')\n"
-        "print(alone, shared, time.monotonic() - started)\n"
+        "def alone():\n"
+        "    memcpy(address, host, 64 * MIB, HOST_TO_DEVICE)\n"
+        "def shared():\n"
+        "    memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, first)\n"
+        "    memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, second)\n"
+        "def duplex():\n"
+        "    memcpy_async(address, host, 64 * MIB, HOST_TO_DEVICE, first)\n"
+        "    memcpy_async(other, address, 64 * MIB, DEVICE_TO_HOST, second)\n"
+        "for copies in (alone, shared, duplex) * 3:\n"
+        "    started = time.monotonic()\n"
+        "    copies()\n"
+        "    ok('aclrtSynchronizeDevice')\n"
+        "    print(time.monotonic() - started)\n"
     )
     result = run_python(code, NPU_SIM_LINK_GBPS="0.2")
     assert result.returncode == 0, result.stderr
-    alone, shared, duplex = (float(word) for word in result.stdout.split())
+    seconds = [float(line) for line in result.stdout.split()]
+    # None is faster than the link; a busy machine may hold some of them up.
+    alone, shared, duplex = (min(seconds[i::3]) for i in range(3))
     expected = 64 * MIB / 0.2e9
     assert 0.95 * expected < alone < 1.8 * expected
     assert 1.95 * expected < shared < 3 * expected, "two copies of one direction share the link"
