@@ -288,6 +288,7 @@ def test_a_handler_of_sigterm_runs_when_the_operation_is_whole(operation, state)
         "    sys.exit(8)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
     ) + BUSY[operation].replace("announce(", "announce_briefly(")
+    code += "time.sleep(60)\n"  # for a signal that comes late
     brief = START.replace("def announce(", "def announce_briefly(").replace("60000", "700")
     child = start(code, prelude=brief)
     assert child.stdout.readline() == "there\n"

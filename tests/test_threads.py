@@ -15,7 +15,7 @@ from vllm_sleep_ascend.sim import control
 pytestmark = pytest.mark.timeout(120)
 
 WEIGHTS_ONLY = ({"weights": "offload"}, "keep")
-SLOW_COPY = "aclrtMemcpyAsync:1:delay_ms=600"
+SLOW_COPY = "aclrtMemcpyAsync:1:delay_ms=2000"
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +139,9 @@ def test_other_python_threads_go_on_during_a_slow_sleep():
         now = time.monotonic()
         steps, longest, last = steps + 1, max(longest, now - last), now
     sleeper.done()
-    assert last - begin > 0.3, "the GIL was held while sleeping"
+    assert last - begin > 1, "the GIL was held while sleeping"
     assert steps > 50
-    assert longest < 0.4, "a call held the GIL until the sleep had ended"
+    assert longest < 1.3, "a call held the GIL until the sleep had ended"
     assert block.state == "offloaded"
     block.free()
 
@@ -167,7 +167,7 @@ def test_what_waits_for_a_slow_sleep_waits_without_the_gil(wait):
     waited = time.monotonic() - start
     waiter.done()
     sleeper.done()
-    assert waited > 0.2
+    assert waited > 0.7
     assert longest < waited / 2, "the GIL was held while waiting"
     states = [allocation["state"] for allocation in _camem.allocations()]
     assert sorted(states) == sorted(
