@@ -12,7 +12,7 @@ from support import ROOT
 def test_ranks_agree_whichever_call_fails_on_one(tiny_model) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "rank_faults.py", tiny_model, "--sample"],
-        env={**os.environ, "HCCL_CONNECT_TIMEOUT": "2"},
+        env={**os.environ, "HCCL_CONNECT_TIMEOUT": "4"},
         capture_output=True,
         text=True,
         timeout=500,
