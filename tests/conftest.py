@@ -51,7 +51,9 @@ def faults(tmp_path_factory) -> Path:
 @pytest.fixture
 def left_awake(server, faults):
     """Whatever the test did, the next one finds the server awake and its device in order."""
+    from server import set_faults
+
     yield
-    faults.write_text("")
+    set_faults(faults, "")
     server.post("/wake_up")
     assert not server.is_sleeping()

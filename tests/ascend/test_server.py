@@ -2,6 +2,7 @@
 """``vllm serve`` beside vllm-ascend: the commands of its guide, and what they answer now."""
 
 import test_published_guides as guides
+from server import set_faults
 
 # The same commands, the same promises.
 run = guides.run
@@ -31,17 +32,17 @@ def test_refusals_have_a_reason_and_touch_nothing(server, left_awake):
 
 def test_a_failed_sleep_and_a_failed_wake_are_told_and_can_be_repeated(server, faults, left_awake):
     before = server.complete()
-    faults.write_text(f"aclrtMemcpyAsync:1:{DRIVER_ERROR}")
+    set_faults(faults, f"aclrtMemcpyAsync:1:{DRIVER_ERROR}")
     answer = server.http.post("/sleep?level=1")
     assert answer.status_code == 503
     assert "aclrtMemcpyAsync failed" in answer.json()["error"]["message"]
-    faults.write_text("")
+    set_faults(faults, "")
     assert server.http.get("/sleep_status").json()["state"] == "awake"
     assert server.complete() == before
     server.post("/sleep?level=1")
-    faults.write_text(f"aclrtMapMem:1:{DRIVER_ERROR}")
+    set_faults(faults, f"aclrtMapMem:1:{DRIVER_ERROR}")
     assert server.http.post("/wake_up").status_code == 503
-    faults.write_text("")
+    set_faults(faults, "")
     assert server.http.get("/sleep_status").json()["state"] == "asleep"
     server.post("/wake_up")
     assert server.complete() == before

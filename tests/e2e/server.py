@@ -19,6 +19,26 @@ HBM_GIB = 1
 MEMORY = ("--gpu-memory-utilization", "0.5")
 
 
+def free_ports(count: int) -> list[int]:
+    """Of the loopback, no two alike."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def set_faults(file: Path, rules: str) -> None:
+    """From its next call on, the simulated device of the server that reads this file obeys them.
+
+    It looks at the file's time every few milliseconds, in which it would miss a second change, and
+    would read a file that is being written."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(rules)
+    os.replace(new, file)
+    time.sleep(0.01)
+
+
 class Server:
     """One server process group on a loopback port (0: a free one). Usable as a context manager."""
 

@@ -2,6 +2,7 @@
 """A call of the device fails inside a running server: it answers with a reason and serves on."""
 
 import pytest
+from server import set_faults
 
 pytestmark = pytest.mark.usefixtures("left_awake")
 
@@ -29,9 +30,9 @@ def text(server):
     ],
 )
 def test_a_failed_sleep_leaves_the_server_awake(server, faults, text, level, fault, kind, words):
-    faults.write_text(fault)
+    set_faults(faults, fault)
     answer = server.http.post(f"/sleep?level={level}")
-    faults.write_text("")
+    set_faults(faults, "")
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (503, kind)
     assert words in error["message"]
@@ -59,9 +60,9 @@ def test_a_failed_wake_leaves_the_server_asleep_and_loses_nothing(
     server, faults, text, fault, kind, words
 ):
     server.post("/sleep")
-    faults.write_text(fault)
+    set_faults(faults, fault)
     answer = server.http.post("/wake_up")
-    faults.write_text("")
+    set_faults(faults, "")
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (503, kind)
     assert words in error["message"]
@@ -76,16 +77,16 @@ def test_a_failed_wake_leaves_the_server_asleep_and_loses_nothing(
 
 
 def test_health_is_not_affected(server, faults, text):
-    faults.write_text(f"aclrtUnmapMem:1:{DRIVER_ERROR}")
+    set_faults(faults, f"aclrtUnmapMem:1:{DRIVER_ERROR}")
     assert server.http.post("/sleep").status_code == 503
     assert server.http.get("/health").status_code == 200
-    faults.write_text("")
+    set_faults(faults, "")
     server.post("/sleep")
     assert server.http.get("/health").status_code == 200
-    faults.write_text(f"aclrtMallocPhysical:1:{OUT_OF_MEMORY}")
+    set_faults(faults, f"aclrtMallocPhysical:1:{OUT_OF_MEMORY}")
     assert server.http.post("/wake_up?tags=weights").status_code == 503
     assert server.http.get("/health").status_code == 200
-    faults.write_text("")
+    set_faults(faults, "")
     server.post("/wake_up")
     assert server.complete() == text
 

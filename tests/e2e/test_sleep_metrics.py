@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server import HBM_GIB, MEMORY, SMALL, Server
+from server import HBM_GIB, MEMORY, SMALL, Server, set_faults
 
 pytestmark = pytest.mark.usefixtures("left_awake")
 
@@ -80,9 +80,9 @@ def test_operations_are_counted_when_they_succeed_and_when_they_fail(server, fau
     assert server.http.post("/sleep?level=7").status_code == 400
     assert server.http.post("/wake_up?tags=all").status_code == 400
     assert (count("sleep"), count("wake")) == before
-    faults.write_text("aclrtUnmapMem:1:507899")
+    set_faults(faults, "aclrtUnmapMem:1:507899")
     assert server.http.post("/sleep").status_code == 503
-    faults.write_text("")
+    set_faults(faults, "")
     server.post("/sleep")
     server.post("/wake_up")
     assert (count("sleep"), count("wake")) == (before[0] + 2, before[1] + 1)
@@ -112,9 +112,9 @@ def test_status_tells_states_the_last_operation_and_the_last_error(server, fault
         operation["copied_bytes"] / 1e9 / operation["seconds"], abs=0.001
     )
 
-    faults.write_text("aclrtMallocPhysical:1:207001")
+    set_faults(faults, "aclrtMallocPhysical:1:207001")
     assert server.http.post("/wake_up?tags=weights").status_code == 503
-    faults.write_text("")
+    set_faults(faults, "")
     error = status()["ranks"][0]["last_error"]
     assert (error["operation"], error["type"]) == ("wake", "DeviceOutOfMemoryError")
     assert "can be repeated" in error["message"]

@@ -3,22 +3,15 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
 
 import httpx
-from server import Server
+from server import Server, free_ports
 
 PROMPTS = ["The future of AI is", "One day a fox", "import os\n", "def main(", "Once more"]
 TOKENS = 12
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def command(servers: list[Server], *options: str) -> list[str]:
@@ -29,7 +22,7 @@ class Proxy:
     """A proxy process before some servers."""
 
     def __init__(self, servers: list[Server], *options: str, env: dict[str, str] | None = None):
-        self.port, self.admin_port = free_port(), free_port()
+        self.port, self.admin_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.users = httpx.Client(base_url=self.url, timeout=120)
         self.admin = httpx.Client(base_url=f"http://127.0.0.1:{self.admin_port}", timeout=120)
@@ -93,6 +86,12 @@ def used(server: Server) -> int:
     """Bytes of the device that all its processes use."""
     status = server.rank_status()
     return status["total"] - status["free"]
+
+
+def generated(server: Server) -> float:
+    """Tokens that it has said so far."""
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total"))
 
 
 def soon(condition, seconds: float = 20) -> None:

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
+from server import free_ports, set_faults
 from support import MIB
 
 from .conftest import API_KEY
-from .helpers import PROMPTS, Proxy, body, command, free_port, soon, text, used
+from .helpers import PROMPTS, Proxy, body, command, soon, text, used
 
 KEY = {"VLLM_API_KEY": API_KEY}
 
@@ -28,11 +29,11 @@ def weights(server) -> int:
 def test_a_wake_that_fails_fails_its_requests_alone(pair, proxy):
     a, b = pair
     assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
-    a.faults.write_text("aclrtMallocPhysical:1:507899:1000000")
+    set_faults(a.faults, "aclrtMallocPhysical:1:507899:1000000")
     failed = proxy.complete(b)
     assert failed.status_code == 503
     assert "aclrtMallocPhysical" in failed.json()["error"]["message"]
-    a.faults.write_text("")
+    set_faults(a.faults, "")
     assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
     assert text(proxy.complete(b)) == b.texts[PROMPTS[0]]
     assert proxy.metric("failures_total") == 1
@@ -86,8 +87,10 @@ def test_an_ending_proxy_ends_what_runs(pair):
 
 
 def test_a_port_in_use_is_said(proxy):
-    line = command([], "http://127.0.0.1:9", "--port", str(proxy.port), "--admin-port")
-    done = subprocess.run([*line, str(free_port())], capture_output=True, text=True, timeout=60)
+    (free,) = free_ports(1)
+    ports = ("--port", str(proxy.port), "--admin-port", str(free))
+    line = command([], "http://127.0.0.1:9", *ports)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "address already in use" in done.stderr
 
