@@ -9,10 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from server import free_ports
 from support import ROOT
 
 FOLDER = ROOT / "examples" / "sleep_experiments"
-SHORT = "--tokens 8 --port-a 18001 --port-b 18002"
+
+
+def short() -> str:
+    """Options of a run that is over soon, on ports that are free."""
+    a, b = free_ports(2)
+    return f"--tokens 8 --port-a {a} --port-b {b}"
 
 
 def run(line: str) -> int:
@@ -47,7 +53,7 @@ def logs(tmp_path_factory) -> Path:
 )
 def test_a_sleeping_arm(logs, script, arm, level, rounds):
     log = logs / f"out_info_{arm}.log"
-    command = f"python {script} {arm} {SHORT} --rounds {rounds} > {log} 2>&1"
+    command = f"python {script} {arm} {short()} --rounds {rounds} > {log} 2>&1"
     assert run(command) == 0, log.read_text()[-3000:]
     found = events(log)
     loading = ["load", "warm up", "first sleep"]
@@ -69,7 +75,7 @@ def test_a_sleeping_arm(logs, script, arm, level, rounds):
 
 def test_the_arm_without_sleep(logs):
     log = logs / "out_info_nosleep.log"
-    command = f"python online_default.py nosleep {SHORT} --rounds 1 > {log} 2>&1"
+    command = f"python online_default.py nosleep {short()} --rounds 1 > {log} 2>&1"
     assert run(command) == 0, log.read_text()[-3000:]
     assert names(events(log)) == [
         f"{model} {name}" for model in "AB" for name in ("load", "prompt", "terminate")
@@ -108,7 +114,7 @@ def test_the_report_of_the_committed_results(tmp_path):
 
 def test_a_failed_experiment_says_why_and_is_not_reported(logs):
     log = logs / "failed.log"
-    assert run(f"python online_default.py sleep {SHORT} --options=--nonsense > {log} 2>&1") == 1
+    assert run(f"python online_default.py sleep {short()} --options=--nonsense > {log} 2>&1") == 1
     assert events(log)[-1]["event"] == "failed"
     assert "unrecognized arguments: --nonsense" in log.read_text()
     done = report(log)

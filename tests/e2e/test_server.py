@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from server import HBM_GIB, MEMORY, SMALL, Server
+from server import HBM_GIB, MEMORY, SMALL, Server, free_ports
 from support import MIB, ROOT
 
 pytestmark = pytest.mark.usefixtures("left_awake")
@@ -168,8 +168,9 @@ def test_the_online_example(tiny_model):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}",
     }
+    (port,) = free_ports(1)
     done = subprocess.run(
-        [ROOT / "examples" / "online_sleep.sh", tiny_model, "18731", *SMALL, *MEMORY],
+        [ROOT / "examples" / "online_sleep.sh", tiny_model, str(port), *SMALL, *MEMORY],
         env=env,
         capture_output=True,
         text=True,
