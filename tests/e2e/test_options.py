@@ -146,7 +146,7 @@ def test_a_long_transfer_says_how_far_it_is(llm, monkeypatch, caplog):
 
     monkeypatch.setattr(progress, "EVERY_S", 0.1)
     monkeypatch.setattr(progress.logger, "propagate", True)
-    control.set_faults("aclrtMemcpyAsync:1:delay_ms=350")
+    control.set_faults("aclrtMemcpyAsync:1:delay_ms=1500")
     with caplog.at_level("INFO", logger=progress.logger.name):
         llm.sleep(level=1)
         lines = [r.getMessage() for r in caplog.records if "goes on" in r.getMessage()]
