@@ -34,7 +34,10 @@ def llm(tiny_model) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def server(tiny_model, tmp_path_factory, faults):
-    """A server with sleep mode and the development endpoints, on a simulated NPU of its own."""
+    """A server with sleep mode and the development endpoints, on a simulated NPU of its own.
+
+    In float32: an interrupted request is computed again in one piece, whose sums in bfloat16 may
+    round otherwise than those of its tokens one by one."""
     from server import HBM_GIB, MEMORY, SMALL, Server
 
     env = {
@@ -44,5 +47,6 @@ def server(tiny_model, tmp_path_factory, faults):
         "NPU_SIM_FAULTS_FILE": str(faults),
     }
     log = tmp_path_factory.mktemp("server") / "log"
-    with Server(tiny_model, "--enable-sleep-mode", *SMALL, *MEMORY, log=log, env=env) as server:
+    options = ("--enable-sleep-mode", "--dtype", "float32", *SMALL, *MEMORY)
+    with Server(tiny_model, *options, log=log, env=env) as server:
         yield server
