@@ -23,7 +23,8 @@ def resident_bytes(
     AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
 
     Args:
-        components: CamemBackend.component_bytes(). tags: CamemBackend.usage().
+        components: CamemBackend.component_bytes().
+        tags: CamemBackend.usage().
     """
     graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
     if components is None:

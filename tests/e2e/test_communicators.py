@@ -15,8 +15,9 @@ from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
 from vllm_sleep_ascend.pool import trim, use_pool
 
-BUFFERS = 2 * 4 * MIB  # of one communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair
-# of pipeline stages by P2P_HCCL_BUFFSIZE
+# Of one communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair of pipeline stages by
+# P2P_HCCL_BUFFSIZE.
+BUFFERS = 2 * 4 * MIB
 LAYOUTS = {"tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
 TOKENS = 4
 prompts = PROMPTS[:2]
