@@ -4,6 +4,8 @@
 #include <sys/stat.h>
 #include <time.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -92,6 +94,7 @@ class Watch {
     if (!parse_rules(text, &rules)) return false;
     std::lock_guard<std::mutex> lock(mutex_);
     rules_.swap(rules);
+    ++changes_;
     hits_ = 0;
     refresh();
     return true;
@@ -118,8 +121,10 @@ class Watch {
     follow_file();
     int code = 0;
     int delay_ms = 0;
+    uint64_t rules_then;
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      rules_then = changes_;
       if (keeps_log_) log_ += call + "\n";
       for (Rule& rule : rules_) {
         if (rule.call != call) continue;
@@ -130,7 +135,12 @@ class Watch {
         ++hits_;
       }
     }
-    if (delay_ms > 0) std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
+    // Other rules end a delay, so that a test can hold a call and let it go.
+    auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(delay_ms);
+    while (changes_ == rules_then && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      follow_file();
+    }
     return code;
   }
 
@@ -158,6 +168,7 @@ class Watch {
 
   std::mutex mutex_;
   std::vector<Rule> rules_;
+  std::atomic<uint64_t> changes_{0};
   uint64_t hits_ = 0;
   std::string log_;
   bool keeps_log_ = false;

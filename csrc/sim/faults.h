@@ -28,7 +28,8 @@ class Call {
 
 // The form is `call:nth:code[:times]` or `call:nth:delay_ms=N[:times]`, comma separated. The nth
 // call, counted from 1 and from now on, and the `times - 1` after it are hit; `*` is for ever.
-// Replaces all earlier rules. False: not understood, nothing changed.
+// Replaces all earlier rules, and ends the delays of calls that are under way. False: not
+// understood, nothing changed.
 bool set(const char* rules);
 
 uint64_t hits();  // calls that the rules have hit since they were set
