@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-#   make demo   sleep and wake a model of 0.5B parameters on a simulated NPU
-#   make test   the test suite
+#   make demo          sleep and wake a model of 0.5B parameters on a simulated NPU
+#   make test          all that protects a user; FILE=tests/... or ARGS=... for one place
+#   make test-all      that, and the sweeps, soaks and loads in full, and the sanitizers
+#   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
-#   make switch-load   five minutes of clients over two models behind the switching proxy
-#   make soak   completions under way while a server sleeps and wakes at random, for 30 minutes
-#   make rank-faults   every call of a sleep and of a wake fails once, on each of two ranks
-#   make sanitize   the allocator core under the sanitizers of the compiler
+#   make sanitize      the allocator core under the sanitizers of the compiler
+#   make lint          ruff, mypy and clang-format; `make format` repairs what they can repair
 #
 # They set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
 # PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL, torch comes without CUDA.
@@ -37,7 +37,7 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo test test-ascend soak rank-faults switch-load sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo test test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -53,7 +53,7 @@ $(VENV)/.packages: tests/constraints.txt
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) $(TORCH_NPU)
-	$(PIP) pytest pytest-timeout hypothesis httpx matplotlib ray ruff mypy clang-format
+	$(PIP) pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib psutil ray ruff mypy clang-format
 	touch $@
 
 # Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.
@@ -101,8 +101,33 @@ demo: setup
 	NPU_SIM_HBM_GIB=4 $(SIM) python examples/offline_sleep.py $(MODELS)/qwen2.5-0.5b \
 	  --max-model-len 2048 --max-num-batched-tokens 512
 
+# FILE alone runs in one process, which starts sooner; everything runs in two.
+FILE :=
+PYTEST := $(SIM) python -m pytest $(or $(FILE),tests) $(if $(FILE),,-n 2)
+
 test: setup
-	$(SIM) python -m pytest tests $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What `make test` leaves out.
+test-long: setup
+	$(PYTEST) -m long --long $(ARGS)
+
+test-all: test test-long sanitize
+
+TIMES ?= 20
+CHANCE := tests/allocator tests/sim tests/package/test_answers.py tests/e2e/engine tests/e2e/ranks \
+  tests/e2e/server tests/e2e/proxy tests/benchmarks
+
+# With BUSY=2, beside two processes that do nothing but compute.
+BUSY ?= 0
+
+test-chance: setup
+	trap 'kill $$(jobs -p) 2>/dev/null || true' EXIT; \
+	for ((n = 0; n < $(BUSY); n++)); do $(BIN)/python -c 'while True: pass' & done; \
+	for ((n = 1; n <= $(TIMES); n++)); do \
+	  echo "Time $$n of $(TIMES), beside $(BUSY) busy processes"; \
+	  $(SIM) python -m pytest $(CHANCE) -q -n 2 $(ARGS); \
+	done
 
 # vllm-ascend takes one engine with sleep mode in a process.
 EXPERTS := tests/ascend/test_experts.py
@@ -110,22 +135,6 @@ EXPERTS := tests/ascend/test_experts.py
 test-ascend: setup-ascend
 	$(ASCEND)/bin/npu-sim python -m pytest tests/ascend --ignore $(EXPERTS) $(ARGS)
 	$(ASCEND)/bin/npu-sim python -m pytest $(EXPERTS) $(ARGS)
-
-SWITCH_LOAD_S ?= 300
-
-switch-load: setup
-	SWITCH_LOAD_S=$(SWITCH_LOAD_S) $(SIM) python -m pytest tests/e2e/switching_proxy/test_proxy_load.py -k closed_loop -s \
-	  --timeout 1800 $(ARGS)
-
-SOAK_MINUTES ?= 30
-
-soak: setup
-	$(BIN)/python examples/make_model.py tiny-qwen2 $(MODELS)/tiny-qwen2
-	$(SIM) python tests/soak.py $(MODELS)/tiny-qwen2 --minutes $(SOAK_MINUTES)
-
-rank-faults: setup
-	$(BIN)/python examples/make_model.py tiny-qwen2 $(MODELS)/tiny-qwen2
-	$(SIM) python tests/rank_faults.py $(MODELS)/tiny-qwen2
 
 # The core and its C++ contract tests under AddressSanitizer, UBSan and LeakSanitizer, then under
 # ThreadSanitizer.

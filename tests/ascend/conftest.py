@@ -16,7 +16,7 @@ os.environ.setdefault("NPU_SIM_FLOAT32_ATTENTION", "1")
 @pytest.fixture(scope="module")
 def sleeper(tiny_model) -> Iterator[Any]:
     """An engine with sleep mode, in this process."""
-    from ascend_engines import engine
+    from helpers.ascend_engine import engine
 
     options = {"sleep_mode": {"preserve_parameters": ["model.layers.0.*_layernorm.weight"]}}
     with engine(tiny_model, enable_sleep_mode=True, additional_config=options) as llm:
@@ -26,7 +26,7 @@ def sleeper(tiny_model) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def server(tiny_model, tmp_path_factory, faults) -> Iterator[Any]:
     """A server with sleep mode and the development endpoints, on a simulated NPU of its own."""
-    from server import HBM_GIB, MEMORY, SMALL, Server
+    from helpers.server import HBM_GIB, MEMORY, SMALL, Server
 
     env = {
         "VLLM_SERVER_DEV_MODE": "1",

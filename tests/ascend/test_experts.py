@@ -3,10 +3,11 @@
 
 import pytest
 import torch
-from ascend_engines import engine
-from reference import PROMPTS, hf_greedy, vllm_greedy
+from helpers.ascend_engine import engine
+from helpers.engine import tokens
+from helpers.models import make_model
+from helpers.reference import PROMPTS, hf_greedy
 from safetensors.torch import load_file
-from support import make_model
 
 TOKENS = 8
 
@@ -40,23 +41,19 @@ def layouts(llm) -> dict[str, tuple]:
     return {name: (*weight.shape, weight.data_ptr()) for name, weight in experts(llm).items()}
 
 
-def tokens(llm):
-    return vllm_greedy(llm, PROMPTS, TOKENS)
-
-
 def turned(layouts: dict[str, tuple]) -> dict[str, tuple]:
     return {n: (experts, b, a, address) for n, (experts, a, b, address) in layouts.items()}
 
 
 def test_level_1_and_serve(llm, expected):
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
     for_kernels = layouts(llm)
     assert for_kernels
     for _ in range(2):
         llm.sleep(level=1)
         llm.wake_up()
         assert layouts(llm) == turned(for_kernels)  # as vllm-ascend shows them to trainers
-        assert tokens(llm) == expected
+        assert tokens(llm, PROMPTS, TOKENS) == expected
         assert layouts(llm) == for_kernels
 
 
@@ -68,7 +65,7 @@ def test_level_2_and_reload(llm, expected):
         llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])
         llm.reset_prefix_cache()
-        assert tokens(llm) == expected
+        assert tokens(llm, PROMPTS, TOKENS) == expected
         assert layouts(llm) == for_kernels
 
 
@@ -79,7 +76,7 @@ def test_level_2_and_a_trainer_that_loads_into_the_model(llm, model, expected):
     network(llm).load_weights(load_file(model / "model.safetensors").items())
     llm.wake_up(tags=["kv_cache"])
     llm.reset_prefix_cache()
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
     assert layouts(llm) == for_kernels
 
 
@@ -94,5 +91,5 @@ def test_a_trainer_that_makes_new_weights_for_the_kernels(llm, expected):
             if shown is not None:
                 new = shown.data.transpose(1, 2).contiguous().clone()
                 setattr(module, name, torch.nn.Parameter(new, requires_grad=False))
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
     assert layouts(llm) == for_kernels

@@ -3,14 +3,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-import sweep
+from helpers import ascend_sweep as sweep
 
 
 def test_no_single_fault_loses_weights_or_ends_the_process():
     done = subprocess.run(
-        [sys.executable, Path(sweep.__file__)], capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", sweep.__name__], capture_output=True, text=True, timeout=500
     )
     rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
     assert rows, done.stdout[-2000:] + done.stderr[-4000:]

@@ -8,18 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from ascend_engines import ITS_OWN
-from reference import hf_greedy
-from support import MIB, ROOT, make_model
-
-FOLDERS = (ROOT / "tests", ROOT / "tests" / "e2e", ROOT / "tests" / "ascend")
+from helpers import MIB
+from helpers.ascend_engine import ITS_OWN
+from helpers.models import make_model
+from helpers.reference import hf_greedy
 
 
 def own_sleep(model: Path, level: int) -> dict:
-    path = os.pathsep.join([*map(str, FOLDERS), os.environ["PYTHONPATH"]])
     result = subprocess.run(
-        [sys.executable, FOLDERS[-1] / "own_sleep.py", model, str(level)],
-        env={**os.environ, **ITS_OWN, "PYTHONPATH": path},
+        [sys.executable, "-m", "helpers.own_sleep", model, str(level)],
+        env={**os.environ, **ITS_OWN},
         capture_output=True,
         text=True,
     )

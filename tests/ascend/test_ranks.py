@@ -6,9 +6,10 @@ engine in this process with workers in others.
 """
 
 import pytest
-from ascend_engines import engine
-from ranks import assert_all, fail_on
-from reference import PROMPTS, hf_greedy, vllm_greedy
+from helpers.ascend_engine import engine
+from helpers.engine import tokens
+from helpers.ranks import assert_all, fail_on
+from helpers.reference import PROMPTS, hf_greedy
 
 TOKENS = 6
 DRIVER_ERROR = 507899
@@ -35,16 +36,12 @@ def expected(tiny_model):
     return hf_greedy(tiny_model, PROMPTS[:4], TOKENS)
 
 
-def tokens(llm):
-    return vllm_greedy(llm, PROMPTS[:4], TOKENS)
-
-
 def communicators(llm) -> list[int]:
     return [rank["resident"]["communicators"] for rank in llm.collective_rpc("sleep_status")]
 
 
 def test_all_ranks_sleep_and_release_their_communicators(llm, expected):
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS[:4], TOKENS) == expected
     assert all(held > 0 for held in communicators(llm))
     for level in (1, 2):
         llm.sleep(level=level)
@@ -55,7 +52,7 @@ def test_all_ranks_sleep_and_release_their_communicators(llm, expected):
             llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])
         llm.reset_prefix_cache()
-        assert tokens(llm) == expected
+        assert tokens(llm, PROMPTS[:4], TOKENS) == expected
 
 
 def test_a_fault_on_one_rank_keeps_all_as_they_were(llm, expected):
@@ -64,7 +61,7 @@ def test_a_fault_on_one_rank_keeps_all_as_they_were(llm, expected):
         llm.sleep(level=1)
     fail_on(llm, 1, "")
     assert_all(llm, "RUNNING")
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS[:4], TOKENS) == expected
     llm.sleep(level=1)
     fail_on(llm, 0, f"aclrtMapMem:1:{DRIVER_ERROR}")
     with pytest.raises(RuntimeError, match=r"rank 0, device 0: .*aclrtMapMem failed"):
@@ -72,7 +69,7 @@ def test_a_fault_on_one_rank_keeps_all_as_they_were(llm, expected):
     fail_on(llm, 0, "")
     assert_all(llm, "SUSPENDED")
     llm.wake_up()
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS[:4], TOKENS) == expected
 
 
 class Dispatcher:
@@ -112,4 +109,4 @@ def test_what_follows_a_wake_is_repeated_on_all_ranks_when_it_fails_on_one(llm, 
         assert not llm.llm_engine.is_sleeping()
         assert llm.collective_rpc(remove_dispatcher) == [2, 2]
         assert_all(llm, "RUNNING")
-        assert tokens(llm) == expected
+        assert tokens(llm, PROMPTS[:4], TOKENS) == expected

@@ -2,7 +2,7 @@
 """``vllm serve`` beside vllm-ascend: the commands of its guide, and what they answer now."""
 
 import test_published_guides as guides
-from server import set_faults
+from helpers.faults import set_faults
 
 # The same commands, the same promises.
 run = guides.run

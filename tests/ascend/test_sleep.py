@@ -5,8 +5,9 @@ import gc
 
 import pytest
 import torch
-from reference import PROMPTS, hf_greedy, vllm_greedy
-from support import MIB
+from helpers import MIB
+from helpers.engine import tokens
+from helpers.reference import PROMPTS, hf_greedy
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import SleepModeError
@@ -38,10 +39,6 @@ def awake(llm):
 
 def worker(llm):
     return llm.llm_engine.model_executor.driver_worker.worker
-
-
-def tokens(llm):
-    return vllm_greedy(llm, PROMPTS, TOKENS)
 
 
 def reload(llm):
@@ -87,7 +84,7 @@ def test_level_1_frees_weights_and_cache_and_keeps_the_tokens(llm, expected):
     llm.wake_up()
     assert not llm.llm_engine.is_sleeping()
     assert used() - asleep == ours
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_level_2_with_reload_keeps_the_tokens(llm, expected):
@@ -103,7 +100,7 @@ def test_level_2_with_reload_keeps_the_tokens(llm, expected):
     llm.wake_up(tags=["kv_cache"])
     llm.reset_prefix_cache()
     assert torch.equal(parameter.cpu(), before)
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_level_2_keeps_buffers_and_what_is_neither_buffer_nor_parameter(llm, expected):
@@ -126,7 +123,7 @@ def test_level_2_keeps_buffers_and_what_is_neither_buffer_nor_parameter(llm, exp
     assert torch.equal(model.stray[0].cpu(), torch.arange(100_000))
     del model.stray
     reload(llm)
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def _in_weights_pool():
@@ -143,10 +140,10 @@ def test_tags_wake_in_any_order_and_nothing_runs_before_the_last(llm, expected, 
     assert held(order[1]) == 0
     assert llm.llm_engine.is_sleeping()
     with pytest.raises(SleepModeError, match=r"call wake_up\(\) before generate\(\)"):
-        tokens(llm)
+        tokens(llm, PROMPTS, TOKENS)
     llm.wake_up(tags=order[1:])
     assert not llm.llm_engine.is_sleeping()
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_a_second_sleep_after_a_partial_wake_puts_all_to_sleep(llm, expected):
@@ -155,7 +152,7 @@ def test_a_second_sleep_after_a_partial_wake_puts_all_to_sleep(llm, expected):
     llm.sleep(level=1)
     assert sum(held(tag) for tag in TAGS) == 0
     llm.wake_up()
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_level_0_moves_no_memory(llm, expected):
@@ -164,7 +161,7 @@ def test_level_0_moves_no_memory(llm, expected):
     assert llm.llm_engine.is_sleeping()
     assert used() == before
     llm.wake_up(tags=["scheduling"])
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 @pytest.mark.parametrize("level", [3, -1])
@@ -172,7 +169,7 @@ def test_a_level_that_does_not_exist_is_refused_and_the_engine_serves_on(llm, ex
     with pytest.raises(ValueError, match=f"sleep level {level} does not exist"):
         llm.sleep(level=level)
     assert not llm.llm_engine.is_sleeping()
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_persistent_memory_stays_mapped_and_has_segments_of_its_own(llm):
@@ -208,7 +205,7 @@ def test_the_allocators_own_calls(llm, expected):
     assert (held("weights") > 0, held("kv_cache")) == (True, 0)
     allocator.wake_up()
     assert held("kv_cache") > 0
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_weights_in_nz_format_sleep_at_level_1_and_are_refused_at_level_2(llm, expected):
@@ -228,7 +225,7 @@ def test_weights_in_nz_format_sleep_at_level_1_and_are_refused_at_level_2(llm, e
         llm.wake_up()
     finally:
         norm.weight = stock
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected
 
 
 def test_the_status_says_what_each_rank_holds(llm):
@@ -248,4 +245,4 @@ def test_20_cycles_leave_memory_handles_and_mappings_where_they_were(llm, expect
         gc.collect()
         figures.append((used(), control.counters(), _camem.pinned_host_bytes()))
     assert len(set(figures[2:])) == 1
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, TOKENS) == expected

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from reference import hf_greedy
-from support import ROOT, make_model
+from helpers import ROOT
+from helpers.models import make_model
+from helpers.reference import hf_greedy
 
 from vllm_sleep_ascend import beside
 

@@ -2,8 +2,9 @@
 """vllm-ascend on the simulated NPU answers as Hugging Face does on the CPU."""
 
 import pytest
-from ascend_engines import engine
-from reference import PROMPTS, hf_greedy, vllm_greedy
+from helpers.ascend_engine import engine
+from helpers.engine import tokens
+from helpers.reference import PROMPTS, hf_greedy
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,10 @@ def test_its_platform_and_worker_are_those_in_use(llm):
 
 
 def test_batched(llm, tiny_model):
-    assert vllm_greedy(llm) == hf_greedy(tiny_model)
+    assert tokens(llm) == hf_greedy(tiny_model)
 
 
 def test_one_by_one(llm, tiny_model):
     """From the prefix cache of the first pass."""
     for prompt, expected in zip(PROMPTS, hf_greedy(tiny_model), strict=True):
-        assert vllm_greedy(llm, [prompt]) == [expected]
+        assert tokens(llm, [prompt]) == [expected]

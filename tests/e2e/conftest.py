@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that tests share."""
+"""The engine and the server that tests share."""
 
 import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import MIB, warm
 
-ONE_ENGINE = 40 << 20  # weights of a tiny model; of the last engine, vLLM may still hold some
+ONE_ENGINE = 40 * MIB  # weights of a tiny model; of the last engine, vLLM may still hold some
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    warm.start()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,26 +25,34 @@ def nothing_left() -> Iterator[None]:
     gc.collect()
     if torch_npu := sys.modules.get("torch_npu"):
         torch_npu.npu.empty_cache()
-    if camem := sys.modules.get("vllm_sleep_ascend._camem"):
+    camem, engines = map(sys.modules.get, ("vllm_sleep_ascend._camem", "helpers.engine"))
+    if camem and not (engines and engines.shared.is_open()):
         assert sum(found["bytes"] for found in camem.allocations()) < ONE_ENGINE
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_model) -> Iterator[Any]:
-    """An engine with sleep mode, in this process."""
-    from engines import engine
+@pytest.fixture
+def llm(tiny_model: Path) -> Iterator[Any]:
+    """The shared engine with sleep mode, in this process; awake again when the test is over."""
+    from helpers.engine import shared
 
-    with engine(tiny_model, enable_sleep_mode=True) as llm:
-        yield llm
+    from vllm_sleep_ascend.sim import control
+
+    llm = shared.get(tiny_model, enable_sleep_mode=True)
+    yield llm
+    control.set_faults("")
+    llm.wake_up()
+    assert not llm.llm_engine.is_sleeping()
+    assert not llm.llm_engine.has_unfinished_requests()
+    llm.reset_prefix_cache()
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model, tmp_path_factory, faults):
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, faults: Path):
     """A server with sleep mode and the development endpoints, on a simulated NPU of its own.
 
     In float32: an interrupted request is computed again in one piece, whose sums in bfloat16 may
     round otherwise than those of its tokens one by one."""
-    from server import HBM_GIB, MEMORY, SMALL, Server
+    from helpers.server import HBM_GIB, MEMORY, SMALL, Server
 
     env = {
         "VLLM_SERVER_DEV_MODE": "1",

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 from safetensors import safe_open
-from support import ROOT
 
 SCRIPT = ROOT / "examples" / "make_model.py"
 sys.path.insert(0, str(SCRIPT.parent))

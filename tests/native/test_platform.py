@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support import make_model
+from helpers.models import make_model
 
 pytest.importorskip("torch_npu", exc_type=ImportError, reason="needs CANN or the simulator")
 

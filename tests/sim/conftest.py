@@ -55,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.name == "test_simulator.py":
         yield
         return
-    import ascendcl
+    from helpers import ascendcl
 
     from vllm_sleep_ascend.sim import control
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ctypes import byref, c_int32, c_size_t
 
 import pytest
-from ascendcl import (
+from helpers.ascendcl import (
     DEFAULT,
     DEVICE_TO_DEVICE,
     DEVICE_TO_HOST,

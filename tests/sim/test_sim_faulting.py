@@ -4,13 +4,15 @@
 import ctypes
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from ascendcl import (
+from helpers.ascendcl import (
     DRIVER,
     HOST_TO_DEVICE,
     HUGE,
+    NO_CONTEXT,
     RT_PARAM,
     SUCCESS,
     bytes_at,
@@ -27,6 +29,7 @@ from ascendcl import (
     reserve,
     run_python,
 )
+from helpers.patience import wait_for
 
 from vllm_sleep_ascend.sim import control
 
@@ -133,11 +136,22 @@ def test_a_failed_map_can_be_repeated() -> None:
 
 def test_a_slow_call_succeeds() -> None:
     control.set_faults("aclrtSynchronizeDevice:2:delay_ms=1500")
+    assert results(1) == [0]
+    assert control.fault_hits() == 0
     started = time.monotonic()
     assert results(1) == [0]
-    assert time.monotonic() - started < 1
-    assert results(1) == [0]
     assert time.monotonic() - started >= 1.5
+    assert control.fault_hits() == 1
+
+
+def test_a_slow_call_ends_when_other_rules_come() -> None:
+    control.set_faults("aclrtSynchronizeDevice:1:delay_ms=600000")
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(call, "aclrtSynchronizeDevice")
+        wait_for(lambda: control.fault_hits() == 1)
+        assert not slow.done()
+        control.set_faults("")
+        assert slow.result(60) == NO_CONTEXT, "a thread without a device"
 
 
 def test_counts() -> None:

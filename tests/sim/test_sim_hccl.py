@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ascendcl import MIB, message, ok, subprocess_environment
+from helpers import ROOT
+from helpers.ascendcl import MIB, message, ok, subprocess_environment
 
-RANK = Path(__file__).with_name("collectives.py")
+RANK = ROOT / "tests" / "helpers" / "collectives.py"
 SUCCESS, PARAMETER, POINTER, UNSUPPORTED, TIMEOUT, OUT_OF_MEMORY = 0, 1, 2, 5, 9, 24
 FLOAT = 4
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ctypes import byref, c_size_t, c_uint32, c_uint64, c_void_p
 
 import pytest
-from ascendcl import (
+from helpers.ascendcl import (
     ALREADY_REGISTERED,
     DDR_MEM,
     GIB,

@@ -5,7 +5,7 @@ import ctypes
 
 import acl
 import pytest
-from ascendcl import (
+from helpers.ascendcl import (
     DEVICE_TO_HOST,
     HBM_MEM,
     HOST_TO_DEVICE,

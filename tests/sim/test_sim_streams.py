@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts, streams and events."""
 
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from ctypes import byref, c_int32, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import pytest
-from ascendcl import (
+from helpers.ascendcl import (
     DEVICE_ID,
     HANDLE,
     NO_CONTEXT,
@@ -159,13 +160,12 @@ def test_work_of_one_stream_runs_in_order(queues: tuple[int, int], recorder: Rec
 
 
 def test_launching_does_not_wait(queues: tuple[int, int], recorder: Recorder) -> None:
-    started = time.monotonic()
-    recorder.launch(queues[0], "slow", 1.5)
-    assert time.monotonic() - started < 1
-    assert not stream_is_idle(queues[0])
-    assert stream_is_idle(queues[1])
-    ok("aclrtSynchronizeStream", queues[1])
-    assert recorder.ran == [], "another stream is not waited for"
+    with held(queues[0]):
+        recorder.launch(queues[0], "slow")
+        assert not stream_is_idle(queues[0])
+        assert stream_is_idle(queues[1])
+        ok("aclrtSynchronizeStream", queues[1])
+        assert recorder.ran == [], "another stream is not waited for"
     ok("aclrtSynchronizeStream", queues[0])
     assert recorder.ran == ["slow"]
 
@@ -239,6 +239,7 @@ def test_querying_an_event(queues: tuple[int, int], recorder: Recorder) -> None:
 
 def test_elapsed_time(queues: tuple[int, int], recorder: Recorder) -> None:
     start, end, untimed = event(), event(), event(flags=1)
+    began = time.monotonic()
     assert elapsed_ms(start, end)[0] == NO_TIMESTAMP, "not recorded"
     ok("aclrtRecordEvent", start, queues[0])
     recorder.launch(queues[0], "slow", 0.1)
@@ -247,7 +248,7 @@ def test_elapsed_time(queues: tuple[int, int], recorder: Recorder) -> None:
     ok("aclrtSynchronizeStream", queues[0])
     code, milliseconds = elapsed_ms(start, end)
     assert code == SUCCESS
-    assert 90 < milliseconds < 2000
+    assert 90 < milliseconds <= 1000 * (time.monotonic() - began)
     assert elapsed_ms(start, untimed)[0] == NO_TIMESTAMP
     for mark in (start, end, untimed):
         ok("aclrtDestroyEvent", mark)
@@ -288,10 +289,11 @@ def count_threads() -> int:
 
 def test_synchronising_an_idle_stream_is_cheap(queues: tuple[int, int]) -> None:
     handle = c_void_p(queues[0])
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
     for _ in range(10000):
         call("aclrtSynchronizeStream", handle)
-    assert time.perf_counter() - started < 2
+    waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+    assert waits < 100, "it waits for another thread"
 
 
 def test_initialising_twice_is_refused() -> None:

@@ -5,7 +5,7 @@ import ctypes
 from ctypes import byref, c_size_t, c_uint64, c_void_p
 
 import pytest
-from ascendcl import (
+from helpers.ascendcl import (
     DEVICE_ID,
     DRIVER,
     GIB,

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run at toy size on the simulated NPU; contents are asserted, times are not."""
+
+import json
+import subprocess
+import sys
+
+from helpers import ROOT
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_allocator_benchmark_keeps_all_contents(tmp_path):
+    table = run("allocator.py", "--device", "sim", "--cycles", "2", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "allocator_sim_toy.json").read_text())
+    assert set(result["runs"]) == {"ours", "ours_prepared", "ours_skip_unchanged"}
+    for run_ in result["runs"].values():
+        assert run_["contents_kept"]
+        assert run_["left_bytes"] == 0
+        assert run_["pinned_bytes"] >= run_["weights_bytes"]
+    assert "| ours_prepared" in table
+
+
+def test_ranks_that_share_a_link_have_it_together(tmp_path):
+    arguments = ("--ranks", "1,2", "--cycles", "2", "--out", str(tmp_path))
+    run("parallel.py", "--device", "sim", *arguments)
+    result = json.loads((tmp_path / "parallel_sim_1_toy.json").read_text())
+    assert result["contents_kept"]
+    for figures in result["ranks"].values():
+        assert figures["sleep_gb_s"] <= 1.01 * result["link_gbps"]
+        assert figures["wake_gb_s"] <= 1.01 * result["link_gbps"]
+
+
+def test_the_switch_between_two_models_keeps_both(tmp_path):
+    run("overlap.py", "--device", "sim", "--cycles", "2", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "overlap_sim_toy.json").read_text())
+    assert result["contents_kept"]
+    assert len(result["runs"]["overlapped"]) == 2

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client that knows only the published guides to sleep mode gets what they promise, in order.
+
+The guides are vllm-ascend's (English, and a later one in Chinese), vLLM's own page, a Russian
+introduction and vLLM's experiments. Their commands are run by bash and curl as they are written;
+only the model, the host and the port are replaced.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, warm
+
+GUIDE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+COMPLETION = """
+    curl http://localhost:8000/v1/completions \\
+        -H "Content-Type: application/json" \\
+        -d '{
+            "model": "Qwen/Qwen2.5-0.5B-Instruct",
+            "prompt": "The future of AI is",
+            "max_tokens": 7,
+            "temperature": 0
+        }'
+"""
+
+OFFLINE = """
+import os
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.utils.mem_constants import GiB_bytes
+
+
+os.environ["VLLM_USE_MODELSCOPE"] = "True"
+os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+os.environ["VLLM_ASCEND_ENABLE_NZ"] = "0"
+
+if __name__ == "__main__":
+    prompt = "How are you?"
+
+    free, total = torch.npu.mem_get_info()
+    print(f"Free memory before sleep: {free / 1024 ** 3:.2f} GiB")
+    # record npu memory use baseline in case other process is running
+    used_bytes_baseline = total - free
+    llm = LLM("Qwen/Qwen2.5-0.5B-Instruct", enable_sleep_mode=True)
+    sampling_params = SamplingParams(temperature=0, max_tokens=10)
+    output = llm.generate(prompt, sampling_params)
+
+    llm.sleep(level=1)
+
+    free_npu_bytes_after_sleep, total = torch.npu.mem_get_info()
+    print(f"Free memory after sleep: {free_npu_bytes_after_sleep / 1024 ** 3:.2f} GiB")
+    used_bytes = total - free_npu_bytes_after_sleep - used_bytes_baseline
+    # now the memory usage should be less than the model weights
+    # (0.5B model, 1GiB weights)
+    assert used_bytes < 1 * GiB_bytes
+
+    llm.wake_up()
+    output2 = llm.generate(prompt, sampling_params)
+    # cmp output
+    assert output[0].outputs[0].text == output2[0].outputs[0].text
+    print("text:", output2[0].outputs[0].text)
+"""
+
+
+@pytest.fixture
+def run(server, left_awake):
+    """A guide's command against the shared server; the answer's JSON, None if there is none."""
+
+    def run(command: str):
+        for host in ("http://127.0.0.1:8000", "http://localhost:8000"):
+            command = command.replace(host, f"http://127.0.0.1:{server.port}")
+        command = command.replace(GUIDE_MODEL, server.model).strip()
+        curl = command.replace("curl ", "curl --silent --show-error --fail-with-body ", 1)
+        done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
+        return json.loads(done.stdout) if done.stdout else None
+
+    return run
+
+
+def held(server) -> int:
+    """Bytes of device memory of everything that can sleep."""
+    return sum(tag["device"] for tag in server.rank_status()["tags"].values())
+
+
+def text(answer) -> str:
+    return answer["choices"][0]["text"]
+
+
+def test_the_english_guide(run, server):
+    before = text(run(COMPLETION))
+    run("curl -X POST http://127.0.0.1:8000/sleep")
+    assert run("curl -X POST http://127.0.0.1:8000/is_sleeping") == {"is_sleeping": True}
+    assert held(server) == 0
+    run("curl -X POST http://127.0.0.1:8000/wake_up")
+    assert run("curl -X POST http://127.0.0.1:8000/is_sleeping") == {"is_sleeping": False}
+    assert text(run(COMPLETION)) == before
+
+
+def test_the_chinese_guide(run, server):
+    before = text(run(COMPLETION))
+    run(
+        """curl -X POST http://127.0.0.1:8000/sleep \\
+        -H "Content-Type: application/json" \\
+        -d '{"level": "1"}'"""
+    )
+    assert run("curl -X GET http://127.0.0.1:8000/is_sleeping") == {"is_sleeping": True}
+    assert held(server) == 0
+    assert server.rank_status()["tags"]["weights"]["offloaded"] > 0
+    run(
+        """curl -X POST http://127.0.0.1:8000/sleep \\
+        -H "Content-Type: application/json" \\
+        -d '{"level": "2"}'"""
+    )
+    assert server.rank_status()["tags"]["weights"]["offloaded"] == 0
+    assert server.rank_status()["tags"]["weights"]["discarded"] > 0
+    run("curl -X POST http://127.0.0.1:8000/wake_up")
+    run('curl -X POST "http://127.0.0.1:8000/wake_up?tags=weights"')
+    assert run("curl -X GET http://127.0.0.1:8000/is_sleeping") == {"is_sleeping": False}
+    # "The content of the weights is cleared": they are loaded before the server is used again.
+    server.post("/collective_rpc", json={"method": "reload_weights"})
+    server.post("/reset_prefix_cache")
+    assert text(run(COMPLETION)) == before
+
+
+def test_vllms_page_tags_wake_one_after_the_other(run, server):
+    before = text(run(COMPLETION))
+    run("curl -X POST 'http://127.0.0.1:8000/sleep?level=2'")
+    run("curl -X POST 'http://127.0.0.1:8000/wake_up?tags=weights'")
+    weights = held(server)
+    assert weights > 0
+    assert server.rank_status()["tags"]["kv_cache"]["device"] == 0
+    # "is_sleeping will report true until all components are awake"
+    assert run("curl http://127.0.0.1:8000/is_sleeping") == {"is_sleeping": True}
+    server.post("/collective_rpc", json={"method": "reload_weights"})
+    run("curl -X POST 'http://127.0.0.1:8000/wake_up?tags=kv_cache'")
+    assert run("curl http://127.0.0.1:8000/is_sleeping") == {"is_sleeping": False}
+    assert held(server) > weights
+    assert text(run(COMPLETION)) == before
+
+
+def test_the_russian_page_lists_the_calls_of_level_2(run, server):
+    before = text(run(COMPLETION))
+    run("curl -X POST 'http://127.0.0.1:8000/sleep?level=2'")
+    assert held(server) == 0
+    assert server.rank_status()["host_backup"] < 1 << 22  # "only small buffers are kept"
+    run("curl -X POST http://127.0.0.1:8000/wake_up")
+    run(
+        "curl -X POST http://127.0.0.1:8000/collective_rpc "
+        """-H 'Content-Type: application/json' -d '{"method": "reload_weights"}'"""
+    )
+    run("curl -X POST http://127.0.0.1:8000/reset_prefix_cache")
+    assert text(run(COMPLETION)) == before
+
+
+@pytest.mark.parametrize("imports", ["vllm.utils.mem_constants", "vllm.utils"])
+def test_the_guides_offline_scripts(tiny_model, tmp_path, imports):
+    """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM 0.32 has it no more:
+    its script then ends before it has done anything, with stock vLLM as with ours. The model is on
+    this machine, so that the hub it would come from (ModelScope) is replaced with it.
+    """
+    script = tmp_path / "guide.py"
+    script.write_text(
+        OFFLINE.replace("vllm.utils.mem_constants", imports)
+        .replace(GUIDE_MODEL, str(tiny_model))
+        .replace('os.environ["VLLM_USE_MODELSCOPE"] = "True"', "")
+    )
+    env = {**os.environ, "NPU_SIM_MACHINE": f"guide-{os.getpid()}", "OMP_NUM_THREADS": "2"}
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    done = warm.run([script], tmp_path / "log", timeout=300, env=env)
+    if imports == "vllm.utils":
+        assert "cannot import name 'GiB_bytes'" in done.stdout
+        return
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "text:" in done.stdout
+
+
+def test_the_experiments_take_their_guides_arguments(tmp_path):
+    folder = ROOT / "examples" / "sleep_experiments"
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    for line in (
+        "online_default.py sleep",
+        "online_default.py nosleep",
+        "online_fp8.py",
+        "online_fp8.py fp8",
+        "online_sleep1_nowarm.py sleep1",
+        "online_sleep1_nowarm.py nowarmup",
+        "online_sleep1_2.py sleep1",
+        "online_sleep1_2.py sleep2",
+        "online_sleep2_nosleep.py sleep2",
+        "online_sleep2_nosleep.py nosleep",
+    ):
+        log = tmp_path / "out_info.log"
+        command = f"python {line} --help > {log} 2>&1"
+        env = {**os.environ, "PATH": path}
+        done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, timeout=60)
+        assert done.returncode == 0, f"{line}: {log.read_text()}"
+        assert "usage:" in log.read_text()

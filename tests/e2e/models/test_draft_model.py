@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding with a draft model: the target's tokens, also after sleep."""
+
+import pytest
+import torch
+from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
+from helpers.models import make_model
+from helpers.reference import PROMPTS, hf_greedy
+
+TOKENS = 8
+SOME = PROMPTS[:4]
+
+
+@pytest.fixture(scope="module", params=["itself", "another"])
+def llm(request, tiny_model):
+    """With itself for a draft every draft is right, with other weights hardly any."""
+    draft = tiny_model if request.param == "itself" else make_model("tiny-qwen2-draft")
+    speculative = {"model": str(draft), "num_speculative_tokens": 3, "method": "draft_model"}
+    options = {
+        "speculative_config": speculative,
+        "disable_log_stats": False,
+        "sleep_preserve_parameter_names": ["draft.*"],
+    }
+    with engine(tiny_model, enable_sleep_mode=True, **options) as llm:
+        llm.drafts_itself = request.param == "itself"
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    return hf_greedy(tiny_model, SOME, TOKENS)
+
+
+def counts(llm):
+    """Tokens that were drafted, and those of them that the target took, since the start."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    names = ("num_draft_tokens", "num_accepted_tokens")
+    return [metrics[f"vllm:spec_decode_{name}"].value for name in names]
+
+
+def answer(llm):
+    """Tokens, how many were drafted for them, and how many of those were taken."""
+    llm.reset_prefix_cache()
+    before = counts(llm)
+    said = tokens(llm, SOME, TOKENS)
+    return said, *(new - old for new, old in zip(counts(llm), before, strict=True))
+
+
+def test_tokens_and_drafts_before_and_after_sleep(llm, expected):
+    said, drafted, taken = answer(llm)
+    assert said == expected
+    assert drafted > 0
+    assert taken > 0.7 * drafted if llm.drafts_itself else taken < 0.3 * drafted
+    for level in (1, 2):
+        sleep_and_wake(llm, level)
+        assert answer(llm) == (expected, drafted, taken), f"after level {level}"
+
+
+def test_level_2_keeps_the_drafts_buffers_and_parameters(llm):
+    draft = driver_worker(llm).get_draft_model()
+    tensors = {**dict(draft.named_buffers()), **dict(draft.named_parameters())}
+    assert dict(draft.named_buffers())
+    before = {name: tensor.cpu() for name, tensor in tensors.items()}
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.cpu(), before[name]), name
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])

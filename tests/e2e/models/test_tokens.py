@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock vLLM on the NPU answers as Hugging Face does on the CPU, before and after sleep."""
+
+import pytest
+from helpers.engine import engine, sleep_and_wake, tokens
+from helpers.models import make_model
+from helpers.reference import MAX_NUM_BATCHED_TOKENS, PROMPTS, hf_greedy, tokenizer
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix caching", "no prefix caching"])
+def llm(request, tiny_model):
+    with engine(tiny_model, enable_prefix_caching=request.param) as llm:
+        yield llm
+
+
+def test_the_prompts_cover_what_they_should(tiny_model):
+    lengths = [len(tokenizer(tiny_model)(prompt).input_ids) for prompt in PROMPTS]
+    assert len(set(lengths)) >= 8
+    assert max(lengths) > 2 * MAX_NUM_BATCHED_TOKENS, "no prompt is long enough to come in chunks"
+    answers = hf_greedy(tiny_model)
+    assert all(len(set(answer)) > len(answer) // 2 for answer in answers), "answers repeat a token"
+
+
+def test_batched(llm, tiny_model):
+    assert tokens(llm) == hf_greedy(tiny_model)
+
+
+def test_one_by_one(llm, tiny_model):
+    """In a second pass, with prefix caching, from the cache of the first."""
+    for prompt, expected in zip(PROMPTS, hf_greedy(tiny_model), strict=True):
+        assert tokens(llm, [prompt]) == [expected]
+
+
+def test_common_prefix(llm, tiny_model):
+    """Prompts that share their beginning: with prefix caching, blocks of each other's."""
+    prompts = [PROMPTS[-1] + end for end in ("", "And", "And then the end.")]
+    assert tokens(llm, prompts) == hf_greedy(tiny_model, prompts)
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("tiny-llama", {}),
+        ("tiny-gemma2", {}),
+        ("tiny-gemma2", {"disable_hybrid_kv_cache_manager": True}),
+        ("tiny-qwen3-moe", {}),
+        ("tiny-llama", {"block_size": 8, "async_scheduling": False}),
+    ],
+    ids=["llama", "gemma2", "gemma2 in one cache group", "qwen3 moe", "synchronous, small blocks"],
+)
+def test_other_models(name, options):
+    """Sliding window, soft cap, experts; other block sizes; scheduling one step at a time. Before
+    sleep, and after each level with fewer prompts."""
+    model = make_model(name)
+    few = PROMPTS[1:7:2]
+    with engine(model, enable_sleep_mode=True, **options) as llm:
+        assert tokens(llm) == hf_greedy(model)
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert tokens(llm, few) == hf_greedy(model, few), f"after level {level}"
+
+
+def test_many_more_requests_than_fit_a_step(llm, tiny_model):
+    prompts = [f"{i} {PROMPTS[i % 5]}" for i in range(40)]
+    assert tokens(llm, prompts, n=8) == hf_greedy(tiny_model, prompts, n=8)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Communicators of sleeping ranks: HCCL's device memory comes back, and so do they."""
+
+import re
+
+import pytest
+import torch
+from helpers import MIB
+from helpers.control_group import control_group
+from helpers.engine import engine, few
+from helpers.ranks import assert_all, assert_cycles_leave_nothing, fail_on, process_id, status
+from helpers.reference import hf_few
+
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.host_memory import host_need
+from vllm_sleep_ascend.policy import POLICY
+from vllm_sleep_ascend.pool import trim, use_pool
+
+# Of one communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair of pipeline stages by
+# P2P_HCCL_BUFFSIZE.
+BUFFERS = 2 * 4 * MIB
+LAYOUTS = {"tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request, tiny_model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HCCL_CONNECT_TIMEOUT", "5")
+        patch.setenv("P2P_HCCL_BUFFSIZE", "4")
+        with engine(
+            tiny_model,
+            enable_sleep_mode=True,
+            distributed_executor_backend="mp",
+            additional_config={"sleep_mode": {"release_communicators": True}},
+            **LAYOUTS[request.param],
+        ) as llm:
+            yield llm
+
+
+def held(llm) -> list[int]:
+    return [rank["resident"]["communicators"] for rank in status(llm)]
+
+
+def hold(worker, size: int) -> None:
+    """As if the weights were larger by this: else a limit between one and both is too fine."""
+    with use_pool("weights"):
+        worker.more_weights = torch.ones(size, dtype=torch.uint8, device="npu")
+
+
+def drop(worker) -> None:
+    del worker.more_weights
+    trim()
+
+
+def needed(worker) -> int:
+    return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
+
+
+def prepare(worker) -> int:
+    """As a start with this option does. Returns the bytes that are pinned then."""
+    backend = worker.sleep_mode_backend
+    options = backend._config
+    backend.configure(options.model_copy(update={"host_backup": "prepared"}))
+    backend.prepare()
+    assert _camem.wait_prepared(30)
+    backend.configure(options)
+    return _camem.pinned_host_bytes()
+
+
+def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
+    """Before the first sleep: what one rank needs is there, what both need is not."""
+    ranks.collective_rpc(hold, args=(64 * MIB,))
+    needs = ranks.collective_rpc(needed)
+    limit = max(needs) * 3 // 2
+    with control_group(limit, ranks.collective_rpc(process_id)):
+        with pytest.raises(MemoryError) as refused:
+            ranks.sleep(level=1)
+        text = str(refused.value)
+        assert "the backups of ranks 0, 1 on host" in text and "use level 2" in text
+        assert f"need {needs[0]} + {needs[1]} = {sum(needs)} bytes of host memory" in text
+        available = int(re.search(r"together and (\d+) are available", text)[1])
+        assert max(needs) < available <= limit < sum(needs)
+        assert_all(ranks, "RUNNING")
+        assert [rank["host_backup"] for rank in status(ranks)] == [0, 0]
+    with control_group(min(needs) // 2, ranks.collective_rpc(process_id)):
+        assert ranks.collective_rpc(prepare) == [0, 0]
+    ranks.collective_rpc(drop)
+
+
+def test_buffers_come_free_and_come_back(ranks, tiny_model) -> None:
+    expected = hf_few(tiny_model)
+    assert few(ranks) == expected
+    awake = held(ranks)
+    assert min(awake) >= BUFFERS and len(set(awake)) == 1
+    for level in (1, 2):
+        ranks.sleep(level=level)
+        assert held(ranks) == [0, 0]
+        for rank in status(ranks):
+            # Of the process, nothing is left but what torch holds outside the pools.
+            assert rank["total"] - rank["free"] == rank["resident"]["other"]
+            assert rank["resident"]["context"] == rank["resident"]["graphs"] == 0
+        ranks.wake_up(tags=["weights"])
+        assert held(ranks) == awake
+        if level == 2:
+            ranks.collective_rpc("reload_weights")
+        ranks.wake_up()
+        ranks.reset_prefix_cache()
+        assert held(ranks) == awake
+        assert few(ranks) == expected
+
+
+def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
+    assert_cycles_leave_nothing(ranks, tiny_model)
+
+
+def test_what_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:
+    expected = hf_few(tiny_model)
+    awake = held(ranks)
+    for rank in (0, 1):
+        fail_on(ranks, rank, "HcclCommDestroy:1:4:*")
+        with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: HCCL kept the"):
+            ranks.sleep(level=1)
+        fail_on(ranks, rank, "")
+        assert_all(ranks, "RUNNING")
+        assert few(ranks) == expected
+    # The communicators that could not be destroyed are HCCL's loss, and are shown.
+    kept = held(ranks)
+    ranks.sleep(level=1)
+    asleep = [now - then for now, then in zip(kept, awake, strict=True)]
+    assert held(ranks) == asleep
+    for rank in (0, 1):
+        for call in ("HcclGetRootInfo", "HcclCommInitRootInfoConfig"):
+            if rank == 1 and call == "HcclGetRootInfo":
+                continue  # rank 0 makes it
+            fail_on(ranks, rank, f"{call}:1:4")
+            with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: .*{call[4:8]}"):
+                ranks.wake_up()
+            fail_on(ranks, rank, "")
+            assert_all(ranks, "SUSPENDED")
+            assert held(ranks) == asleep
+    ranks.wake_up()
+    assert_all(ranks, "RUNNING")
+    assert held(ranks) == kept
+    assert few(ranks) == expected

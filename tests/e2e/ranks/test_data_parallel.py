@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data-parallel server: its replicas sleep together, and the one that fails is named."""
+
+import os
+from pathlib import Path
+
+import torch
+from helpers import MIB
+from helpers.ranks import RESIDENT
+from helpers.reference import PROMPTS, hf_greedy
+from helpers.server import SMALL, Server
+
+from vllm_sleep_ascend.sim import control
+
+
+class FailingReplica:
+    """Of the server's workers, by ``--worker-extension-cls``."""
+
+    def fail_on_replica(self, replica: int, rules: str) -> None:
+        mine = self.parallel_config.data_parallel_index == replica  # type: ignore[attr-defined]
+        control.set_faults(rules if mine else "")
+
+
+def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> None:
+    prompts = PROMPTS[:2]
+    expected = hf_greedy(tiny_model, prompts)
+
+    def used_of(device: int) -> int:
+        # mem_get_info(device) would leave the process at that device: mem_get_info(0) after
+        # mem_get_info(1) tells what device 1 has.
+        torch.npu.set_device(device)
+        free, total = torch.npu.mem_get_info()
+        return total - free
+
+    def used() -> list[int]:
+        return [used_of(device) for device in (1, 0)]
+
+    def answers(server: Server, replica: int, tokens: int = 24) -> list[list[int]]:
+        body = {"model": server.model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        return [
+            server.post(
+                "/v1/completions",
+                json={**body, "prompt": prompt, "return_token_ids": True},
+                headers={"X-data-parallel-rank": str(replica)},
+            )["choices"][0]["token_ids"]
+            for prompt in prompts
+        ]
+
+    before = used()
+    options = ("--enable-sleep-mode", "--dtype", "float32", "--data-parallel-size", "2", *SMALL)
+    options += ("--api-server-count", "1")
+    memory = ("--kv-cache-memory-bytes", str(64 * MIB), "--gpu-memory-utilization", "0.4")
+    options += ("--worker-extension-cls", f"{__name__}.{FailingReplica.__name__}")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
+    with Server(tiny_model, *options, *memory, log=tmp_path / "log", env=env) as server:
+        assert answers(server, 0) == answers(server, 1) == expected
+        assert all(now - then > 64 * MIB for now, then in zip(used(), before, strict=True))
+        for level in (1, 2):
+            server.post("/sleep", params={"level": level})
+            assert all(now - then < RESIDENT for now, then in zip(used(), before, strict=True))
+            server.post("/wake_up", params={"tags": "weights"})
+            if level == 2:
+                server.post("/collective_rpc", json={"method": "reload_weights"})
+            server.post("/wake_up")
+            server.post("/reset_prefix_cache")
+            assert answers(server, 0) == answers(server, 1) == expected
+
+        def cycle() -> tuple[list[int], list[int]]:
+            server.post("/sleep", params={"level": 1})
+            asleep = used()
+            server.post("/wake_up")
+            first = [answer[:1] for answer in expected]
+            assert answers(server, 0, 1) == answers(server, 1, 1) == first
+            return asleep, used()
+
+        # Ten times: nothing piles up, asleep or awake.
+        figures = [cycle() for _ in range(10)]
+        assert figures[1:] == figures[:1] * 9
+
+        def states() -> list[tuple[int, int, str]]:
+            ranks = server.http.get("/sleep_status").json()["ranks"]
+            return [(rank["engine"], rank["device"], rank["state"]) for rank in ranks]
+
+        def fail(replica: int, rules: str) -> None:
+            body = {"method": "fail_on_replica", "args": [replica, rules]}
+            server.post("/collective_rpc", json=body)
+
+        def state() -> str:
+            return server.http.get("/sleep_status").json()["state"]
+
+        # A replica that fails is named, the others stay as they are, and the call can be repeated.
+        both = {state: [(0, 0, state), (1, 1, state)] for state in ("RUNNING", "SUSPENDED")}
+        assert (state(), states()) == ("awake", both["RUNNING"])
+        for replica in (0, 1):
+            fail(replica, "aclrtUnmapMem:1:507899")
+            answer = server.http.post("/sleep", params={"level": 1})
+            assert answer.status_code == 503
+            assert "sleep failed on 1 of 2 data-parallel engines" in answer.text
+            assert f"engine {replica}: " in answer.text
+            fail(replica, "")
+            other = 1 - replica
+            mixed = {replica: "RUNNING", other: "SUSPENDED"}
+            assert states() == [(0, 0, mixed[0]), (1, 1, mixed[1])]
+            assert (state(), server.is_sleeping()) == ("partly_asleep", True)
+            server.post("/sleep", params={"level": 1})
+            assert (state(), states()) == ("asleep", both["SUSPENDED"])
+            fail(replica, "aclrtMapMem:1:507899")
+            answer = server.http.post("/wake_up")
+            assert answer.status_code == 503 and f"engine {replica}: " in answer.text
+            fail(replica, "")
+            assert (state(), server.is_sleeping()) == ("partly_asleep", True)
+            server.post("/wake_up")
+            assert (state(), states()) == ("awake", both["RUNNING"])
+            assert not server.is_sleeping()
+            assert answers(server, 0) == answers(server, 1) == expected

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank of two that dies, and one that does not answer."""
+
+import os
+import signal
+import threading
+
+import pytest
+from helpers.engine import engine, few
+from helpers.ranks import (
+    assert_all,
+    fail_on,
+    process_id,
+)
+from helpers.reference import hf_few
+
+
+def test_a_rank_that_dies_while_it_falls_asleep_is_an_error_and_no_hang(tiny_model) -> None:
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+    ) as llm:
+        victim = llm.collective_rpc(process_id)[1]
+        fail_on(llm, 1, "aclrtMemcpyAsync:1:delay_ms=600000")
+        killer = threading.Timer(1, os.kill, (victim, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(RuntimeError):
+            llm.sleep(level=1)
+
+
+def test_a_rank_that_hangs_is_an_error_in_bounded_time(tiny_model) -> None:
+    expected = hf_few(tiny_model)
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+        additional_config={"sleep_mode": {"rank_timeout_s": 2}},
+    ) as llm:
+        # It answers again: the ranks are as they were, and the call can be repeated.
+        for rank in (0, 1):
+            fail_on(llm, rank, "aclrtMemcpyAsync:1:delay_ms=4000")
+            with pytest.raises(RuntimeError, match=r"did not answer within 2 s \(rank_timeout_s\)"):
+                llm.sleep(level=1)
+            fail_on(llm, rank, "")
+            assert_all(llm, "RUNNING")
+            llm.sleep(level=1)
+            assert_all(llm, "SUSPENDED")
+            llm.wake_up()
+            assert few(llm) == expected
+
+        # It does not: the other says so, and then the engine ends, which frees the devices.
+        victim = llm.collective_rpc(process_id)[0]
+        os.kill(victim, signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="rank 0 hangs"):
+            llm.sleep(level=1)
+        with pytest.raises(RuntimeError, match="Executor failed"):
+            llm.wake_up()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of several ranks, each on a simulated NPU of its own: the tokens are those of one device,
+and sleep frees the memory of every device."""
+
+import pytest
+from helpers.engine import engine, few
+from helpers.ranks import (
+    assert_all,
+    assert_cycles_leave_nothing,
+    assert_tokens_survive_sleep,
+    fail_on,
+    status,
+)
+from helpers.reference import hf_few
+
+LAYOUTS = {
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+    "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request, tiny_model):
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        distributed_executor_backend="mp",
+        **LAYOUTS[request.param],
+    ) as llm:
+        yield llm
+
+
+def test_every_rank_sleeps_and_the_tokens_stay(ranks, tiny_model) -> None:
+    devices = [rank["device"] for rank in status(ranks)]
+    assert devices == list(range(len(devices)))
+    assert_tokens_survive_sleep(ranks, tiny_model)
+
+
+def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
+    assert_cycles_leave_nothing(ranks, tiny_model)
+
+
+# One call of each step that a rank goes through: what it waits for, copies, unmaps and maps.
+SLEEP_FAULTS = ("aclrtSynchronizeDevice", "aclrtMemcpyAsync", "aclrtUnmapMem")
+WAKE_FAULTS = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtMemcpyAsync")
+
+
+def test_a_fault_on_one_rank_keeps_all_as_they_were(ranks, tiny_model) -> None:
+    expected = hf_few(tiny_model)
+    last = len(status(ranks)) - 1
+    where = f"rank {last}, device {last}"
+    for level in (1, 2):
+        for call in SLEEP_FAULTS:
+            if level == 2 and call == "aclrtMemcpyAsync":
+                continue
+            fail_on(ranks, last, f"{call}:1:507899")
+            with pytest.raises(RuntimeError, match=where):
+                ranks.sleep(level=level)
+            fail_on(ranks, last, "")
+            assert_all(ranks, "RUNNING")
+            assert few(ranks) == expected
+    ranks.sleep(level=1)
+    for call in WAKE_FAULTS:
+        fail_on(ranks, last, f"{call}:1:507899")
+        with pytest.raises(RuntimeError, match=where):
+            ranks.wake_up()
+        fail_on(ranks, last, "")
+        assert_all(ranks, "SUSPENDED")
+    ranks.wake_up()
+    assert_all(ranks, "RUNNING")
+    assert few(ranks) == expected

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests share, by subject. Nothing here is a test."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+GIB = 1 << 30

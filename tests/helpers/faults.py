@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the simulated device that fail: in another process by a file, in this one by a log."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_sleep_ascend.sim import control
+
+DRIVER_ERROR = 507899
+OUT_OF_MEMORY = 207001
+HCCL_ERROR = 4
+
+
+def set_faults(file: Path, rules: str) -> None:
+    """From its next call on, the simulated device of the server that reads this file obeys them.
+
+    It looks at the file's time every few milliseconds, in which it would miss a second change, and
+    would read a file that is being written."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(rules)
+    os.replace(new, file)
+    time.sleep(0.01)
+
+
+def calls_of(operation: Callable[[], object]) -> list[str]:
+    """The names of the calls of AscendCL that this process makes in the operation, in order."""
+    control.reset_counters()
+    control.keep_call_log(True)
+    operation()
+    calls = control.call_log()
+    control.keep_call_log(False)
+    return calls

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seeded models of the tests, and other checkpoints of the same architecture."""
+
+import shutil
+import subprocess
+import sys
+import zlib
+from functools import cache
+from pathlib import Path
+
+from helpers import ROOT
+
+MODELS = ROOT / "build" / "models"
+
+
+@cache
+def make_model(name: str) -> Path:
+    """The seeded model of that name, made if it is not there yet."""
+    out = MODELS / name
+    subprocess.run([sys.executable, ROOT / "examples" / "make_model.py", name, out], check=True)
+    return out
+
+
+def other_weights(model: Path, out: Path) -> Path:
+    """A copy of the model in which every matrix has its rows in another, seeded order."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, out)
+    weights = load_file(model / "model.safetensors")
+    for name, tensor in weights.items():
+        order = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        weights[name] = tensor[torch.randperm(len(tensor), generator=order)]
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out

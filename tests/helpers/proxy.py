@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A proxy process, and what tests ask through it."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import httpx
+
+from helpers.patience import patience, wait_for
+from helpers.server import Server, free_ports
+
+PROMPTS = ["The future of AI is", "One day a fox", "import os\n", "def main(", "Once more"]
+TOKENS = 12
+
+
+def command(servers: list[Server], *options: str) -> list[str]:
+    return [sys.executable, "-m", "vllm_sleep_ascend.proxy", *map(url, servers), *options]
+
+
+class Proxy:
+    """A proxy process before some servers."""
+
+    def __init__(self, servers: list[Server], *options: str, env: dict[str, str] | None = None):
+        self.port, self.admin_port = free_ports(2)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.users = httpx.Client(base_url=self.url, timeout=120 * patience())
+        self.admin = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.admin_port}", timeout=120 * patience()
+        )
+        ports = ("--port", str(self.port), "--admin-port", str(self.admin_port))
+        self.process = subprocess.Popen(
+            command(servers, *ports, *options), env={**os.environ, **(env or {})}
+        )
+        wait_for(self._knows_models, "the proxy knows a model", 60)
+
+    def _knows_models(self) -> bool:
+        assert self.process.poll() is None
+        with contextlib.suppress(httpx.TransportError):
+            return any(server["models"] for server in self.status())
+        return False
+
+    def status(self) -> list[dict]:
+        return self.admin.get("/status").json()["servers"]
+
+    def states(self) -> list[str]:
+        return [server["state"] for server in self.status()]
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels."""
+        lines = self.admin.get("/metrics").text.splitlines()
+        return sum(float(x.split()[-1]) for x in lines if x.startswith(f"sleep_proxy_{name}"))
+
+    def complete(self, server: Server, prompt: str = PROMPTS[0]) -> httpx.Response:
+        return self.users.post("/v1/completions", json=body(server, prompt))
+
+    def quiet(self) -> bool:
+        return all(s["queued"] == s["in_flight"] == 0 for s in self.status())
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20 * patience())
+        finally:
+            self.process.kill()
+        self.users.close()
+        self.admin.close()
+
+
+def body(server: Server, prompt: str = PROMPTS[0], tokens: int = TOKENS, **more) -> dict:
+    settings = {"max_tokens": tokens, "temperature": 0, **more}
+    return {"model": server.model, "prompt": prompt, **settings}
+
+
+def text(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def url(server: Server) -> str:
+    return f"http://127.0.0.1:{server.port}"
+
+
+def used(server: Server) -> int:
+    """Bytes of the device that all its processes use."""
+    status = server.rank_status()
+    return status["total"] - status["free"]
+
+
+def generated(server: Server) -> float:
+    """Tokens that it has said so far."""
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total"))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Ray cluster of two nodes on this machine, each with a simulated NPU of its own.
+
+Each node is a raylet with a simulated machine and, where the system allows it, a network namespace
+of its own: nothing but a pair of virtual network interfaces connects the two.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from helpers.patience import deadline
+from helpers.server import free_ports
+
+BIN = Path(sys.executable).parent
+INTERFACE = "eth0"
+
+
+def _ip(*command: str) -> None:
+    subprocess.run(["ip", *command], check=True, capture_output=True, timeout=30)
+
+
+class Network:
+    """Two network namespaces with a link, or the host's own network for both nodes."""
+
+    def __init__(self) -> None:
+        self.names = [f"npu-{os.getpid()}-{node}" for node in range(2)]
+        try:
+            self._connect()
+            self.separate = True
+        except (OSError, subprocess.SubprocessError):
+            self.close()
+            self.separate = False
+
+    def _connect(self) -> None:
+        first, second = self.names
+        for name in self.names:
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        ends = ("netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second)
+        _ip("link", "add", INTERFACE, *ends)
+        for name, address in zip(self.names, self.addresses, strict=True):
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
+            _ip("-n", name, "link", "set", INTERFACE, "up")
+            _ip("netns", "exec", name, "true")
+
+    addresses = ("10.231.7.1", "10.231.7.2")
+
+    def on(self, node: int) -> list[str]:
+        """The beginning of a command that is to run on a node."""
+        return ["ip", "netns", "exec", self.names[node]] if self.separate else []
+
+    def close(self) -> None:
+        for name in self.names:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                _ip("netns", "delete", name)
+
+
+# The first node's raylet is given the second of two devices, the second node has one.
+DEVICES: tuple[dict[str, str], ...] = (
+    {"NPU_SIM_DEVICES": "2", "ASCEND_RT_VISIBLE_DEVICES": "1"},
+    {"NPU_SIM_DEVICES": "1"},
+)
+
+
+class RayCluster:
+    """The two nodes. Usable as a context manager."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        ray["RAY_worker_niceness"] = "0"  # of workers: else they wait for all else that runs
+        self._environment = {**os.environ, **ray, **environment}
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # socket names are short
+        self.network = Network()
+        self._processes: list[subprocess.Popen] = []
+        head = self.network.addresses[0] if self.network.separate else "127.0.0.1"
+        (port,) = free_ports(1)
+        self.address = f"{head}:{port}"
+        try:
+            head_only = ("--head", f"--port={port}", "--include-dashboard=false")
+            self._start(0, *head_only, f"--temp-dir={self.folder}")
+            self._start(1, f"--address={self.address}")
+        except BaseException:
+            self.close()
+            raise
+
+    def environment(self, node: int) -> dict[str, str]:
+        """Of processes on a node."""
+        own = {"NPU_SIM_MACHINE": f"ray-{node}-{os.getpid()}", **DEVICES[node]}
+        if self.network.separate:
+            own.update(HCCL_SOCKET_IFNAME=INTERFACE, GLOO_SOCKET_IFNAME=INTERFACE)
+        return {**self._environment, **own, "RAY_ADDRESS": self.address}
+
+    def _start(self, node: int, *options: str) -> None:
+        if self.network.separate:
+            options += (f"--node-ip-address={self.network.addresses[node]}",)
+        command = [
+            *(*self.network.on(node), BIN / "ray", "start", "--block", "--num-cpus=1"),
+            *("--resources", json.dumps({"NPU": 1}), f"--object-store-memory={80 << 20}"),
+            *("--disable-usage-stats", *options),
+        ]
+        log = self.folder / f"node-{node}.log"
+        environment = self.environment(node)
+        del environment["RAY_ADDRESS"]
+        with log.open("w") as out:
+            self._processes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=out, stderr=out, start_new_session=True
+                )
+            )
+        end = deadline(60)
+        while "Ray runtime started" not in log.read_text():
+            if self._processes[-1].poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"node {node} did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.2)
+
+    def run(
+        self, node: int, command: list, timeout: float, **environment: str
+    ) -> subprocess.CompletedProcess:
+        """Run a command on a node."""
+        return subprocess.run(
+            [*self.network.on(node), *command],
+            env={**self.environment(node), **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def close(self) -> None:
+        for process in reversed(self._processes):
+            process.terminate()  # ray stops what it started
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        self.network.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> "RayCluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

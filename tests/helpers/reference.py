@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model should answer: Hugging Face's greedy tokens on the CPU."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Change = Callable[[torch.nn.Module], None]
+
+MAX_NUM_BATCHED_TOKENS = 256
+"""Of the engines under test; one prompt is longer, so that its prefill comes in chunks."""
+
+PROMPTS = (
+    "Hello",
+    "import os\nimport sys\n",
+    "The quick brown fox jumps over the lazy dog.",
+    "def main(argv):\n    parser = argparse.ArgumentParser()",
+    "1 + 1 =",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 3,
+    "Once upon a time, in a land far away, there lived a programmer who wrote only comments. " * 4,
+    "".join(f"Line {i} says that {i * 7919 % 101} is its number.\n" for i in range(60)),
+)
+FEW = PROMPTS[:3]
+"""Enough to see that an engine serves the weights that it should."""
+FEW_TOKENS = 8
+
+
+@cache
+def tokenizer(model: str | os.PathLike[str]):
+    return AutoTokenizer.from_pretrained(model)
+
+
+@torch.no_grad()
+def merge(adapter: Path, network: torch.nn.Module) -> None:
+    """Add a LoRA adapter's products to the weights."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    halves = load_file(adapter / "adapter_model.safetensors")
+    parameters = dict(network.named_parameters())
+    for key in (key for key in halves if ".lora_A." in key):
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        a, b = halves[key], halves[key.replace(".lora_A.", ".lora_B.")]
+        weight = parameters[name]
+        weight += (b.to(weight.dtype) @ a.to(weight.dtype)) * config["lora_alpha"] / config["r"]
+
+
+class _Network:
+    """A model of Hugging Face's, and what it has answered so far."""
+
+    def __init__(self, model: Path, change: Change | None) -> None:
+        # Eager attention: the one that knows soft caps.
+        self._network = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        if change is not None:
+            change(self._network)
+        self._tokenizer = tokenizer(model)
+        self._answers: dict[str, list[int]] = {}
+
+    def answer(self, prompt: str, n: int) -> list[int]:
+        known = self._answers.get(prompt, [])
+        if len(known) < n:
+            ids = self._tokenizer(prompt, return_tensors="pt").input_ids
+            tokens = self._network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            known = self._answers[prompt] = tokens[0, ids.shape[1] :].tolist()
+        return known[:n]
+
+
+_network = cache(_Network)
+
+
+def hf_greedy(
+    model: str | os.PathLike[str],
+    prompts: Sequence[str] = PROMPTS,
+    n: int = 24,
+    change: Change | None = None,
+) -> list[list[int]]:
+    """Greedy tokens of ``prompts``, each alone, ``n`` of each, end-of-text included; after
+    ``change`` of the model's weights."""
+    network = _network(Path(model), change)
+    return [network.answer(prompt, n) for prompt in prompts]
+
+
+def hf_few(model: str | os.PathLike[str], change: Change | None = None) -> list[list[int]]:
+    """A few tokens of a few prompts: enough to tell one set of weights from another."""
+    return hf_greedy(model, FEW, FEW_TOKENS, change)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that start with vLLM imported, which saves each of them ten seconds of a processor.
+
+A fork server (``multiprocessing.forkserver``) imports torch, torch_npu and vLLM once and touches no
+device. ``WarmProcess`` runs a Python command line in a fork of it; what that command spawns by
+``multiprocessing`` comes from a fork of its own first moment, with nothing but the imports done. So
+do the ranks that an engine in this process spawns, after ``start``.
+
+Everything else is as without it: the command has a session, a working directory, an environment and
+an output of its own, is found by its process id, and ends as an interpreter does.
+"""
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+from helpers.warm import spawning
+
+_PRELOAD = "helpers.warm.preload"
+
+
+def start() -> None:
+    """Start the fork server of this process, if there is none, and do not wait for it."""
+    if forkserver._forkserver._forkserver_pid is None:
+        spawning.install()
+        multiprocessing.set_forkserver_preload([_PRELOAD])
+        forkserver.ensure_running()
+
+
+class WarmProcess:
+    """``python *command`` with vLLM imported: as much of ``subprocess.Popen`` as tests need.
+
+    ``command`` begins with ``-m MODULE`` or with the path of a script; both outputs go to ``log``.
+    """
+
+    def __init__(
+        self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        from helpers.warm.command import run
+
+        start()
+        environment = dict(os.environ if env is None else env)
+        self.args = [str(argument) for argument in command]
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=run, args=(self.args, environment, os.getcwd(), str(log))
+        )
+        self._process.start()
+        self.pid: int = self._process.pid  # type: ignore[assignment]
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ColdProcess(subprocess.Popen):
+    """The same in an interpreter of its own, with nothing imported."""
+
+    def __init__(
+        self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        with log.open("a") as out:
+            super().__init__(
+                [sys.executable, *map(str, command)],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+
+if importlib.util.find_spec("vllm_ascend") is not None:
+    WarmProcess = ColdProcess  # type: ignore[assignment,misc]  # another platform, another vLLM
+
+
+def run(
+    command: Sequence[str | Path], log: Path, timeout: float, env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run the command to its end; its two outputs are one. All that it left running is killed."""
+    process = WarmProcess(command, log, env)
+    try:
+        code = process.wait(timeout)
+    finally:
+        kill_group(process.pid)
+    return subprocess.CompletedProcess(process.args, code, log.read_text(errors="replace"))
+
+
+def kill_group(leader: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process that leads a group, and to all of the group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, number)

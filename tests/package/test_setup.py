@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installing with and without CANN, with and without the compiled allocator."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+INSTALL = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet")
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of what a build needs, so that the installed package stays as it is."""
+    copy = tmp_path / "sources"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "tests", "*.so")
+    )
+    return copy
+
+
+def install(sources, target, **environment):
+    return subprocess.run(
+        [*INSTALL, "--target", target, sources],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("home", "problem"),
+    [("", "ASCEND_HOME_PATH is not set"), ("/nowhere", "ASCEND_HOME_PATH=/nowhere has no")],
+)
+def test_without_cann_the_error_names_the_ways_out(sources, tmp_path, home, problem):
+    done = install(sources, tmp_path / "site", ASCEND_HOME_PATH=home)
+    assert done.returncode != 0
+    assert problem in done.stderr
+    assert "source CANN's set_env.sh, or build the simulated toolkit" in done.stderr
+    assert "COMPILE_CUSTOM_KERNELS=0 installs without sleep mode" in done.stderr
+
+
+def test_an_unknown_choice_is_refused(sources, tmp_path):
+    done = install(sources, tmp_path / "site", COMPILE_CUSTOM_KERNELS="yes")
+    assert done.returncode != 0
+    assert "COMPILE_CUSTOM_KERNELS=yes is neither 0 nor 1" in done.stderr
+
+
+def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
+    sources, tmp_path, tiny_model
+):
+    site = tmp_path / "site"
+    done = install(sources, site, COMPILE_CUSTOM_KERNELS="0", ASCEND_HOME_PATH="")
+    assert done.returncode == 0, done.stderr
+    assert not list(site.glob("vllm_sleep_ascend/_camem*.so"))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        # The development install would still find its own compiled allocator.
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "from vllm import LLM, SamplingParams\n"
+        "import vllm_sleep_ascend\n"
+        f"assert vllm_sleep_ascend.__file__.startswith({str(site)!r})\n"
+        f"options = dict(model={str(tiny_model)!r}, max_model_len=256,\n"
+        "               max_num_batched_tokens=256, gpu_memory_utilization=0.2)\n"
+        "try:\n"
+        "    LLM(**options, enable_sleep_mode=True)\n"
+        "except ValueError as error:\n"
+        "    print('REFUSED', error)\n"
+        "out = LLM(**options).generate('Hello', SamplingParams(temperature=0, max_tokens=4))\n"
+        "print('TOKENS', len(out[0].outputs[0].token_ids))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(site), "NPU_SIM_MACHINE": f"setup-{os.getpid()}"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "COMPILE_CUSTOM_KERNELS=1 pip install" in done.stdout
+    assert "TOKENS 4" in done.stdout
