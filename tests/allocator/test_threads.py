@@ -15,6 +15,7 @@ from vllm_sleep_ascend.sim import control
 pytestmark = pytest.mark.timeout(120)
 
 WEIGHTS_ONLY = ({"weights": "offload"}, "keep")
+SLOW_COPY = "aclrtMemcpyAsync:1:delay_ms=2000"
 HELD_COPY = "aclrtMemcpyAsync:1:delay_ms=60000"  # or until there are other rules
 
 
@@ -56,9 +57,9 @@ class Worker(threading.Thread):
             raise self.error
 
 
-def held_sleep() -> Worker:
+def held_sleep(copy: str = HELD_COPY) -> Worker:
     """A sleep that has begun and copies until it is let go."""
-    control.set_faults(HELD_COPY)
+    control.set_faults(copy)
     sleeper = Worker(lambda: _camem.sleep(*WEIGHTS_ONLY))
     wait_for(lambda: control.fault_hits() == 1, "the copy begins")
     return sleeper
@@ -236,14 +237,14 @@ def test_torch_neither_deadlocks_with_the_gil_nor_with_its_own_lock():
         with pool.use_pool("stays"):
             made.append(torch.full((3 * MIB,), 1, dtype=torch.uint8, device="npu"))
 
-    sleeper = held_sleep()
+    # Destroying a pool keeps the GIL, so that nobody here could let the sleep go.
+    sleeper = held_sleep(SLOW_COPY)
     allocating = Worker(allocate)
     del cache
     destroying = Worker(pool.release_pools)
-    time.sleep(0.2)  # in which both come as far as they can
-    let_go(sleeper)
     for worker in (sleeper, allocating, destroying):
         worker.done(60)
+    control.set_faults("")
     assert int(made[0].sum(dtype=torch.int64)) == 3 * MIB
     _camem.wake(["weights"])
     assert int(weights.sum(dtype=torch.int64)) == 9 * 4 * MIB

@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write = terminalreporter.write_line
     seconds: dict[str, float] = defaultdict(float)
-    for outcome in ("passed", "failed", "error", "skipped"):
+    for outcome in ("", "passed", "failed", "error", "skipped"):  # "": set-up and clean-up
         for report in terminalreporter.getreports(outcome):
             seconds[report.nodeid] += getattr(report, "duration", 0)
     if not seconds or _made not in terminalreporter.config.stash:
@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             kind, took = line.split()
             starts[kind].append(float(took))
     for kind, took_each in sorted(starts.items()):
-        write(f"{len(took_each)} starts of a {kind}, {sum(took_each):.0f} s in all")
+        write(f"{len(took_each)} {kind} starts, {sum(took_each):.0f} s in all")
     terminalreporter.config.stash[_made].cleanup()
     del os.environ[_FOLDER]
 
