@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Ray executor: one engine over two nodes, each with a simulated NPU of its own."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ TESTS = Path(__file__).with_name("on_ray.py")
 
 @pytest.mark.timeout(900)
 def test_an_engine_over_two_nodes(tiny_model, record_property) -> None:
-    with RayCluster({"NPU_SIM_HBM_GIB": "1"}) as cluster:
+    # Workers import what the tests send them.
+    path = os.pathsep.join((str(TESTS.parent), os.environ["PYTHONPATH"]))
+    with RayCluster({"PYTHONPATH": path, "NPU_SIM_HBM_GIB": "1"}) as cluster:
         record_property("separate_networks", cluster.network.separate)
         print("each node has", "a network of its own" if cluster.network.separate else "the host's")
         machines = ",".join(cluster.environment(node)["NPU_SIM_MACHINE"] for node in range(2))
