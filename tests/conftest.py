@@ -70,6 +70,7 @@ def group_of(nodeid: str) -> str:
     return "tests/e2e/proxy" if file.startswith("tests/e2e/proxy/") else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 

@@ -213,5 +213,5 @@ def run_python(
 
 
 def subprocess_environment(**environment: str) -> dict[str, str]:
-    path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    path = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
     return {**os.environ, "PYTHONPATH": path, **environment}

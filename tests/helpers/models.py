@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seeded models of the tests, and other checkpoints of the same architecture."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,10 @@ MODELS = ROOT / "build" / "models"
 def make_model(name: str) -> Path:
     """The seeded model of that name, made if it is not there yet."""
     out = MODELS / name
-    subprocess.run([sys.executable, ROOT / "examples" / "make_model.py", name, out], check=True)
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with (MODELS / f".{name}.lock").open("w") as lock:  # another process may want it too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, ROOT / "examples" / "make_model.py", name, out], check=True)
     return out
 
 

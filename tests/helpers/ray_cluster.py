@@ -78,6 +78,7 @@ class RayCluster:
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         ray["RAY_worker_niceness"] = "0"  # of workers: else they wait for all else that runs
         self._environment = {**os.environ, **ray, **environment}
+        self._environment.pop("PYTEST_XDIST_WORKER", None)  # of a node's tests, its own machine
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # socket names are short
         self.network = Network()
         self._processes: list[subprocess.Popen] = []

@@ -17,7 +17,9 @@ def sources(tmp_path):
     """A copy of what a build needs, so that the installed package stays as it is."""
     copy = tmp_path / "sources"
     shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "tests", "*.so")
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".*", "build", "tests", "*.so", "__pycache__"),
     )
     return copy
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.reference import hf_greedy
 
 PROMPT = "Once upon a time, in a land far away,"
-LONG = 200
+LONG = 400
 
 
 @pytest.fixture(scope="module")

@@ -76,11 +76,16 @@ def test_a_sleeping_arm(logs, script, arm, level, rounds):
     assert found[-1]["event"] == "done"
 
 
-def test_the_arm_without_sleep(logs):
+@pytest.fixture(scope="module")
+def without_sleep(logs) -> Path:
     log = logs / "out_info_nosleep.log"
     command = f"python online_default.py nosleep {short()} --rounds 1 > {log} 2>&1"
     assert run(command) == 0, log.read_text()[-3000:]
-    assert names(events(log)) == [
+    return log
+
+
+def test_the_arm_without_sleep(without_sleep):
+    assert names(events(without_sleep)) == [
         f"{model} {name}" for model in "AB" for name in ("load", "prompt", "terminate")
     ]
 
@@ -90,7 +95,7 @@ def report(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_report_of_these_logs(logs, tmp_path):
+def test_the_report_of_these_logs(logs, without_sleep, tmp_path):
     done = report(logs / "out_info_sleep.log", logs / "out_info_nosleep.log", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| Switch: wake, or start until it serves, A |" in done.stdout
@@ -100,7 +105,7 @@ def test_the_report_of_these_logs(logs, tmp_path):
 
 
 @pytest.mark.long  # of the arm above that is
-def test_arms_of_different_settings_are_not_compared(logs, tmp_path):
+def test_arms_of_different_settings_are_not_compared(logs, without_sleep, tmp_path):
     done = report(logs / "out_info_sleep2.log", logs / "out_info_nosleep.log", "--out", tmp_path)
     assert done.returncode == 1
     assert "sleep2_nosleep: the arms differ in rounds: 2 and 1" in done.stderr

@@ -75,6 +75,7 @@ def test_running_answers_end_before_their_model_sleeps(pair, proxy):
                 http.post("/v1/completions", json=body(a, tokens=400, ignore_eos=True))
             )
             while proxy.status()[0]["in_flight"] == 0:
+                assert not long.done()
                 await asyncio.sleep(0.02)
             other = await http.post("/v1/completions", json=body(b))
             assert long.done()
