@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from helpers import MIB, allocator
+from helpers import MIB, allocator, faults
+from helpers.faults import DRIVER_ERROR, OUT_OF_MEMORY
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.sim import control
 
-DRIVER_ERROR, OUT_OF_MEMORY = 507899, 207001
 MAY_RUN_OUT = ("aclrtMallocPhysical", "aclrtHostRegisterV2", "aclrtReserveMemAddress")
 
 
@@ -93,11 +93,7 @@ class World:
 
 def calls_of(operation: Operation) -> Counter:
     world = World(operation)
-    control.reset_counters()
-    control.keep_call_log(True)
-    operation.run()
-    calls = Counter(control.call_log())
-    control.keep_call_log(False)
+    calls = Counter(faults.calls_of(operation.run))
     if operation.plan:
         world.forget(operation.plan)
     world.check()

@@ -2,11 +2,10 @@
 """A call of the device fails inside a running server: it answers with a reason and serves on."""
 
 import pytest
-from helpers.faults import set_faults
+from helpers.faults import DRIVER_ERROR, OUT_OF_MEMORY, set_faults
 
 pytestmark = pytest.mark.usefixtures("left_awake")
 
-DRIVER_ERROR, OUT_OF_MEMORY = 507899, 207001
 RESIDENT = ("weights", "kv_cache")
 
 

@@ -54,10 +54,6 @@ class WarmProcess:
         self._process.start()
         self.pid: int = self._process.pid  # type: ignore[assignment]
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.exitcode
@@ -67,16 +63,6 @@ class WarmProcess:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 class ColdProcess(subprocess.Popen):
@@ -112,7 +98,7 @@ def run(
     return subprocess.CompletedProcess(process.args, code, log.read_text(errors="replace"))
 
 
-def kill_group(leader: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal to a process that leads a group, and to all of the group."""
+def kill_group(leader: int) -> None:
+    """Kill a process that leads a group, and all of the group."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, number)
+        os.killpg(leader, signal.SIGKILL)
