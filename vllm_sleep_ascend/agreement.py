@@ -33,7 +33,8 @@ class Operation:
     which needs the other ranks.
 
     Before the first step every rank gives its ``facts``, and ``judge`` looks at those of all: it
-    raises the same on each, or on none.
+    raises the same on each, or on none. ``timeout`` is how long a rank waits for the slowest one,
+    if not as long as for a sleep or a wake.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Operation:
     abort_together: Callable[[], str] = _nothing
     facts: Callable[[], Any] = _nothing
     judge: Callable[[list[Any]], None] | None = None
+    timeout: timedelta | None = None
 
 
 class Agreement:
@@ -78,12 +80,14 @@ class Agreement:
                 self._take_back(operation, failed)
         operation.commit()
 
-    def exchange(self, mine: Any) -> list[Any]:
-        """What every rank of the engine has to say, in their order.
+    def exchange(self, mine: Any, timeout: timedelta | None = None) -> list[Any]:
+        """What every rank of the engine has to say, in their order. ``timeout`` is how long to wait
+        for the slowest one, if not as long as for a sleep or a wake.
 
         Raises:
             RankGoneError: another rank is gone, or did not come in time; names it.
         """
+        timeout = timeout or self._timeout
         everybody = [mine] * self.size
         if self.size == 1:
             return everybody
@@ -91,12 +95,12 @@ class Agreement:
             if self._group is None:
                 self._group = self._new_group()
             # Rank 0 tells who is missing, which a collective does not.
-            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timeout, wait_all_ranks=True)
             dist.all_gather_object(everybody, mine, group=self._group)
         except RuntimeError as error:
             self._group = None  # every rank gets here, and what was sent in vain may still come
             raise RankGoneError(
-                f"another rank did not answer within {self._timeout.total_seconds():g} s "
+                f"another rank did not answer within {timeout.total_seconds():g} s "
                 f"(rank_timeout_s): its process hangs or is gone ({error})"
             ) from error
         return everybody
@@ -108,7 +112,7 @@ class Agreement:
 
     def _exchange_for(self, operation: Operation, mine: Any, failure: Exception | None) -> list:
         try:
-            return self.exchange(mine)
+            return self.exchange(mine, operation.timeout)
         except RankGoneError as gone:
             trouble = operation.abort()
             raise RankGoneError(

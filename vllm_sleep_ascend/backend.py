@@ -13,7 +13,7 @@ import torch_npu
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend import _camem, pool
-from vllm_sleep_ascend.checksum import checksums
+from vllm_sleep_ascend.checksum import checksums, memory_at
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import HostOutOfMemoryError, SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
@@ -159,32 +159,39 @@ class CamemBackend(SleepModeBackend):
         )
         return max(0, needed - max(0, ready)), _camem.available_host_bytes()
 
-    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host, also of a tensor whose memory sleeps in a host backup.
+    def ranges(self, tag: str) -> list[tuple[int, int]]:
+        """Address and bytes of each allocation of this tag, awake or asleep."""
+        return [(a["address"], a["bytes"]) for a in _camem.allocations() if a["tag"] == tag]
+
+    def blocks(self, tag: str) -> list[tuple[int, int]]:
+        """Address and bytes of all that torch has allocated in the memory of this tag."""
+        ranges = self.ranges(tag)
+        return [
+            (address, size)
+            for address, size in pool.blocks()
+            if any(start <= address < start + total for start, total in ranges)
+        ]
+
+    def read(self, address: int, size: int) -> torch.Tensor:
+        """A copy of memory on the host, as bytes; also of memory that sleeps in a host backup.
 
         Raises:
             SleepModeError: the memory sleeps, and its backup cannot be read as it is.
         """
-        span = 1 + sum(
-            (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        content = None
-        if tensor.numel() > 0:
-            content = _camem.read_backup(tensor.data_ptr(), span * tensor.element_size())
-        if content is None:
-            self._check_mapped(tensor)
-            return tensor.detach().cpu().clone()
-        flat = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride()).clone()
-
-    def _check_mapped(self, tensor: torch.Tensor) -> None:
-        address = tensor.data_ptr()
+        content = _camem.read_backup(address, size)
+        if content is not None:
+            return torch.frombuffer(bytearray(content), dtype=torch.uint8)
         for a in _camem.allocations():
             inside = a["address"] <= address < a["address"] + a["bytes"]
             if inside and a["state"] != "mapped":
                 raise SleepModeError(
                     f"memory of tag {a['tag']!r} sleeps and cannot be read; call wake_up() first"
                 )
+        return memory_at(address, size, torch.uint8, _device()).cpu()
+
+    def write(self, address: int, content: torch.Tensor) -> None:
+        """Copy bytes back to where ``read`` had them from; the memory is awake."""
+        memory_at(address, content.nbytes, torch.uint8, _device()).copy_(content)
 
     def sleep(
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
@@ -210,7 +217,7 @@ class CamemBackend(SleepModeBackend):
                 (a["address"], a["bytes"])
                 for a in _to_offload(_camem.allocations(), actions, otherwise)
             ],
-            torch.device("npu", torch_npu.npu.current_device()),
+            _device(),
         )
 
     def _verify(self, addresses: set[int]) -> None:
@@ -220,8 +227,7 @@ class CamemBackend(SleepModeBackend):
             for a in _camem.allocations()
             if a["address"] in addresses and a["state"] == "mapped" and a["checksum"] is not None
         ]
-        device = torch.device("npu", torch_npu.npu.current_device())
-        sums = checksums([(a["address"], a["bytes"]) for a in woken], device)
+        sums = checksums([(a["address"], a["bytes"]) for a in woken], _device())
         changed = [a for a in woken if sums[a["address"]] != a["checksum"]]
         if not changed:
             return
@@ -274,6 +280,10 @@ class CamemBackend(SleepModeBackend):
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
         return True
+
+
+def _device() -> torch.device:
+    return torch.device("npu", torch_npu.npu.current_device())
 
 
 def _to_offload(

@@ -66,10 +66,8 @@ def _shifted(numbers: torch.Tensor, places: int) -> torch.Tensor:
     return (numbers >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
-def _words(address: int, size: int, device: torch.device) -> torch.Tensor:
-    """The memory itself as int64; nothing is copied and nothing is owned."""
-    if size % (_COLUMNS * _WORD):
-        raise ValueError(f"{size} bytes are not a multiple of {_COLUMNS * _WORD}")
+def memory_at(address: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``size`` bytes of mapped memory of ``device`` as numbers; nothing is copied or owned."""
     torch_device: Any
     if device.type == "npu":
         import torch_npu
@@ -78,4 +76,10 @@ def _words(address: int, size: int, device: torch.device) -> torch.Tensor:
     else:
         torch_device = torch._C
     storage = torch_device._construct_storage_from_data_pointer(address, device, size)
-    return torch.empty(0, dtype=torch.int64, device=device).set_(storage)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage)
+
+
+def _words(address: int, size: int, device: torch.device) -> torch.Tensor:
+    if size % (_COLUMNS * _WORD):
+        raise ValueError(f"{size} bytes are not a multiple of {_COLUMNS * _WORD}")
+    return memory_at(address, size, torch.int64, device)

@@ -38,10 +38,11 @@ class SleepModeConfig(BaseModel):
     """Compare checksums after a wake that copied memory back. The checksums also tell what need
     not be copied, as with skip_unchanged."""
 
-    after_level2: Literal["warn", "refuse", "reload"] = Field(default="warn")
-    """What happens when weights wake from level 2, where they were discarded. "warn": the engine
-    serves, with one warning if they were not loaded. "refuse": it serves once they are loaded.
-    "reload": the wake loads them from the checkpoint, and fails if it cannot load all."""
+    after_level2: Literal["warn", "refuse", "reload"] = Field(default="refuse")
+    """What happens when weights wake from level 2, where they were discarded. "refuse": the engine
+    serves once every parameter has been written, by whatever way; requests are refused until then.
+    "reload": the wake loads them from the checkpoint, and fails if it cannot load all. "warn": the
+    engine serves whatever is there, with one warning."""
 
     while_asleep: Literal["wait", "refuse"] = Field(default="wait")
     """What becomes of new generation requests while the engine sleeps. "wait": they are queued.

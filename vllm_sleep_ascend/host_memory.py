@@ -30,6 +30,18 @@ class HostNeed:
     available: int
 
 
+def available_bytes() -> int:
+    """What the machine or this process's control group has left; of the machine alone, where the
+    compiled allocator is not installed."""
+    try:
+        from vllm_sleep_ascend import _camem
+    except ImportError:
+        import psutil
+
+        return psutil.virtual_memory().available
+    return _camem.available_host_bytes()
+
+
 def host_need(backend: "CamemBackend", rank: int, actions: Mapping[str, Action]) -> HostNeed:
     """Of a sleep by these actions on this rank, beyond what is pinned already."""
     boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""

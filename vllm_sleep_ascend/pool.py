@@ -60,11 +60,23 @@ def trim() -> int:
     torch.accelerator.synchronize()
     unused = {
         segment["address"]
-        for pool in _pools
-        for segment in pool.snapshot()
+        for segment in _segments()
         if segment["allocated_size"] == 0 and segment["active_size"] == 0
     }
     return _camem.trim(unused) if unused else 0
+
+
+def blocks() -> Iterator[tuple[int, int]]:
+    """Address and bytes of each tensor storage in the pools, awake or asleep."""
+    for segment in _segments():
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated":
+                yield block["address"], block["requested_size"]
+
+
+def _segments() -> Iterator[dict[str, Any]]:
+    for pool in _pools:
+        yield from pool.snapshot()
 
 
 def release_pools() -> None:

@@ -2,16 +2,17 @@
 """The worker's part of sleep and wake: what must survive level 2, and what a rank reports."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import wraps
+from functools import cached_property, wraps
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch_npu
-from torch import nn
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import (
     DEFERRABLE_TAGS,
@@ -20,6 +21,7 @@ from vllm_sleep_ascend.policy import (
     check_level,
 )
 from vllm_sleep_ascend.resident import describe, resident_bytes
+from vllm_sleep_ascend.saved import SavedContent
 from vllm_sleep_ascend.transacting import TransactingWorker
 from vllm_sleep_ascend.weights import LoadingWorker
 
@@ -58,6 +60,11 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
 
     _wake_unfinished = False
     _weights_lost = False  # discarded since they were last awake
+    _not_saved: Mapping[str, torch.Tensor] = MappingProxyType({})  # what a discard loses
+
+    @cached_property
+    def _saved(self) -> SavedContent:
+        return SavedContent(self.sleep_mode_backend)
 
     def shutdown(self) -> None:
         """End the worker, and give device memory back while the process still has a device."""
@@ -98,7 +105,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             torch.accelerator.synchronize()
             free_before, _ = torch_npu.npu.mem_get_info()
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
-            if (level == 2 or self.sleep_mode_backend.verifies) and not self._has_saved():
+            if (level == 2 or self.sleep_mode_backend.verifies) and not self._saved.saved:
                 self._save_for_level_2()
             self.sleep_mode_backend.suspend(level)
 
@@ -134,7 +141,6 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             WeightsError: as that, where there are several ranks. A single one is awake, and serves
                 once the weights are loaded.
         """
-        worker: Any = self
         changed: list[WeightsError] = []
 
         def resume() -> None:
@@ -144,21 +150,21 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
                 if self.agreement.size > 1:
                     raise
                 changed.append(error)
-                self._content.found_corrupt(error.beyond_loading)
             # From here memory is awake, but not all that belongs to a wake is done.
             self._wake_unfinished = True
 
         def finish() -> None:
             self.communicators.restore()
-            if not self.sleep_mode_backend.asleep("weights"):
-                self._restore_saved()
+            awake = not self.sleep_mode_backend.asleep("weights")
+            if awake:
+                self._saved.restore()
                 if self._weights_lost:
-                    from vllm_sleep_ascend.native.lora import restore_adapters
-
-                    restore_adapters(worker.model_runner)
-                reloads = self.sleep_mode_backend.reloads_after_level_2 and not changed
-                if self._content.missing and reloads:
-                    self._reload_or_sleep_again()
+                    self._content.mark()
+            if changed:
+                spoilt = self._not_saved if awake else ()
+                self._content.found_corrupt(spoilt, changed[0].beyond_loading)
+            elif awake and self._content.lost and self.sleep_mode_backend.reloads_after_level_2:
+                self._reload_or_sleep_again()
             torch.accelerator.synchronize()
 
         was_unfinished, knowledge = self._wake_unfinished, self._content.knowledge()
@@ -173,7 +179,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
         self._wake_unfinished = False
         if not self.sleep_mode_backend.asleep("weights"):
             self._weights_lost = False
-            self._forget_saved()
+            self._saved.forget()
         if changed:
             self._note_failure("wake", changed[0])
             raise changed[0]
@@ -229,7 +235,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             "tags": tags,
             "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
-            "parameters_without_content": len(self._content.missing),
+            "parameters_without_content": len(self._missing()),
             "last_operation": backend.last_operation,
             "last_error": self._last_error,
         }
@@ -245,12 +251,11 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
         asleep, and the wake can be repeated."""
 
     def _note_discarded_weights(self) -> None:
-        worker: Any = self
         if "discarded" in self.sleep_mode_backend.states("weights"):
             self._weights_lost = True
-            self._content.lose(but=worker._sleep_saved_parameters)
+            self._content.lose(self._not_saved)
         elif not self._wake_unfinished and not self.sleep_mode_backend.asleep("weights"):
-            self._forget_saved()
+            self._saved.forget()
 
     def _reload_or_sleep_again(self) -> None:
         worker: Any = self
@@ -265,64 +270,31 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
                 f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
             ) from error
 
-    def _models(self) -> dict[str, nn.Module]:
-        worker: Any = self
-        draft = worker.get_draft_model()
-        models = {"": worker.model_runner.model}
-        return models if draft is None else {**models, "draft.": draft}
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {
-            prefix + name: buffer
-            for prefix, model in self._models().items()
-            for name, buffer in model.named_buffers()
-        }
-
     def _preserved_names(self) -> list[str]:
-        """Patterns of the parameters that level 2 keeps."""
+        """Patterns of the parameters that level 2 keeps. A draft model is small, and what a trainer
+        sends seldom has it."""
         worker: Any = self
-        return worker.model_config.sleep_preserve_parameter_names
+        return [f"{DRAFT}*", *worker.model_config.sleep_preserve_parameter_names]
 
-    def _preserved_parameters(self) -> dict[str, torch.Tensor]:
-        worker: Any = self
-        parameters = worker._get_sleep_parameters(worker.model_runner.model)
-        names: set[str] = set()
+    def _save_for_level_2(self) -> None:
+        """
+        Raises:
+            ValueError: a pattern matches no parameter.
+        """
+        parameters = self._content.parameters()
+        preserved: set[str] = set()
         for pattern in self._preserved_names():
             matches = fnmatch.filter(parameters, pattern)
-            if not matches and pattern != "draft.*":
+            if not matches and not pattern.startswith(DRAFT):
                 raise ValueError(
                     f"sleep_preserve_parameter_names: {pattern!r} matches no parameter"
                 )
-            names.update(matches)
-        return {name: parameters[name] for name in names}
-
-    def _save_for_level_2(self) -> None:
-        worker: Any = self
-        host_copy = self.sleep_mode_backend.host_copy
-        worker._sleep_saved_parameters = {
-            name: host_copy(parameter) for name, parameter in self._preserved_parameters().items()
+            preserved.update(matches)
+        ranges = self.sleep_mode_backend.ranges("weights")
+        self._not_saved = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if name not in preserved
+            and any(start <= parameter.data_ptr() < start + size for start, size in ranges)
         }
-        worker._sleep_saved_buffers = {
-            name: host_copy(buffer) for name, buffer in self._buffers().items()
-        }
-
-    @torch.no_grad()
-    def _restore_saved(self) -> None:
-        worker: Any = self
-        if worker._sleep_saved_parameters:
-            parameters = worker._get_sleep_parameters(worker.model_runner.model)
-            for name, saved in worker._sleep_saved_parameters.items():
-                parameters[name].copy_(saved)
-        buffers = self._buffers() if worker._sleep_saved_buffers else {}
-        for name, saved in worker._sleep_saved_buffers.items():
-            if name in buffers:
-                buffers[name].data.copy_(saved)
-
-    def _has_saved(self) -> bool:
-        worker: Any = self
-        return bool(worker._sleep_saved_parameters or worker._sleep_saved_buffers)
-
-    def _forget_saved(self) -> None:
-        worker: Any = self
-        worker._sleep_saved_parameters = {}
-        worker._sleep_saved_buffers = {}
+        self._saved.save(self._not_saved.values())

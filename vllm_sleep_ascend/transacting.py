@@ -33,10 +33,12 @@ class TransactingWorker:
     def _join_ranks(self) -> None:
         """From here on operate together with the other ranks of the engine, which have met."""
         worker: Any = self
-        backend, device = self.sleep_mode_backend, worker.device.index
-        ranks = worker.parallel_config.world_size
+        device, ranks = worker.device.index, worker.parallel_config.world_size
         timeout_s = SleepModeConfig.slowest_rank_s(worker.vllm_config)
         self.agreement = Agreement(worker.rank, ranks, device, timeout_s)
+        if not worker.model_config.enable_sleep_mode:
+            return
+        backend = self.sleep_mode_backend
         held_bytes = partial(communicator_bytes, backend, device)
         self.communicators = Communicators(held_bytes, self.agreement.members)
         backend.holds = ranks > 1

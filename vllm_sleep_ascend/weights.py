@@ -1,105 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank knows of the content of its weights: which parameters were loaded since level 2."""
+"""How a rank loads weights again: whole, or not at all."""
 
+import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial, wraps
 from typing import Any
 
-import torch
 from torch import nn
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.agreement import Agreement, Operation
+from vllm_sleep_ascend.content import DRAFT, WeightsContent
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.host_memory import available_bytes
+from vllm_sleep_ascend.weight_load import Named, Snapshot, WeightLoad
 
 logger = init_logger(f"vllm.{__name__}")
 
-Named = tuple[str, torch.Tensor]
-
-
-class WeightsContent:
-    """The parameters of a model whose content was discarded and not loaded since.
-
-    Every load through the model's ``load_weights`` is seen, whoever calls it.
-    """
-
-    def __init__(self, model: nn.Module, quantized: bool) -> None:
-        self._model = model
-        self._quantized = quantized
-        self._consumed = 0
-        self.missing: set[str] = set()
-        self._found_corrupt = False
-        self.beyond_loading = False
-        loader: Any = model
-        loader.load_weights = self._watched(loader.load_weights)
-
-    def lose(self, but: Iterable[str] = ()) -> None:
-        """Note that all content is gone, of these parameters excepted."""
-        self._found_corrupt = False
-        self.missing = {_plain(name) for name, _ in self._model.named_parameters()}
-        self.missing -= {_plain(name) for name in but}
-
-    def found_corrupt(self, beyond_loading: bool) -> None:
-        """Note that the content is not what it should be, and whether a load can mend that."""
-        self.lose()
-        self._found_corrupt = True
-        self.beyond_loading = self.beyond_loading or beyond_loading
-
-    @property
-    def corrupt(self) -> bool:
-        """Whether content that was found to be wrong has not all been loaded since."""
-        return self.beyond_loading or (self._found_corrupt and bool(self.missing))
-
-    def knowledge(self) -> tuple[set[str], bool]:
-        """What is known now, for ``know``."""
-        return set(self.missing), self._found_corrupt
-
-    def know(self, knowledge: tuple[set[str], bool]) -> None:
-        """What was known then holds again: the memory is as it was then."""
-        self.missing, self._found_corrupt = set(knowledge[0]), knowledge[1]
-
-    def loaded(self, names: Iterable[str] | None) -> None:
-        """Note that these parameters were loaded; None means all."""
-        if names is None:
-            self.missing.clear()
-            return
-        names = {_plain(name) for name in names}
-        if self._quantized:
-            # Parameters are made anew from what was loaded, under other names of the same module.
-            modules = {_module(name) for name in names}
-            self.missing = {name for name in self.missing if _module(name) not in modules}
-        self.missing -= names
-
-    def whole_or_torn(self, load: Callable[[], Any]) -> Any:
-        """Run a load. If it fails after it took weights, none can be relied on any more."""
-        before = self._consumed
-        try:
-            return load()
-        except BaseException:
-            if self._consumed > before:
-                self.lose()
-            raise
-
-    def counted(self, weights: Iterable[Named]) -> Iterator[Named]:
-        """The same weights; what is taken of them counts as written."""
-        for item in weights:
-            self._consumed += 1
-            yield item
-
-    def _watched(self, stock: Callable) -> Callable:
-        @wraps(stock)
-        def load_weights(weights: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
-            names = stock(self.counted(weights), *args, **kwargs)
-            self.loaded(names)
-            return names
-
-        return load_weights
+# A rank may read its weights for long; one whose process ends is noticed at once.
+_SLOWEST_LOAD = timedelta(days=1)
 
 
 class LoadingWorker:
-    """Mixin for vLLM's ``Worker``: loads that are whole or known to be torn."""
+    """Mixin for vLLM's ``Worker``: loads that happen on every rank, or on none."""
 
     _content: WeightsContent
+    agreement: Agreement
+    _load: WeightLoad | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, and watch its later loads."""
@@ -108,9 +37,31 @@ class LoadingWorker:
         self.watch_weights()
 
     def watch_weights(self) -> None:
+        self._content = WeightsContent(self._models)
+        for model in self._models().values():
+            loader: Any = model
+            loader.load_weights = self._watched(loader.load_weights)
+
+    def _models(self) -> dict[str, nn.Module]:
+        """The model, and a draft model, by what stands before the names of their parameters."""
         worker: Any = self
-        model = worker.model_runner.get_model()
-        self._content = WeightsContent(model, worker.model_config.quantization is not None)
+        models = {"": worker.model_runner.get_model()}
+        draft = worker.get_draft_model()
+        return models if draft is None else {**models, DRAFT: draft}
+
+    def _watched(self, stock: Callable) -> Callable:
+        @wraps(stock)
+        def load_weights(weights: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
+            load = self._load
+            if load is None:
+                return stock(weights, *args, **kwargs)
+            names = stock(load.take(weights), *args, **kwargs)
+            if load.at_once:
+                load.check_layers()
+                load.check_all(names)
+            return names
+
+        return load_weights
 
     def shutdown(self) -> None:
         """End the worker, and let go of the model's layers."""
@@ -125,20 +76,25 @@ class LoadingWorker:
             LAYERWISE_INFO.pop(layer, None)
 
     def weights_content(self) -> dict[str, Any]:
-        """``missing``: parameters without content; ``corrupt``: whether that was found out by
-        comparing; ``beyond_loading``: whether more was found than loading mends; ``updating``:
-        whether an update is under way."""
+        """``missing``: parameters, or shards of them, without content; ``corrupt``: whether that
+        was found out by comparing; ``beyond_loading``: whether more was found than loading mends;
+        ``updating``: whether an update is under way."""
         worker: Any = self
+        missing = self._missing()
+        if missing and self._weights_are_awake():
+            missing = self._content.describe(missing)
         return {
-            "missing": sorted(self._content.missing),
+            "missing": missing,
             "corrupt": self._content.corrupt,
             "beyond_loading": self._content.beyond_loading,
             "updating": bool(worker._weight_update_active),
         }
 
     def mark_weights_loaded(self) -> None:
-        """Take the caller's word that every parameter was loaded, by a way that is not watched."""
-        self._content.loaded(None)
+        """Take the caller's word that every parameter is as it should be."""
+        self._content.written()
+
+    # --- Loads -----------------------------------------------------------------------------------
 
     def reload_weights(
         self,
@@ -147,89 +103,177 @@ class LoadingWorker:
         is_checkpoint_format: bool = True,
     ) -> None:
         """Load all weights in place, from the iterator, from the path, or from where they were
-        last loaded.
+        last loaded; and those of a draft model from its checkpoint, if they were lost. If it
+        fails, the weights are as before.
 
         Raises:
             ValueError: ``weights_path`` is a path and not a folder.
+            WeightsError: weights are missing; names the shards.
         """
         absolute = weights_path is not None and os.path.isabs(weights_path)
         if absolute and not os.path.isdir(weights_path):  # type: ignore[arg-type]
             raise ValueError(f"weights_path {weights_path!r} is not a folder")
         stock: Any = super()
-        names: set[str] = set()
+        load = self._begin_load("", at_once=True, from_checkpoint=weights_iterator is None)
         if weights_iterator is not None and not is_checkpoint_format:
-            weights_iterator = self._content.counted(_noted(weights_iterator, names))
-        self._load(
-            lambda: stock.reload_weights(
-                weights_iterator=weights_iterator,
-                weights_path=weights_path,
-                is_checkpoint_format=is_checkpoint_format,
-            )
+            weights_iterator = load.take(weights_iterator)
+        reload = partial(
+            stock.reload_weights,
+            weights_iterator=weights_iterator,
+            weights_path=weights_path,
+            is_checkpoint_format=is_checkpoint_format,
         )
-        self._content.loaded(names)
+        self._on_every_rank("reload_weights", reload)
+        self._load = None
+        if any(name.startswith(DRAFT) for name in self._missing()):
+            self._begin_load(DRAFT, at_once=True, from_checkpoint=True)
+            self._on_every_rank("reload_weights of the draft model", self._reload_draft)
+            self._load = None
+
+    def _reload_draft(self) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+        from vllm.model_executor.model_loader.utils import get_draft_load_config
+
+        worker: Any = self
+        config = copy.copy(worker.vllm_config)
+        config.model_config = config.speculative_config.draft_model_config
+        config.load_config = get_draft_load_config(worker.vllm_config)
+        with set_current_vllm_config(config):
+            reload_weights(config, self._models()[DRAFT], None, None, is_checkpoint_format=True)
+
+    def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        """Start an update of the model's weights. Until it has finished, the engine does not
+        serve."""
+        stock: Any = super()
+        self._start_update("", partial(stock.start_weight_update, *args, **kwargs))
+
+    def start_draft_weight_update(self) -> None:
+        """Start an update of the draft model's weights."""
+        stock: Any = super()
+        self._start_update(DRAFT, stock.start_draft_weight_update)
 
     def update_weights(self, update_info: dict | list[dict]) -> None:
-        """Load one part of a weight update. If it fails, the update is over."""
+        """Load one part of a weight update. If it fails, the update is over, and the weights are
+        as before it."""
         stock: Any = super()
+        self._on_every_rank("update_weights", partial(stock.update_weights, update_info))
+
+    def finish_weight_update(self) -> None:
+        """Finish the update.
+
+        Raises:
+            WeightsError: it has brought a part of a layer; names the shards that are missing. The
+                update is over, and the weights are as before it.
+        """
+        stock: Any = super()
+        self._on_every_rank("finish_weight_update", self._check_layers, stock.finish_weight_update)
+        self._load = None
+
+    def _start_update(self, prefix: str, start: Callable[[], None]) -> None:
+        worker: Any = self
+        if worker._weight_update_active:
+            start()  # which refuses
+        self._begin_load(prefix)
+        self._on_every_rank("start_weight_update", start)
+
+    def _check_layers(self) -> None:
+        if self._load is not None:
+            self._load.check_layers()
+
+    def _begin_load(self, prefix: str, **kind: bool) -> WeightLoad:
+        worker: Any = self
+        model, config = self._models()[prefix], worker.model_config
+        if prefix == DRAFT:
+            config = worker.vllm_config.speculative_config.draft_model_config
+        whole = not any(name.startswith(DRAFT) == (prefix == DRAFT) for name in self._missing())
+        snapshot = Snapshot(model) if self._has_room(model, whole) else None
+        self._load = WeightLoad(self._content, prefix, model, config, whole, snapshot, **kind)
+        return self._load
+
+    def _has_room(self, model: nn.Module, whole: bool) -> bool:
+        """Whether the hosts of all ranks can hold the present weights, which are all there."""
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        ranks = self.agreement.exchange((needed, available_bytes(), whole), _SLOWEST_LOAD)
+        if not all(whole for _, _, whole in ranks):
+            return False
+        room = min(available for _, available, _ in ranks)
+        needed = sum(needed for needed, _, _ in ranks)
+        if needed > room:
+            logger.warning(
+                "The present weights take %d bytes, and the host has %d left: they are not kept "
+                "while others are loaded. If the load fails, the engine serves once all weights "
+                "have been loaded.",
+                needed,
+                room,
+            )
+        return needed <= room
+
+    def _on_every_rank(self, name: str, *steps: Callable[[], None]) -> None:
+        """Load on every rank, or have every rank as it was."""
+        take_back = self._way_back()
+        if self.agreement.size > 1:
+            operation = Operation(
+                name, steps, commit=lambda: None, abort=take_back, timeout=_SLOWEST_LOAD
+            )
+            self.agreement.carry_out(operation)
+            return
         try:
-            self._load(lambda: stock.update_weights(update_info))
+            for step in steps:
+                step()
         except BaseException:
-            worker: Any = self
-            worker._weight_update_active = False  # vLLM 0.23 leaves it open
+            take_back()
             raise
 
-    def _load(self, load: Callable[[], None]) -> None:
-        """Run a load; if it fails, the model is usable again, and its source is the one before."""
+    def _way_back(self) -> Callable[[], str]:
+        """What ends the load and has the model, and where it is loaded from, as they are now."""
         worker: Any = self
         config = worker.model_config
         names = ("model", "model_weights", "revision")
         source = {name: getattr(config, name) for name in names if hasattr(config, name)}
-        try:
-            self._content.whole_or_torn(load)
-        except BaseException:
+
+        def take_back() -> str:
             for name, value in source.items():
                 setattr(config, name, value)
-            _end_layerwise_reload(worker.model_runner.get_model(), config)
-            raise
+            if self._load is not None:
+                self._load.take_back()
+                self._load = None
+            worker._weight_update_active = False
+            engine: Any = getattr(worker, "weight_transfer_engine", None)
+            if hasattr(engine, "reset_weight_update_target"):
+                engine.reset_weight_update_target()
+            return ""
+
+        return take_back
+
+    # --- What is known of the content ------------------------------------------------------------
+
+    def _missing(self) -> list[str]:
+        return self._content.missing(self._weights_are_awake())
+
+    def _weights_are_awake(self) -> bool:
+        worker: Any = self
+        enabled = worker.model_config.enable_sleep_mode
+        return not enabled or not worker.sleep_mode_backend.asleep("weights")
 
     def _reload_all(self) -> None:
-        """
+        """Load all weights from the checkpoint on this rank, in the middle of a wake.
+
         Raises:
             SleepModeError: the checkpoint cannot be loaded, or lacks a parameter.
         """
         worker: Any = self
-        path = worker.model_config.model
+        stock: Any = super()
+        config = worker.model_config
+        take_back = self._way_back()
+        kind = {"at_once": True, "from_checkpoint": True, "in_wake": True}
+        self._load = WeightLoad(
+            self._content, "", self._models()[""], config, was_whole=False, snapshot=None, **kind
+        )
         try:
-            self.reload_weights()
+            stock.reload_weights()
         except Exception as error:
+            take_back()
+            path = config.model
             raise SleepModeError(f"the weights cannot be loaded from {path}: {error}") from error
-        missing = sorted(self._content.missing)
-        if missing:
-            raise SleepModeError(
-                f"{path} has no weights for {', '.join(missing[:8])}"
-                + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            )
-
-
-def _end_layerwise_reload(model: nn.Module, model_config: Any) -> None:
-    """A reload moves parameters aside and puts them back at its end, which a failure skips."""
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
-        finalize_layerwise_reload(model, model_config)
-
-
-def _noted(weights: Iterable[Named], names: set[str]) -> Iterator[Named]:
-    for name, tensor in weights:
-        yield name, tensor
-        names.add(name)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what LoRA puts around its layer."""
-    return name.replace(".base_layer.", ".")
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+        self._load = None

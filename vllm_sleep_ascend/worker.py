@@ -60,8 +60,7 @@ class NPUWorker(SleepingWorker, Worker):
             self.local_rank,
             current_platform.dist_backend,
         )
-        if self.model_config.enable_sleep_mode:
-            self._join_ranks()
+        self._join_ranks()
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()

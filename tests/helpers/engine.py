@@ -2,7 +2,7 @@
 """Engines in this process, and what tests ask of them."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,19 @@ def sleep_and_wake(llm: Any, level: int) -> None:
     if level == 2:
         llm.collective_rpc("reload_weights")
     llm.wake_up(tags=["kv_cache"])
+
+
+def send_update(llm: Any, weights: Mapping[str, Any], folder: Path) -> None:
+    """A weight update in two parts, as a trainer sends one to an engine whose backend for that is
+    ``safetensors``."""
+    from safetensors.torch import save_file
+
+    llm.start_weight_update()
+    for number in range(2):
+        path = folder / f"{number}.safetensors"
+        save_file({name: weights[name] for name in list(weights)[number::2]}, path)
+        llm.update_weights({"update_info": {"path": str(path)}})
+    llm.finish_weight_update()
 
 
 def driver_worker(llm: Any) -> Any:

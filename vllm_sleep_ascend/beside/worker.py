@@ -11,8 +11,8 @@ from torch import nn
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.beside import allocator
 from vllm_sleep_ascend.beside.moe import ExpertLayouts
-from vllm_sleep_ascend.beside.strays import StrayTensors
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
@@ -41,18 +41,6 @@ class _LaterWorker(NPUWorker):
         model = getattr(getattr(self.model_runner, "drafter", None), "model", None)
         return model if isinstance(model, nn.Module) else None
 
-    def _get_sleep_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        parameters = dict(model.named_parameters())
-        draft = self.get_draft_model()
-        if draft is not None:
-            known = {id(parameter) for parameter in parameters.values()}
-            parameters |= {
-                f"draft.{name}": parameter
-                for name, parameter in draft.named_parameters()
-                if id(parameter) not in known
-            }
-        return parameters
-
 
 @needs_weights_awake
 class SleepingNPUWorker(SleepingWorker, _LaterWorker):
@@ -63,8 +51,6 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sleep_mode_backend = allocator.SleepingAllocator.get_instance().backend
-        self._sleep_saved_parameters: dict[str, torch.Tensor] = {}
-        self._strays = StrayTensors(self.sleep_mode_backend)
         self._experts = ExpertLayouts()
         self._weights_slept = self._graphs_dropped = False
 
@@ -142,28 +128,24 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
             self._experts.open(self.model_runner.model, hidden_size)
 
     def _preserved_names(self) -> list[str]:
-        # vLLM 0.23 loads a draft model once: its weights cannot be had again.
+        # vLLM 0.23 has no option of its own for this.
         config = SleepModeConfig.from_vllm_config(self.vllm_config)
-        return ["draft.*", *config.preserve_parameters]
+        return [f"{DRAFT}*", *config.preserve_parameters]
 
-    def _save_for_level_2(self) -> None:
-        super()._save_for_level_2()
-        self._strays.save(self._models().values())
+    def _has_room(self, model: nn.Module, whole: bool) -> bool:
+        """A copy of FRACTAL_NZ weights that comes back is in another format."""
+        return super()._has_room(model, whole and self._in_nz_format() is None)
 
-    def _restore_saved(self) -> None:
-        super()._restore_saved()
-        self._strays.restore()
-
-    def _has_saved(self) -> bool:
-        return super()._has_saved() or self._strays.saved
-
-    def _forget_saved(self) -> None:
-        super()._forget_saved()
-        self._strays.forget()
+    def _reload_draft(self) -> None:
+        """
+        Raises:
+            SleepModeError: always, as vLLM 0.23 loads a draft model once.
+        """
+        raise SleepModeError("a draft model cannot be loaded again; restart the engine")
 
     def _in_nz_format(self) -> str | None:
         """The name of a parameter in that format, if there is one."""
-        for name, parameter in self._get_sleep_parameters(self.model_runner.model).items():
+        for name, parameter in self._content.parameters().items():
             on_npu = parameter.device.type == "npu"
             if on_npu and torch_npu.get_npu_format(parameter) == _FRACTAL_NZ:
                 return name

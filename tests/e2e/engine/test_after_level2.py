@@ -139,35 +139,41 @@ def test_reload_loads_all_or_says_what_is_missing_and_can_be_repeated(
         assert llm.collective_rpc("sleep_status")[0]["last_error"] is None
 
 
-def test_a_load_that_fails_in_the_middle_leaves_an_engine_that_can_load_again(tiny_model, expected):
+def test_a_load_that_fails_in_the_middle_leaves_the_weights_before_it(tiny_model, expected):
     weights = load_file(tiny_model / "model.safetensors")
 
     def torn():
-        yield from list(weights.items())[:5]
+        yield from [(name, -tensor) for name, tensor in weights.items()][:5]
         raise OSError("the trainer went away")
 
-    with engine_with(tiny_model, "refuse") as llm:
+    def load_torn(llm):
         with pytest.raises(OSError, match="trainer went away"):
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": torn()})
-        assert without_content(llm) > 20
-        with pytest.raises(SleepModeError, match="does not serve yet"):
-            few(llm)
+
+    with engine_with(tiny_model, "refuse") as llm:
+        load_torn(llm)
+        assert without_content(llm) == 0
+        llm.reset_prefix_cache()
+        assert few(llm) == expected
         with pytest.raises(ValueError, match="'/nowhere' is not a folder"):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": "/nowhere"})
         with pytest.raises(Exception, match="snapshot folder"):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": "nobody/nothing"})
-        llm.collective_rpc("reload_weights")
-        llm.reset_prefix_cache()
-        assert few(llm) == expected
-
-        # The pause that was there before the weights were torn is there again once they are loaded.
         llm.sleep(level=0)
-        with pytest.raises(OSError, match="trainer went away"):
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": torn()})
-        assert llm.llm_engine.is_sleeping()
-        llm.collective_rpc("reload_weights")
-        assert without_content(llm) == 0
+        load_torn(llm)
         assert llm.llm_engine.is_sleeping()
         llm.wake_up(tags=["scheduling"])
-        llm.reset_prefix_cache()
+        assert few(llm) == expected
+
+        # Without weights before it, it leaves none.
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        total = without_content(llm)
+        load_torn(llm)
+        assert without_content(llm) == total > 20
+        llm.wake_up(tags=["kv_cache"])
+        with pytest.raises(SleepModeError, match="does not serve yet"):
+            few(llm)
+        llm.collective_rpc("reload_weights")
+        assert without_content(llm) == 0
         assert few(llm) == expected

@@ -19,7 +19,6 @@ def llm(request, tiny_model):
     options = {
         "speculative_config": speculative,
         "disable_log_stats": False,
-        "sleep_preserve_parameter_names": ["draft.*"],
     }
     with engine(tiny_model, enable_sleep_mode=True, **options) as llm:
         llm.drafts_itself = request.param == "itself"

@@ -3,7 +3,8 @@
 and sleep frees the memory of every device."""
 
 import pytest
-from helpers.engine import engine, few
+from helpers.engine import engine, few, send_update
+from helpers.models import other_weights
 from helpers.ranks import (
     assert_all,
     assert_cycles_leave_nothing,
@@ -12,6 +13,7 @@ from helpers.ranks import (
     status,
 )
 from helpers.reference import hf_few
+from safetensors.torch import load_file
 
 LAYOUTS = {
     "tp2": {"tensor_parallel_size": 2},
@@ -22,9 +24,12 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def ranks(request, tiny_model):
+    from vllm.config import WeightTransferConfig
+
     with engine(
         tiny_model,
         enable_sleep_mode=True,
+        weight_transfer_config=WeightTransferConfig(backend="safetensors"),
         distributed_executor_backend="mp",
         **LAYOUTS[request.param],
     ) as llm:
@@ -39,6 +44,33 @@ def test_every_rank_sleeps_and_the_tokens_stay(ranks, tiny_model) -> None:
 
 def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
     assert_cycles_leave_nothing(ranks, tiny_model)
+
+
+def test_an_update_that_lacks_a_shard_happens_on_no_rank(ranks, tiny_model, tmp_path) -> None:
+    """With pipeline stages, the first one alone knows that it is missing."""
+    missing = "model.layers.0.self_attn.k_proj.weight"
+    other = other_weights(tiny_model, tmp_path / "model")
+    weights = load_file(other / "model.safetensors")
+    lacking = {name: weight for name, weight in weights.items() if name != missing}
+    ranks.init_weight_transfer_engine({"init_info": {}})
+    for level in (0, 2):
+        if level:
+            ranks.sleep(level=level)
+            ranks.wake_up(tags=["weights"])
+        with pytest.raises(RuntimeError, match=rf"happened on none: rank 0.* for {missing}"):
+            send_update(ranks, lacking, tmp_path)
+        if level:
+            ranks.wake_up()
+            with pytest.raises(RuntimeError, match="does not serve yet"):
+                few(ranks)
+        else:
+            assert few(ranks) == hf_few(tiny_model)
+    send_update(ranks, weights, tmp_path)
+    ranks.reset_prefix_cache()
+    assert few(ranks) == hf_few(other)
+    ranks.collective_rpc("reload_weights")
+    ranks.reset_prefix_cache()
+    assert few(ranks) == hf_few(tiny_model)
 
 
 # One call of each step that a rank goes through: what it waits for, copies, unmaps and maps.

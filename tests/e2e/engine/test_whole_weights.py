@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing is served that was not loaded: an update is whole or did not happen, and what counts as
+loaded is what was written."""
+
+import pytest
+import torch
+from helpers.engine import driver_worker, engine, few, send_update
+from helpers.models import make_model, other_weights
+from helpers.reference import hf_few
+from safetensors.torch import load_file
+
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+
+KEY = "model.layers.0.self_attn.k_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+BIAS = "model.layers.1.self_attn.v_proj.bias"
+EXPERT = "model.layers.1.mlp.experts.1.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model_with_tensors() -> str:
+    """The name of a model that keeps tensors where no list of parameters or buffers has them."""
+    from vllm import ModelRegistry
+    from vllm.config import VllmConfig
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    class WithTensors(Qwen2ForCausalLM):
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self.table = torch.arange(128, dtype=torch.float32)
+            self.tables = {"odd": [torch.ones(3, dtype=torch.bfloat16)]}
+
+    ModelRegistry.register_model("WithTensors", WithTensors)
+    return "WithTensors"
+
+
+@pytest.fixture(scope="module", params=["tiny-qwen2", "tiny-qwen3-moe"])
+def case(request, tmp_path_factory, model_with_tensors):
+    """An engine, its weights and those of another checkpoint, and the tokens of both."""
+    from vllm.config import WeightTransferConfig
+
+    model = make_model(request.param)
+    other = other_weights(model, tmp_path_factory.mktemp("other") / "model")
+    dense = request.param == "tiny-qwen2"
+    with engine(
+        model,
+        enable_sleep_mode=True,
+        weight_transfer_config=WeightTransferConfig(backend="safetensors"),
+        **({"hf_overrides": {"architectures": [model_with_tensors]}} if dense else {}),
+    ) as llm:
+        llm.init_weight_transfer_engine({"init_info": {}})
+        yield Case(llm, model, other, (KEY, UP, BIAS) if dense else (KEY, EXPERT))
+
+
+class Case:
+    def __init__(self, llm, model, other, shards) -> None:
+        self.llm, self.shards = llm, shards
+        self.weights = load_file(other / "model.safetensors")
+        self.old, self.new = hf_few(model), hf_few(other)
+        assert all(a != b for a, b in zip(self.old, self.new, strict=True))
+
+    def tokens(self):
+        self.llm.reset_prefix_cache()
+        return few(self.llm)
+
+    def update(self, folder, lacking=()) -> None:
+        weights = {name: w for name, w in self.weights.items() if name not in lacking}
+        assert len(weights) == len(self.weights) - len(lacking)
+        send_update(self.llm, weights, folder)
+
+    def reload(self) -> None:
+        self.llm.collective_rpc("reload_weights")
+
+
+def test_an_update_that_lacks_a_shard_leaves_the_weights_before_it(case, tmp_path):
+    assert case.tokens() == case.old
+    for lacking in ((shard,) for shard in case.shards):
+        with pytest.raises(WeightsError, match=rf"no weights for {lacking[0]}; .* before it"):
+            case.update(tmp_path, lacking)
+        assert case.tokens() == case.old
+    case.update(tmp_path)
+    assert case.tokens() == case.new
+    case.reload()
+    assert case.tokens() == case.old
+
+
+def test_an_update_after_level_2_that_lacks_a_shard_is_not_served(case, tmp_path):
+    llm = case.llm
+    for shard in case.shards:
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        with pytest.raises(WeightsError, match=rf"no weights for {shard}; .* once all"):
+            case.update(tmp_path, (shard,))
+        llm.wake_up(tags=["kv_cache"])
+        with pytest.raises(SleepModeError, match="have not been loaded since"):
+            few(llm)
+        case.update(tmp_path)
+        assert case.tokens() == case.new
+    case.reload()
+    assert case.tokens() == case.old
+
+
+def test_what_user_code_writes_counts_to_the_byte(case):
+    """As RL frameworks do: into the parameters, or through the model's own loader."""
+    llm, model = case.llm, driver_worker(case.llm).model_runner.get_model()
+    content = {name: parameter.cpu() for name, parameter in model.named_parameters()}
+
+    def write(worker):
+        for name, parameter in worker.model_runner.get_model().named_parameters():
+            parameter.data.copy_(content[name])
+
+    llm.sleep(level=2)
+    llm.wake_up()
+    with pytest.raises(SleepModeError, match=f"{len(content)} parameters"):
+        few(llm)
+    llm.collective_rpc(write)
+    assert case.tokens() == case.old
+
+    # All but the rows of one shard, which is then named.
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    query, key, _ = model.get_submodule(name.rpartition(".")[0]).output_partition_sizes
+
+    def write_but_the_key(worker):
+        write(worker)
+        worker.model_runner.get_model().get_parameter(name).data[query : query + key] = kept
+
+    llm.sleep(level=2)
+    llm.wake_up()
+    kept = model.get_parameter(name)[query : query + key].clone()  # without content
+    llm.collective_rpc(write_but_the_key)
+    with pytest.raises(SleepModeError, match=rf"1 parameters .*\({KEY}\)"):
+        few(llm)
+    weights = load_file(llm.model_config.model + "/model.safetensors")
+    llm.collective_rpc(lambda worker: worker.model_runner.model.load_weights([(KEY, weights[KEY])]))
+    assert case.tokens() == case.old
+
+
+def test_tensors_that_are_no_parameters_and_no_buffers_survive_level_2(case):
+    model = driver_worker(case.llm).model_runner.get_model()
+    if not hasattr(model, "tables"):
+        pytest.skip("the other model has none")
+    for levels in ((2,), (1, 2)):
+        for level in levels:
+            case.llm.sleep(level=level)
+        case.llm.wake_up(tags=["weights"])
+        assert model.table.sum().item() == 127 * 64
+        assert model.tables["odd"][0].tolist() == [1, 1, 1]
+        case.reload()
+        case.llm.wake_up()
+        assert case.tokens() == case.old
