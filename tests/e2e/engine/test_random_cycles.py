@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random cycles of sleep and wake with new weights, pauses, faults and a neighbour between them: no
+token is ever wrong."""
+
+import random
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from helpers.engine import driver_worker, engine, few, send_update
+from helpers.faults import DRIVER_ERROR
+from helpers.models import other_weights
+from helpers.neighbours import Neighbour
+from helpers.reference import hf_few
+from safetensors.torch import load_file
+
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+from vllm_sleep_ascend.sim import control
+
+FAULTY = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtUnmapMem", "aclrtMemcpyAsync")
+NEIGHBOUR_MIB = 128
+
+
+class Cycles:
+    """An engine, two checkpoints for it, and which of them it has."""
+
+    def __init__(self, llm, models: list[Path], folder: Path, seed: int) -> None:
+        self.llm, self.models, self.folder = llm, models, folder
+        self.chance = random.Random(seed)
+        self.weights = [load_file(model / "model.safetensors") for model in models]
+        self.tokens = [hf_few(model) for model in models]
+        self.present = 0
+        self.done: Counter = Counter()
+        self.neighbour = Neighbour()
+        model = driver_worker(llm).model_runner.get_model()
+        self.content = []
+        for model_path in models:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model_path)})
+            self.content.append({name: p.cpu() for name, p in model.named_parameters()})
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(models[0])})
+
+    def check(self) -> None:
+        self.llm.reset_prefix_cache()
+        assert few(self.llm) == self.tokens[self.present], self.done
+
+    def cycle(self) -> None:
+        level = self.chance.choice((0, 1, 2, 2))
+        self.done[f"level {level}"] += 1
+        if self.chance.random() < 0.3:
+            self.llm.sleep(level=0)
+            self.done["paused"] += 1
+        if level:
+            self.surely(lambda: self.llm.sleep(level=level))
+            with pytest.raises(SleepModeError):
+                few(self.llm)
+            self.neighbour.hold(NEIGHBOUR_MIB)  # what the engine gave back
+            self.neighbour.hold(0)
+            first = ["weights"] if level == 2 else self.chance.choice((None, ["weights"]))
+            self.surely(lambda: self.llm.wake_up(tags=first))
+        if level == 2 or self.chance.random() < 0.5:
+            self.load(is_there=level != 2)
+        self.surely(self.llm.wake_up)
+        self.check()
+
+    def surely(self, operation) -> None:
+        """Do it; sometimes a call of the device fails first, and then it is repeated."""
+        if self.chance.random() < 0.4:
+            rule = f"{self.chance.choice(FAULTY)}:{self.chance.randint(1, 3)}:{DRIVER_ERROR}"
+            control.set_faults(rule)
+            with suppress(SleepModeError):
+                operation()
+                control.set_faults("")
+                return
+            control.set_faults("")
+            self.done["fault"] += 1
+        operation()
+
+    def load(self, is_there: bool) -> None:
+        """The weights of one of the checkpoints, by any of the ways; some fail before one does."""
+        for _ in range(self.chance.choice((0, 0, 1, 2))):
+            self.fail_to_load()
+            if is_there and self.chance.random() < 0.5:
+                return
+        wanted = self.chance.randrange(2)
+        way = self.chance.choice((self.from_file, self.by_update, self.by_writing, self.by_loader))
+        self.done[way.__name__] += 1
+        way(wanted)
+        self.present = wanted
+
+    def fail_to_load(self) -> None:
+        """What is there stays, and where there is nothing, nothing is served."""
+        other = self.weights[1 - self.present]
+        missing = self.chance.choice(
+            [name for name in other if "k_proj" in name or "up_proj" in name]
+        )
+        lacking = {name: weight for name, weight in other.items() if name != missing}
+        with pytest.raises(WeightsError, match=missing):
+            if self.chance.random() < 0.5:
+                send_update(self.llm, lacking, self.folder)
+            else:
+                weights = iter(lacking.items())
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.done["partial"] += 1
+
+    def from_file(self, wanted: int) -> None:
+        path = str(self.models[wanted])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+    def by_update(self, wanted: int) -> None:
+        send_update(self.llm, self.weights[wanted], self.folder)
+
+    def by_loader(self, wanted: int) -> None:
+        weights = self.weights[wanted]
+        self.llm.collective_rpc(
+            lambda worker: worker.model_runner.model.load_weights(weights.items())
+        )
+
+    def by_writing(self, wanted: int) -> None:
+        content = self.content[wanted]
+
+        def write(worker):
+            for name, parameter in worker.model_runner.model.named_parameters():
+                parameter.data.copy_(content[name])
+
+        self.llm.collective_rpc(write)
+
+
+@pytest.mark.parametrize(
+    "cycles", [20, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
+)
+def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles):
+    from vllm.config import WeightTransferConfig
+
+    other = other_weights(tiny_model, tmp_path / "model")
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        weight_transfer_config=WeightTransferConfig(backend="safetensors"),
+    ) as llm:
+        llm.init_weight_transfer_engine({"init_info": {}})
+        run = Cycles(llm, [tiny_model, other], tmp_path, seed=cycles)
+        try:
+            for _ in range(cycles):
+                run.cycle()
+        finally:
+            control.set_faults("")
+            run.neighbour.end()
+        kinds = {"level 0", "level 1", "level 2", "paused", "fault", "partial"}
+        ways = {"from_file", "by_update", "by_writing", "by_loader"}
+        assert run.done.keys() == kinds | ways
