@@ -25,7 +25,7 @@ _FROM_WORKER = re.compile(r"Worker failed with error '(\w+): (.*)', please check
 # Of sleep and wake, in which all ranks do the same. What a user calls may take one rank long.
 _OURS = (
     *("sleep_refusal", "synchronize_device", "sleep", "wake_up", "discard"),
-    *("sleeping_tags", "sleep_status", "weights_content"),
+    *("sleeping_tags", "sleep_status", "weights_content", "give_weight_version"),
 )
 # Of which each rank does its part alone, so that one that takes long after another's error does not
 # hang. If its process ends, vLLM's monitor shuts the executor down, which ends the wait.

@@ -34,7 +34,7 @@ async def _status(args: argparse.Namespace, clients: Clients) -> Result:
 
 
 async def _sleep(args: argparse.Namespace, clients: Clients) -> Result:
-    await clients[0].sleep(args.level, args.mode)
+    await clients[0].sleep(args.level, args.mode, args.discard_trained)
     return f"{args.url} sleeps at level {args.level}", {"level": args.level}
 
 
@@ -42,13 +42,13 @@ async def _wake(args: argparse.Namespace, clients: Clients) -> Result:
     if args.tags:
         await clients[0].wake(args.tags)
         return f"{args.url} woke {' and '.join(args.tags)}", {"tags": args.tags}
-    await clients[0].wake_to_serve(slept_at=args.level)
+    await clients[0].wake_to_serve(args.level, args.discard_trained)
     return f"{args.url} is awake", {}
 
 
 async def _switch(args: argparse.Namespace, clients: Clients) -> Result:
     old, new = clients
-    await switch(old, new, level=args.level, mode=args.mode, overlap=args.overlap)
+    await switch(old, new, args.level, args.mode, args.overlap, args.discard_trained)
     text = f"switched from {args.from_url} to {args.to_url}"
     return text, {"level": args.level, "overlap": args.overlap}
 
@@ -63,6 +63,10 @@ def _describe(server: dict[str, Any]) -> str:
             for tag, usage in rank.get("tags", {}).items()
         ]
         memory.append(f"{rank['free'] / 2**20:.0f} of {rank['total'] / 2**20:.0f} MiB free")
+        if weights := rank.get("weights"):
+            path = f" {weights['path']}" if weights["path"] else ""
+            origin = f"weights from {weights['source']}{path}, version {weights['version']}"
+            memory.append(origin)
         parts.append(f"rank {rank['rank']}: " + ", ".join(memory))
     return "; ".join(parts)
 
@@ -89,22 +93,29 @@ def _parser() -> argparse.ArgumentParser:
         help = "what becomes of running requests (abort)"
         made.add_argument("--mode", choices=MODES, default="abort", help=help)
 
+    def discard_trained(made: argparse.ArgumentParser) -> None:
+        help = "lose weights that a trainer sent and no checkpoint has (else refused at level 2)"
+        made.add_argument("--discard-trained", action="store_true", help=help)
+
     made = command("status", _status, "what servers hold, and whether they sleep")
     made.add_argument("urls", nargs="+", metavar="URL")
     made = command("sleep", _sleep, "put a server to sleep")
     made.add_argument("url", metavar="URL")
     level(made, 1, "1: weights go to host memory; 2: weights are forgotten (1)")
     mode(made)
+    discard_trained(made)
     made = command("wake", _wake, "wake a server; after level 2, load its weights again")
     made.add_argument("url", metavar="URL")
     help = "wake only these (weights, kv_cache), and load nothing"
     made.add_argument("--tags", nargs="+", metavar="TAG", help=help)
     level(made, None, "the level at which it sleeps, where the server does not say (stock vLLM)")
+    discard_trained(made)
     made = command("switch", _switch, "put one server to sleep and wake another")
     made.add_argument("from_url", metavar="FROM_URL")
     made.add_argument("to_url", metavar="TO_URL")
     level(made, 1, "of the sleep; stock vLLM is taken to have slept at it as well (1)")
     mode(made)
+    discard_trained(made)
     made.add_argument("--overlap", action="store_true", help="sleep and wake at the same time")
     return parser
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from vllm_sleep_ascend.calls import CallFailed, Calls
+from vllm_sleep_ascend.weights_source import in_no_checkpoint
 
 Progress = Callable[[str], None]
 
@@ -72,12 +73,19 @@ class SleepClient:
         """As ``Calls.is_gone``."""
         return await self._calls.is_gone(timeout_s)
 
-    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+    async def sleep(
+        self, level: int = 1, mode: str = "abort", discard_trained: bool = False
+    ) -> None:
         """Put the server to sleep, and see that it sleeps.
+
+        Args:
+            discard_trained: level 2 may lose weights that are in no checkpoint.
 
         Raises:
             CallFailed: it did not fall asleep.
         """
+        if not discard_trained:
+            await self.check_sleep(level)
         # In the query: stock servers ignore a body.
         await self._step("sleep", "POST", "/sleep", params={"level": level, "mode": mode})
         if level > 0 and not await self.is_sleeping():
@@ -95,12 +103,21 @@ class SleepClient:
         if not tags and await self.is_sleeping():
             raise CallFailed(f"{self.url}: /wake_up succeeded, but the server still sleeps")
 
-    async def wake_to_serve(self, slept_at: int | None = None) -> None:
+    async def wake_to_serve(
+        self, slept_at: int | None = None, discard_trained: bool = False
+    ) -> None:
         """Wake everything; after level 2, load the weights before the KV cache comes back.
 
         Args:
             slept_at: the level at which the server sleeps, for a server that does not tell.
+            discard_trained: load the checkpoint also where other weights were discarded.
+
+        Raises:
+            OutOfMemory: too little device memory is free.
+            CallFailed: it did not wake, or other weights than the checkpoint's were discarded.
         """
+        if not discard_trained:
+            await self.check_wake()
         if await self.level(slept_at) == 2:
             await self.wake(["weights"])
             await self.reload_weights()
@@ -125,6 +142,43 @@ class SleepClient:
             (level for state, level in levels.items() if any(w.get(state) for w in weights)),
             default=0,
         )
+
+    async def check_sleep(self, level: int) -> None:
+        """
+        Raises:
+            CallFailed: level 2 would lose weights that are in no checkpoint.
+        """
+        lost = await self.would_lose(level)
+        if lost:
+            raise CallFailed(
+                f"{self.url}: {lost} are in no checkpoint that the server knows, and level 2 would "
+                "lose them; sleep at level 1, or with --discard-trained"
+            )
+
+    async def check_wake(self) -> None:
+        """
+        Raises:
+            CallFailed: weights were lost that are in no checkpoint.
+        """
+        lost = await self._in_no_checkpoint()
+        if lost and await self.level() == 2:
+            raise CallFailed(
+                f"{self.url}: {lost} were lost, and are in no checkpoint that the server knows. "
+                "Wake the tag weights alone, send them again from where they came, and wake the "
+                "rest; or load the checkpoint with vllm-sleep wake --discard-trained"
+            )
+
+    async def would_lose(self, level: int) -> str | None:
+        """Which weights a sleep at this level would lose for good, in words; None: none, or the
+        server does not say."""
+        lost = await self._in_no_checkpoint() if level == 2 else None
+        return lost if lost and await self.level() != 2 else None
+
+    async def _in_no_checkpoint(self) -> str | None:
+        for rank in await self._ranks() or ():
+            if "weights" in rank and (words := in_no_checkpoint(rank["weights"])):
+                return words
+        return None
 
     async def reload_weights(self) -> None:
         """Load the weights from disk into awake memory."""

@@ -41,8 +41,8 @@ class SleepModeConfig(BaseModel):
     after_level2: Literal["warn", "refuse", "reload"] = Field(default="refuse")
     """What happens when weights wake from level 2, where they were discarded. "refuse": the engine
     serves once every parameter has been written, by whatever way; requests are refused until then.
-    "reload": the wake loads them from the checkpoint, and fails if it cannot load all. "warn": the
-    engine serves whatever is there, with one warning."""
+    "reload": the wake loads them from the checkpoint, and fails if it cannot load all, or if
+    they came from elsewhere. "warn": the engine serves whatever is there, with one warning."""
 
     while_asleep: Literal["wait", "refuse"] = Field(default="wait")
     """What becomes of new generation requests while the engine sleeps. "wait": they are queued.

@@ -22,8 +22,9 @@ from vllm_sleep_ascend.policy import (
 )
 from vllm_sleep_ascend.resident import describe, resident_bytes
 from vllm_sleep_ascend.saved import SavedContent
+from vllm_sleep_ascend.source_worker import SourceWorker
 from vllm_sleep_ascend.transacting import TransactingWorker
-from vllm_sleep_ascend.weights import LoadingWorker
+from vllm_sleep_ascend.weights_source import in_no_checkpoint
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -55,7 +56,7 @@ def needs_weights_awake(cls: type) -> type:
     return cls
 
 
-class SleepingWorker(LoadingWorker, TransactingWorker):
+class SleepingWorker(SourceWorker, TransactingWorker):
     """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
 
     _wake_unfinished = False
@@ -137,13 +138,16 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
         """Bring memory back: of these tags and of all that cannot be deferred, or all.
 
         Raises:
-            SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
+            SleepModeError: it failed; what slept still sleeps, and the call can be repeated. Or it
+                would load a checkpoint in place of weights that came from elsewhere.
             WeightsError: as that, where there are several ranks. A single one is awake, and serves
                 once the weights are loaded.
         """
         changed: list[WeightsError] = []
 
         def resume() -> None:
+            if self._content.lost and self.sleep_mode_backend.reloads_after_level_2:
+                self._refuse_another_source(tags)
             try:
                 self.sleep_mode_backend.resume(tags)
             except WeightsError as error:
@@ -236,6 +240,7 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
             "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "parameters_without_content": len(self._missing()),
+            "weights": self.weights_status(),
             "last_operation": backend.last_operation,
             "last_error": self._last_error,
         }
@@ -254,12 +259,13 @@ class SleepingWorker(LoadingWorker, TransactingWorker):
         if "discarded" in self.sleep_mode_backend.states("weights"):
             self._weights_lost = True
             self._content.lose(self._not_saved)
+            self._source.discarded()
         elif not self._wake_unfinished and not self.sleep_mode_backend.asleep("weights"):
             self._saved.forget()
 
     def _reload_or_sleep_again(self) -> None:
         worker: Any = self
-        if worker._weight_update_active:
+        if worker._weight_update_active or in_no_checkpoint(self.weights_status()):
             return
         try:
             self._reload_all()

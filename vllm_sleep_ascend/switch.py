@@ -11,8 +11,16 @@ RETRY_S = 0.01
 """Seconds between two attempts of a wake that waits for memory."""
 
 
-async def switch(old: SleepClient, new: SleepClient, level: int, mode: str, overlap: bool) -> None:
-    """Put ``old`` to sleep at ``level`` and wake ``new`` to serve.
+async def switch(
+    old: SleepClient,
+    new: SleepClient,
+    level: int,
+    mode: str,
+    overlap: bool,
+    discard_trained: bool = False,
+) -> None:
+    """Put ``old`` to sleep at ``level`` and wake ``new`` to serve, unless either loses weights that
+    are in no checkpoint (and ``discard_trained`` does not allow it).
 
     With ``overlap`` both run at the same time: the weights of ``new`` come in while those of
     ``old`` go out. A server that does not say what it holds (stock vLLM) may not survive a wake
@@ -22,21 +30,24 @@ async def switch(old: SleepClient, new: SleepClient, level: int, mode: str, over
         CallFailed: the text says what failed and which server is in what state.
     """
     await new.is_sleeping()  # Nothing falls asleep for a server that is not there.
+    if not discard_trained:
+        await new.check_wake()
+        await old.check_sleep(level)
     if overlap:
         if await new.reports_memory():
             await _overlapped(old, new, level, mode)
             return
         new.say("stock vLLM, which may not survive a wake without room: it wakes after the sleep")
-    await old.sleep(level, mode)
+    await old.sleep(level, mode, discard_trained=True)
     try:
-        await new.wake_to_serve(slept_at=level)
+        await new.wake_to_serve(slept_at=level, discard_trained=True)
     except CallFailed as error:
         raise type(error)(f"{error}. {old.url} sleeps at level {level}") from None
 
 
 async def _overlapped(old: SleepClient, new: SleepClient, level: int, mode: str) -> None:
     slept_at = await new.level()
-    going = asyncio.create_task(old.sleep(level, mode))
+    going = asyncio.create_task(old.sleep(level, mode, discard_trained=True))
     coming = asyncio.create_task(_wake_as_memory_comes(new, slept_at, going))
     await asyncio.wait({going, coming})
     sleep_error, wake_error = going.exception(), coming.exception()

@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.guards import version
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,6 +50,7 @@ class ServingGate:
         self._corrupt = any(content["corrupt"] for content in contents)
         self._beyond_loading = any(content["beyond_loading"] for content in contents)
         self._warned = self._warned and bool(self._missing)
+        version.follow(self._core, contents)
 
     @property
     def closed(self) -> bool:

@@ -58,7 +58,8 @@ class Operations:
         server.open = False
         started = time.monotonic()
         try:
-            await server.client.sleep(self.level, mode="wait")
+            level = await self._level(server)
+            await server.client.sleep(level, mode="wait", discard_trained=True)
         except CallFailed as error:
             logger.warning("sleep: %s", error)
             server.state = "unknown"
@@ -70,6 +71,13 @@ class Operations:
         self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
         self.metrics.sleeps.labels(server.name).inc()
         return True
+
+    async def _level(self, server: Server) -> int:
+        """1 also where level 2 is asked for and would lose weights for good."""
+        lost = await server.client.would_lose(self.level)
+        if lost:
+            logger.warning("%s sleeps at level 1: %s are in no checkpoint", server.name, lost)
+        return 1 if lost else self.level
 
     async def wake(self, server: Server) -> None:
         """Wake it, or fail those who wait for it."""

@@ -66,6 +66,12 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
             server.post("/reset_prefix_cache")
             assert answers(server, 0) == answers(server, 1) == expected
 
+        server.post("/update_weight_version", json={"new_version": "named"})
+        weights = {"source": "checkpoint", "path": server.model, "version": "named"}
+        ranks = server.http.get("/sleep_status").json()["ranks"]
+        assert [(rank["engine"], rank["weights"]) for rank in ranks] == [(0, weights), (1, weights)]
+        assert server.http.get("/weight_info").json() == {"weight_version": "named"}
+
         def cycle() -> tuple[list[int], list[int]]:
             server.post("/sleep", params={"level": 1})
             asleep = used()
