@@ -100,7 +100,7 @@ class SleepClient:
         """
         name = f"wake {' '.join(tags)}" if tags else "wake"
         await self._step(name, "POST", "/wake_up", params={"tags": tags} if tags else {})
-        if not tags and await self.is_sleeping():
+        if not tags and await self.is_sleeping() and not await self._is_paused():
             raise CallFailed(f"{self.url}: /wake_up succeeded, but the server still sleeps")
 
     async def wake_to_serve(
@@ -202,6 +202,10 @@ class SleepClient:
         self.steps.append({"url": self.url, "step": name, "seconds": round(seconds, 4)})
         self.say(f"{name} {seconds:.3f} s")
         return answer
+
+    async def _is_paused(self) -> bool:
+        """Whether its memory is awake, and what holds it is a pause of the user's (/pause)."""
+        return await self._calls.get("/sleep_status", "state", optional=True) == "paused"
 
     async def _ranks(self) -> list[dict[str, Any]] | None:
         """What /sleep_status says of each rank; None: there is no such endpoint (stock vLLM)."""

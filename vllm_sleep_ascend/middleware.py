@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_sleep_ascend import metrics
 
 if TYPE_CHECKING:
+    from fastapi import Request
+    from fastapi.responses import JSONResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _RETRY_AFTER_S = 1
@@ -69,8 +71,19 @@ def _generates(scope: "Scope") -> bool:
     )
 
 
-async def _refused(client: Any) -> "ASGIApp | None":
+async def answer_not_serving(_: "Request", error: Exception) -> "JSONResponse":
+    """For a NotServingError that came after the request had passed the middleware."""
+    return _unavailable(str(error))
+
+
+def _unavailable(reason: str) -> "JSONResponse":
     from fastapi.responses import JSONResponse
+
+    error = {"message": reason, "type": "ServiceUnavailableError", "param": None, "code": 503}
+    return JSONResponse({"error": error}, 503, {"Retry-After": str(_RETRY_AFTER_S)})
+
+
+async def _refused(client: Any) -> "ASGIApp | None":
     from vllm.v1.engine.exceptions import EngineDeadError
 
     from vllm_sleep_ascend.guards.front import refusal
@@ -79,7 +92,4 @@ async def _refused(client: Any) -> "ASGIApp | None":
         reason = await refusal(client)
     except EngineDeadError:
         return None  # vLLM answers as it does
-    if reason is None:
-        return None
-    error = {"message": reason, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    return JSONResponse({"error": error}, 503, {"Retry-After": str(_RETRY_AFTER_S)})
+    return None if reason is None else _unavailable(reason)

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_ascend import metrics, policy
+from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.replicas import rank_status
-from vllm_sleep_ascend.middleware import SleepModeMiddleware
+from vllm_sleep_ascend.middleware import SleepModeMiddleware, answer_not_serving
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -39,6 +40,7 @@ def _with_middleware(stock: Callable) -> Callable:
     def register_instrumentator_api_routers(app: "FastAPI") -> None:
         stock(app)
         app.add_middleware(SleepModeMiddleware)
+        app.add_exception_handler(NotServingError, answer_not_serving)
 
     return register_instrumentator_api_routers
 
@@ -79,7 +81,7 @@ def attach_router(app: "FastAPI") -> None:
 async def _status(client: Any) -> "JSONResponse":
     """What the engine is doing: ``state``, ``is_sleeping`` and ``ranks``.
 
-    States: ``awake``; ``paused`` (level 0); ``partly_asleep``; ``asleep``;
+    States: ``awake``; ``paused`` (level 0, or by /pause); ``partly_asleep``; ``asleep``;
     ``awake_without_weights`` (discarded by level 2 and not loaded since); ``dead``, with status 503
     and without ranks.
     """

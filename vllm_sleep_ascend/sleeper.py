@@ -40,8 +40,9 @@ def needs_weights_awake(cls: type) -> type:
             if self.model_config.enable_sleep_mode:
                 for tag in tags:
                     if self.sleep_mode_backend.asleep(tag):
+                        sleeps = "sleep" if tag == "weights" else "sleeps"
                         raise SleepModeError(
-                            f"{name} needs the {tag}, which sleep; "
+                            f"{name} needs the {tag}, which {sleeps}; "
                             f"call wake_up(tags=['{tag}']) first"
                         )
             return stock(self, *args, **kwargs)

@@ -4,6 +4,7 @@
 import contextlib
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ class Server:
     def is_sleeping(self) -> bool:
         return self.http.get("/is_sleeping").json()["is_sleeping"]
 
+    def runs_requests(self) -> bool:
+        """Whether an engine of it computes a request now."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return any("num_requests_running{" in line and line[-4:] != " 0.0" for line in lines)
+
     def complete(self, prompt: str = "The future of AI is", tokens: int = 8) -> str:
         body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         return self.post("/v1/completions", json=body)["choices"][0]["text"]
@@ -113,3 +119,24 @@ class Server:
     def __exit__(self, *_: Any) -> None:
         self.http.close()
         self.kill()
+
+
+class InBackground:
+    """A POST whose answer is awaited later."""
+
+    def __init__(self, server: Server, path: str, **options: Any) -> None:
+        self._answers: list[httpx.Response] = []
+
+        def post() -> None:
+            self._answers.append(server.http.post(path, **options))
+
+        self._thread = threading.Thread(target=post)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def answer(self) -> httpx.Response:
+        wait_for(self.is_done, "the answer", 60)
+        (answer,) = self._answers
+        return answer

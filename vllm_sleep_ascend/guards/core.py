@@ -14,6 +14,8 @@ from vllm_sleep_ascend.answers import reads_every_answer
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
+from vllm_sleep_ascend.guards.pauses import call_off_sleep, is_pending, pausing_to_sleep, serve_on
+from vllm_sleep_ascend.guards.refusals import refuse_new, refuse_waiting
 from vllm_sleep_ascend.guards.wrap import wrap
 
 logger = init_logger(f"vllm.{__name__}")
@@ -61,17 +63,17 @@ def _settle(core: Any, was_paused: bool, failed: bool) -> None:
         if not isinstance(getattr(type(executor), "is_sleeping", None), property):
             executor.is_sleeping = bool(executor.sleeping_tags)  # vLLM 0.23 keeps both
     if failed and not was_paused and not executor.is_sleeping:
-        core.resume_scheduler()
+        serve_on(core)
 
 
 def _sleep(stock: Callable) -> Callable:
     def sleep(self: Any, level: int = 1, mode: str = "abort") -> Any:
         check_sleep(self.vllm_config, level, mode)
-        pending = getattr(self, "pending_sleep", None)
-        if pending is not None:
-            if mode == "abort":
-                self.pause_scheduler("abort", clear_cache=False)  # what the pending one waits for
-            return _afterwards(pending, lambda: sleep(self, level, mode))
+        if is_pending(self):
+            if mode == "abort":  # what the pending one waits for
+                with pausing_to_sleep(self):
+                    self.pause_scheduler("abort", clear_cache=False)
+            return _afterwards(self.pending_sleep, lambda: sleep(self, level, mode))
         was_paused = self.is_scheduler_paused()
         with _named(), _truth(self):
             if self.model_executor.is_sleeping:
@@ -82,7 +84,9 @@ def _sleep(stock: Callable) -> Callable:
                 return None
             if level > 0:
                 _check_workers(self, level)
-            result = stock(self, level, mode)
+            refuse_waiting(self)
+            with pausing_to_sleep(self):
+                result = stock(self, level, mode)
         if isinstance(result, Future):  # Requests are under way: the sleep is still to come.
             self.pending_sleep = result
             result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused))
@@ -110,15 +114,18 @@ def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
 def _wake_up(stock: Callable) -> Callable:
     def wake_up(self: Any, tags: list[str] | None = None) -> bool | Future:
         check_wake_up(self.vllm_config, tags)
-        pending = getattr(self, "pending_sleep", None)
-        if pending is not None:
-            return _afterwards(pending, lambda: wake_up(self, tags))
+        call_off_sleep(self, "wake_up()")
+        if is_pending(self):
+            return _afterwards(self.pending_sleep, lambda: wake_up(self, tags))
         tags = policy.check_tags(tags)
+        gate = ServingGate.of(self)
+        if gate is not None and policy.SCHEDULING_TAG in (tags or ()):
+            gate.users_pause = PauseState.UNPAUSED
         if tags is not None:
             asleep = self.model_executor.sleeping_tags
             awake = [tag for tag in tags if tag in policy.DEFERRABLE_TAGS and tag not in asleep]
             if awake:
-                logger.warning("wake_up: %s is awake already.", ", ".join(awake))
+                logger.warning("wake_up: awake already: %s.", ", ".join(awake))
             tags = [tag for tag in tags if tag in asleep]
         with _named(), _truth(self):
             self.wakes = True
@@ -158,8 +165,8 @@ def _release_kv_cache_memory(stock: Callable) -> Callable:
             asleep = ", ".join(sorted(self.model_executor.sleeping_tags))
             if asleep:
                 raise SleepModeError(
-                    "release_kv_cache_memory() requires all executor memory to be resident, and "
-                    f"{asleep} sleeps; call wake_up() first"
+                    "release_kv_cache_memory() requires all executor memory to be resident; "
+                    f"asleep: {asleep}. Call wake_up() first"
                 )
             _finish_steps(self)
             return stock(self)
@@ -180,23 +187,32 @@ def _finish_steps(core: Any) -> None:
 
 
 def _resume_scheduler(stock: Callable) -> Callable:
-    """The one way back to serving: not before memory and weights are there."""
+    """The one way back to serving: not before memory and weights are there. Only the user's own
+    call ends the user's own pause."""
 
     def resume_scheduler(self: Any) -> None:
         gate = ServingGate.of(self)
+        wakes = getattr(self, "wakes", False)
+        if not wakes:
+            call_off_sleep(self, "resume_scheduler()")
         if gate is None:
             return stock(self)
         if self.model_executor.is_sleeping:
-            if getattr(self, "wakes", False):  # vLLM 0.23 resumes after each part of a wake
+            if wakes:  # vLLM 0.23 resumes after each part of a wake
                 return None
             raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
-        if getattr(self, "pending_sleep", None) is not None:
+        if is_pending(self):
             raise SleepModeError("a sleep waits for requests to end; wait for it, then wake_up()")
+        if not wakes:
+            gate.users_pause = PauseState.UNPAUSED
         gate.look()
         if gate.closed:
-            gate.hold()
+            gate.hold(gate.users_pause)
             return None
         gate.held = False
+        if gate.users_pause != PauseState.UNPAUSED:
+            self.scheduler.set_pause_state(gate.users_pause)
+            return None
         stock(self)
         if self.scheduler.has_unfinished_requests():
             gate.warn()
@@ -244,16 +260,18 @@ def _moved(core: Any) -> Iterator[None]:
         asleep = executor.sleeping_tags
         if "kv_cache" in asleep - before:  # what it held is gone; running requests start anew
             core.reset_prefix_cache(reset_running_requests=True)
-        if before and not asleep and getattr(core, "pending_sleep", None) is None:
-            core.resume_scheduler()
+        if before and not asleep and not is_pending(core):
+            serve_on(core)
 
 
 def _add_request(stock: Callable) -> Callable:
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        if refuse_new(self, request):
+            return None
         gate = ServingGate.of(self)
         if gate is not None and not self.is_scheduler_paused():
             gate.warn()
-        return stock(self, *args, **kwargs)
+        return stock(self, request, *args, **kwargs)
 
     return add_request
 

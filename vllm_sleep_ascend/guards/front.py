@@ -10,6 +10,7 @@ from typing import Any
 from vllm_sleep_ascend import metrics
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
+from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.replicas import call_all
 from vllm_sleep_ascend.guards.wrap import wrap
@@ -36,7 +37,9 @@ def install() -> None:
         wrap(LLMEngine, name, _checked(check))
         wrap(AsyncLLM, name, _checked_async(check))
     wrap(LLMEngine, "__init__", _with_guarded_llm)
+    wrap(LLMEngine, "add_request", _admitted_in_process)
     wrap(AsyncLLM, "add_request", _admitted)
+    wrap(AsyncLLM, "resume_generation", _resume_generation)
 
 
 async def refusal(client: Any) -> str | None:
@@ -62,6 +65,34 @@ def _admitted(stock: Callable) -> Callable:
         return await stock(self, *args, **kwargs)
 
     return add_request
+
+
+def _admitted_in_process(stock: Callable) -> Callable:
+    """An engine in a process of its own answers a request that it refuses with "abort": to ask it
+    first would take a step of it for each request."""
+
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        core = getattr(self.engine_core, "engine_core", None)
+        gate = None if core is None else ServingGate.of(core)
+        reason = gate.refusal() if gate is not None and gate.refuses else None
+        if reason is not None:
+            raise NotServingError(reason)
+        return stock(self, *args, **kwargs)
+
+    return add_request
+
+
+def _resume_generation(stock: Callable) -> Callable:
+    """While a sleep waits for requests on one engine, others may sleep already: all of it is called
+    off."""
+
+    async def resume_generation(self: Any) -> None:
+        with _typed():
+            if any(await call_all(self.engine_core, "sleep_mode_pending")):
+                await self.wake_up()
+            await stock(self)
+
+    return resume_generation
 
 
 def _with_guarded_llm(stock: Callable) -> Callable:

@@ -20,14 +20,17 @@ _REMEDY = (
 class ServingGate:
     """The part of an EngineCore that knows of weights without content, and ``after_level2``."""
 
+    asleep = "the engine sleeps; wake it with wake_up() or POST /wake_up"
+
     def __init__(self, core: Any) -> None:
         self._core = core
         config = SleepModeConfig.from_vllm_config(core.vllm_config)
         self._holds = config.after_level2 != "warn"
-        self._refuses_while_asleep = config.while_asleep == "refuse"
+        self.refuses_while_asleep = config.while_asleep == "refuse"
         self._missing: list[str] = []
         self._updating = self._corrupt = self._beyond_loading = False
         self._before = PauseState.UNPAUSED  # what holds once the engine may serve
+        self.users_pause = PauseState.UNPAUSED  # outlives sleep and wake, until the user resumes
         self._warned = False
         self.held = False
 
@@ -73,6 +76,13 @@ class ServingGate:
         self._core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
         logger.warning("The engine does not serve yet: %s", self._reason())
 
+    def paused_by_user(self, state: PauseState) -> None:
+        """The user, and no sleep, paused the engine."""
+        self.users_pause = state
+        if self.held:
+            self._before = state
+            self._core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+
     def follow_load(self) -> None:
         """After a call that may have loaded weights: serve again, or hold."""
         self.look()
@@ -96,9 +106,16 @@ class ServingGate:
         """Why a new request is not taken now; None if it is."""
         if self.held and not self._core.model_executor.is_sleeping:
             return f"the engine does not serve yet: {self._reason()}"
-        if self._refuses_while_asleep and self._core.is_sleeping():
-            return "the engine sleeps; wake it with wake_up() or POST /wake_up"
-        return None
+        if not self.refuses_while_asleep or not self._core.is_sleeping():
+            return None
+        if self.users_pause != PauseState.UNPAUSED and not self._core.model_executor.is_sleeping:
+            return "the engine is paused; resume it with resume_generation() or POST /resume"
+        return self.asleep
+
+    @property
+    def refuses(self) -> bool:
+        """Whether an option has requests refused."""
+        return self._holds or self.refuses_while_asleep
 
     def _reason(self) -> str:
         if self._updating:

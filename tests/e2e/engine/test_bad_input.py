@@ -22,7 +22,6 @@ AWAKE = [
     ("another mode", lambda llm: llm.sleep(mode="kill"), ValueError, "mode 'kill' does not exist"),
     ("an empty mode", lambda llm: llm.sleep(mode=""), ValueError, "mode '' does not exist"),
     ("no mode", lambda llm: llm.sleep(mode=None), ValueError, "mode None does not exist"),
-    ("wait in process", lambda llm: llm.sleep(mode="wait"), ValueError, "'wait' pause mode is not"),
     ("a wrong tag", lambda llm: llm.wake_up(tags=["wieghts"]), ValueError, "tag 'wieghts' does"),
     ("a tag as text", lambda llm: llm.wake_up(tags="weights"), ValueError, "must be a list"),
     ("an internal tag", lambda llm: llm.wake_up(tags=["runtime"]), ValueError, "tag 'runtime' d"),
@@ -66,7 +65,7 @@ ASLEEP = [
         "releasing the cache",
         lambda llm: llm.release_kv_cache_memory(),
         RuntimeError,
-        "requires",
+        r"to be resident; asleep: kv_cache, weights\. Call wake_up\(\) first",
     ),
 ]
 

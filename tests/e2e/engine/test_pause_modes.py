@@ -6,97 +6,17 @@ import threading
 import time
 
 import pytest
-from helpers.reference import hf_greedy
-
-PROMPT = "Once upon a time, in a land far away,"
-LONG = 400
+from helpers.async_engine import LONG, PROMPT, Request, async_llm, greedy, held, serves, under_way
 
 
 @pytest.fixture(scope="module")
 def engine_process(tiny_model):
-    """AsyncLLM with its engine in a process of its own, and the loop that it lives in."""
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def run(coroutine, timeout=120):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
-
-    async def start():
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(tiny_model),
-                dtype="float32",
-                max_model_len=512,
-                max_num_batched_tokens=256,
-                kv_cache_memory_bytes=64 << 20,
-                gpu_memory_utilization=0.5,
-                enable_sleep_mode=True,
-            )
-        )
-
-    llm = run(start())
-    yield llm, run
-    llm.shutdown()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    patch.undo()
-
-
-class Request:
-    """One request under way, token by token."""
-
-    def __init__(self, llm, name: str, tokens: int):
-        self._arguments = llm, name, tokens
-        self.tokens: list[int] = []
-        self.reason: str | None = None
-        self.started = asyncio.Event()
-
-    async def run(self) -> "Request":
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        llm, name, tokens = self._arguments
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        async for output in llm.generate(PROMPT, params, name):
-            self.tokens += output.outputs[0].token_ids
-            self.reason = output.outputs[0].finish_reason
-            if len(self.tokens) > 5:
-                self.started.set()
-        return self
+    yield from async_llm(tiny_model)
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_model):
-    (tokens,) = hf_greedy(tiny_model, [PROMPT], LONG)
-    return tokens
-
-
-async def under_way(llm, name: str, tokens: int = LONG) -> tuple[Request, asyncio.Task]:
-    request = Request(llm, name, tokens)
-    task = asyncio.create_task(request.run())
-    await asyncio.wait_for(request.started.wait(), 60)
-    return request, task
-
-
-async def held(llm) -> dict[str, int]:
-    (status,) = await llm.collective_rpc("sleep_status")
-    return {tag: status["tags"][tag]["device"] for tag in ("weights", "kv_cache")}
-
-
-async def serves(llm, expected) -> None:
-    request = await Request(llm, f"after-{time.monotonic()}", 12).run()
-    assert request.tokens == expected[:12]
+    return greedy(tiny_model)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -184,25 +104,72 @@ def test_kept_requests_are_computed_again_after_the_cache_was_released(engine_pr
     run(test())
 
 
-def test_a_wake_waits_for_a_sleep_that_waits_for_requests(engine_process, expected):
+@pytest.mark.parametrize(
+    ("level", "call"), [(1, "wake_up"), (1, "wake_up weights"), (0, "wake_up"), (1, "resume")]
+)
+def test_a_sleep_that_waits_for_requests_can_be_called_off(engine_process, expected, level, call):
+    """Its caller may be there still, or have given up."""
+    from vllm_sleep_ascend.errors import SleepModeError
+
     llm, run = engine_process
+    caller_gives_up = call == "wake_up weights"
 
     async def test():
-        request, task = await under_way(llm, "overtaken")
-        sleep = asyncio.create_task(llm.sleep(level=1, mode="wait"))
-        await asyncio.sleep(0.05)
-        with pytest.raises(Exception, match="a sleep waits for requests to end"):
+        request, task = await under_way(llm, f"called-off-{level}-{call}")
+        before = await held(llm)
+        sleep = asyncio.create_task(llm.sleep(level=level, mode="wait"))
+        while not await llm.is_sleeping():
+            await asyncio.sleep(0.01)
+        late = asyncio.create_task(Request(llm, f"late-{level}-{call}", 12).run())
+        if caller_gives_up:
+            sleep.cancel()
+            assert await llm.wake_up(tags=["weights"]) is True
+        elif call == "wake_up":
+            assert await llm.wake_up() is True
+        else:
             await llm.resume_generation()
-        wake = asyncio.create_task(llm.wake_up())
-        await asyncio.sleep(0.05)
-        assert not sleep.done()
-        assert not wake.done()
+        assert not task.done()
+        assert not await llm.is_sleeping()
+        (outcome,) = await asyncio.gather(sleep, return_exceptions=True)
+        if not caller_gives_up:
+            assert isinstance(outcome, SleepModeError)
+            assert "called the sleep off while it waited" in str(outcome)
+        assert (await asyncio.wait_for(late, 60)).tokens == expected[:12]
+        assert not task.done()
         await asyncio.wait_for(task, 60)
         assert (request.reason, request.tokens) == ("length", expected)
-        await sleep
-        assert await wake is True
-        assert not await llm.is_sleeping()
+        assert await held(llm) == before
+        assert not await llm.is_paused()
+        await llm.sleep(level=level, mode="wait")
+        assert await llm.is_sleeping()
+        assert await llm.wake_up() is True
         await serves(llm, expected)
+
+    run(test())
+
+
+def test_a_sleep_that_is_called_off_leaves_the_prefix_cache(engine_process, expected):
+    llm, run = engine_process
+
+    async def cached(name: str) -> int:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1)
+        async for output in llm.generate(PROMPT * 8, params, name):
+            found = output.num_cached_tokens
+        return found
+
+    async def test():
+        await cached("first")
+        before = await cached("second")
+        assert before > 0
+        _, task = await under_way(llm, "under way")
+        sleep = asyncio.create_task(llm.sleep(level=1, mode="wait"))
+        while not await llm.is_sleeping():
+            await asyncio.sleep(0.01)
+        await llm.wake_up()
+        await asyncio.gather(sleep, task, return_exceptions=True)
+        assert await cached("third") == before
 
     run(test())
 
@@ -236,15 +203,71 @@ def test_pauses_of_an_engine_that_sleeps_start_nothing(engine_process, expected,
         request, task = await under_way(llm, f"kept-{level}")
         await llm.sleep(level=1, mode="keep")
         await llm.sleep(level=level, mode="wait")
-        pause = asyncio.create_task(llm.pause_generation(mode="wait"))
+        await asyncio.wait_for(llm.pause_generation(mode="wait"), 10)
         await asyncio.sleep(0.3)
         assert not task.done()
         assert set((await held(llm)).values()) == {0}
         assert await llm.wake_up() is True
+        assert await llm.is_paused()
+        assert not task.done()
+        await llm.resume_generation()
         await asyncio.wait_for(task, 60)
         assert (request.reason, request.tokens) == ("length", expected)
-        await asyncio.wait_for(pause, 10)
-        await llm.resume_generation()
+        await serves(llm, expected)
+
+    run(test())
+
+
+@pytest.mark.parametrize(("mode", "level"), [("abort", 0), ("wait", 2), ("keep", 1)])
+def test_a_pause_outlives_a_sleep(engine_process, expected, mode, level):
+    """Whatever wakes the engine, only the user's own call ends the user's own pause."""
+    llm, run = engine_process
+
+    async def test():
+        request, task = await under_way(llm, f"paused-{mode}-{level}")
+        await llm.pause_generation(mode=mode)
+        assert task.done() == (mode != "keep")
+        await llm.sleep(level=level, mode="keep")
+        if level:
+            await llm.wake_up(tags=["weights"])
+            if level == 2:
+                await llm.collective_rpc("reload_weights")
+        assert await llm.wake_up() is True
+        assert await llm.wake_up(tags=["kv_cache"]) is True
+        await llm.sleep(level=1, mode="keep")
+        await llm.collective_rpc("wake_up")
+        assert set((await held(llm)).values()) != {0}
+        assert await llm.is_paused()
+        late = asyncio.create_task(Request(llm, f"queued-{mode}-{level}", 12).run())
+        await asyncio.sleep(0.3)
+        assert not late.done()
+        if level == 2:
+            assert await llm.wake_up(tags=["scheduling"]) is True
+        else:
+            await llm.resume_generation()
+        assert not await llm.is_paused()
+        assert (await asyncio.wait_for(late, 60)).tokens == expected[:12]
+        await asyncio.wait_for(task, 60)
+        ended = {"abort": "abort", "wait": "length", "keep": "length"}[mode]
+        assert request.reason == ended
+        assert request.tokens == expected[: len(request.tokens) if mode == "abort" else None]
+        await llm.sleep(level=1)
+        await llm.wake_up()
+        assert not await llm.is_paused()
+        await serves(llm, expected)
+
+    run(test())
+
+
+def test_a_pause_by_level_0_ends_with_the_wake(engine_process, expected):
+    """vLLM's contract: a level-0 sleep is a sleep, which a wake of everything ends."""
+    llm, run = engine_process
+
+    async def test():
+        await llm.sleep(level=0)
+        await llm.sleep(level=1)
+        assert await llm.wake_up() is True
+        assert not await llm.is_paused()
         await serves(llm, expected)
 
     run(test())

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from helpers import MIB
+from helpers.patience import wait_for
 from helpers.ranks import RESIDENT
 from helpers.reference import PROMPTS, hf_greedy
-from helpers.server import SMALL, Server
+from helpers.server import SMALL, InBackground, Server
 
 from vllm_sleep_ascend.sim import control
 
@@ -120,3 +121,35 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
             assert (state(), states()) == ("awake", both["RUNNING"])
             assert not server.is_sleeping()
             assert answers(server, 0) == answers(server, 1) == expected
+
+        # The user's own pause outlives the sleep of every replica.
+        def is_paused() -> bool:
+            return server.http.get("/is_paused").json()["is_paused"]
+
+        server.post("/pause")
+        server.post("/sleep", params={"level": 1})
+        server.post("/wake_up")
+        assert (state(), is_paused()) == ("paused", True)
+        server.post("/resume")
+        assert (state(), is_paused()) == ("awake", False)
+
+        # A sleep for which one replica waits is called off, also on the other, which sleeps.
+        body = {"model": server.model, "prompt": prompts[0], "max_tokens": 400, "ignore_eos": True}
+        to_one = {
+            "json": {**body, "temperature": 0, "return_token_ids": True},
+            "headers": {"X-data-parallel-rank": "1"},
+        }
+        (undisturbed,) = server.post("/v1/completions", **to_one)["choices"]
+        for path in ("/resume", "/wake_up"):
+            request = InBackground(server, "/v1/completions", **to_one)
+            wait_for(server.runs_requests, "the request runs")
+            sleep = InBackground(server, "/sleep?level=1&mode=wait")
+            wait_for(lambda: state() == "partly_asleep", "replica 0 sleeps")
+            server.post(path)
+            assert (state(), states()) == ("awake", both["RUNNING"])
+            assert not request.is_done()
+            assert sleep.answer().status_code == 503
+            assert "on 1 of 2 data-parallel engines: engine 1: " in sleep.answer().text
+            assert "called the sleep off" in sleep.answer().text
+            assert request.answer().json()["choices"] == [undisturbed]
+        assert answers(server, 0) == answers(server, 1) == expected
