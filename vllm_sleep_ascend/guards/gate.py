@@ -74,7 +74,8 @@ class ServingGate:
         """Schedule nothing until the weights are loaded; then as ``before``."""
         self.held, self._before = True, before
         self._core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-        logger.warning("The engine does not serve yet: %s", self._reason())
+        log = logger.info if self._updating else logger.warning
+        log("The engine does not serve yet: %s", self._reason())
 
     def paused_by_user(self, state: PauseState) -> None:
         """The user, and no sleep, paused the engine."""
@@ -93,7 +94,7 @@ class ServingGate:
                 self._core.scheduler.set_pause_state(self._before)
             else:
                 self._core.resume_scheduler()
-        elif self.closed and not self.held and not self._updating and not asleep:
+        elif self.closed and not self.held and not asleep:
             self.hold(self._core.scheduler.pause_state)
 
     def warn(self) -> None:

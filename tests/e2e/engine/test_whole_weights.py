@@ -78,6 +78,11 @@ def test_an_update_that_lacks_a_shard_leaves_the_weights_before_it(case, tmp_pat
         with pytest.raises(WeightsError, match=rf"no weights for {lacking[0]}; .* before it"):
             case.update(tmp_path, lacking)
         assert case.tokens() == case.old
+    case.llm.start_weight_update()
+    with pytest.raises(SleepModeError, match="under way; call finish_weight_update"):
+        few(case.llm)
+    case.llm.finish_weight_update()  # which has brought nothing, and leaves everything
+    assert case.tokens() == case.old
     case.update(tmp_path)
     assert case.tokens() == case.new
     case.reload()
