@@ -3,12 +3,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import httpx
 import pytest
+from helpers.cli import vllm_sleep
 from helpers.server import SMALL, Server
 
 OPTIONS = ("--enable-sleep-mode", *SMALL, "--gpu-memory-utilization", "0.75")
@@ -42,17 +41,6 @@ def pair(tiny_model, tmp_path_factory):
 
 def url(server: Server) -> str:
     return f"http://127.0.0.1:{server.port}"
-
-
-def vllm_sleep(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_sleep_ascend.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def report(*arguments: str) -> dict:

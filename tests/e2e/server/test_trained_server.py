@@ -3,11 +3,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
+from helpers.cli import vllm_sleep
 from helpers.models import make_model, other_weights
 from helpers.proxy import Proxy, text, url
 from helpers.server import SMALL, Server
@@ -68,17 +67,6 @@ def version(server: Server) -> str:
     found = server.http.get("/weight_info").json()["weight_version"]
     assert server.rank_status()["weights"]["version"] == found
     return found
-
-
-def vllm_sleep(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_sleep_ascend.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def on_device(server: Server) -> int:
