@@ -25,7 +25,8 @@ class SleepModeConfig(BaseModel):
     (KV cache, workspace) 1024, or this if it is more."""
 
     wake_timeout_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Seconds that a wake waits for device memory that another process still holds."""
+    """Seconds that a wake, and each step of a start, waits for device memory that another process
+    still holds. A start beside vllm-ascend does not wait."""
 
     host_backup: Literal["on_demand", "prepared"] = Field(default="on_demand")
     """When the host memory of a level-1 backup is pinned: at the first sleep, or in the background

@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from vllm_sleep_ascend.backend import CamemBackend
 
@@ -35,6 +37,21 @@ def resident_bytes(
     other = max(0, components.pop(_APPLICATION, 0) - managed)
     context = sum(components.values())
     return {"context": context, "communicators": communicators, **graphs, "other": other}
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that this process holds, whatever other processes do: AscendCL's
+    own account, and at least what torch has taken and not put to sleep."""
+    by_torch = torch.accelerator.memory_reserved(device)
+    try:
+        from vllm_sleep_ascend import _camem
+    except ImportError:  # installed without the compiled allocator: nothing sleeps
+        return by_torch
+    asleep = sum(
+        a["bytes"] - a["device_bytes"] for a in _camem.allocations() if a["device"] == device.index
+    )
+    components = _camem.component_bytes(device.index) or {}
+    return max(sum(components.values()), by_torch - asleep)
 
 
 def communicator_bytes(backend: "CamemBackend", device: int) -> int | None:

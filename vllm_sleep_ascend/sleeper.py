@@ -20,7 +20,7 @@ from vllm_sleep_ascend.policy import (
     POLICY,
     check_level,
 )
-from vllm_sleep_ascend.resident import describe, resident_bytes
+from vllm_sleep_ascend.resident import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.saved import SavedContent
 from vllm_sleep_ascend.source_worker import SourceWorker
 from vllm_sleep_ascend.transacting import TransactingWorker
@@ -95,17 +95,17 @@ class SleepingWorker(SourceWorker, TransactingWorker):
         worker: Any = self
         if check_level(level) == 0:
             return
-        free_before = 0
+        held_before = 0
 
         def prepare() -> None:
-            nonlocal free_before
+            nonlocal held_before
             if worker._weight_update_active:
                 raise SleepModeError(
                     "sleep refused: a weight update is under way; call finish_weight_update first"
                 )
             self._before_sleep(level)
             torch.accelerator.synchronize()
-            free_before, _ = torch_npu.npu.mem_get_info()
+            held_before = held_bytes(worker.device)
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
             if (level == 2 or self.sleep_mode_backend.verifies) and not self._saved.saved:
                 self._save_for_level_2()
@@ -123,14 +123,14 @@ class SleepingWorker(SourceWorker, TransactingWorker):
         self._after_sleep()
         backend = self.sleep_mode_backend
         with suppress(RuntimeError):  # it is done: a figure for the log may not make it an error
-            free_after, total = torch_npu.npu.mem_get_info()
+            free, total = torch_npu.npu.mem_get_info()
             components = backend.component_bytes(worker.device.index)
             logger.info(
-                "Sleep level %d: %.2f GiB of device memory came free; %.2f GiB of %.2f GiB are in "
-                "use on the device, by all processes. Still held by this one: %s.",
+                "Sleep level %d: this process gave back %.2f GiB of device memory; %.2f GiB of "
+                "%.2f GiB are in use on the device, by all processes. Still held by this one: %s.",
                 level,
-                (free_after - free_before) / _GIB,
-                (total - free_after) / _GIB,
+                (held_before - held_bytes(worker.device)) / _GIB,
+                (total - free) / _GIB,
                 total / _GIB,
                 describe(resident_bytes(components, backend.usage())),
             )

@@ -4,23 +4,27 @@
 import gc
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_npu
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
 from vllm.utils.mem_utils import MemorySnapshot, format_gib
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
-from vllm.v1.worker.utils import request_memory
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.resident import held_bytes
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
+from vllm_sleep_ascend.start_memory import StartMemory
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.native.model_runner import NPUModelRunner
@@ -38,11 +42,11 @@ class NPUWorker(SleepingWorker, Worker):
     device: torch.device
 
     def init_device(self) -> None:
-        """Take the device, join the other ranks, and measure the memory that there is.
+        """Take the device, join the other ranks, and see that the engine's share of it is free.
 
         Raises:
             ValueError: the rank has no device, or too little memory is free for
-                ``gpu_memory_utilization``.
+                ``gpu_memory_utilization``, also after ``wake_timeout_s``.
         """
         # vLLM's start-up collects garbage a dozen times; what is imported by now is not garbage.
         freeze_gc_heap()
@@ -52,7 +56,6 @@ class NPUWorker(SleepingWorker, Worker):
             self._require_no_other_engine()
             self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]
-        # Before the snapshot, so that the communicator's buffers are not counted as free.
         init_worker_distributed_environment(
             self.vllm_config,
             self.rank,
@@ -64,8 +67,12 @@ class NPUWorker(SleepingWorker, Worker):
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()
-        self.init_snapshot = MemorySnapshot(device=self.device)
-        self.requested_memory = request_memory(self.init_snapshot, self.cache_config)
+        wait_s = SleepModeConfig.from_vllm_config(self.vllm_config).wake_timeout_s
+        utilization = self.cache_config.gpu_memory_utilization
+        self._start_memory = StartMemory(self.device, utilization, wait_s)
+        self._start_memory.require()
+        self.init_snapshot = MemorySnapshot(device=self.device)  # for vLLM's logs
+        self.requested_memory = self._start_memory.share
         self._init_workspace_and_model_runner()
 
     def _require_no_other_engine(self) -> None:
@@ -122,6 +129,48 @@ class NPUWorker(SleepingWorker, Worker):
 
         return use_pool(tag)
 
+    def load_model(self, **kwargs: Any) -> None:
+        """
+        Raises:
+            DeviceOutOfMemoryError: the weights do not fit; says who holds the device's memory.
+        """
+        with self._start_memory.named("the weights"):
+            super().load_model(**kwargs)
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: this engine's share less what the process holds and a batch
+        takes. The stock method takes all memory that goes or comes for this engine's own.
+
+        Raises:
+            DeviceOutOfMemoryError: other processes leave too little; says who holds how much.
+        """
+        with self._start_memory.named("the largest batch"):
+            if self.cache_config.kv_cache_memory_bytes:
+                return super().determine_available_memory()
+            with set_current_vllm_config(self.vllm_config):
+                self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
+                    lambda: self.model_runner.profile_run(self.randomize_dummy_inputs),
+                    least=self._least_kv_cache(),
+                )
+        return self.available_kv_cache_memory_bytes
+
+    def _least_kv_cache(self) -> int:
+        """Bytes of KV cache without which vLLM does not start."""
+        fits_itself = self.model_config.original_max_model_len == -1
+        if fits_itself or self.cache_config.num_gpu_blocks_override is not None:
+            return 1
+        return max_memory_usage_bytes(self.vllm_config, self.get_kv_cache_spec().values())
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache; wait for memory that another process took since it was measured.
+
+        Raises:
+            DeviceOutOfMemoryError: it did not come back within ``wake_timeout_s``.
+        """
+        with self._start_memory.named("the KV cache"), self._start_memory.waiting_allocations():
+            super().initialize_from_config(kv_cache_config)
+
     def checkpoint_prepare(self) -> None:
         """
         Raises:
@@ -149,8 +198,9 @@ class NPUWorker(SleepingWorker, Worker):
             self.sleep_mode_backend.prepare()
             _sleeping_worker = weakref.ref(self)
         logger.info(
-            "NPU %s: %s GiB free of %s GiB after start-up.",
+            "NPU %s: this process holds %s GiB after start-up; %s GiB of %s GiB are free.",
             self.device.index,
+            format_gib(held_bytes(self.device)),
             *(format_gib(n) for n in torch_npu.npu.mem_get_info(self.device)),
         )
         return CompilationTimes(language_model=0.0, encoder=0.0)
