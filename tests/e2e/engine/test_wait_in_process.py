@@ -75,14 +75,14 @@ def test_requests_that_have_not_begun_are_refused_by_option(tiny_model, expected
 
     options = {"sleep_mode": {"while_asleep": "refuse"}}
     with engine(tiny_model, enable_sleep_mode=True, additional_config=options) as llm:
-        llm.llm_engine.add_request("runs", FEW[0], params(FEW_TOKENS))
+        llm.llm_engine.add_request("1000", FEW[0], params(FEW_TOKENS))
         llm.llm_engine.step()
         llm.enqueue(FEW[1:], params(LONG), use_tqdm=False)
         llm.sleep(level=1, mode="keep")
         with pytest.raises(SleepModeError, match="the engine sleeps; wake it with wake_up"):
             llm.enqueue(FEW, params(LONG), use_tqdm=False)
         llm.wake_up()
-        kept, *refused = llm.wait_for_completion(use_tqdm=False)
+        *refused, kept = llm.wait_for_completion(use_tqdm=False)
         assert list(kept.outputs[0].token_ids) == expected[0]
         assert [output.outputs[0].finish_reason for output in refused] == ["abort"] * len(FEW[1:])
         assert all("the engine sleeps" in output.outputs[0].stop_reason for output in refused)

@@ -32,10 +32,14 @@ def completion(server, tokens: int, text: str = "The future of AI is") -> InBack
     return InBackground(server, "/v1/completions", json={**body, "ignore_eos": True})
 
 
+@pytest.fixture(scope="module")
+def undisturbed(server) -> str:
+    return completion(server, LONG).answer().json()["choices"][0]["text"]
+
+
 @contextlib.contextmanager
-def under_way(server) -> Iterator[InBackground]:
+def under_way(server, undisturbed) -> Iterator[InBackground]:
     """A long request; at the end it has answered as one that nothing disturbed."""
-    undisturbed = completion(server, LONG).answer().json()["choices"][0]["text"]
     request = completion(server, LONG)
     wait_for(server.runs_requests, "the request runs")
     yield request
@@ -64,8 +68,8 @@ def test_a_pause_outlives_a_sleep(server, mode):
 
 
 @pytest.mark.parametrize("path", ["/resume", "/wake_up"])
-def test_a_sleep_whose_client_has_gone_is_called_off(server, path):
-    with under_way(server) as request:
+def test_a_sleep_whose_client_has_gone_is_called_off(server, undisturbed, path):
+    with under_way(server, undisturbed) as request:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(
                 b"POST /sleep?level=1&mode=wait HTTP/1.1\r\n"
@@ -78,8 +82,8 @@ def test_a_sleep_whose_client_has_gone_is_called_off(server, path):
         assert server.http.get("/sleep_status").json()["state"] == "awake"
 
 
-def test_the_client_of_a_sleep_that_is_called_off_is_told(server):
-    with under_way(server) as request:
+def test_the_client_of_a_sleep_that_is_called_off_is_told(server, undisturbed):
+    with under_way(server, undisturbed) as request:
         sleep = InBackground(server, "/sleep?level=1&mode=wait")
         wait_for(server.is_sleeping, "the engine waits for its request")
         assert server.post("/wake_up?tags=weights")["status"] == "awake"
