@@ -8,10 +8,21 @@ import nothing heavy before they know that they are needed.
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
 __version__ = "0.1.0"
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def safe_while_asleep(function: _Function) -> _Function:
+    """Decorator: a function, or a method of a worker extension, that touches neither weights nor KV
+    cache. ``collective_rpc`` runs it also while the weights sleep."""
+    function.safe_while_asleep = True  # type: ignore[attr-defined]
+    return function
 
 
 def register_platform() -> str | None:

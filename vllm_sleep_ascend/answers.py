@@ -31,6 +31,7 @@ _OURS = (
 # hang. If its process ends, vLLM's monitor shuts the executor down, which ends the wait.
 _ALONE = ("reload_weights", "save_sharded_state", "save_tensorized_model")
 _LOOK_S = 1.0  # how often to look at the ranks behind while one does not answer
+_MOST_OWED = 5  # vLLM's queue of calls holds ten that a rank has not read; more would block
 _ABORT_S = 10.0  # to take back what a rank holds
 _LARGE_S = 60.0  # for a large answer to follow its mark
 
@@ -42,6 +43,7 @@ class _Rank:
     def __init__(self, queue: Any) -> None:
         self._queue = queue
         self.owed = 0  # calls that were given up before this rank had answered
+        self._since = 0.0  # when it began to owe answers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
@@ -51,8 +53,32 @@ class _Rank:
         try:
             return self.take(_deadline(timeout))
         except TimeoutError:
-            self.owed += 1
+            self.owe()
             raise
+
+    def owe(self) -> None:
+        """Note that nobody waits for the next answer any more."""
+        if not self.owed:
+            self._since = time.monotonic()
+        self.owed += 1
+
+    def settle(self, rank: int, grace_s: float) -> None:
+        """Wait for the answers that the rank owes: ``grace_s`` seconds from when it began to, and
+        if they have passed, for a moment.
+
+        Raises:
+            RankGoneError: they did not come.
+        """
+        now = time.monotonic()
+        try:
+            self.catch_up(max(now + _LOOK_S, self._since + grace_s))
+        except TimeoutError:
+            raise RankGoneError(
+                f"rank {rank} has not answered an earlier call, whose timeout passed "
+                f"{time.monotonic() - self._since:.0f} s ago (rank_timeout_s), and nothing was "
+                "sent to any rank; repeat the call if the rank may still be at work, or else "
+                "restart the engine"
+            ) from None
 
     def take(self, deadline: float = inf) -> Any:
         self.catch_up(deadline)
@@ -108,7 +134,6 @@ class _Answers:
             return self._early.pop()
         if deadline < inf:
             return self._queue.take(deadline)
-        self._queue.catch_up()
         while True:
             try:
                 return self._queue.take(time.monotonic() + _LOOK_S)
@@ -130,6 +155,9 @@ class _Answers:
 
     def _follow(self, since: float, deadline: float, error: str) -> None:
         """After another's error, keep this rank's answer from staying in the queue."""
+        if not self._early and self._queue.owed:  # busy with an earlier call, which may take long
+            self._forgo()
+            return
         if self._grace_s < inf:
             self._take_in_grace(since, error)
             return
@@ -142,14 +170,11 @@ class _Answers:
         if self._early:
             self._early.pop()
         else:
-            self._queue.owed += 1
+            self._queue.owe()
 
     def _take_in_grace(self, since: float, error: str) -> Any:
         if self._early:
             return self._early.pop()
-        if self._queue.owed:  # busy with an earlier call, which may take long
-            self._queue.catch_up()
-            since = time.monotonic()
         try:
             return self._queue.take(since + self._grace_s)
         except TimeoutError:
@@ -158,6 +183,10 @@ class _Answers:
                 f"{self._grace_s:g} s; restart the engine"
                 + (f". The other's error: {error}" if error else "")
             ) from None
+
+
+def _has_timeout(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return (args[0] if args else kwargs.get("timeout")) is not None
 
 
 def _deadline(timeout: float | None) -> float:
@@ -190,12 +219,16 @@ def reads_every_answer(stock: Callable) -> Callable:
             raise RuntimeError("Executor failed: a rank is gone; restart the engine")
         if not all(isinstance(queue, _Rank) for queue in self.response_mqs):
             self.response_mqs = [_Rank(queue) for queue in self.response_mqs]
+        queues = self.response_mqs
+        slowest_s = SleepModeConfig.slowest_rank_s(self.vllm_config) + _ABORT_S
+        for rank, queue in enumerate(queues):
+            if queue.owed and not _has_timeout(args, kwargs):
+                queue.settle(rank, slowest_s)
+            elif queue.owed >= _MOST_OWED:
+                queue.settle(rank, 0)
         if kwargs.get("unique_reply_rank") is not None:  # then the other ranks do not answer
             return stock(self, method, *args, **kwargs)
-        queues = self.response_mqs
-        grace_s = inf
-        if method not in _ALONE:
-            grace_s = SleepModeConfig.slowest_rank_s(self.vllm_config) + _ABORT_S
+        grace_s = inf if method in _ALONE else slowest_s
         bounded = method in _OURS
         answers = [_Answers(rank, queue, bounded, grace_s) for rank, queue in enumerate(queues)]
         for rank, answer in enumerate(answers):

@@ -9,6 +9,7 @@ its work. So communicators are destroyed and made anew, and all else stays: torc
 with their stores and streams, vLLM's groups over them, and whatever refers to them.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ from vllm_sleep_ascend.config import connect_timeout_s
 from vllm_sleep_ascend.errors import SleepModeError
 
 _NPU = torch.device("npu")
+
+
+def meet(group: Any) -> None:
+    """Make the communicator of a pipeline's stages now, if they send each other through it.
+
+    With P2P_HCCL_BUFFSIZE=0 torch_npu has no communicators of pairs, and the first message waits
+    for every rank of the group. vLLM's third stage comes only once the second has received: they
+    would wait for each other.
+    """
+    if os.environ.get("P2P_HCCL_BUFFSIZE") == "0" and dist.get_world_size(group) > 2:
+        _backend(group).get_hccl_comm_name(dist.get_rank(), True)
 
 
 @dataclass(frozen=True)

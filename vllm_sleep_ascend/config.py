@@ -49,6 +49,11 @@ class SleepModeConfig(BaseModel):
     """What becomes of new generation requests while the engine sleeps. "wait": they are queued.
     "refuse": the server answers 503 with Retry-After, and AsyncLLM raises."""
 
+    calls_while_asleep: Literal["refuse", "allow"] = Field(default="refuse")
+    """What becomes of calls of the workers (collective_rpc, apply_model) that may touch the weights
+    while those sleep. "refuse": an error before anything runs. "allow": they run, and one that
+    touches the weights ends the process. Methods of vLLM that use them are refused always."""
+
     release_communicators: bool = Field(default=False)
     """Give back the device memory of HCCL's communicators while the engine sleeps, and make them
     again at the wake. vLLM's enable_nccl_comm_suspend does the same."""

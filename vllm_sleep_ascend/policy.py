@@ -37,6 +37,23 @@ DEFERRABLE_TAGS = ("weights", "kv_cache")
 # Not memory: level 0 pauses scheduling alone, and this tag resumes it.
 SCHEDULING_TAG = "scheduling"
 
+# Methods of a worker that touch no memory that sleeps. Any other is refused while weights sleep.
+SAFE_CALLS = (
+    *("sleep", "wake_up", "discard", "sleep_refusal", "sleeping_tags", "sleep_status"),
+    *("weights_content", "mark_weights_loaded", "give_weight_version"),
+    *("check_health", "synchronize_device", "shutdown", "profile"),
+    *("reset_mm_cache", "reset_encoder_cache", "list_loras", "get_supported_tasks"),
+    *("init_weight_transfer_engine", "shutdown_weight_transfer_engine"),
+    *("supports_draft_weight_updates", "get_model_inspection"),
+)
+# What the engine calls for each step, and does not while its memory sleeps.
+STEP_CALLS = ("execute_model", "sample_tokens", "take_draft_token_ids")
+# Methods that use the KV cache as well as the weights.
+NEEDS_ALL = (
+    *STEP_CALLS,
+    *("execute_dummy_batch", "determine_available_memory", "initialize_from_config"),
+    "compile_or_warm_up_model",
+)
 # What vLLM's worker does with weights: on sleeping memory each would fault the device.
 NEEDS_WEIGHTS = (
     "reload_weights",
@@ -52,6 +69,10 @@ NEEDS_WEIGHTS = (
     "pin_lora",
     "remove_lora",
 )
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(NEEDS_WEIGHTS, ("weights",)),
+    **dict.fromkeys(NEEDS_ALL, DEFERRABLE_TAGS),
+}
 
 
 def check_level(level: object) -> int:

@@ -12,10 +12,12 @@ import torch
 import torch_npu
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.calls_while_asleep import asleep_error
 from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import (
     DEFERRABLE_TAGS,
+    NEEDS,
     NEEDS_WEIGHTS,
     POLICY,
     check_level,
@@ -34,26 +36,20 @@ _GIB = 1 << 30
 def needs_weights_awake(cls: type) -> type:
     """Class decorator: have methods that use weights refuse to touch them while they sleep."""
 
-    def refusing(name: str, tags: tuple[str, ...], stock: Callable) -> Callable:
+    def refusing(name: str, stock: Callable) -> Callable:
         @wraps(stock)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.model_config.enable_sleep_mode:
-                for tag in tags:
-                    if self.sleep_mode_backend.asleep(tag):
-                        sleeps = "sleep" if tag == "weights" else "sleeps"
-                        raise SleepModeError(
-                            f"{name} needs the {tag}, which {sleeps}; "
-                            f"call wake_up(tags=['{tag}']) first"
-                        )
+                asleep = [tag for tag in NEEDS[name] if self.sleep_mode_backend.asleep(tag)]
+                if asleep:
+                    raise asleep_error(self, name, asleep)
             return stock(self, *args, **kwargs)
 
         return call
 
-    for name in NEEDS_WEIGHTS:
+    for name in (*NEEDS_WEIGHTS, "execute_dummy_batch"):
         if hasattr(cls, name):  # vLLM's versions differ in what a worker can do
-            setattr(cls, name, refusing(name, ("weights",), getattr(cls, name)))
-    name = "execute_dummy_batch"
-    setattr(cls, name, refusing(name, DEFERRABLE_TAGS, getattr(cls, name)))
+            setattr(cls, name, refusing(name, getattr(cls, name)))
     return cls
 
 

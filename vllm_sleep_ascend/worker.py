@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch_npu
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
@@ -21,6 +22,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
+from vllm_sleep_ascend.communicators import meet
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.resident import held_bytes
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
@@ -63,6 +65,7 @@ class NPUWorker(SleepingWorker, Worker):
             self.local_rank,
             current_platform.dist_backend,
         )
+        meet(get_pp_group().device_group)
         self._join_ranks()
         set_random_seed(self.model_config.seed)
         gc.collect()

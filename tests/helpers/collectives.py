@@ -223,6 +223,31 @@ class Rank:
             assert hccl.HcclCommDestroy(part) == 0
         assert hccl.HcclCommDestroy(whole) == 0
 
+    def stages_share_a_communicator(self) -> None:
+        """As in vLLM's pipeline, a stage receives once the one before it has sent it word. Their
+        communicator is released before anything was sent, and later."""
+        from vllm_sleep_ascend.communicators import Communicators, meet
+
+        group = dist.new_group(backend="hccl")
+        meet(group)
+        communicators = Communicators(lambda: None, range(self.world))
+        for _ in range(2):
+            communicators.release()
+            released = communicators.released
+            dist.barrier(self.gloo)
+            communicators.restore()
+            communicators.forget()
+            x = torch.full((4,), 0.0, device="npu")
+            if self.rank > 0:
+                dist.recv(torch.empty(1), self.rank - 1, group=self.gloo)
+                dist.recv(x, self.rank - 1, group=group)
+            if self.rank < self.world - 1:
+                dist.send(torch.ones(1), self.rank + 1, group=self.gloo)
+                dist.send(x + 1, self.rank + 1, group=group)
+            equal_bits(x, torch.full((4,), float(self.rank)))
+            assert released
+        dist.barrier(self.gloo)
+
     def counts_differ(self) -> None:
         x = torch.ones(10 + self.rank, device="npu")
         fails(lambda: dist.all_reduce(x), "the ranks differ")

@@ -13,6 +13,7 @@ from typing import Any
 
 from helpers.faults import DRIVER_ERROR, HCCL_ERROR
 from helpers.ranks import assert_all, fail_on
+from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.sim import control
 
 BACKGROUND = ("HcclGetCommAsyncError",)
@@ -32,12 +33,14 @@ class Fault:
         return f"{self.call}:{self.nth}:{code}"
 
 
+@safe_while_asleep
 def keep_log(worker: Any, on: bool) -> list[str]:
     log = [] if on else control.call_log()
     control.keep_call_log(on)
     return log
 
 
+@safe_while_asleep
 def fault_hits(worker: Any) -> int:
     return control.fault_hits()
 

@@ -12,6 +12,7 @@ import torch
 from helpers import MIB
 from helpers.engine import few, tokens
 from helpers.reference import hf_few, hf_greedy
+from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.sim import control
 
 # What may stay on a device: two buffers of 4 MiB for each communicator of a group and of 20 MiB for
@@ -23,6 +24,7 @@ def status(llm: Any) -> list[dict]:
     return llm.collective_rpc("sleep_status")
 
 
+@safe_while_asleep
 def process_id(worker: Any) -> int:
     return os.getpid()
 
@@ -42,6 +44,7 @@ def fail_on(llm: Any, rank: int, rules: str) -> None:
     llm.collective_rpc(_set_faults, args=(rank, rules))
 
 
+@safe_while_asleep
 def _set_faults(worker: Any, rank: int, rules: str) -> None:
     control.set_faults(rules if worker.rank == rank else "")
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
+from helpers import ROOT
 
 from vllm_sleep_ascend import policy
 
@@ -49,3 +52,11 @@ def test_level_2_forgets_the_weights_and_level_1_does_not():
     for level in (1, 2):
         assert policy.POLICY[level]["kv_cache"] == "discard"
         assert policy.POLICY[level]["runtime"] == "offload"
+
+
+@pytest.mark.parametrize("guide", ["guide.md", "guide.zh.md"])
+def test_the_guides_list_the_calls_that_are_safe_while_asleep(guide):
+    text = (ROOT / "docs" / guide).read_text()
+    section = next(part for part in text.split("\n## ") if "worker_extension_cls" in part)
+    listed = re.findall(r"`(\w+)`(?:,|;|、|\uff1b)", section.partition("\n- ")[2])
+    assert tuple(listed) == policy.SAFE_CALLS

@@ -152,3 +152,10 @@ def test_no_communicator_without_memory(hccl, root_info, monkeypatch) -> None:
     comm = ctypes.c_void_p()
     assert hccl.HcclCommInitRootInfo(1, root_info, 0, ctypes.byref(comm)) == OUT_OF_MEMORY
     assert "HCCL_BUFFSIZE" in message()
+
+
+def test_three_pipeline_stages_share_a_communicator(tmp_path) -> None:
+    """Which all have to be there to make: else the first two wait for the third, as it for them."""
+    options = {"P2P_HCCL_BUFFSIZE": "0", "HCCL_CONNECT_TIMEOUT": "10"}
+    for code, _, errors in run(tmp_path, "stages_share_a_communicator", 3, **options):
+        assert code == 0, errors

@@ -11,7 +11,8 @@ from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.answers import reads_every_answer
-from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.calls_while_asleep import GuardedCall, guards_calls
+from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.pauses import call_off_sleep, is_pending, pausing_to_sleep, serve_on
@@ -27,8 +28,14 @@ def install() -> None:
     """Wrap the engine's calls, and add one that says why it does not serve."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    wrap(MultiprocExecutor, "collective_rpc", reads_every_answer)
+    wrap(
+        MultiprocExecutor,
+        "collective_rpc",
+        lambda stock: reads_every_answer(guards_calls(stock)),
+    )
+    wrap(UniProcExecutor, "collective_rpc", guards_calls)
     wrap(EngineCore, "sleep", _sleep)
     wrap(EngineCore, "wake_up", _wake_up)
     wrap(EngineCore, "release_kv_cache_memory", _release_kv_cache_memory)
@@ -236,16 +243,29 @@ def _is_sleeping(stock: Callable) -> Callable:
 def _collective_rpc(stock: Callable) -> Callable:
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         gate = ServingGate.of(self)
-        moves = gate is not None and method in _MOVES
+        if gate is None:
+            return stock(self, method, *args, **kwargs)
+        wrap(type(self.model_executor), "collective_rpc", guards_calls)  # Ray's, or a user's own
+        call = GuardedCall(method) if method in policy.STEP_CALLS else method
         try:
-            with _moved(self) if moves else nullcontext():
-                return stock(self, method, *args, **kwargs)
-        finally:
-            may_load = not isinstance(method, str) or method in policy.NEEDS_WEIGHTS
-            if gate is not None and (may_load or gate.held or not gate.clear):
-                gate.follow_load()
+            with _moved(self) if method in _MOVES else nullcontext():
+                result = stock(self, call, *args, **kwargs)
+        except (TimeoutError, RankGoneError):
+            gate.unseen = True  # to ask a rank that does not answer is to wait for it
+            raise
+        except Exception:
+            _follow_load(gate, method)
+            raise
+        _follow_load(gate, method)
+        return result
 
     return collective_rpc
+
+
+def _follow_load(gate: ServingGate, method: Any) -> None:
+    may_load = not isinstance(method, str) or method not in policy.SAFE_CALLS
+    if may_load or gate.unseen or gate.held or not gate.clear:
+        gate.follow_load()
 
 
 @contextmanager

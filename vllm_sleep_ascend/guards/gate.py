@@ -33,6 +33,7 @@ class ServingGate:
         self.users_pause = PauseState.UNPAUSED  # outlives sleep and wake, until the user resumes
         self._warned = False
         self.held = False
+        self.unseen = False  # a call timed out that may load weights
 
     @classmethod
     def of(cls, core: Any) -> "ServingGate | None":
@@ -54,6 +55,7 @@ class ServingGate:
         self._beyond_loading = any(content["beyond_loading"] for content in contents)
         self._warned = self._warned and bool(self._missing)
         version.follow(self._core, contents)
+        self.unseen = False
 
     @property
     def closed(self) -> bool:

@@ -39,25 +39,25 @@ AWAKE = [
 
 ASLEEP = [
     ("generate", lambda llm: llm.generate("Hi"), SleepModeError, r"wake_up\(\) before generate"),
-    ("reload", lambda llm: llm.collective_rpc("reload_weights"), SleepModeError, "weights, which"),
-    ("reset", lambda llm: llm.collective_rpc("reset_weights"), SleepModeError, "weights, which"),
+    ("reload", lambda llm: llm.collective_rpc("reload_weights"), SleepModeError, "asleep .weights"),
+    ("reset", lambda llm: llm.collective_rpc("reset_weights"), SleepModeError, "asleep .weights"),
     (
         "checksums",
         lambda llm: llm.collective_rpc("compute_weight_checksums"),
         SleepModeError,
-        "compute_weight_checksums needs the weights, which sleep",
+        r"compute_weight_checksums needs memory that is asleep \(weights\)",
     ),
     (
         "an update",
         lambda llm: llm.collective_rpc("start_weight_update"),
         SleepModeError,
-        r"start_weight_update needs the weights, which sleep; call wake_up\(tags=\['weights'\]\)",
+        r"start_weight_update needs .* \(weights\); call wake_up\(tags=\['weights'\]\) first",
     ),
     (
         "an update's weights",
         lambda llm: llm.collective_rpc("update_weights", args=({},)),
         SleepModeError,
-        "update_weights needs the weights",
+        "update_weights needs memory",
     ),
     ("a level above 2", lambda llm: llm.sleep(level=3), ValueError, "level 3 does not exist"),
     ("a wrong tag", lambda llm: llm.wake_up(tags=["cache"]), ValueError, "tag 'cache' does not"),

@@ -13,7 +13,7 @@ from helpers.patience import wait_for
 from helpers.ranks import assert_all, status
 from helpers.reference import hf_few
 
-from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend import _camem, safe_while_asleep
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 
 
@@ -96,11 +96,13 @@ def test_a_backup_that_changed_is_found_and_not_served(tiny_model):
         assert few(llm) == expected
 
 
+@safe_while_asleep
 def change_backups_of(worker, rank: int) -> None:
     if worker.rank == rank:
         assert change_every_backup() > 0
 
 
+@safe_while_asleep
 def set_model(worker, rank: int, path: str) -> None:
     if worker.rank == rank:
         worker.model_config.model = path

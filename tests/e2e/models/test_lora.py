@@ -74,9 +74,9 @@ def test_level_1(llm, all_answers, expected):
 
 def test_adapters_are_not_loaded_into_sleeping_memory(llm, request_of, expected, all_answers):
     llm.sleep(level=1)
-    with pytest.raises(Exception, match="add_lora needs the weights, which sleep"):
+    with pytest.raises(Exception, match=r"add_lora needs memory that is asleep \(weights\)"):
         llm.llm_engine.add_lora(request_of(1))
-    with pytest.raises(Exception, match="pin_lora needs the weights, which sleep"):
+    with pytest.raises(Exception, match=r"pin_lora needs memory that is asleep \(weights\)"):
         llm.llm_engine.pin_lora(2)
     llm.wake_up()
     assert all_answers() == expected

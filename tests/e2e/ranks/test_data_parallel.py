@@ -11,12 +11,14 @@ from helpers.ranks import RESIDENT
 from helpers.reference import PROMPTS, hf_greedy
 from helpers.server import SMALL, InBackground, Server
 
+from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.sim import control
 
 
 class FailingReplica:
     """Of the server's workers, by ``--worker-extension-cls``."""
 
+    @safe_while_asleep
     def fail_on_replica(self, replica: int, rules: str) -> None:
         mine = self.parallel_config.data_parallel_index == replica  # type: ignore[attr-defined]
         control.set_faults(rules if mine else "")

@@ -14,6 +14,8 @@ from helpers.ranks import (
 )
 from helpers.reference import hf_few
 
+from vllm_sleep_ascend.errors import RankGoneError
+
 
 def test_a_rank_that_dies_while_it_falls_asleep_is_an_error_and_no_hang(tiny_model) -> None:
     with engine(
@@ -51,6 +53,20 @@ def test_a_rank_that_hangs_is_an_error_in_bounded_time(tiny_model) -> None:
             assert_all(llm, "SUSPENDED")
             llm.wake_up()
             assert few(llm) == expected
+
+        # A call of the user's times out: the next one names the rank, and runs once it answers.
+        victim = llm.collective_rpc(process_id)[1]
+        os.kill(victim, signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            llm.collective_rpc(process_id, timeout=1)
+        for call in (llm.sleep, lambda: llm.collective_rpc("reload_weights")):
+            with pytest.raises(RankGoneError, match="rank 1 has not answered an earlier call"):
+                call()
+        os.kill(victim, signal.SIGCONT)
+        llm.sleep(level=1)
+        assert_all(llm, "SUSPENDED")
+        llm.wake_up()
+        assert few(llm) == expected
 
         # It does not: the other says so, and then the engine ends, which frees the devices.
         victim = llm.collective_rpc(process_id)[0]

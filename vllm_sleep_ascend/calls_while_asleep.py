@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that reach a worker while its memory sleeps: one that touches it would fault the device.
+
+The engine's process sends each call that is not known to be safe as a ``GuardedCall``, through
+whichever executor; the worker's process then knows what sleeps. All ranks sleep alike, and so all
+run a call or all refuse it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.v1.serial_utils import run_method
+
+from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.config import KEY, SleepModeConfig
+from vllm_sleep_ascend.errors import SleepModeError
+
+
+class GuardedCall:
+    """A method of a worker by its name, or a function of the worker, that does not run where it may
+    touch what sleeps.
+
+    Raises:
+        SleepModeError: it may, and was not run.
+    """
+
+    def __init__(self, method: str | bytes | Callable) -> None:
+        self._method = method
+
+    def __repr__(self) -> str:
+        """How vLLM names it in its errors."""
+        if isinstance(self._method, str):
+            return self._method
+        return getattr(self._method, "__qualname__", type(self._method).__name__)
+
+    def __call__(self, worker: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check(vars(worker).get("worker", worker))  # executors have a wrapper around theirs
+        return run_method(worker, self._method, args, kwargs)
+
+    def _check(self, worker: Any) -> None:
+        name = str(self)
+        by_name = isinstance(self._method, str)
+        known = by_name and name in policy.NEEDS
+        needed = policy.NEEDS[name] if known else ("weights",)
+        asleep = worker.sleeping_tags()
+        if asleep.isdisjoint(needed):
+            return
+        if known:
+            raise asleep_error(worker, name, asleep.intersection(needed))
+        function = getattr(worker, name, None) if by_name else self._method
+        config = SleepModeConfig.from_vllm_config(worker.vllm_config)
+        if config.calls_while_asleep == "allow" or hasattr(function, "safe_while_asleep"):
+            return
+        raise _refusal(
+            worker,
+            f"{name} was not run: {_listed(asleep)} asleep, and it may touch the weights; call "
+            "wake_up(tags=['weights']) first. If it does not touch them, mark it with "
+            "vllm_sleep_ascend.safe_while_asleep, or start the engine with additional_config="
+            f"{{'{KEY}': {{'calls_while_asleep': 'allow'}}}}",
+        )
+
+
+def guards_calls(stock: Callable) -> Callable:
+    """Wrapper of an executor's ``collective_rpc``. Workers that start up are not asked."""
+
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        enabled = self.vllm_config.model_config.enable_sleep_mode
+        if enabled and hasattr(self, "sleeping_tags"):
+            plain = isinstance(method, GuardedCall)
+            if not plain and method not in (*policy.SAFE_CALLS, *policy.STEP_CALLS):
+                method = GuardedCall(method)
+        return stock(self, method, *args, **kwargs)
+
+    return collective_rpc
+
+
+def asleep_error(worker: Any, name: str, tags: Iterable[str]) -> SleepModeError:
+    """Of a method that is known to need the memory of these tags."""
+    asleep = sorted(tags, reverse=True)
+    return _refusal(
+        worker,
+        f"{name} needs memory that is asleep ({', '.join(asleep)}); call wake_up(tags={asleep}) "
+        "first",
+    )
+
+
+def _refusal(worker: Any, text: str) -> SleepModeError:
+    several = worker.parallel_config.world_size > 1
+    return SleepModeError(f"SleepModeError: {text}" if several else text)  # see answers.py
+
+
+def _listed(tags: Iterable[str]) -> str:
+    names = sorted(tags, reverse=True)
+    return f"{' and '.join(names)} {'is' if names == ['kv_cache'] else 'are'}"
