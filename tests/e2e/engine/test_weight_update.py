@@ -77,7 +77,7 @@ def test_reload_weights_with_a_new_path(llm, tiny_model, other_model, old, new):
 def test_level_1_keeps_the_checksums(llm):
     before = checksums(llm)
     llm.sleep(level=1)
-    with pytest.raises(SleepModeError, match="compute_weight_checksums needs the weights"):
+    with pytest.raises(SleepModeError, match="compute_weight_checksums needs memory that is asleep"):
         checksums(llm)
     llm.wake_up()
     assert checksums(llm) == before
@@ -87,7 +87,7 @@ def test_a_weight_update_in_parts_between_wakes(llm, tiny_model, other_model, ol
     weights = load_file(other_model / "model.safetensors")
     names = sorted(weights)
     llm.sleep(level=2)
-    with pytest.raises(SleepModeError, match="start_weight_update needs the weights"):
+    with pytest.raises(SleepModeError, match="start_weight_update needs memory that is asleep"):
         llm.start_weight_update()
     llm.wake_up(tags=["weights"])
     llm.init_weight_transfer_engine({"init_info": {}})
