@@ -12,13 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 
 from vllm_sleep_ascend.shards import shards_of
 from vllm_sleep_ascend.unwritten import mark, unwritten
+
+try:
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+except ImportError:  # vLLM 0.23
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+    def is_deferred_attention_layer(layer: nn.Module) -> bool:
+        return isinstance(layer, Attention | MLAAttention)
 
 
 def missing_shards(model: nn.Module) -> list[str]:

@@ -108,6 +108,8 @@ class ServingGate:
     def refusal(self) -> str | None:
         """Why a new request is not taken now; None if it is."""
         if self.held and not self._core.model_executor.is_sleeping:
+            self.follow_load()  # code in the worker's process may have written weights since
+        if self.held and not self._core.model_executor.is_sleeping:
             return f"the engine does not serve yet: {self._reason()}"
         if not self.refuses_while_asleep or not self._core.is_sleeping():
             return None
