@@ -271,6 +271,8 @@ def _configure_sleep_mode(vllm_config: "VllmConfig") -> None:
     SleepModeConfig.from_vllm_config(vllm_config)
     if enabled:
         from vllm_sleep_ascend.guards.checks import check_engines
+        from vllm_sleep_ascend.guards.kv_cache import check_connector
 
         check_engines(vllm_config)
+        check_connector(vllm_config)
         model_config.sleep_mode_backend = _SLEEP_BACKEND

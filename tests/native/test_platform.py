@@ -119,6 +119,7 @@ def test_refused_models(trait, message):
     config = Mock()
     config.model_config = SimpleNamespace(model="some/model", architectures=["SomeLM"], **traits)
     config.cache_config.cache_dtype = "auto"
+    config.cache_config.kv_offloading_size = config.kv_transfer_config = None
     config.parallel_config = SimpleNamespace(
         prefill_context_parallel_size=1, decode_context_parallel_size=1, enable_dbo=False
     )

@@ -12,6 +12,7 @@ from vllm_sleep_ascend.beside import IN_USE, SWITCH, WORKER
 from vllm_sleep_ascend.beside.seams import check_seams
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.guards.checks import check_engines
+from vllm_sleep_ascend.guards.kv_cache import check_connector
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -58,6 +59,7 @@ def _choose_worker(vllm_config: Any) -> None:
         return
     SleepModeConfig.from_vllm_config(vllm_config)
     check_engines(vllm_config)
+    check_connector(vllm_config)
     parallel.worker_cls = WORKER
     os.environ[IN_USE] = "1"
     guard()

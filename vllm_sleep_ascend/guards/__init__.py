@@ -4,19 +4,29 @@
 Stock vLLM pauses the scheduler before anybody looks at the level, takes any tag, notes what sleeps
 by what was asked rather than by what happened, and serves from weights that were never loaded. The
 wrappers here refuse bad input before anything is touched (``checks``), in the front ends
-(``front``, and ``replicas`` for several engines) and in the engine's process (``core``), let the
-engine serve only when it can (``gate``) and only when the user lets it (``pauses``), answer
-requests that come too late (``refusals``), and name the weights that it serves (``version``).
+(``front``, and ``replicas`` for several engines) and in the engine's process (``core``, and
+``launched`` where each rank has one), let the engine serve only when it can (``gate``) and only
+when the user lets it (``pauses``), answer requests that come too late (``refusals``), and name the
+weights that it serves (``version``).
 """
 
 
 def install() -> None:
     """Wrap the sleep calls of the engine and of its front ends. Repeating it changes nothing."""
-    from vllm_sleep_ascend.guards import core, front, pauses, refusals, replicas, version
+    from vllm_sleep_ascend.guards import (
+        core,
+        front,
+        launched,
+        pauses,
+        refusals,
+        replicas,
+        version,
+    )
 
     pauses.install()
     refusals.install()
     core.install()
+    launched.install()
     front.install()
     replicas.install()
     version.install()

@@ -15,6 +15,8 @@ from vllm_sleep_ascend.calls_while_asleep import GuardedCall, guards_calls
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
+from vllm_sleep_ascend.guards.kv_cache import with_copies
+from vllm_sleep_ascend.guards.launched import on_any_rank
 from vllm_sleep_ascend.guards.pauses import call_off_sleep, is_pending, pausing_to_sleep, serve_on
 from vllm_sleep_ascend.guards.refusals import refuse_new, refuse_waiting
 from vllm_sleep_ascend.guards.wrap import wrap
@@ -40,6 +42,7 @@ def install() -> None:
     wrap(EngineCore, "wake_up", _wake_up)
     wrap(EngineCore, "release_kv_cache_memory", _release_kv_cache_memory)
     wrap(EngineCore, "resume_scheduler", _resume_scheduler)
+    wrap(EngineCore, "reset_prefix_cache", with_copies)
     wrap(EngineCore, "is_sleeping", _is_sleeping)
     wrap(EngineCore, "collective_rpc", _collective_rpc)
     wrap(EngineCore, "add_request", _add_request)
@@ -312,7 +315,7 @@ def _step(stock: Callable) -> Callable:
 def _refusal(self: Any) -> str | None:
     """Why a new request is not taken now; None if it is."""
     gate = ServingGate.of(self)
-    return None if gate is None else gate.refusal()
+    return None if gate is None else on_any_rank(self, gate.refusal())
 
 
 @contextmanager

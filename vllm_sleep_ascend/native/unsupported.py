@@ -10,6 +10,7 @@ _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
 _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _SPECULATIVE_METHODS = ("ngram", "draft_model")
+_CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
 def choose_model_runner_v1() -> None:
@@ -60,6 +61,7 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
                 yield f"{name}: {reason}"
     if cache is not None and cache.cache_dtype not in _KV_CACHE_DTYPES:
         yield f"KV cache dtype {cache.cache_dtype}; use --kv-cache-dtype auto"
+    yield from _kv_offloading(vllm_config)
     if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
         yield "context parallelism; use tensor parallelism instead"
     if parallel.enable_dbo:
@@ -78,6 +80,18 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         )
     if vllm_config.use_v2_model_runner:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
+
+
+def _kv_offloading(vllm_config: VllmConfig) -> Iterator[str]:
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    if cache is not None and cache.kv_offloading_size is not None:
+        yield (
+            f"offloading of the KV cache with --kv-offloading-backend "
+            f"{cache.kv_offloading_backend}, which needs CUDA; leave out --kv-offloading-size"
+        )
+    for connector in _CUDA_KV_CONNECTORS:
+        if transfer is not None and transfer.has_connector(connector):
+            yield f"KV connector {connector}, which needs CUDA; leave it out"
 
 
 def _quantization(vllm_config: VllmConfig) -> str | None:

@@ -77,7 +77,9 @@ def test_reload_weights_with_a_new_path(llm, tiny_model, other_model, old, new):
 def test_level_1_keeps_the_checksums(llm):
     before = checksums(llm)
     llm.sleep(level=1)
-    with pytest.raises(SleepModeError, match="compute_weight_checksums needs memory that is asleep"):
+    with pytest.raises(
+        SleepModeError, match="compute_weight_checksums needs memory that is asleep"
+    ):
         checksums(llm)
     llm.wake_up()
     assert checksums(llm) == before

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that torchrun starts, one in each process beside a trainer: one over two ranks, and two
+of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+from helpers.models import other_weights
+from helpers.patience import patience
+from helpers.reference import hf_few
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["tp2", "replicas"])
+def test_weights_come_from_a_trainer_in_the_same_process(tiny_model, tmp_path, alone):
+    other = other_weights(tiny_model, tmp_path / "other")
+    models = [tiny_model, other]
+    case = tmp_path / "case.json"
+    case.write_text(
+        json.dumps(
+            {
+                "alone": alone,
+                "models": [str(model) for model in models],
+                "expected": [hf_few(model) for model in models],
+            }
+        )
+    )
+    machine = {"NPU_SIM_MACHINE": f"launched-{alone}-{os.getpid()}"}
+    program = ROOT / "tests" / "helpers" / "launched.py"
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    run = subprocess.run(
+        [sys.executable, *launcher, program, case],
+        env={**os.environ, **machine},
+        capture_output=True,
+        text=True,
+        timeout=120 * patience(),
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]

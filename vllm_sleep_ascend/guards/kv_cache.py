@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of the KV cache and news of it, which leave the engine: KV connectors and KV-cache events.
+
+A sleep discards the KV cache, and level 2 the weights from which it was computed. What is kept of
+it elsewhere has to go too, and who is told of its blocks has to be told of that.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def check_connector(vllm_config: Any) -> None:
+    """Let an engine with sleep mode have a KV connector only if a sleep leaves nothing of it stale.
+
+    vLLM's interface has a call that empties a connector's store (``reset_cache``), and none that
+    takes back the registration of the cache's memory (``register_kv_caches``).
+
+    Raises:
+        ValueError: names the connector, why it cannot be used, and what to do.
+    """
+    offload_gib = vllm_config.cache_config.kv_offloading_size
+    transfer = vllm_config.kv_transfer_config
+    if offload_gib is not None:
+        backend = vllm_config.cache_config.kv_offloading_backend
+        name, reason = f"--kv-offloading-backend {backend}", "it registers the KV cache's memory"
+        remedy = "leave out --kv-offloading-size"
+    elif transfer is not None and transfer.kv_connector is not None:
+        name, reason = f"the KV connector {transfer.kv_connector}", _stale_after_sleep(transfer)
+        remedy = "leave out --kv-transfer-config"
+    else:
+        return
+    if reason:
+        raise ValueError(
+            f"sleep mode with {name} is not supported: {reason}; {remedy} or enable_sleep_mode"
+        )
+
+
+def _stale_after_sleep(transfer: Any) -> str:
+    """What of this connector would be stale after a sleep; "" if nothing would."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    try:
+        connector: Any = KVConnectorFactory.get_connector_class(transfer)
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    if connector.register_kv_caches is not KVConnectorBase_V1.register_kv_caches:
+        return (
+            "it registers the KV cache's memory (register_kv_caches), which a sleep gives back, "
+            "and vLLM has no call that unregisters it"
+        )
+    if connector.reset_cache is KVConnectorBase_V1.reset_cache:
+        return (
+            "its store cannot be emptied (it has no reset_cache), so that it would serve keys and "
+            "values of weights that are gone"
+        )
+    return ""
+
+
+def with_copies(stock: Callable) -> Callable:
+    """``EngineCore.reset_prefix_cache``, which every way to discard the cache goes through: empty
+    the connector's store with it, and publish the events now rather than with the next step."""
+
+    def reset_prefix_cache(
+        self: Any, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        if self.vllm_config.model_config.enable_sleep_mode:
+            reset_connector = self.scheduler.get_kv_connector() is not None
+        done = stock(self, reset_running_requests, reset_connector)
+        events = self.vllm_config.kv_events_config
+        if events is not None and events.enable_kv_cache_events:
+            _publish_events(self.scheduler)
+        return done
+
+    return reset_prefix_cache
+
+
+def _publish_events(scheduler: Any) -> None:
+    from vllm.distributed.kv_events import KVEventBatch
+
+    events = list(scheduler.kv_cache_manager.take_events() or ())
+    connector = scheduler.get_kv_connector()
+    if connector is not None:
+        events.extend(connector.take_events())
+    if events:
+        scheduler.kv_event_publisher.publish(KVEventBatch(ts=time.time(), events=events))
