@@ -33,6 +33,8 @@ STORIES = {
     "both": lambda moment: MOST * (moment % 2),
 }
 
+NO_ACCOUNT = "aclrtGetMemUsageInfo:1:207000:*"  # a chip without one
+
 LEFT_BEHIND = 128  # blocks: as much as an engine leaves in this process, 4 MiB
 
 
@@ -85,9 +87,22 @@ def until_asked(neighbour: Neighbour, call: str) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("story", STORIES)
+@pytest.fixture
+def refusing(request) -> Iterator[None]:
+    """The simulated device of this process fails calls."""
+    control.set_faults(request.param)
+    yield
+    control.set_faults("")
+
+
+@pytest.mark.parametrize(
+    ("story", "refusing"),
+    [*((story, "") for story in STORIES), ("both", NO_ACCOUNT)],
+    ids=[*STORIES, "both-no-account"],
+    indirect=["refusing"],
+)
 def test_a_start_bears_changes_at_every_moment(
-    tiny_model, expected, quiet, neighbour, monkeypatch, story
+    tiny_model, expected, quiet, neighbour, monkeypatch, story, refusing
 ):
     moments: list[str] = []
     neighbour.hold(STORIES[story](0))
