@@ -95,7 +95,7 @@ class ServingGate:
                 self.held = False
                 self._core.scheduler.set_pause_state(self._before)
             else:
-                self._core.resume_scheduler()
+                serve_on(self._core)
         elif self.closed and not self.held and not asleep:
             self.hold(self._core.scheduler.pause_state)
 
@@ -134,3 +134,12 @@ class ServingGate:
             f"the weights were discarded by sleep level 2, or a load of them broke off, and "
             f"{len(self._missing)} parameters have not been loaded since ({names}); {_REMEDY}"
         )
+
+
+def serve_on(core: Any) -> None:
+    """Resume what a sleep paused. A pause of the user's own stays in force."""
+    before, core.wakes = getattr(core, "wakes", False), True
+    try:
+        core.resume_scheduler()
+    finally:
+        core.wakes = before

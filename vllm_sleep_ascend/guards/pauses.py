@@ -38,15 +38,6 @@ def pausing_to_sleep(core: Any) -> Iterator[None]:
         core.pauses_to_sleep = False
 
 
-def serve_on(core: Any) -> None:
-    """Resume what a sleep paused. A pause of the user's own stays in force."""
-    before, core.wakes = getattr(core, "wakes", False), True
-    try:
-        core.resume_scheduler()
-    finally:
-        core.wakes = before
-
-
 def is_pending(core: Any) -> bool:
     """Whether a sleep waits for requests to end."""
     return getattr(core, "pending_sleep", None) is not None
