@@ -91,7 +91,10 @@ class ServingGate:
         self.look()
         asleep = self._core.model_executor.is_sleeping
         if self.held and not self.closed and not asleep:
-            if self.was_paused:
+            if getattr(self._core, "pending_sleep", None) is not None:  # it waits for requests
+                self.held = False
+                self._core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+            elif self.was_paused:
                 self.held = False
                 self._core.scheduler.set_pause_state(self._before)
             else:
