@@ -97,11 +97,6 @@ class WeightsContent:
         return told + names[_NAMED:]
 
     @property
-    def lost(self) -> bool:
-        """Whether anything was lost that, by the last look, was not written since."""
-        return bool(self._lost)
-
-    @property
     def corrupt(self) -> bool:
         """Whether content that was found to be wrong has not all been written since."""
         return self.beyond_loading or (self._found_corrupt and bool(self._lost))

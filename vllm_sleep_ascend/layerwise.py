@@ -89,6 +89,6 @@ def _loader(parameter: torch.Tensor) -> Callable[..., Any]:
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
     loader: Any = getattr(parameter, "weight_loader", default_weight_loader)
-    while loader.__name__ == "online_process_loader":
+    while getattr(loader, "__name__", "") == "online_process_loader":
         loader = loader.__wrapped__
     return loader

@@ -40,7 +40,7 @@ SCHEDULING_TAG = "scheduling"
 # Methods of a worker that touch no memory that sleeps. Any other is refused while weights sleep.
 SAFE_CALLS = (
     *("sleep", "wake_up", "discard", "sleep_refusal", "sleeping_tags", "sleep_status"),
-    *("weights_content", "mark_weights_loaded", "give_weight_version"),
+    *("weights_content", "give_weight_version"),
     *("check_health", "synchronize_device", "shutdown", "profile"),
     *("reset_mm_cache", "reset_encoder_cache", "list_loras", "get_supported_tasks"),
     *("init_weight_transfer_engine", "shutdown_weight_transfer_engine"),
@@ -58,6 +58,7 @@ NEEDS_ALL = (
 NEEDS_WEIGHTS = (
     "reload_weights",
     "reset_weights",
+    "mark_weights_loaded",
     "compute_weight_checksums",
     "save_sharded_state",
     "save_tensorized_model",

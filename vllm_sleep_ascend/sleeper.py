@@ -75,6 +75,9 @@ class SleepingWorker(SourceWorker, TransactingWorker):
 
     def sleep_refusal(self, level: int) -> str | None:
         """Why this rank cannot sleep at this level; None if it can."""
+        worker: Any = self
+        if worker._weight_update_active:
+            return "a weight update is under way; call finish_weight_update first"
         return None
 
     def sleep(self, level: int = 1) -> None:
@@ -95,11 +98,10 @@ class SleepingWorker(SourceWorker, TransactingWorker):
 
         def prepare() -> None:
             nonlocal held_before
-            if worker._weight_update_active:
-                raise SleepModeError(
-                    "sleep refused: a weight update is under way; call finish_weight_update first"
-                )
-            self._before_sleep(level)
+            reason = self.sleep_refusal(level)
+            if reason is not None:
+                raise SleepModeError(f"sleep refused: {reason}")
+            self._before_sleep()
             torch.accelerator.synchronize()
             held_before = held_bytes(worker.device)
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
@@ -143,7 +145,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
         changed: list[WeightsError] = []
 
         def resume() -> None:
-            if self._content.lost and self.sleep_mode_backend.reloads_after_level_2:
+            if self.sleep_mode_backend.reloads_after_level_2 and self._missing():
                 self._refuse_another_source(tags)
             try:
                 self.sleep_mode_backend.resume(tags)
@@ -164,7 +166,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             if changed:
                 spoilt = self._not_saved if awake else ()
                 self._content.found_corrupt(spoilt, changed[0].beyond_loading)
-            elif awake and self._content.lost and self.sleep_mode_backend.reloads_after_level_2:
+            elif awake and self.sleep_mode_backend.reloads_after_level_2 and self._missing():
                 self._reload_or_sleep_again()
             torch.accelerator.synchronize()
 
@@ -242,7 +244,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             "last_error": self._last_error,
         }
 
-    def _before_sleep(self, level: int) -> None:
+    def _before_sleep(self) -> None:
         """What has to be done, or refused, before memory is touched. Part of the transaction."""
 
     def _after_sleep(self) -> None:

@@ -2,7 +2,7 @@
 """A load of a model's weights that is under way, and how it is taken back."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class WeightLoad:
 
     ``snapshot`` is there if the model had all of its content and the host has the memory.
     ``at_once``: one call brings whole layers; ``from_checkpoint``: and all of them. ``in_wake``: if
-    it fails, the weights sleep again.
+    it fails, the weights sleep again. ``begun``: the model is not what it was.
     """
 
     content: WeightsContent
@@ -48,14 +48,22 @@ class WeightLoad:
     at_once: bool = False
     from_checkpoint: bool = False
     in_wake: bool = False
-    _begun: bool = False
-    _lacking: bool = False
+    begun: bool = False
+    _lacking: bool = field(default=False, init=False)
+    _taken: set[str] = field(default_factory=set, init=False)
 
     def take(self, weights: Iterable[Named]) -> Iterator[Named]:
-        """The same weights; from the first on, the model is not what it was."""
-        for item in weights:
-            self._begun = True
-            yield item
+        """The same weights.
+
+        Raises:
+            WeightsError: one comes twice. vLLM counts numbers, and would take it for another one.
+        """
+        for name, tensor in weights:
+            self.begun = True
+            if name in self._taken:
+                raise WeightsError(f"the load brings {name} twice{self._aftermath()}")
+            self._taken.add(name)
+            yield name, tensor
 
     def check_layers(self) -> None:
         """
@@ -80,7 +88,7 @@ class WeightLoad:
         layerwise.call_off(self.model, self.model_config)
         if self.snapshot is not None:
             self.snapshot.restore()
-        elif self._begun and (self.was_whole or not self._lacking):
+        elif self.begun and (self.was_whole or not self._lacking):
             self.content.spoil(self.prefix)
 
     def _check(self, missing: list[str]) -> None:

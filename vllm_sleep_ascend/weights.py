@@ -4,6 +4,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
 from typing import Any
@@ -21,6 +22,39 @@ logger = init_logger(f"vllm.{__name__}")
 
 # A rank may read its weights for long; one whose process ends is noticed at once.
 _SLOWEST_LOAD = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a rank says before a load: why it cannot begin, or bytes of its present weights and of
+    host memory, and whether these weights are all there."""
+
+    error: Exception | None
+    needed: int = 0
+    available: int = 0
+    whole: bool = False
+
+
+def _have_room(ranks: list[_Facts]) -> bool:
+    """Whether the hosts of all ranks can keep the present weights while others are loaded.
+
+    Raises:
+        Exception: a rank cannot begin.
+    """
+    for rank in ranks:
+        if rank.error is not None:
+            raise rank.error
+    if not all(rank.whole for rank in ranks):
+        return False
+    room, needed = min(rank.available for rank in ranks), sum(rank.needed for rank in ranks)
+    if needed > room:
+        logger.warning(
+            "The present weights take %d bytes, and the host has %d left: they are not kept while "
+            "others are loaded. If the load fails, the engine serves once all weights have been "
+            "loaded.",
+            *(needed, room),
+        )
+    return needed <= room
 
 
 class LoadingWorker:
@@ -110,25 +144,38 @@ class LoadingWorker:
             ValueError: ``weights_path`` is a path and not a folder.
             WeightsError: weights are missing; names the shards.
         """
+        stock: Any = super()
+
+        def reload() -> None:
+            weights = weights_iterator
+            if weights is not None and not is_checkpoint_format:
+                assert self._load is not None
+                weights = self._load.take(weights)
+            stock.reload_weights(
+                weights_iterator=weights,
+                weights_path=weights_path,
+                is_checkpoint_format=is_checkpoint_format,
+            )
+
+        check = partial(self._check_reload, weights_path)
+        kind = {"at_once": True, "from_checkpoint": weights_iterator is None}
+        self._begin_on_every_rank("reload_weights", "", check, reload, **kind)
+        self._load = None
+        lost = any(name.startswith(DRAFT) for name in self._missing())
+        if any(self.agreement.exchange(lost, _SLOWEST_LOAD)):
+            name = "reload_weights of the draft model"
+            kind = {"at_once": True, "from_checkpoint": True}
+            self._begin_on_every_rank(name, DRAFT, lambda: None, self._reload_draft, **kind)
+            self._load = None
+
+    def _check_reload(self, weights_path: str | None) -> None:
+        """
+        Raises:
+            ValueError: it is a path and not a folder.
+        """
         absolute = weights_path is not None and os.path.isabs(weights_path)
         if absolute and not os.path.isdir(weights_path):  # type: ignore[arg-type]
             raise ValueError(f"weights_path {weights_path!r} is not a folder")
-        stock: Any = super()
-        load = self._begin_load("", at_once=True, from_checkpoint=weights_iterator is None)
-        if weights_iterator is not None and not is_checkpoint_format:
-            weights_iterator = load.take(weights_iterator)
-        reload = partial(
-            stock.reload_weights,
-            weights_iterator=weights_iterator,
-            weights_path=weights_path,
-            is_checkpoint_format=is_checkpoint_format,
-        )
-        self._on_every_rank("reload_weights", reload)
-        self._load = None
-        if any(name.startswith(DRAFT) for name in self._missing()):
-            self._begin_load(DRAFT, at_once=True, from_checkpoint=True)
-            self._on_every_rank("reload_weights of the draft model", self._reload_draft)
-            self._load = None
 
     def _reload_draft(self) -> None:
         from vllm.config import set_current_vllm_config
@@ -136,11 +183,14 @@ class LoadingWorker:
         from vllm.model_executor.model_loader.utils import get_draft_load_config
 
         worker: Any = self
+        draft = self._models().get(DRAFT)
+        if draft is None:  # it is on another rank
+            return
         config = copy.copy(worker.vllm_config)
         config.model_config = config.speculative_config.draft_model_config
         config.load_config = get_draft_load_config(worker.vllm_config)
         with set_current_vllm_config(config):
-            reload_weights(config, self._models()[DRAFT], None, None, is_checkpoint_format=True)
+            reload_weights(config, draft, None, None, is_checkpoint_format=True)
 
     def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
         """Start an update of the model's weights. Until it has finished, the engine does not
@@ -157,6 +207,8 @@ class LoadingWorker:
         """Load one part of a weight update. If it fails, the update is over, and the weights are
         as before it."""
         stock: Any = super()
+        if self._load is not None:
+            self._load.begun = True  # a backend may write past the model's load_weights
         self._on_every_rank("update_weights", partial(stock.update_weights, update_info))
 
     def finish_weight_update(self) -> None:
@@ -171,58 +223,88 @@ class LoadingWorker:
         self._load = None
 
     def _start_update(self, prefix: str, start: Callable[[], None]) -> None:
-        worker: Any = self
-        if worker._weight_update_active:
-            start()  # which refuses
-        self._begin_load(prefix)
-        self._on_every_rank("start_weight_update", start)
+        self._begin_on_every_rank("start_weight_update", prefix, lambda: None, start)
 
     def _check_layers(self) -> None:
         if self._load is not None:
             self._load.check_layers()
 
-    def _begin_load(self, prefix: str, **kind: bool) -> WeightLoad:
+    def _begin_on_every_rank(
+        self,
+        name: str,
+        prefix: str,
+        check: Callable[[], None],
+        *steps: Callable[[], None],
+        **kind: bool,
+    ) -> None:
+        """Begin a load and take its steps, if the ``check`` of every rank lets it."""
+        facts, keeps = partial(self._facts_of_load, prefix, check), False
+
+        def judge(ranks: list[_Facts]) -> None:
+            nonlocal keeps
+            keeps = _have_room(ranks)
+
+        def begin() -> None:
+            model, config = self._models().get(prefix), getattr(self, "model_config")  # noqa: B009
+            if model is None:  # it is on another rank
+                return
+            if prefix == DRAFT:
+                worker: Any = self
+                config = worker.vllm_config.speculative_config.draft_model_config
+            snapshot = Snapshot(model) if keeps else None
+            whole = not self._lost_of(prefix)
+            self._load = WeightLoad(self._content, prefix, model, config, whole, snapshot, **kind)
+
+        self._on_every_rank(name, begin, *steps, facts=facts, judge=judge)
+
+    def _facts_of_load(self, prefix: str, check: Callable[[], None]) -> "_Facts":
         worker: Any = self
-        model, config = self._models()[prefix], worker.model_config
-        if prefix == DRAFT:
-            config = worker.vllm_config.speculative_config.draft_model_config
-        whole = not any(name.startswith(DRAFT) == (prefix == DRAFT) for name in self._missing())
-        snapshot = Snapshot(model) if self._has_room(model, whole) else None
-        self._load = WeightLoad(self._content, prefix, model, config, whole, snapshot, **kind)
-        return self._load
+        try:
+            check()
+            if worker._weight_update_active:
+                raise SleepModeError(
+                    "a weight update is under way; call finish_weight_update first"
+                )
+        except Exception as error:
+            return _Facts(error)
+        model = self._models().get(prefix)
+        needed = sum(p.nbytes for p in model.parameters()) if model is not None else 0
+        return _Facts(None, needed, available_bytes(), not self._lost_of(prefix))
 
-    def _has_room(self, model: nn.Module, whole: bool) -> bool:
-        """Whether the hosts of all ranks can hold the present weights, which are all there."""
-        needed = sum(parameter.nbytes for parameter in model.parameters())
-        ranks = self.agreement.exchange((needed, available_bytes(), whole), _SLOWEST_LOAD)
-        if not all(whole for _, _, whole in ranks):
-            return False
-        room = min(available for _, available, _ in ranks)
-        needed = sum(needed for needed, _, _ in ranks)
-        if needed > room:
-            logger.warning(
-                "The present weights take %d bytes, and the host has %d left: they are not kept "
-                "while others are loaded. If the load fails, the engine serves once all weights "
-                "have been loaded.",
-                needed,
-                room,
-            )
-        return needed <= room
+    def _lost_of(self, prefix: str) -> list[str]:
+        return [n for n in self._missing() if n.startswith(DRAFT) == (prefix == DRAFT)]
 
-    def _on_every_rank(self, name: str, *steps: Callable[[], None]) -> None:
+    def _on_every_rank(
+        self,
+        name: str,
+        *steps: Callable[[], None],
+        facts: Callable[[], Any] = lambda: None,
+        judge: Callable[[list[Any]], None] = lambda _: None,
+    ) -> None:
         """Load on every rank, or have every rank as it was."""
         take_back = self._way_back()
-        if self.agreement.size > 1:
-            operation = Operation(
-                name, steps, commit=lambda: None, abort=take_back, timeout=_SLOWEST_LOAD
-            )
-            self.agreement.carry_out(operation)
+        if self.agreement.size == 1:
+            judge([facts()])
+            try:
+                for step in steps:
+                    step()
+            except BaseException:
+                take_back()
+                raise
             return
+        operation = Operation(
+            name,
+            steps,
+            commit=lambda: None,
+            abort=take_back,
+            facts=facts,
+            judge=judge,
+            timeout=_SLOWEST_LOAD,
+        )
         try:
-            for step in steps:
-                step()
-        except BaseException:
-            take_back()
+            self.agreement.carry_out(operation)
+        except Exception as error:
+            error.args = (f"{type(error).__name__}: {error}",)  # see answers.py
             raise
 
     def _way_back(self) -> Callable[[], str]:
@@ -235,9 +317,10 @@ class LoadingWorker:
         def take_back() -> str:
             for name, value in source.items():
                 setattr(config, name, value)
-            if self._load is not None:
-                self._load.take_back()
-                self._load = None
+            if self._load is None:
+                return ""
+            self._load.take_back()
+            self._load = None
             worker._weight_update_active = False
             engine: Any = getattr(worker, "weight_transfer_engine", None)
             if hasattr(engine, "reset_weight_update_target"):

@@ -2,6 +2,8 @@
 """vllm-ascend's worker with our sleep and wake."""
 
 import gc
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,16 +76,13 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         """Level 2 needs weights that can be loaded again in place."""
         name = self._in_nz_format() if level == 2 else None
         if name is None:
-            return None
+            return super().sleep_refusal(level)
         return (
             f"weights in FRACTAL_NZ format ({name}) do not survive being loaded again in place, "
             "which level 2 needs; use level 1, or start with VLLM_ASCEND_ENABLE_NZ=0"
         )
 
-    def _before_sleep(self, level: int) -> None:
-        reason = self.sleep_refusal(level)
-        if reason is not None:
-            raise SleepModeError(f"sleep refused: {reason}")
+    def _before_sleep(self) -> None:
         self._experts.close()
         for handle in self._pp_send_work:
             handle.wait()
@@ -132,9 +131,23 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         config = SleepModeConfig.from_vllm_config(self.vllm_config)
         return [f"{DRAFT}*", *config.preserve_parameters]
 
-    def _has_room(self, model: nn.Module, whole: bool) -> bool:
+    def _facts_of_load(self, prefix: str, check: Callable[[], None]) -> Any:
         """A copy of FRACTAL_NZ weights that comes back is in another format."""
-        return super()._has_room(model, whole and self._in_nz_format() is None)
+        facts = super()._facts_of_load(prefix, check)
+        return replace(facts, whole=facts.whole and self._in_nz_format() is None)
+
+    def _check_reload(self, weights_path: str | None) -> None:
+        """
+        Raises:
+            SleepModeError: weights are in FRACTAL_NZ format.
+        """
+        super()._check_reload(weights_path)
+        name = self._in_nz_format()
+        if name is not None:
+            raise SleepModeError(
+                f"weights in FRACTAL_NZ format ({name}) cannot be loaded again in place; start "
+                "with VLLM_ASCEND_ENABLE_NZ=0"
+            )
 
     def _reload_draft(self) -> None:
         """
@@ -166,16 +179,6 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         super().start_weight_update(is_checkpoint_format)
 
     def reload_weights(self, *args: Any, **options: Any) -> None:
-        """Load all weights in place: see ``LoadingWorker.reload_weights``.
-
-        Raises:
-            SleepModeError: weights are in FRACTAL_NZ format.
-        """
-        name = self._in_nz_format()
-        if name is not None:
-            raise SleepModeError(
-                f"weights in FRACTAL_NZ format ({name}) cannot be loaded again in place; start "
-                "with VLLM_ASCEND_ENABLE_NZ=0"
-            )
+        """Load all weights in place: see ``LoadingWorker.reload_weights``."""
         self._experts.close()
         super().reload_weights(*args, **options)

@@ -92,6 +92,8 @@ def _sleep(stock: Callable) -> Callable:
                 if level > 0:
                     self.model_executor.collective_rpc("sleep", kwargs={"level": level})
                 return None
+            if mode == "wait":
+                _check_wait(self)
             if level > 0:
                 _check_workers(self, level)
             refuse_waiting(self)
@@ -103,6 +105,21 @@ def _sleep(stock: Callable) -> Callable:
         return result
 
     return sleep
+
+
+def _check_wait(core: Any) -> None:
+    """Requests that wait for the weights do not end, and may not be stepped."""
+    gate = ServingGate.of(core)
+    if gate is None or not gate.held:
+        return
+    reason = gate.look_and_refuse()
+    # The scheduler's own count leaves out those that wait.
+    under_way = any(not request.is_finished() for request in core.scheduler.requests.values())
+    if reason is not None and under_way:
+        raise SleepModeError(
+            f"sleep(mode='wait') refused: requests are under way, and {reason}. Or use mode "
+            "'abort' or 'keep'"
+        )
 
 
 def _check_workers(core: Any, level: int) -> None:
@@ -315,7 +332,7 @@ def _step(stock: Callable) -> Callable:
 def _refusal(self: Any) -> str | None:
     """Why a new request is not taken now; None if it is."""
     gate = ServingGate.of(self)
-    return None if gate is None else on_any_rank(self, gate.refusal())
+    return None if gate is None else on_any_rank(self, gate.look_and_refuse())
 
 
 @contextmanager

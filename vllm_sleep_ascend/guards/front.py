@@ -28,6 +28,9 @@ _CHECKS = (
 )
 
 
+_MAY_REFUSE = "sleep_mode_may_refuse"  # of an AsyncLLM: whether its engine has to be asked
+
+
 def install() -> None:
     """Wrap the front ends' calls. Repeating it changes nothing."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -40,21 +43,43 @@ def install() -> None:
     wrap(LLMEngine, "add_request", _admitted_in_process)
     wrap(AsyncLLM, "add_request", _admitted)
     wrap(AsyncLLM, "resume_generation", _resume_generation)
+    for name in ("collective_rpc", "pause_generation"):
+        wrap(AsyncLLM, name, _noted)
 
 
 async def refusal(client: Any) -> str | None:
     """Why this engine takes no request now; None if it does, or if no option refuses any.
 
+    An answer takes a step of the engine, so it is asked only after a call of this front end that
+    may keep it from serving. Otherwise the engine itself says so: see ``refusals``.
+
     Args:
         client: vLLM's AsyncLLM.
     """
-    if not client.vllm_config.model_config.enable_sleep_mode:
+    if not getattr(client, _MAY_REFUSE, False):
         return None
     config = SleepModeConfig.from_vllm_config(client.vllm_config)
     if config.after_level2 == "warn" and config.while_asleep == "wait":
         return None
+    setattr(client, _MAY_REFUSE, False)  # a call that comes meanwhile sets it again
     reasons = await call_all(client.engine_core, "sleep_mode_refusal")
-    return next((reason for reason in reasons if reason), None)
+    reason = next((reason for reason in reasons if reason), None)
+    if reason is not None:
+        setattr(client, _MAY_REFUSE, True)
+    return reason
+
+
+def _noted(stock: Callable) -> Callable:
+    """A call after which the engine may refuse requests."""
+
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        setattr(self, _MAY_REFUSE, True)
+        try:
+            return await stock(self, *args, **kwargs)
+        finally:
+            setattr(self, _MAY_REFUSE, True)
+
+    return call
 
 
 def _admitted(stock: Callable) -> Callable:
@@ -74,7 +99,7 @@ def _admitted_in_process(stock: Callable) -> Callable:
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         core = getattr(self.engine_core, "engine_core", None)
         gate = None if core is None else ServingGate.of(core)
-        reason = gate.refusal() if gate is not None and gate.refuses else None
+        reason = gate.look_and_refuse() if gate is not None and gate.refuses else None
         if reason is not None:
             raise NotServingError(reason)
         return stock(self, *args, **kwargs)
@@ -164,11 +189,13 @@ def _checked(check: Callable) -> Callable:
 
 def _checked_async(check: Callable) -> Callable:
     def wrapper(stock: Callable) -> Callable:
+        noted = _noted(stock)
+
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             check(self.vllm_config, *args, **kwargs)
             try:
                 with _typed():
-                    return await stock(self, *args, **kwargs)
+                    return await noted(self, *args, **kwargs)
             finally:
                 if metrics.has_metrics(self):
                     await metrics.record_async(self)

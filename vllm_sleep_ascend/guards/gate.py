@@ -111,14 +111,18 @@ class ServingGate:
     def refusal(self) -> str | None:
         """Why a new request is not taken now; None if it is."""
         if self.held and not self._core.model_executor.is_sleeping:
-            self.follow_load()  # code in the worker's process may have written weights since
-        if self.held and not self._core.model_executor.is_sleeping:
             return f"the engine does not serve yet: {self._reason()}"
         if not self.refuses_while_asleep or not self._core.is_sleeping():
             return None
         if self.users_pause != PauseState.UNPAUSED and not self._core.model_executor.is_sleeping:
             return "the engine is paused; resume it with resume_generation() or POST /resume"
         return self.asleep
+
+    def look_and_refuse(self) -> str | None:
+        """As ``refusal``, after a look: code in the worker's process may have written weights."""
+        if self.held and not self._core.model_executor.is_sleeping:
+            self.follow_load()
+        return self.refusal()
 
     @property
     def refuses(self) -> bool:

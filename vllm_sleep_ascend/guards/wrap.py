@@ -8,11 +8,11 @@ _MARK = "guarded_by_camem"
 
 
 def wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace the method by ``wrapper(method)``, once, in a vLLM that has it."""
+    """Replace the method by ``wrapper(method)``, once for each class, in a vLLM that has it."""
     stock = getattr(owner, name, None)
     if stock is None:
         return
-    if not hasattr(stock, _MARK):
+    if not hasattr(vars(owner).get(name), _MARK):
         wrapped = wraps(stock)(wrapper(stock))
         setattr(wrapped, _MARK, True)
         setattr(owner, name, wrapped)

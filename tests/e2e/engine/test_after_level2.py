@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from helpers.engine import engine, few
+from helpers.engine import driver_worker, engine, few
 from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend import _camem
@@ -118,6 +118,14 @@ def test_reload_loads_all_or_says_what_is_missing_and_can_be_repeated(
             llm.wake_up()
             llm.reset_prefix_cache()
             assert few(llm) == expected
+
+        # What is written between the parts of a wake is not loaded over.
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        norm = driver_worker(llm).model_runner.get_model().get_parameter("model.norm.weight")
+        norm.data.fill_(7)
+        llm.wake_up(tags=["kv_cache"])
+        assert norm.unique().tolist() == [7]
 
         llm.sleep(level=2)
         save_file({name: t for name, t in weights.items() if name != LOST}, file)

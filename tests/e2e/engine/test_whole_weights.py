@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.engine import driver_worker, engine, few, send_update
 from helpers.models import make_model, other_weights
-from helpers.reference import hf_few
+from helpers.reference import FEW, FEW_TOKENS, hf_few
 from safetensors.torch import load_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
@@ -49,7 +49,10 @@ def case(request, tmp_path_factory, model_with_tensors):
         **({"hf_overrides": {"architectures": [model_with_tensors]}} if dense else {}),
     ) as llm:
         llm.init_weight_transfer_engine({"init_info": {}})
-        yield Case(llm, model, other, (KEY, UP, BIAS) if dense else (KEY, EXPERT))
+        case = Case(llm, model, other, (KEY, UP, BIAS) if dense else (KEY, EXPERT))
+        del llm
+        yield case
+        case.llm = None  # a frame that is left must not keep the engine's memory
 
 
 class Case:
@@ -87,6 +90,34 @@ def test_an_update_that_lacks_a_shard_leaves_the_weights_before_it(case, tmp_pat
     assert case.tokens() == case.new
     case.reload()
     assert case.tokens() == case.old
+
+
+def test_an_update_that_brings_a_shard_twice_is_taken_back(case):
+    """vLLM counts numbers: the second time would stand for a shard that never comes."""
+    twice = [(name, w) for name, w in case.weights.items() for _ in range(1 + ("q_proj" in name))]
+    with pytest.raises(WeightsError, match=r"brings .*q_proj.* twice; .* before it"):
+        case.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(twice)})
+    assert case.tokens() == case.old
+
+
+def test_requests_under_way_wait_for_the_end_of_an_update(case):
+    from vllm import SamplingParams
+
+    engine = case.llm.llm_engine
+    case.llm.reset_prefix_cache()
+    params = SamplingParams(temperature=0, max_tokens=FEW_TOKENS, ignore_eos=True)
+    engine.add_request("under way", FEW[0], params)
+    engine.step()
+    case.llm.start_weight_update()
+    with pytest.raises(SleepModeError, match=r"mode='wait'\) refused: .* finish_weight_update"):
+        case.llm.sleep(level=0, mode="wait")
+    with pytest.raises(SleepModeError, match="sleep refused: a weight update is under way"):
+        case.llm.sleep(level=1)  # and nothing was aborted
+    case.llm.finish_weight_update()
+    answers = []
+    while engine.has_unfinished_requests():
+        answers = engine.step() or answers
+    assert list(answers[0].outputs[0].token_ids) == case.old[0]
 
 
 def test_an_update_after_level_2_that_lacks_a_shard_is_not_served(case, tmp_path):
