@@ -45,6 +45,7 @@ ARGUMENTS = {
     "sleep_refusal": (1,),
     "profile": (False,),
     "init_weight_transfer_engine": ({},),
+    "give_weight_version": ("default",),
 }
 # What the method itself says in an engine without its option.
 NEEDS_AN_OPTION = {

@@ -109,6 +109,7 @@ async def generate(llm, n: int, started: Callable[[], None] = lambda: None) -> N
 async def wake(llm) -> None:
     await llm.wake_up()
     await llm.collective_rpc("reload_weights")
+    await llm.resume_generation()  # from a pause before a release, which outlives the wake
 
 
 async def release(llm, mode: str) -> None:

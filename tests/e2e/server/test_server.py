@@ -31,7 +31,9 @@ def test_the_guides_curl_sequence_as_written(server):
     assert server.post("/wake_up")["status"] == "awake"
     assert server.post("/wake_up?tags=weights")["status"] == "awake"
     assert not server.is_sleeping()
-    server.complete(tokens=7)  # still available; level 2 forgot the weights, so not the same text
+    body = {"model": server.model, "prompt": "Hi", "max_tokens": 7}
+    answer = server.http.post("/v1/completions", json=body)  # level 2 forgot the weights
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     reload_weights(server)
     server.post("/reset_prefix_cache")
     assert server.complete() == text
