@@ -145,13 +145,16 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
         for path in ("/resume", "/wake_up"):
             request = InBackground(server, "/v1/completions", **to_one)
             wait_for(server.runs_requests, "the request runs")
+            fail(1, "aclrtMemcpyAsync:1:delay_ms=20:*")  # so that it still runs when 0 sleeps
             sleep = InBackground(server, "/sleep?level=1&mode=wait")
-            wait_for(lambda: state() == "partly_asleep", "replica 0 sleeps")
+            wait_for(lambda: state() == "partly_asleep" or sleep.is_done(), "replica 0 sleeps")
+            assert not sleep.is_done(), sleep.answer().text
             server.post(path)
             assert (state(), states()) == ("awake", both["RUNNING"])
             assert not request.is_done()
             assert sleep.answer().status_code == 503
             assert "on 1 of 2 data-parallel engines: engine 1: " in sleep.answer().text
             assert "called the sleep off" in sleep.answer().text
+            fail(1, "")
             assert request.answer().json()["choices"] == [undisturbed]
         assert answers(server, 0) == answers(server, 1) == expected
