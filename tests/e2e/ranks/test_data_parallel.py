@@ -143,9 +143,9 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
         }
         (undisturbed,) = server.post("/v1/completions", **to_one)["choices"]
         for path in ("/resume", "/wake_up"):
+            fail(1, "aclrtMemcpyAsync:1:delay_ms=20:*")  # so that it still runs when 0 sleeps
             request = InBackground(server, "/v1/completions", **to_one)
             wait_for(server.runs_requests, "the request runs")
-            fail(1, "aclrtMemcpyAsync:1:delay_ms=20:*")  # so that it still runs when 0 sleeps
             sleep = InBackground(server, "/sleep?level=1&mode=wait")
             wait_for(lambda: state() == "partly_asleep" or sleep.is_done(), "replica 0 sleeps")
             assert not sleep.is_done(), sleep.answer().text
