@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random cycles of sleep and wake with new weights, pauses, faults and a neighbour between them: no
-token is ever wrong."""
+"""Random cycles of sleep and wake with new weights, pauses and faults between them, while another
+process takes what they give back and a server starts, sleeps and wakes on the same device: no token
+is ever wrong."""
 
 import random
 from collections import Counter
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from helpers.faults import DRIVER_ERROR
 from helpers.models import other_weights
 from helpers.neighbours import Neighbour
 from helpers.reference import hf_few
+from helpers.server import SMALL, Server
 from safetensors.torch import load_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
@@ -22,17 +25,55 @@ FAULTY = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtUnmapMem", "aclrtMemcpyAsy
 NEIGHBOUR_MIB = 128
 
 
+class NextDoor:
+    """A server on the same device. Each move of it runs beside what the test does."""
+
+    def __init__(self, model: Path, folder: Path, stack: ExitStack) -> None:
+        self._command = (model, "--enable-sleep-mode", "--dtype", "float32", *SMALL)
+        self._log, self._stack = folder / "server", stack
+        self._beside = stack.enter_context(ThreadPoolExecutor(1))
+        self._server: Server | None = None
+        self._slept_at = 0
+
+    def move(self, level: int):
+        return self._beside.submit(self._move, level)
+
+    def _move(self, level: int) -> str:
+        """Start; then, in turns, sleep at this level, and wake and answer as before."""
+        if self._server is None:
+            env = {"VLLM_SERVER_DEV_MODE": "1"}
+            options = ("--gpu-memory-utilization", "0.3")
+            server = Server(*self._command, *options, log=self._log, env=env)
+            self._server = self._stack.enter_context(server)
+            self._text = server.complete()
+            return "server started"
+        if not self._slept_at:
+            self._server.post("/sleep", params={"level": level})
+            self._slept_at = level
+            return "server slept"
+        self._server.post("/wake_up", params={"tags": "weights"})
+        if self._slept_at == 2:
+            self._server.post("/collective_rpc", json={"method": "reload_weights"})
+        self._server.post("/wake_up")
+        self._server.post("/reset_prefix_cache")
+        assert self._server.complete() == self._text
+        self._slept_at = 0
+        return "server woke"
+
+
 class Cycles:
     """An engine, two checkpoints for it, and which of them it has."""
 
-    def __init__(self, llm, models: list[Path], folder: Path, seed: int) -> None:
+    def __init__(
+        self, llm, models: list[Path], folder: Path, seed: int, next_door: NextDoor
+    ) -> None:
         self.llm, self.models, self.folder = llm, models, folder
         self.chance = random.Random(seed)
         self.weights = [load_file(model / "model.safetensors") for model in models]
         self.tokens = [hf_few(model) for model in models]
         self.present = 0
         self.done: Counter = Counter()
-        self.neighbour = Neighbour()
+        self.neighbour, self.next_door = Neighbour(), next_door
         model = driver_worker(llm).model_runner.get_model()
         self.content = []
         for model_path in models:
@@ -45,6 +86,11 @@ class Cycles:
         assert few(self.llm) == self.tokens[self.present], self.done
 
     def cycle(self) -> None:
+        beside = self.next_door.move(self.chance.choice((1, 2)))
+        self.engine_cycle()
+        self.done[beside.result()] += 1
+
+    def engine_cycle(self) -> None:
         level = self.chance.choice((0, 1, 2, 2))
         self.done[f"level {level}"] += 1
         if self.chance.random() < 0.3:
@@ -133,19 +179,22 @@ def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles):
     from vllm.config import WeightTransferConfig
 
     other = other_weights(tiny_model, tmp_path / "model")
-    with engine(
-        tiny_model,
-        enable_sleep_mode=True,
-        weight_transfer_config=WeightTransferConfig(backend="safetensors"),
-    ) as llm:
+    with (
+        engine(
+            tiny_model,
+            enable_sleep_mode=True,
+            weight_transfer_config=WeightTransferConfig(backend="safetensors"),
+        ) as llm,
+        ExitStack() as stack,
+    ):
         llm.init_weight_transfer_engine({"init_info": {}})
-        run = Cycles(llm, [tiny_model, other], tmp_path, seed=cycles)
-        try:
-            for _ in range(cycles):
-                run.cycle()
-        finally:
-            control.set_faults("")
-            run.neighbour.end()
+        next_door = NextDoor(tiny_model, tmp_path, stack)
+        run = Cycles(llm, [tiny_model, other], tmp_path, cycles, next_door)
+        stack.callback(run.neighbour.end)
+        stack.callback(control.set_faults, "")
+        for _ in range(cycles):
+            run.cycle()
         kinds = {"level 0", "level 1", "level 2", "paused", "fault", "partial"}
         ways = {"from_file", "by_update", "by_writing", "by_loader"}
-        assert run.done.keys() == kinds | ways
+        moves = {"server started", "server slept", "server woke"}
+        assert run.done.keys() == kinds | ways | moves
