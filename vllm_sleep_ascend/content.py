@@ -61,7 +61,7 @@ class WeightsContent:
 
     def spoil(self, prefix: str = "") -> None:
         """Lose all parameters of one model, whose content is there and cannot be relied on."""
-        self.lose(name for name in self.parameters() if _of_model(name, prefix))
+        self.lose(name for name in self.parameters() if of_model(name, prefix))
         self.mark()
 
     def found_corrupt(self, names: Iterable[str], beyond_loading: bool) -> None:
@@ -132,7 +132,8 @@ def _are_aside(parameters: Mapping[str, torch.Tensor]) -> bool:
     return any(parameter.is_meta for parameter in parameters.values())
 
 
-def _of_model(name: str, prefix: str) -> bool:
+def of_model(name: str, prefix: str) -> bool:
+    """Whether a parameter is the draft model's, for ``DRAFT``, or the model's own, for ""."""
     return name.startswith(DRAFT) == (prefix == DRAFT)
 
 

@@ -98,8 +98,10 @@ class SourceWorker(LoadingWorker):
         self._source.loaded("checkpoint", self._checkpoint())
 
     def _reload_draft(self) -> None:
-        source: Any = self._draft_source
         worker: Any = self
+        source = self._draft_source
+        if source is None:  # the draft model is on another rank
+            return
         with source.loading():
             super()._reload_draft()
         source.loaded("checkpoint", worker.speculative_config.draft_model_config.model)

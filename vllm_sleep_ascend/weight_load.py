@@ -11,6 +11,7 @@ from torch import nn
 from vllm_sleep_ascend import layerwise
 from vllm_sleep_ascend.content import WeightsContent
 from vllm_sleep_ascend.errors import WeightsError
+from vllm_sleep_ascend.shards import plain
 
 Named = tuple[str, torch.Tensor]
 
@@ -81,7 +82,7 @@ class WeightLoad:
         if loaded is None or not self.from_checkpoint or self.model_config.quantization:
             return
         names = {name for name, _ in self.model.named_parameters()}
-        self._check(sorted({n.replace(".base_layer.", ".") for n in names} - set(loaded)))
+        self._check(sorted({plain(n) for n in names} - set(loaded)))
 
     def take_back(self) -> None:
         """Have the model as it was. Where that cannot be had, its weights count as lost."""

@@ -13,7 +13,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend.agreement import Agreement, Operation
-from vllm_sleep_ascend.content import DRAFT, WeightsContent
+from vllm_sleep_ascend.content import DRAFT, WeightsContent, of_model
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.host_memory import available_bytes
 from vllm_sleep_ascend.weight_load import Named, Snapshot, WeightLoad
@@ -161,8 +161,8 @@ class LoadingWorker:
         kind = {"at_once": True, "from_checkpoint": weights_iterator is None}
         self._begin_on_every_rank("reload_weights", "", check, reload, **kind)
         self._load = None
-        lost = any(name.startswith(DRAFT) for name in self._missing())
-        if any(self.agreement.exchange(lost, _SLOWEST_LOAD)):
+        lost = self._lost_of(DRAFT)
+        if any(self.agreement.exchange(bool(lost), _SLOWEST_LOAD)):
             name = "reload_weights of the draft model"
             kind = {"at_once": True, "from_checkpoint": True}
             self._begin_on_every_rank(name, DRAFT, lambda: None, self._reload_draft, **kind)
@@ -183,9 +183,7 @@ class LoadingWorker:
         from vllm.model_executor.model_loader.utils import get_draft_load_config
 
         worker: Any = self
-        draft = self._models().get(DRAFT)
-        if draft is None:  # it is on another rank
-            return
+        draft = self._models()[DRAFT]
         config = copy.copy(worker.vllm_config)
         config.model_config = config.speculative_config.draft_model_config
         config.load_config = get_draft_load_config(worker.vllm_config)
@@ -272,7 +270,7 @@ class LoadingWorker:
         return _Facts(None, needed, available_bytes(), not self._lost_of(prefix))
 
     def _lost_of(self, prefix: str) -> list[str]:
-        return [n for n in self._missing() if n.startswith(DRAFT) == (prefix == DRAFT)]
+        return [name for name in self._missing() if of_model(name, prefix)]
 
     def _on_every_rank(
         self,

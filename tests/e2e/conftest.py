@@ -30,6 +30,14 @@ def nothing_left() -> Iterator[None]:
         assert sum(found["bytes"] for found in camem.allocations()) < ONE_ENGINE
 
 
+@pytest.fixture(scope="session")
+def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with other weights."""
+    from helpers.models import other_weights
+
+    return other_weights(tiny_model, tmp_path_factory.mktemp("other") / "model")
+
+
 @pytest.fixture
 def llm(tiny_model: Path) -> Iterator[Any]:
     """The shared engine with sleep mode, in this process; awake again when the test is over."""

@@ -14,10 +14,10 @@ from vllm_sleep_ascend.answers import reads_every_answer
 from vllm_sleep_ascend.calls_while_asleep import GuardedCall, guards_calls
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
-from vllm_sleep_ascend.guards.gate import ServingGate, serve_on
+from vllm_sleep_ascend.guards.gate import ServingGate, is_pending, serve_on
 from vllm_sleep_ascend.guards.kv_cache import with_copies
 from vllm_sleep_ascend.guards.launched import on_any_rank
-from vllm_sleep_ascend.guards.pauses import call_off_sleep, is_pending, pausing_to_sleep
+from vllm_sleep_ascend.guards.pauses import call_off_sleep, pausing_to_sleep
 from vllm_sleep_ascend.guards.refusals import refuse_new, refuse_waiting
 from vllm_sleep_ascend.guards.wrap import wrap
 

@@ -91,7 +91,7 @@ class ServingGate:
         self.look()
         asleep = self._core.model_executor.is_sleeping
         if self.held and not self.closed and not asleep:
-            if getattr(self._core, "pending_sleep", None) is not None:  # it waits for requests
+            if is_pending(self._core):
                 self.held = False
                 self._core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
             elif self.was_paused:
@@ -150,3 +150,8 @@ def serve_on(core: Any) -> None:
         core.resume_scheduler()
     finally:
         core.wakes = before
+
+
+def is_pending(core: Any) -> bool:
+    """Whether a sleep waits for requests to end."""
+    return getattr(core, "pending_sleep", None) is not None

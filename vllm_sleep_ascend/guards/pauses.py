@@ -12,7 +12,7 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend.errors import SleepModeError
-from vllm_sleep_ascend.guards.gate import ServingGate
+from vllm_sleep_ascend.guards.gate import ServingGate, is_pending
 from vllm_sleep_ascend.guards.wrap import wrap
 
 
@@ -36,11 +36,6 @@ def pausing_to_sleep(core: Any) -> Iterator[None]:
         yield
     finally:
         core.pauses_to_sleep = False
-
-
-def is_pending(core: Any) -> bool:
-    """Whether a sleep waits for requests to end."""
-    return getattr(core, "pending_sleep", None) is not None
 
 
 def call_off_sleep(core: Any, by: str) -> None:

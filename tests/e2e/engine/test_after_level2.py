@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that level 2 discarded and nobody loaded: ``after_level2`` warns, refuses or reloads."""
 
-import logging
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from helpers.engine import driver_worker, engine, few
+from helpers.logs import warnings_of
 from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend import _camem
@@ -28,21 +27,8 @@ def without_content(llm) -> int:
     return status["parameters_without_content"]
 
 
-@contextmanager
-def warnings_of_the_gate() -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("vllm.vllm_sleep_ascend.guards.gate")
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-
-
 def test_warn_says_so_once_when_it_serves_and_not_before(tiny_model, expected):
-    with engine_with(tiny_model, "warn") as llm, warnings_of_the_gate() as warnings:
+    with engine_with(tiny_model, "warn") as llm, warnings_of("guards.gate") as warnings:
         assert without_content(llm) == 0
         llm.sleep(level=2)
         llm.wake_up()

@@ -43,7 +43,8 @@ def test_connectors_that_would_be_stale_are_refused(tiny_model, tmp_path, name, 
 
 
 def test_connectors_without_sleep_mode_are_the_users_choice(tiny_model, tmp_path):
-    configure(tiny_model, **with_connector("ExampleConnector", tmp_path, None))
+    config = configure(tiny_model, **with_connector("ExampleConnector", tmp_path, None))
+    assert config.kv_transfer_config.kv_connector == "ExampleConnector"
 
 
 @pytest.mark.parametrize("sleeps", [False, True])

@@ -5,7 +5,6 @@ import os
 
 import pytest
 from helpers.engine import engine, few
-from helpers.models import other_weights
 from helpers.reference import PROMPTS, hf_few, hf_greedy, tokenizer
 from helpers.server import HBM_GIB, MEMORY, SMALL, Server
 from safetensors.torch import load_file, save_file
@@ -14,11 +13,6 @@ from transformers import AutoModelForCausalLM
 from vllm_sleep_ascend.errors import SleepModeError
 
 TRANSFER = {"backend": "safetensors"}
-
-
-@pytest.fixture(scope="module")
-def other_model(tiny_model, tmp_path_factory):
-    return other_weights(tiny_model, tmp_path_factory.mktemp("other") / "model")
 
 
 @pytest.fixture(scope="module")

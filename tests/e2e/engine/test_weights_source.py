@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each rank knows where its weights came from, and no wake puts a checkpoint in their place."""
 
-import logging
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from helpers.engine import engine, few, mapped
-from helpers.models import make_model, other_weights
+from helpers.logs import warnings_of
+from helpers.models import make_model
 from helpers.ranks import status
 from helpers.reference import hf_few
 from safetensors.torch import load_file
@@ -16,11 +15,6 @@ from vllm import SamplingParams
 from vllm_sleep_ascend.errors import SleepModeError
 
 TRAINED = r"the weights \(source: trainer, version: step-1\) are lost"
-
-
-@pytest.fixture(scope="module")
-def other_model(tiny_model, tmp_path_factory):
-    return other_weights(tiny_model, tmp_path_factory.mktemp("other") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +75,6 @@ def served_version(llm) -> str:
     (answer,) = llm.generate(["One"], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     (span,) = answer.outputs[0].weight_versions
     return span.version
-
-
-@contextmanager
-def warnings_of_reloads() -> Iterator[list[str]]:
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("vllm.vllm_sleep_ascend.source_worker")
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -189,7 +170,7 @@ def test_an_explicit_reload_is_done_with_a_warning_and_another_version(
     llm.wake_up(tags=["weights"])  # awake, and nothing is served
     with pytest.raises(SleepModeError, match="have not been loaded since"):
         few(llm)
-    with warnings_of_reloads() as warnings:
+    with warnings_of("source_worker") as warnings:
         llm.collective_rpc("reload_weights")
     (warning,) = warnings
     assert f"loaded {tiny_model} in place of" in warning and "step-1" in warning

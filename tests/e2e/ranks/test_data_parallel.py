@@ -147,8 +147,8 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
             request = InBackground(server, "/v1/completions", **to_one)
             wait_for(server.runs_requests, "the request runs")
             sleep = InBackground(server, "/sleep?level=1&mode=wait")
-            refused = sleep.is_done
-            wait_for(lambda r=refused: r() or state() == "partly_asleep", "replica 0 sleeps")
+            ended = sleep.is_done
+            wait_for(lambda ended=ended: ended() or state() == "partly_asleep", "replica 0 sleeps")
             assert not sleep.is_done(), sleep.answer().text
             server.post(path)
             assert (state(), states()) == ("awake", both["RUNNING"])
