@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <acl/acl.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "context.h"
@@ -8,6 +9,7 @@
 #include "faults.h"
 #include "machine.h"
 #include "memory.h"
+#include "page_locks.h"
 
 using sim::device::Direction;
 
@@ -86,9 +88,32 @@ aclError check_copy(const char* call, void* to, size_t room, const void* from, s
   return ACL_SUCCESS;
 }
 
+constexpr size_t kPage = 4096;
+constexpr int kOfAnotherPage = 0x7f;
+
+// The device reaches a host page that is not locked where it was, so it copies what is there now.
+// Nothing tells: one page of the destination is wrong.
+uint64_t submit_with_moved_page(const Copy& copy, sim::Stream& stream, size_t locked) {
+  size_t bytes = std::min(kPage, copy.bytes - locked);
+  auto* page = static_cast<char*>(copy.to) + locked;
+  return sim::device::submit_fill(stream.queue, page, kOfAnotherPage, bytes);
+}
+
+// Pageable memory: all that the stream has to do, then a synchronous copy.
+aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
+  sim::device::synchronize(stream.queue, -1);
+  if (aclError error = sim::take_failure(call, stream)) return error;
+  sim::device::copy(stream.context->physical, copy.to, copy.from, copy.bytes, copy.direction);
+  return ACL_SUCCESS;
+}
+
 // A fault of "aclrtMemcpyAsync.work" lets the launch succeed and the copy fail, of which an event
 // behind it says nothing.
-aclError submit(const Copy& copy, sim::Stream& stream) {
+aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
+  bool has_host = copy.direction != Direction::kDeviceToDevice;
+  const void* host = copy.direction == Direction::kDeviceToHost ? copy.to : copy.from;
+  // As the runtime does, by the address of the first byte alone.
+  if (has_host && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
   static sim::faults::Call work("aclrtMemcpyAsync.work");
   if (int code = work.enter()) {
     stream.failure = code;
@@ -96,13 +121,17 @@ aclError submit(const Copy& copy, sim::Stream& stream) {
   }
   uint64_t ticket =
       sim::device::submit_copy(stream.queue, copy.to, copy.from, copy.bytes, copy.direction);
+  size_t locked = has_host ? sim::locked_bytes(host, copy.bytes) : copy.bytes;
+  if (locked < copy.bytes) ticket = submit_with_moved_page(copy, stream, locked);
   stream.note_use(ticket, copy.to, copy.bytes);
   stream.note_use(ticket, copy.from, copy.bytes);
-  bool to_host = copy.direction == Direction::kDeviceToHost;
-  const void* host = to_host ? copy.to : copy.from;
-  bool is_asynchronous =
-      copy.direction == Direction::kDeviceToDevice || sim::is_pinned_range(host, copy.bytes);
-  if (!is_asynchronous) sim::device::synchronize(stream.queue, -1);
+  return ACL_SUCCESS;
+}
+
+aclError submit_all(const char* call, const std::vector<Copy>& copies, sim::Stream& stream) {
+  for (const Copy& copy : copies) {
+    if (aclError error = submit(call, copy, stream)) return error;
+  }
   return ACL_SUCCESS;
 }
 
@@ -171,7 +200,7 @@ aclError aclrtMemcpyAsync(void* to, size_t room, const void* from, size_t bytes,
   if (aclError error = sim::find_stream("aclrtMemcpyAsync", handle, &stream)) return error;
   Copy copy;
   aclError error = check_copy("aclrtMemcpyAsync", to, room, from, bytes, kind, &copy);
-  return error != ACL_SUCCESS ? error : submit(copy, *stream);
+  return error != ACL_SUCCESS ? error : submit("aclrtMemcpyAsync", copy, *stream);
 }
 
 aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, size_t bytes,
@@ -181,7 +210,7 @@ aclError aclrtMemcpyAsyncWithCondition(void* to, size_t room, const void* from, 
   if (aclError error = sim::find_stream(__func__, handle, &stream)) return error;
   Copy copy;
   aclError error = check_copy(__func__, to, room, from, bytes, kind, &copy);
-  return error != ACL_SUCCESS ? error : submit(copy, *stream);
+  return error != ACL_SUCCESS ? error : submit(__func__, copy, *stream);
 }
 
 aclError aclrtMemcpy2d(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
@@ -215,8 +244,7 @@ aclError aclrtMemcpy2dAsync(void* to, size_t to_pitch, const void* from, size_t 
                    static_cast<const char*>(from) + row * from_pitch, width, kind, &rows[row]);
     if (error != ACL_SUCCESS) return error;
   }
-  for (const Copy& row : rows) submit(row, *stream);
-  return ACL_SUCCESS;
+  return submit_all(__func__, rows, *stream);
 }
 
 aclError aclrtMemcpyBatch(void** to, size_t* rooms, void** from, size_t* sizes, size_t count,
@@ -244,8 +272,7 @@ aclError aclrtMemcpyBatchAsync(void** to, size_t* rooms, void** from, size_t* si
   aclError error = check_batch("aclrtMemcpyBatchAsync", to, rooms, from, sizes, count, attributes,
                                attribute_count, failed, &copies);
   if (error != ACL_SUCCESS) return error;
-  for (const Copy& copy : copies) submit(copy, *stream);
-  return ACL_SUCCESS;
+  return submit_all("aclrtMemcpyBatchAsync", copies, *stream);
 }
 
 aclError aclrtMemset(void* address, size_t room, int32_t value, size_t bytes) {

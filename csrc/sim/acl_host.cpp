@@ -3,6 +3,7 @@
 // Host memory that copies can use asynchronously.
 #include <acl/acl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <vector>
@@ -11,13 +12,14 @@
 #include "error.h"
 #include "faults.h"
 #include "memory.h"
+#include "page_locks.h"
 #include "settings.h"
 
 using sim::memory;
 
 namespace {
 
-constexpr size_t kPage = 4096;
+const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 constexpr size_t kAllocationLimit = 200 * sim::kGiB;
 
 aclError allocate(const char* call, void** result, size_t size) {
@@ -32,7 +34,7 @@ aclError allocate(const char* call, void** result, size_t size) {
   SIM_REQUIRE(address != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION,
               "%s: no host memory for %zu bytes", call, size);
   std::lock_guard<std::mutex> lock(memory().mutex);
-  memory().host[static_cast<char*>(address)] = {bytes, false};
+  memory().pinned[static_cast<char*>(address)] = {bytes};
   *result = address;
   return ACL_SUCCESS;
 }
@@ -41,13 +43,16 @@ aclError deallocate(const char* call, void* pointer) {
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
   std::lock_guard<std::mutex> lock(memory().mutex);
-  auto range = memory().host.find(static_cast<char*>(pointer));
-  SIM_REQUIRE(range != memory().host.end() && !range->second.is_registered,
-              ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not from aclrtMallocHost, or was freed", call,
-              pointer);
-  sim::require_unused(call, pointer, range->second.bytes);
-  sim::device::free_host(pointer, range->second.bytes);
-  memory().host.erase(range);
+  auto block = memory().pinned.find(static_cast<char*>(pointer));
+  SIM_REQUIRE(block != memory().pinned.end(), ACL_ERROR_RT_PARAM_INVALID,
+              "%s: %p is not from aclrtMallocHost, or was freed", call, pointer);
+  const size_t bytes = block->second.bytes;
+  if (sim::overlaps(memory().registered, pointer, bytes)) {
+    sim::fault("%s(%p): the memory is still registered, unregister it first", call, pointer);
+  }
+  sim::require_unused(call, pointer, bytes);
+  sim::device::free_host(pointer, bytes);
+  memory().pinned.erase(block);
   return ACL_SUCCESS;
 }
 
@@ -57,28 +62,49 @@ bool exists(void* pointer, uint64_t size) {
   return mincore(pointer, size, pages.data()) == 0 || errno != ENOMEM;
 }
 
-aclError register_range(const char* call, void* pointer, uint64_t size) {
+// Memory of aclrtMallocHost is page-locked already: it can be mapped for the device, not pinned.
+aclError check_pinned(const char* call, const char* pointer, uint64_t size, uint32_t flag) {
+  if (!sim::overlaps(memory().pinned, pointer, size)) return ACL_SUCCESS;
+  SIM_REQUIRE((flag & ACL_HOST_REG_PINNED) == 0, ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
+              "%s: %p is page-locked memory of aclrtMallocHost", call, pointer);
+  auto block = sim::find_containing(memory().pinned, pointer);
+  SIM_REQUIRE(
+      block != memory().pinned.end() && pointer + size <= block->first + block->second.bytes,
+      ACL_ERROR_RT_PARAM_INVALID, "%s: [%p, +%llu) is only in part from aclrtMallocHost", call,
+      pointer, static_cast<unsigned long long>(size));
+  return ACL_SUCCESS;
+}
+
+aclError register_range(const char* call, void* pointer, uint64_t size, uint32_t flag) {
   SIM_REQUIRE(pointer != nullptr && size > 0, ACL_ERROR_RT_PARAM_INVALID,
               "%s: null address or size 0", call);
   SIM_REQUIRE(reinterpret_cast<uintptr_t>(pointer) % kPage == 0, ACL_ERROR_RT_PARAM_INVALID,
               "%s: the address %p is not a multiple of %zu", call, pointer, kPage);
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
+  bool asks_driver_to_pin =
+      (flag & ACL_HOST_REG_PINNED) != 0 && sim::settings().driver.at_least(sim::kPinningDriver);
+  SIM_REQUIRE(!asks_driver_to_pin || sim::settings().kernel.at_least(sim::kPinningKernel),
+              ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: the driver pins no memory on this kernel",
+              call);
   std::unique_lock<std::mutex> lock(memory().mutex);
   SIM_REQUIRE(!sim::overlaps(memory().reservations, pointer, size), ACL_ERROR_RT_PARAM_INVALID,
               "%s: %p is device memory", call, pointer);
-  SIM_REQUIRE(!sim::overlaps(memory().host, pointer, size),
+  SIM_REQUIRE(!sim::overlaps(memory().registered, pointer, size),
               ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
               "%s: part of [%p, +%llu) is already registered", call, pointer,
               static_cast<unsigned long long>(size));
+  auto* begin = static_cast<char*>(pointer);
+  if (aclError error = check_pinned(call, begin, size, flag)) return error;
   SIM_REQUIRE(exists(pointer, size), ACL_ERROR_RT_PARAM_INVALID,
               "%s: part of [%p, +%llu) is not memory of this process", call, pointer,
               static_cast<unsigned long long>(size));
-  memory().host[static_cast<char*>(pointer)] = {size, true};
+  bool is_pinned = sim::overlaps(memory().pinned, pointer, size);
+  memory().registered[begin] = {size, (flag & ACL_HOST_REG_MAPPED) != 0, std::nullopt};
   lock.unlock();  // pinning takes long, and several threads pin at once
-  if (sim::device::register_host(pointer, size)) return ACL_SUCCESS;
+  if (is_pinned || sim::device::register_host(pointer, size)) return ACL_SUCCESS;
   lock.lock();
-  memory().host.erase(static_cast<char*>(pointer));
+  memory().registered.erase(begin);
   return sim::fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: the memory cannot be pinned", call);
 }
 
@@ -115,7 +141,8 @@ aclError aclrtHostRegister(void* pointer, uint64_t size, aclrtHostRegisterType t
   SIM_REQUIRE(device_pointer != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", __func__);
   SIM_REQUIRE(type == ACL_HOST_REGISTER_MAPPED, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
               "%s: type %d, only ACL_HOST_REGISTER_MAPPED is supported", __func__, type);
-  if (aclError error = register_range("aclrtHostRegister", pointer, size)) return error;
+  aclError error = register_range("aclrtHostRegister", pointer, size, ACL_HOST_REG_MAPPED);
+  if (error != ACL_SUCCESS) return error;
   *device_pointer = pointer;
   return ACL_SUCCESS;
 }
@@ -126,15 +153,18 @@ aclError aclrtHostRegisterV2(void* pointer, uint64_t size, uint32_t flag) {
   SIM_REQUIRE(flag != 0 && (flag & ~kSupported) == 0, ACL_ERROR_RT_PARAM_INVALID,
               "%s: flag %#x, only ACL_HOST_REG_MAPPED and ACL_HOST_REG_PINNED are supported",
               __func__, flag);
-  return register_range("aclrtHostRegisterV2", pointer, size);
+  return register_range("aclrtHostRegisterV2", pointer, size, flag);
 }
 
 aclError aclrtHostGetDevicePointer(void* pointer, void** device_pointer, uint32_t flag) {
   SIM_CALL();
   SIM_REQUIRE(pointer != nullptr && device_pointer != nullptr && flag == 0,
               ACL_ERROR_RT_PARAM_INVALID, "%s: null argument, or flag not 0", __func__);
-  SIM_REQUIRE(sim::is_pinned_range(pointer, 1), ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
-              "%s: %p is not registered", __func__, pointer);
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  auto range = memory().registered.find(static_cast<char*>(pointer));
+  SIM_REQUIRE(range != memory().registered.end() && range->second.is_mapped,
+              ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not the start of memory registered as mapped",
+              __func__, pointer);
   *device_pointer = pointer;
   return ACL_SUCCESS;
 }
@@ -145,14 +175,14 @@ aclError aclrtHostUnregister(void* pointer) {
   SIM_CONTEXT(context);
   (void)context;
   std::unique_lock<std::mutex> lock(memory().mutex);
-  auto range = memory().host.find(static_cast<char*>(pointer));
-  SIM_REQUIRE(range != memory().host.end() && range->second.is_registered,
-              ACL_ERROR_HOST_MEMORY_NOT_REGISTERED, "%s: %p is not the start of a registered range",
-              __func__, pointer);
+  auto range = memory().registered.find(static_cast<char*>(pointer));
+  SIM_REQUIRE(range != memory().registered.end(), ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
+              "%s: %p is not the start of a registered range", __func__, pointer);
   sim::require_unused(__func__, pointer, range->second.bytes);
-  memory().host.erase(range);
+  memory().registered.erase(range);
+  bool is_pinned = sim::overlaps(memory().pinned, pointer, 1);
   lock.unlock();
-  sim::device::unregister_host(pointer);
+  if (!is_pinned) sim::device::unregister_host(pointer);
   return ACL_SUCCESS;
 }
 

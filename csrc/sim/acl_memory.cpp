@@ -136,7 +136,7 @@ aclError aclrtPointerGetAttributes(const void* pointer, aclrtPtrAttributes* attr
       if (visible[i] == device) attributes->location.id = static_cast<uint32_t>(i);
     }
     attributes->pageSize = 2 * kMiB;
-  } else if (sim::is_pinned_range(pointer, 1)) {
+  } else if (sim::is_known_host(pointer)) {
     attributes->location.type = ACL_MEM_LOCATION_TYPE_HOST;
     attributes->pageSize = 4096;
   } else {

@@ -29,8 +29,9 @@ void npuSimGetCounters(npuSimCounters* counters) {
     ++(reservation.is_malloc ? counters->allocations : counters->reservations);
   }
   counters->mappings = sim::memory().mappings.size() - counters->allocations;
-  for (auto& [address, range] : sim::memory().host) {
-    (range.is_registered ? counters->registeredBytes : counters->pinnedBytes) += range.bytes;
+  for (auto& [address, block] : sim::memory().pinned) counters->pinnedBytes += block.bytes;
+  for (auto& [address, range] : sim::memory().registered) {
+    counters->registeredBytes += range.bytes;
   }
 }
 

@@ -33,6 +33,7 @@ bool share(Physical* memory, uint64_t* key);
 Physical* open_shared(int device, uint64_t key, size_t* bytes);
 
 // Host memory that the device can reach directly.
+extern const bool kRegisteringPins;  // else it is as safe as its pages are locked
 void* allocate_host(size_t bytes);
 void free_host(void* address, size_t bytes);
 bool register_host(void* address, size_t bytes);

@@ -110,6 +110,8 @@ void* allocate_host(size_t bytes) {
 
 void free_host(void* address, size_t) { cudaFreeHost(address); }
 
+const bool kRegisteringPins = true;
+
 bool register_host(void* address, size_t bytes) {
   return cudaHostRegister(address, bytes, cudaHostRegisterPortable) == cudaSuccess;
 }

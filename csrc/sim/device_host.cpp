@@ -200,6 +200,8 @@ void* allocate_host(size_t bytes) {
 
 void free_host(void* address, size_t bytes) { munmap(address, bytes); }
 
+const bool kRegisteringPins = false;
+
 bool register_host(void*, size_t) { return true; }
 void unregister_host(void*) {}
 

@@ -75,9 +75,9 @@ bool touches_device(const void* begin, size_t bytes) {
   return overlaps(memory().reservations, begin, bytes);
 }
 
-bool is_pinned_range(const void* begin, size_t bytes) {
+bool is_known_host(const void* address) {
   std::lock_guard<std::mutex> lock(memory().mutex);
-  return covers(memory().host, begin, bytes);
+  return overlaps(memory().pinned, address, 1) || overlaps(memory().registered, address, 1);
 }
 
 }  // namespace sim

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What this process has of device and host memory: reservations, mappings, pinned ranges.
+// What this process has of device and host memory: reservations, mappings, pinned and registered
+// ranges.
 #pragma once
 
 #include <cstddef>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "device.h"
 #include "handles.h"
@@ -38,16 +40,22 @@ struct Reservation {
   bool of_a_library = false;  // taken by a simulated library for itself
 };
 
-struct HostRange {
+struct Pinned {  // of aclrtMallocHost
   size_t bytes;
-  bool is_registered;  // else from aclrtMallocHost
+};
+
+struct Registered {  // of aclrtHostRegister
+  size_t bytes;
+  bool is_mapped;                 // for the device
+  std::optional<bool> is_locked;  // once a copy has asked
 };
 
 struct Memory {
   std::mutex mutex;
   std::map<const char*, Reservation> reservations;
   std::map<const char*, Mapping> mappings;
-  std::map<const char*, HostRange> host;
+  std::map<const char*, Pinned> pinned;
+  std::map<const char*, Registered> registered;
 };
 
 Memory& memory();
@@ -60,7 +68,7 @@ Handles<Physical>& physicals();
 // True if every byte of the range is mapped device memory; the device that holds its start.
 bool is_device_range(const void* begin, size_t bytes, int* device = nullptr);
 bool touches_device(const void* begin, size_t bytes);
-bool is_pinned_range(const void* begin, size_t bytes);
+bool is_known_host(const void* address);  // pinned or registered
 
 // The entry of an ordered map of ranges that contains the address, or end().
 template <typename Map>

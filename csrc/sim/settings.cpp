@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <sstream>
 
@@ -45,6 +46,14 @@ std::string state_directory() {
   return machine != nullptr && *machine != '\0' ? name + "-" + machine : name;
 }
 
+Version version(const char* name, const char* otherwise) {
+  for (const char* text : {static_cast<const char*>(std::getenv(name)), otherwise}) {
+    Version read;
+    if (text != nullptr && std::sscanf(text, "%d.%d", &read.major, &read.minor) == 2) return read;
+  }
+  return {};
+}
+
 Settings read() {
   Settings read;
   int count = std::clamp(static_cast<int>(number("NPU_SIM_DEVICES", 1)), 0, kMaxDevices);
@@ -55,6 +64,8 @@ Settings read() {
   double buffer = number("NPU_SIM_HCCL_BUFFER_MIB", -1) * static_cast<double>(kMiB);
   read.hccl_buffer_bytes = static_cast<int64_t>(buffer);
   read.state_directory = state_directory();
+  read.kernel = version("NPU_SIM_KERNEL", kKernel);
+  read.driver = version("NPU_SIM_DRIVER", "25.0");
   return read;
 }
 

@@ -8,6 +8,14 @@
 
 namespace sim {
 
+struct Version {
+  int major;
+  int minor;
+  bool at_least(const Version& other) const {
+    return major != other.major ? major > other.major : minor >= other.minor;
+  }
+};
+
 // What the environment says about the simulated machine, read once.
 struct Settings {
   std::vector<int> visible;     // physical device of each visible device
@@ -15,11 +23,14 @@ struct Settings {
   double link_bytes_per_ns;     // one direction, 0: not throttled
   int64_t hccl_buffer_bytes;    // of each of a communicator's two buffers, negative: as HCCL's
   std::string state_directory;  // shared by all processes of the simulated machine
+  Version kernel;               // of the host
+  Version driver;
 };
 
 const Settings& settings();
 
 constexpr int kMaxDevices = 16;
+constexpr const char* kKernel = "5.10";  // unless NPU_SIM_KERNEL names another
 constexpr size_t kKiB = size_t{1} << 10;
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kGiB = size_t{1} << 30;

@@ -15,6 +15,7 @@ from helpers.ascendcl import (
     MIB,
     NOT_REGISTERED,
     OUT_OF_MEMORY,
+    REGISTER_MAPPED,
     REGISTER_PINNED,
     RT_PARAM,
     SUCCESS,
@@ -120,13 +121,26 @@ def test_register(pages: int) -> None:
     assert register(pages, PAGE) == ALREADY_REGISTERED
     assert register(pages + PAGE, 2 * PAGE) == ALREADY_REGISTERED, "overlaps"
     assert register(pages + 2 * PAGE, PAGE) == SUCCESS, "a neighbour"
-    on_device = c_void_p()
-    ok("aclrtHostGetDevicePointer", pages, byref(on_device), c_uint32(0))
     ok("aclrtHostUnregister", pages)
     ok("aclrtHostUnregister", pages + 2 * PAGE)
     assert call("aclrtHostUnregister", pages) == NOT_REGISTERED
-    name = "aclrtHostGetDevicePointer"
-    assert call(name, pages, byref(on_device), c_uint32(0)) == NOT_REGISTERED
+
+
+def device_pointer(pointer: int) -> tuple[int, int | None]:
+    on_device = c_void_p()
+    code = call("aclrtHostGetDevicePointer", pointer, byref(on_device), c_uint32(0))
+    return code, on_device.value
+
+
+def test_only_mapped_memory_has_a_device_pointer(pages: int) -> None:
+    assert register(pages, PAGE) == SUCCESS
+    assert device_pointer(pages) == (RT_PARAM, None), "pinned alone"
+    assert register(pages + PAGE, 2 * PAGE, REGISTER_MAPPED | REGISTER_PINNED) == SUCCESS
+    assert device_pointer(pages + PAGE) == (SUCCESS, pages + PAGE)
+    assert device_pointer(pages + 2 * PAGE) == (RT_PARAM, None), "not its start"
+    ok("aclrtHostUnregister", pages + PAGE)
+    assert device_pointer(pages + PAGE) == (RT_PARAM, None)
+    ok("aclrtHostUnregister", pages)
 
 
 def test_unregister_needs_the_start(pages: int) -> None:
@@ -156,11 +170,27 @@ def test_register_v1(pages: int) -> None:
     ok("aclrtHostUnregister", pages)
 
 
-def test_pinned_memory_is_registered_already() -> None:
-    pointer = malloc_host(PAGE)
+def test_pinned_memory_can_be_mapped_and_not_be_pinned_again() -> None:
+    pointer = malloc_host(2 * PAGE)
     assert register(pointer, PAGE) == ALREADY_REGISTERED
+    assert register(pointer, PAGE, REGISTER_MAPPED | REGISTER_PINNED) == ALREADY_REGISTERED
     assert call("aclrtHostUnregister", pointer) == NOT_REGISTERED
+    assert register(pointer, 2 * PAGE, REGISTER_MAPPED) == SUCCESS
+    assert register(pointer, PAGE, REGISTER_MAPPED) == ALREADY_REGISTERED
+    assert device_pointer(pointer) == (SUCCESS, pointer)
+    ok("aclrtHostUnregister", pointer)
     ok("aclrtFreeHost", pointer)
+
+
+def test_freeing_registered_memory_aborts() -> None:
+    result = run_python(
+        "pointer = malloc_host(4096)\n"
+        "arguments = (c_uint64(4096), c_uint32(REGISTER_MAPPED))\n"
+        "ok('aclrtHostRegisterV2', pointer, *arguments)\n"
+        "call('aclrtFreeHost', pointer)"
+    )
+    assert result.returncode == -6
+    assert "still registered" in result.stderr
 
 
 def test_every_refusal_has_a_message_that_is_told_once() -> None:
