@@ -2,6 +2,7 @@
 #include <acl/acl.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "context.h"
@@ -107,16 +108,26 @@ aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
   return ACL_SUCCESS;
 }
 
+// The stream waits where the caller would not.
+void delay(sim::Stream& stream, const sim::faults::Hit& hit) {
+  auto wait = [](void* hit) {
+    std::unique_ptr<sim::faults::Hit>(static_cast<sim::faults::Hit*>(hit))->wait();
+  };
+  sim::device::submit_call(stream.queue, wait, new sim::faults::Hit(hit));
+}
+
 // A fault of "aclrtMemcpyAsync.work" lets the launch succeed and the copy fail, of which an event
-// behind it says nothing.
+// behind it says nothing. A delay of it holds the copy up on the device.
 aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
   bool has_host = copy.direction != Direction::kDeviceToDevice;
   const void* host = copy.direction == Direction::kDeviceToHost ? copy.to : copy.from;
   // As the runtime does, by the address of the first byte alone.
   if (has_host && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
   static sim::faults::Call work("aclrtMemcpyAsync.work");
-  if (int code = work.enter()) {
-    stream.failure = code;
+  sim::faults::Hit hit = work.hit();
+  if (hit.delay_ms > 0) delay(stream, hit);
+  if (hit.code != 0) {
+    stream.failure = hit.code;
     return ACL_SUCCESS;
   }
   uint64_t ticket =

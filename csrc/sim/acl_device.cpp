@@ -36,24 +36,28 @@ bool is_device(int32_t index) {
   return index >= 0 && index < static_cast<int32_t>(settings().visible.size());
 }
 
-Context* make_context(int index, bool primary) {
+// Null: the device has no stream left for it, which the thread's recent message says.
+Context* make_context(const char* call, int index, bool primary) {
   static int once = pthread_atfork(nullptr, nullptr, faults::refuse_after_fork);
   (void)once;
-  auto* context = new Context;  // never freed: a thread may still point to it
+  auto* context = new Context;  // never freed once it is made: a thread may still point to it
   context->index = index;
   context->physical = settings().visible[index];
   context->primary = primary;
-  context->default_stream = make_stream(context, 0, 0);
-  machine::taken(context->physical);  // joins the machine: from now on a fork is refused
+  context->default_stream = make_stream(call, context, 0, 0);
+  if (context->default_stream == nullptr) {
+    delete context;
+    return nullptr;
+  }
   context->handle = contexts().add(std::shared_ptr<Context>(context, [](Context*) {}));
   return context;
 }
 
 // With the lock held.
-Context* enter_primary(int32_t index) {
+Context* enter_primary(const char* call, int32_t index) {
   Context*& primary = devices().primary[index];
-  if (primary == nullptr) primary = make_context(index, true);
-  ++primary->references;
+  if (primary == nullptr) primary = make_context(call, index, true);
+  if (primary != nullptr) ++primary->references;
   return primary;
 }
 
@@ -67,12 +71,14 @@ int32_t configured_default_device(const char* path) {
 }
 
 void drop_context(Context* context) {
-  synchronize_device(context->physical, -1);
+  synchronize("context that ends", *context, -1);
   context->alive = false;
   contexts().remove(context->handle);
   for (auto& [handle, stream] : streams().all()) {
-    if (stream->context == context) streams().remove(handle);
+    bool removed = stream->context == context && streams().remove(handle) != nullptr;
+    if (removed) machine::give_stream(context->physical);
   }
+  machine::give_stream(context->physical);  // the default stream
 }
 
 aclError bad_device(const char* call, int32_t index) {
@@ -98,7 +104,7 @@ Context* current_context() {
   if (thread_context != nullptr && thread_context->alive) return thread_context;
   std::lock_guard<std::mutex> lock(devices().mutex);
   if (!is_device(devices().default_device)) return nullptr;
-  return thread_context = enter_primary(devices().default_device);
+  return thread_context = enter_primary("default device", devices().default_device);
 }
 
 }  // namespace sim
@@ -145,7 +151,9 @@ aclError aclrtSetDevice(int32_t index) {
   SIM_CALL();
   if (!sim::is_device(index)) return sim::bad_device("aclrtSetDevice", index);
   std::lock_guard<std::mutex> lock(sim::devices().mutex);
-  sim::thread_context = sim::enter_primary(index);
+  sim::Context* context = sim::enter_primary("aclrtSetDevice", index);
+  if (context == nullptr) return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+  sim::thread_context = context;
   return ACL_SUCCESS;
 }
 
@@ -170,25 +178,24 @@ aclError aclrtGetDevice(int32_t* index) {
 aclError aclrtSynchronizeDevice() {
   SIM_CALL();
   SIM_CONTEXT(context);
-  sim::synchronize_device(context->physical, -1);
-  return sim::take_failure(__func__, context->physical);
+  return sim::synchronize(__func__, *context, -1);
 }
 
 aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
   SIM_CALL();
-  SIM_REQUIRE(timeout >= -1, ACL_ERROR_RT_PARAM_INVALID, "%s: timeout %d", __func__, timeout);
+  SIM_REQUIRE_TIMEOUT(timeout);
   SIM_CONTEXT(context);
-  SIM_REQUIRE(sim::synchronize_device(context->physical, timeout), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
-              "%s: the device is busy after %d ms", __func__, timeout);
-  return sim::take_failure(__func__, context->physical);
+  return sim::synchronize(__func__, *context, timeout);
 }
 
 aclError aclrtCreateContext(aclrtContext* handle, int32_t index) {
   SIM_CALL();
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtCreateContext: null context");
   if (!sim::is_device(index)) return sim::bad_device("aclrtCreateContext", index);
-  sim::thread_context = sim::make_context(index, false);
-  *handle = sim::thread_context->handle;
+  sim::Context* context = sim::make_context("aclrtCreateContext", index, false);
+  if (context == nullptr) return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+  sim::thread_context = context;
+  *handle = context->handle;
   return ACL_SUCCESS;
 }
 

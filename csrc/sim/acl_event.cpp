@@ -137,7 +137,7 @@ aclError aclrtSynchronizeEvent(aclrtEvent event) {
 
 aclError aclrtSynchronizeEventWithTimeout(aclrtEvent event, int32_t timeout) {
   SIM_CALL();
-  SIM_REQUIRE(timeout >= -1, ACL_ERROR_RT_PARAM_INVALID, "%s: timeout %d", __func__, timeout);
+  SIM_REQUIRE_TIMEOUT(timeout);
   return synchronize("aclrtSynchronizeEventWithTimeout", event, timeout);
 }
 

@@ -130,7 +130,7 @@ aclError aclrtFreeHost(void* pointer) {
 aclError aclrtFreeHostWithDevSync(void* pointer) {
   SIM_CALL();
   SIM_CONTEXT(context);
-  sim::synchronize_device(context->physical, -1);
+  if (aclError error = sim::synchronize(__func__, *context, -1)) return error;
   return deallocate("aclrtFreeHostWithDevSync", pointer);
 }
 

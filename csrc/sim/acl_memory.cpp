@@ -103,7 +103,7 @@ aclError aclrtFree(void* pointer) {
 aclError aclrtFreeWithDevSync(void* pointer) {
   SIM_CALL();
   SIM_CONTEXT(context);
-  sim::synchronize_device(context->physical, -1);
+  if (aclError error = sim::synchronize(__func__, *context, -1)) return error;
   return deallocate("aclrtFreeWithDevSync", pointer);
 }
 

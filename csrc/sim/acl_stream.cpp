@@ -4,6 +4,7 @@
 #include "context.h"
 #include "error.h"
 #include "faults.h"
+#include "machine.h"
 
 using sim::Stream;
 
@@ -14,7 +15,9 @@ aclError create_stream(const char* call, aclrtStream* handle, uint32_t priority,
   sim::Context* context = sim::current_context();
   SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
-  *handle = sim::streams().add(sim::make_stream(context, priority, flags));
+  auto stream = sim::make_stream(call, context, priority, flags);
+  if (stream == nullptr) return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+  *handle = sim::streams().add(std::move(stream));
   return ACL_SUCCESS;
 }
 
@@ -25,13 +28,16 @@ aclError destroy_stream(const char* call, aclrtStream handle, bool wait) {
   SIM_REQUIRE(stream != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
               "%s: %p is not a stream, or was destroyed", call, handle);
   if (wait) sim::device::synchronize(stream->queue, -1);
-  if (sim::streams().remove(handle) != nullptr) sim::device::destroy_stream(stream->queue);
+  if (sim::streams().remove(handle) == nullptr) return ACL_SUCCESS;
+  sim::device::destroy_stream(stream->queue);
+  sim::machine::give_stream(stream->context->physical);
   return ACL_SUCCESS;
 }
 
 aclError synchronize(const char* call, aclrtStream handle, int32_t timeout_ms) {
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
+  if (!stream->can_be_waited_for()) return ACL_SUCCESS;
   SIM_REQUIRE(sim::device::synchronize(stream->queue, timeout_ms), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
               "%s: stream %d is busy after %d ms", call, stream->id, timeout_ms);
   return sim::take_failure(call, *stream);
@@ -76,8 +82,16 @@ aclError aclrtSynchronizeStream(aclrtStream stream) {
 
 aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) {
   SIM_CALL();
-  SIM_REQUIRE(timeout >= -1, ACL_ERROR_RT_PARAM_INVALID, "%s: timeout %d", __func__, timeout);
+  SIM_REQUIRE_TIMEOUT(timeout);
   return synchronize("aclrtSynchronizeStreamWithTimeout", stream, timeout);
+}
+
+aclError aclrtGetStreamAvailableNum(uint32_t* count) {
+  SIM_CALL();
+  SIM_REQUIRE(count != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null count", __func__);
+  SIM_CONTEXT(context);
+  *count = static_cast<uint32_t>(sim::machine::streams_left(context->physical));
+  return ACL_SUCCESS;
 }
 
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {

@@ -6,6 +6,8 @@
 #include <algorithm>
 
 #include "error.h"
+#include "machine.h"
+#include "settings.h"
 
 namespace sim {
 
@@ -55,7 +57,14 @@ Handles<Context>& contexts() {
   return *once;
 }
 
-std::shared_ptr<Stream> make_stream(Context* context, uint32_t priority, uint32_t flags) {
+std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,
+                                    uint32_t flags) {
+  if (!machine::take_stream(context->physical)) {
+    fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL,
+         "%s: Alloc sq cq fail: too many streams are created, the device has %zu for all processes",
+         call, settings().streams);
+    return nullptr;
+  }
   static std::atomic<int32_t> next_id{0};
   auto stream = std::make_shared<Stream>();
   stream->context = context;
@@ -108,17 +117,6 @@ void require_unused(const char* call, const void* begin, size_t bytes) {
   });
 }
 
-bool synchronize_device(int physical, int64_t timeout_ms) {
-  int64_t deadline = now_ms() + timeout_ms;
-  bool done = true;
-  for_each_stream([&](Stream& stream) {
-    if (stream.context->physical != physical) return;
-    int64_t left = timeout_ms < 0 ? -1 : std::max<int64_t>(deadline - now_ms(), 0);
-    done = device::synchronize(stream.queue, left) && done;
-  });
-  return done;
-}
-
 aclError take_failure(const char* call, Stream& stream) {
   if (int code = stream.failure.exchange(0)) {
     return fail(code, "%s: work of stream %d failed", call, stream.id);
@@ -126,13 +124,20 @@ aclError take_failure(const char* call, Stream& stream) {
   return stream.context->failure(call);
 }
 
-aclError take_failure(const char* call, int physical) {
+aclError synchronize(const char* call, const Context& context, int64_t timeout_ms) {
+  int64_t deadline = now_ms() + timeout_ms;
+  bool done = true;
   aclError first = ACL_SUCCESS;
   for_each_stream([&](Stream& stream) {
-    if (stream.context->physical != physical) return;
+    if (stream.context != &context || !stream.can_be_waited_for()) return;
+    int64_t left = timeout_ms < 0 ? -1 : std::max<int64_t>(deadline - now_ms(), 0);
+    done = done && device::synchronize(stream.queue, left);
+    if (!done) return;
     aclError error = take_failure(call, stream);
     if (first == ACL_SUCCESS) first = error;
   });
+  SIM_REQUIRE(done, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "%s: the device is busy after %lld ms", call,
+              static_cast<long long>(timeout_ms));
   return first;
 }
 

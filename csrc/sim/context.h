@@ -26,6 +26,13 @@ struct Stream {
   uint32_t flags;
   std::atomic<int> failure{0};  // of work that failed after its launch; whoever waits is told
 
+  // Streams for work of the device's own processors are not waited for: that call returns at once.
+  bool can_be_waited_for() const {
+    constexpr uint32_t kOfTheDevice =
+        ACL_STREAM_PERSISTENT | ACL_STREAM_CPU_SCHEDULE | ACL_STREAM_DEVICE_USE_ONLY;
+    return (flags & kOfTheDevice) == 0;
+  }
+
   // Work in flight and the memory that it touches.
   struct Use {
     uint64_t ticket;
@@ -74,7 +81,10 @@ Handles<Event>& events();
 Handles<Context>& contexts();
 
 Context* current_context();  // of this thread, null: none
-std::shared_ptr<Stream> make_stream(Context* context, uint32_t priority, uint32_t flags);
+
+// Null: the device has no stream left, which the thread's recent message says.
+std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,
+                                    uint32_t flags);
 
 // The stream behind a handle (null: the default stream) if it belongs to the current context.
 aclError find_stream(const char* call, aclrtStream handle, std::shared_ptr<Stream>* stream);
@@ -83,12 +93,12 @@ aclError find_stream(const char* call, aclrtStream handle, std::shared_ptr<Strea
 // the device, or with silent corruption, must not go unnoticed here.
 void require_unused(const char* call, const void* begin, size_t bytes);
 
-// Waits for all streams of the device; a negative timeout waits for ever. False: timed out.
-bool synchronize_device(int physical, int64_t timeout_ms);
+// Waits for those streams of the context that can be waited for, a negative timeout for ever, and
+// answers with the error of work that failed.
+aclError synchronize(const char* call, const Context& context, int64_t timeout_ms);
 
-// The error of work of these streams that failed after its launch, once; else success.
+// The error of work of the stream that failed after its launch, once; else success.
 aclError take_failure(const char* call, Stream& stream);
-aclError take_failure(const char* call, int physical);
 
 }  // namespace sim
 
@@ -99,6 +109,11 @@ aclError take_failure(const char* call, int physical);
     return ::sim::fail(ACL_ERROR_RT_CONTEXT_NULL,                                        \
                        "%s: this thread has no context; call aclrtSetDevice", __func__); \
   }
+
+// A timeout in ms: -1 is for ever, 0 is none.
+#define SIM_REQUIRE_TIMEOUT(timeout)                                                          \
+  SIM_REQUIRE((timeout) == -1 || (timeout) > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: timeout %d", \
+              __func__, timeout)
 
 #define SIM_REQUIRE(condition, code, ...)                    \
   do {                                                       \

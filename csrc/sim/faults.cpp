@@ -117,31 +117,30 @@ class Watch {
     return log_;
   }
 
-  int enter(const std::string& call) {
+  Hit find(const std::string& call) {
     follow_file();
-    int code = 0;
-    int delay_ms = 0;
-    uint64_t rules_then;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      rules_then = changes_;
-      if (keeps_log_) log_ += call + "\n";
-      for (Rule& rule : rules_) {
-        if (rule.call != call) continue;
-        ++rule.seen;
-        if (rule.seen < rule.first || rule.seen > rule.last) continue;
-        code = code != 0 ? code : rule.code;
-        delay_ms += rule.delay_ms;
-        ++hits_;
-      }
+    Hit hit;
+    std::lock_guard<std::mutex> lock(mutex_);
+    hit.rules = changes_;
+    if (keeps_log_) log_ += call + "\n";
+    for (Rule& rule : rules_) {
+      if (rule.call != call) continue;
+      ++rule.seen;
+      if (rule.seen < rule.first || rule.seen > rule.last) continue;
+      hit.code = hit.code != 0 ? hit.code : rule.code;
+      hit.delay_ms += rule.delay_ms;
+      ++hits_;
     }
-    // Other rules end a delay, so that a test can hold a call and let it go.
-    auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(delay_ms);
-    while (changes_ == rules_then && std::chrono::steady_clock::now() < end) {
+    return hit;
+  }
+
+  // Other rules end a delay, so that a test can hold a call and let it go.
+  void wait(const Hit& hit) {
+    auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(hit.delay_ms);
+    while (changes_ == hit.rules && std::chrono::steady_clock::now() < end) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       follow_file();
     }
-    return code;
   }
 
   void lock() { mutex_.lock(); }
@@ -203,18 +202,26 @@ Call::Call(const char* name) : name_(name) {
 }
 
 int Call::enter() {
+  Hit found = hit();
+  if (found.delay_ms > 0) found.wait();
+  return found.code;
+}
+
+void Hit::wait() const { watch().wait(*this); }
+
+Hit Call::hit() {
   if (forked.load(std::memory_order_relaxed)) {
-    return fail(ACL_ERROR_INTERNAL_ERROR,
-                "%s: the device was in use when this process was forked; a child must be spawned "
-                "to use a device",
-                name_.c_str());
+    return {fail(ACL_ERROR_INTERNAL_ERROR,
+                 "%s: the device was in use when this process was forked; a child must be spawned "
+                 "to use a device",
+                 name_.c_str())};
   }
   count_.fetch_add(1, std::memory_order_relaxed);
   static Watch& rules = watch();
-  if (!rules.active()) return 0;
-  int code = rules.enter(name_);
-  if (code != 0) fail(code, "%s: failed on request (fault injection)", name_.c_str());
-  return code;
+  if (!rules.active()) return {};
+  Hit found = rules.find(name_);
+  if (found.code != 0) fail(found.code, "%s: failed on request (fault injection)", name_.c_str());
+  return found;
 }
 
 bool set(const char* rules) { return watch().set(rules); }

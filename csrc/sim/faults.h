@@ -11,12 +11,22 @@
 
 namespace sim::faults {
 
+// What the rules say about one call.
+struct Hit {
+  int code = 0;  // to be returned, 0: none
+  int delay_ms = 0;
+  uint64_t rules = 0;  // that said so
+
+  void wait() const;  // out the delay, or until there are other rules
+};
+
 // One exported function of the simulated libraries.
 class Call {
  public:
   explicit Call(const char* name);
-  // What the call must return at once, before it has any effect; 0 to go on.
+  // What the call must return at once, before it has any effect; 0 to go on. Waits out a delay.
   int enter();
+  Hit hit();  // without waiting
   const std::string& name() const { return name_; }
   uint64_t count() const { return count_; }
   void reset_count() { count_ = 0; }

@@ -20,8 +20,11 @@ namespace {
 constexpr int kSlots = 256;
 constexpr off_t kMutexByte = kSlots;
 
+using Amounts = std::atomic<size_t>[kMaxDevices];
+
 struct Slot {
-  std::atomic<size_t> taken[kMaxDevices];
+  Amounts bytes;
+  Amounts streams;
 };
 
 struct Link {
@@ -41,7 +44,7 @@ class State {
  public:
   State() {
     mkdir(settings().state_directory.c_str(), 0700);
-    std::string path = settings().state_directory + "/state-1";
+    std::string path = settings().state_directory + "/state-2";
     file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (file_ < 0 || ftruncate(file_, sizeof(Shared)) != 0) die(path);
     void* memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0);
@@ -52,7 +55,8 @@ class State {
       if (lock(F_SETLK, F_WRLCK, slot_)) break;
     }
     if (slot_ == kSlots) die(path);
-    for (auto& bytes : mine().taken) bytes = 0;
+    for (auto& bytes : mine().bytes) bytes = 0;
+    for (auto& streams : mine().streams) streams = 0;
   }
 
   // Between processes by a record lock, between threads of this one by a mutex.
@@ -71,18 +75,24 @@ class State {
   Slot& mine() { return shared_->slots[slot_]; }
   Link& link(int device) { return shared_->links[device]; }
 
-  size_t taken(int device) {
+  size_t taken(Amounts Slot::* what, int device) {
     size_t sum = 0;
     for (int slot = 0; slot < kSlots; ++slot) {
-      size_t bytes = shared_->slots[slot].taken[device];
-      if (bytes == 0) continue;
+      auto& taken = (shared_->slots[slot].*what)[device];
+      if (taken == 0) continue;
       if (slot == slot_ || is_locked(slot)) {
-        sum += bytes;
+        sum += taken;
       } else {
-        shared_->slots[slot].taken[device] = 0;
+        taken = 0;
       }
     }
     return sum;
+  }
+
+  bool take(Amounts Slot::* what, int device, size_t amount, size_t capacity) {
+    if (amount > capacity || taken(what, device) + amount > capacity) return false;
+    (mine().*what)[device] += amount;
+    return true;
   }
 
  private:
@@ -135,23 +145,36 @@ int64_t now_ns() {
 
 bool take(int device, size_t bytes) {
   State::Locked locked(state());
-  if (bytes > settings().hbm_bytes) return false;
-  if (state().taken(device) + bytes > settings().hbm_bytes) return false;
-  state().mine().taken[device] += bytes;
-  return true;
+  return state().take(&Slot::bytes, device, bytes, settings().hbm_bytes);
 }
 
 void give(int device, size_t bytes) {
   State::Locked locked(state());
-  state().mine().taken[device] -= bytes;
+  state().mine().bytes[device] -= bytes;
 }
 
 size_t taken(int device) {
   State::Locked locked(state());
-  return state().taken(device);
+  return state().taken(&Slot::bytes, device);
 }
 
-size_t taken_by_this_process(int device) { return state().mine().taken[device]; }
+size_t taken_by_this_process(int device) { return state().mine().bytes[device]; }
+
+bool take_stream(int device) {
+  State::Locked locked(state());
+  return state().take(&Slot::streams, device, 1, settings().streams);
+}
+
+void give_stream(int device) {
+  State::Locked locked(state());
+  --state().mine().streams[device];
+}
+
+size_t streams_left(int device) {
+  State::Locked locked(state());
+  size_t taken = state().taken(&Slot::streams, device);
+  return taken < settings().streams ? settings().streams - taken : 0;
+}
 
 void occupy_link(int device, device::Direction direction, size_t bytes) {
   double rate = settings().link_bytes_per_ns;

@@ -60,6 +60,7 @@ Settings read() {
   read.visible = visible_devices(count);
   double hbm = number("NPU_SIM_HBM_GIB", 8) * static_cast<double>(kGiB);
   read.hbm_bytes = static_cast<size_t>(hbm) / (2 * kMiB) * (2 * kMiB);
+  read.streams = static_cast<size_t>(number("NPU_SIM_STREAMS", 1984));  // as Atlas A2 and A3 have
   read.link_bytes_per_ns = number("NPU_SIM_LINK_GBPS", 0);
   double buffer = number("NPU_SIM_HCCL_BUFFER_MIB", -1) * static_cast<double>(kMiB);
   read.hccl_buffer_bytes = static_cast<int64_t>(buffer);

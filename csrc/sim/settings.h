@@ -20,6 +20,7 @@ struct Version {
 struct Settings {
   std::vector<int> visible;     // physical device of each visible device
   size_t hbm_bytes;             // of every device
+  size_t streams;               // that every device has, for all processes together
   double link_bytes_per_ns;     // one direction, 0: not throttled
   int64_t hccl_buffer_bytes;    // of each of a communicator's two buffers, negative: as HCCL's
   std::string state_directory;  // shared by all processes of the simulated machine

@@ -28,6 +28,7 @@ NO_TIMESTAMP = 107006
 HANDLE = 107017
 UNSUPPORTED = 207000
 OUT_OF_MEMORY = 207001
+NO_RESOURCE = 207005
 INTERNAL = 500000
 SYNC_TIMEOUT = 507046
 DRIVER = 507899
@@ -153,6 +154,12 @@ def stream() -> int:
     handle = c_void_p()
     ok("aclrtCreateStream", byref(handle))
     return handle.value or 0
+
+
+def streams_left() -> int:
+    count = c_uint32()
+    ok("aclrtGetStreamAvailableNum", byref(count))
+    return count.value
 
 
 def event(flags: int = 8) -> int:

@@ -15,6 +15,7 @@ from helpers.ascendcl import (
     NO_CONTEXT,
     RT_PARAM,
     SUCCESS,
+    SYNC_TIMEOUT,
     bytes_at,
     call,
     malloc,
@@ -23,11 +24,13 @@ from helpers.ascendcl import (
     map_mem,
     mapped,
     memcpy,
+    memcpy_async,
     message,
     ok,
     physical,
     reserve,
     run_python,
+    stream,
 )
 from helpers.patience import wait_for
 
@@ -216,3 +219,29 @@ def test_communication_can_fail_too() -> None:
     info = ctypes.create_string_buffer(4108)
     assert hccl.HcclGetRootInfo(info) == 4
     assert hccl.HcclGetRootInfo(info) == 0
+
+
+def test_a_copy_that_never_completes() -> None:
+    host, queue, other = malloc_host(HUGE), stream(), stream()
+    _, address = malloc(HUGE)
+    ctypes.memset(host, 5, HUGE)
+    control.set_faults("aclrtMemcpyAsync.work:1:delay_ms=1000000000")
+    assert memcpy_async(address, host, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+    assert memcpy_async(address, host, 64, HOST_TO_DEVICE, other) == SUCCESS
+    ok("aclrtSynchronizeStream", other)
+    assert call("aclrtSynchronizeStreamWithTimeout", queue, 50) == SYNC_TIMEOUT
+    assert bytes_at(address, HUGE) == b"\5" * 64 + b"\xff\x7f" * ((HUGE - 64) // 2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait_in_a_thread, queue)
+        control.set_faults("")
+        assert waiting.result() == SUCCESS
+    assert bytes_at(address, HUGE) == b"\5" * HUGE
+    for each in (queue, other):
+        ok("aclrtDestroyStream", each)
+    ok("aclrtFree", address)
+    ok("aclrtFreeHost", host)
+
+
+def wait_in_a_thread(queue: int) -> int:
+    ok("aclrtSetDevice", 0)
+    return call("aclrtSynchronizeStream", queue)

@@ -13,6 +13,7 @@ from helpers.ascendcl import (
     GIB,
     KIB,
     MIB,
+    NO_RESOURCE,
     OUT_OF_MEMORY,
     call,
     free_and_total,
@@ -92,6 +93,48 @@ def test_many_processes_never_take_more_than_there_is() -> None:
 
     # Two at once at least, which a busy machine may prevent now and then.
     assert any(race()[-2] > 0 for _ in range(10))
+
+
+MACHINE_WITH_FIVE_STREAMS = {
+    "NPU_SIM_MACHINE": f"five-streams-{os.getpid()}",
+    "NPU_SIM_STREAMS": "5",
+}
+
+
+def test_a_device_has_so_many_streams() -> None:
+    usual = {**MACHINE_WITH_FIVE_STREAMS, "NPU_SIM_STREAMS": ""}
+    assert run_python("print(streams_left())", **usual).stdout == "1983\n", "and a default stream"
+    result = run_python(
+        "queues = [stream() for _ in range(streams_left())]\n"
+        "assert len(queues) == 4\n"
+        f"assert call('aclrtCreateStream', byref(c_void_p())) == {NO_RESOURCE}\n"
+        "assert 'Alloc sq cq fail' in message()\n"
+        f"assert call('aclrtCreateContext', byref(c_void_p()), 0) == {NO_RESOURCE}\n"
+        "ok('aclrtDestroyStream', queues.pop())\n"
+        "assert streams_left() == 1\n"
+        "queues.append(stream())\n"
+        "ok('aclrtSetDevice', 1)\n"
+        "assert streams_left() == 4, 'of another device'\n"
+        "ok('aclrtResetDevice', 0)\n"
+        "ok('aclrtSetDevice', 0)\n"
+        "assert streams_left() == 4, 'a device that is reset gives all back'\n",
+        **MACHINE_WITH_FIVE_STREAMS,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_processes_share_them_and_a_killed_one_gives_them_back() -> None:
+    def left() -> str:
+        return run_python("print(streams_left())", **MACHINE_WITH_FIVE_STREAMS).stdout
+
+    with Neighbour("queues = [stream(), stream()]", **MACHINE_WITH_FIVE_STREAMS) as neighbour:
+        assert left() == "1\n"
+        with Neighbour("queue = stream()", **MACHINE_WITH_FIVE_STREAMS):
+            result = run_python("", **MACHINE_WITH_FIVE_STREAMS)
+            assert f"aclrtSetDevice: {NO_RESOURCE}" in result.stderr
+        neighbour.process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, neighbour.process.pid, os.WEXITED | os.WNOWAIT)
+        assert left() == "4\n"
 
 
 def test_machines_with_other_names_are_other_machines() -> None:

@@ -177,6 +177,34 @@ def test_the_device_waits_for_all_streams(queues: tuple[int, int], recorder: Rec
     assert sorted(recorder.ran) == ["0", "1", "2"]
 
 
+def test_of_another_context_it_waits_for_none() -> None:
+    result = run_python(
+        "ours, other = c_void_p(), c_void_p()\n"
+        "ok('aclrtGetCurrentContext', byref(ours))\n"
+        "ok('aclrtCreateContext', byref(other), 0)\n"
+        "with held(stream()):\n"
+        "    ok('aclrtSetCurrentContext', ours)\n"
+        "    ok('aclrtSynchronizeDevice')\n"
+        "    ok('aclrtSetCurrentContext', other)\n"
+        f"    assert call('aclrtSynchronizeDeviceWithTimeout', 20) == {SYNC_TIMEOUT}\n"
+        "ok('aclrtSynchronizeDevice')\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_waited_for"), [(0, True), (1 | 2 | 8, True), (4, False), (16, False), (32, False)]
+)
+def test_streams_that_are_not_waited_for(flags: int, is_waited_for: bool) -> None:
+    queue = c_void_p()
+    ok("aclrtCreateStreamWithConfig", byref(queue), c_uint32(0), c_uint32(flags))
+    expected = SYNC_TIMEOUT if is_waited_for else SUCCESS
+    with held(queue.value or 0):
+        assert call("aclrtSynchronizeDeviceWithTimeout", 20) == expected
+        assert call("aclrtSynchronizeStreamWithTimeout", queue, 20) == expected
+    ok("aclrtDestroyStream", queue)
+
+
 def test_timeouts(queues: tuple[int, int], recorder: Recorder) -> None:
     mark = event()
     with held(queues[0]):
@@ -185,7 +213,10 @@ def test_timeouts(queues: tuple[int, int], recorder: Recorder) -> None:
         assert call("aclrtSynchronizeStreamWithTimeout", queues[0], 20) == SYNC_TIMEOUT
         assert call("aclrtSynchronizeDeviceWithTimeout", 20) == SYNC_TIMEOUT
         assert call("aclrtSynchronizeEventWithTimeout", mark, 20) == SYNC_TIMEOUT + 1
-        assert call("aclrtSynchronizeStreamWithTimeout", queues[0], -2) == RT_PARAM
+        for timeout in (0, -2):
+            assert call("aclrtSynchronizeStreamWithTimeout", queues[0], timeout) == RT_PARAM
+            assert call("aclrtSynchronizeDeviceWithTimeout", timeout) == RT_PARAM
+            assert call("aclrtSynchronizeEventWithTimeout", mark, timeout) == RT_PARAM
         assert recorder.ran == []
     assert call("aclrtSynchronizeStreamWithTimeout", queues[0], -1) == SUCCESS
     assert recorder.ran == ["work"]
