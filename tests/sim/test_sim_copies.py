@@ -2,6 +2,7 @@
 """Copies and fills."""
 
 import ctypes
+import time
 from collections.abc import Iterator
 from ctypes import byref, c_int32, c_size_t
 
@@ -10,6 +11,7 @@ from helpers.ascendcl import (
     DEFAULT,
     DEVICE_TO_DEVICE,
     DEVICE_TO_HOST,
+    DRIVER,
     HOST_TO_DEVICE,
     HOST_TO_HOST,
     HUGE,
@@ -17,6 +19,7 @@ from helpers.ascendcl import (
     RT_PARAM,
     SUCCESS,
     UNSUPPORTED,
+    HostFunction,
     bytes_at,
     call,
     held,
@@ -30,6 +33,8 @@ from helpers.ascendcl import (
     stream,
     stream_is_idle,
 )
+
+from vllm_sleep_ascend.sim import control
 
 
 @pytest.fixture
@@ -110,6 +115,29 @@ def test_pageable_copies_complete_first(on_device: int, pageable: ctypes.Array) 
         assert memcpy_async(on_device, source, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
         assert stream_is_idle(queue)
     assert bytes_at(on_device, HUGE) == pageable.raw
+    ok("aclrtDestroyStream", queue)
+
+
+def test_pageable_copies_first_wait_for_the_stream(
+    on_device: int, pinned: int, pageable: ctypes.Array
+) -> None:
+    queue, source = stream(), ctypes.addressof(pageable)
+
+    def change(_: object) -> None:
+        time.sleep(0.05)
+        ctypes.memset(source, 9, HUGE)
+
+    function = HostFunction(change)
+    ok("aclrtLaunchHostFunc", queue, function, None)
+    assert memcpy_async(on_device, source, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+    assert bytes_at(on_device, HUGE) == b"\x09" * HUGE
+    control.set_faults(f"aclrtMemcpyAsync.work:1:{DRIVER}")
+    assert memcpy_async(on_device, pinned, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+    ctypes.memset(source, 8, HUGE)
+    assert memcpy_async(on_device, source, HUGE, HOST_TO_DEVICE, queue) == DRIVER, (
+        "of the one before"
+    )
+    assert bytes_at(on_device, HUGE) == b"\x09" * HUGE
     ok("aclrtDestroyStream", queue)
 
 
