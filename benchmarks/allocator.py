@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
     parser.add_argument("--peer", default="", help="some of cumem,tms,tms_retain (CUDA)")
-    parser.add_argument("--ours", default="ours,ours_prepared,ours_skip_unchanged")
+    parser.add_argument("--ours", default="ours,ours_on_demand,ours_skip_unchanged")
     parser.add_argument("--model", default=None, help="qwen2.5-7b, qwen2.5-14b or toy")
     parser.add_argument("--kv-blocks", type=int, default=None)
     parser.add_argument("--kv-block-mib", type=int, default=None)

@@ -17,29 +17,29 @@ Function lookup(const char* name) {
   return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
 }
 
-using HostRegister = aclError (*)(void*, uint64_t, aclrtHostRegisterType, void**);
 using HostRegisterV2 = aclError (*)(void*, uint64_t, uint32_t);
 using HostUnregister = aclError (*)(void*);
 using GetMemUsageInfo = aclError (*)(int32_t, aclrtMemUsageInfo*, size_t, size_t*);
+using StreamAvailableNum = aclError (*)(uint32_t*);
 using RecentErrMsg = const char* (*)();
 
 }  // namespace
 
 aclError host_register(void* address, std::size_t bytes) {
   static const auto register_v2 = lookup<HostRegisterV2>("aclrtHostRegisterV2");
-  if (register_v2 != nullptr) {
-    const aclError code = register_v2(address, bytes, ACL_HOST_REG_PINNED);
-    if (code != kNotSupported) return code;
-  }
-  static const auto register_v1 = lookup<HostRegister>("aclrtHostRegister");
-  if (register_v1 == nullptr) return kNotSupported;
-  void* device_address = nullptr;
-  return register_v1(address, bytes, ACL_HOST_REGISTER_MAPPED, &device_address);
+  return register_v2 == nullptr ? kNotSupported : register_v2(address, bytes, ACL_HOST_REG_PINNED);
 }
 
 aclError host_unregister(void* address) {
   static const auto unregister = lookup<HostUnregister>("aclrtHostUnregister");
   return unregister == nullptr ? kNotSupported : unregister(address);
+}
+
+std::optional<std::size_t> available_streams() {
+  static const auto available = lookup<StreamAvailableNum>("aclrtGetStreamAvailableNum");
+  uint32_t count = 0;
+  if (available == nullptr || available(&count) != ACL_SUCCESS) return std::nullopt;
+  return count;
 }
 
 std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int device) {

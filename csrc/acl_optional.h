@@ -12,10 +12,14 @@
 
 namespace camem {
 
-// Pins [address, address + bytes), which must be 4 KB aligned. Returns 207000 where the installed
-// AscendCL cannot register host memory (Ascend 310P).
+// Lets copies from and to [address, address + bytes), which must be page-aligned, be asynchronous.
+// Locks no page. Returns 207000 where the installed AscendCL lacks the call (before CANN 8.5).
 aclError host_register(void* address, std::size_t bytes);
 aclError host_unregister(void* address);
+
+// Streams that the current device can still give to any process; nothing where AscendCL cannot
+// tell.
+std::optional<std::size_t> available_streams();
 
 // Bytes of device memory that this process holds, by component of CANN: APP, HCCL, RUNTIME and so
 // on. Nothing where the installed AscendCL cannot tell.

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "host_pool.h"
+#include "host_memory.h"
 #include "vmm.h"
 
 namespace camem {

@@ -38,6 +38,20 @@ Action parse_action(const std::string& name) {
   throw py::value_error("unknown action '" + name + "'; one of keep, offload, discard");
 }
 
+std::optional<HostSource> parse_host_memory(const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  if (name == "acl") return HostSource::kAcl;
+  if (name == "registered") return HostSource::kRegistered;
+  throw py::value_error("unknown host memory '" + name + "'; one of auto, acl, registered");
+}
+
+Unprepared parse_unprepared(const std::string& name) {
+  if (name == "measured") return Unprepared::kMeasured;
+  if (name == "lock") return Unprepared::kLock;
+  if (name == "stage") return Unprepared::kStage;
+  throw py::value_error("unknown way '" + name + "'; one of measured, lock, stage");
+}
+
 const char* state_name(State state) {
   switch (state) {
     case State::kMapped:
@@ -93,10 +107,18 @@ std::set<TagId> tag_ids(const std::vector<std::string>& names) {
 }
 
 void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
-                    unsigned pin_threads, std::size_t scratch_chunk_bytes,
+                    unsigned host_threads, const std::string& host_memory,
+                    const std::string& unprepared, std::size_t scratch_chunk_bytes,
                     const std::vector<std::string>& scratch_tags) {
-  const Settings settings{chunk_bytes, keep_host_backup,    copy_threads,
-                          pin_threads, scratch_chunk_bytes, tag_ids(scratch_tags)};
+  Settings settings;
+  settings.chunk_bytes = chunk_bytes;
+  settings.keep_host_backup = keep_host_backup;
+  settings.copy_threads = copy_threads;
+  settings.host_threads = host_threads;
+  settings.host_source = parse_host_memory(host_memory);
+  settings.unprepared = parse_unprepared(unprepared);
+  settings.scratch_chunk_bytes = scratch_chunk_bytes;
+  settings.scratch_tags = tag_ids(scratch_tags);
   const WithoutGil released;  // a transaction may hold the lock for long
   Pool::instance().configure(settings);
 }
@@ -142,9 +164,29 @@ py::list allocations() {
     entry["state"] = state_name(info.state);
     entry["device_bytes"] = info.device_bytes;
     entry["host_bytes"] = info.host_bytes;
+    entry["page_locked_bytes"] = info.page_locked_bytes;
     entry["checksum"] = info.backup_sum;
     result.append(entry);
   }
+  return result;
+}
+
+py::dict host_memory() {
+  HostInfo info{};
+  {
+    const WithoutGil released;
+    info = Pool::instance().host_info();
+  }
+  py::dict result;
+  result["source"] = !info.choice                              ? ""
+                     : info.choice->source == HostSource::kAcl ? "acl"
+                                                               : "registered";
+  result["why"] = info.choice ? info.choice->why : "";
+  result["locking_bytes_per_s"] = info.speeds ? info.speeds->locking : 0.0;
+  result["copying_bytes_per_s"] = info.speeds ? info.speeds->copying : 0.0;
+  result["prepared"] = info.prepared;
+  result["staging"] = info.staging;
+  result["failure"] = last_locking_failure();
   return result;
 }
 
@@ -207,7 +249,8 @@ PYBIND11_MODULE(_camem, module) {
   });
 
   module.def("configure", &configure_pool, py::kw_only(), py::arg("chunk_bytes"),
-             py::arg("keep_host_backup"), py::arg("copy_threads"), py::arg("pin_threads"),
+             py::arg("keep_host_backup"), py::arg("copy_threads"), py::arg("host_threads"),
+             py::arg("host_memory") = "auto", py::arg("unprepared") = "measured",
              py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
              py::arg("scratch_tags") = std::vector<std::string>());
   module.def("set_current_tag", [](const std::string& name) {
@@ -220,11 +263,17 @@ PYBIND11_MODULE(_camem, module) {
              py::arg("hold") = false);
   module.def("commit", &commit_pool);
   module.def("abort", [] { return Pool::instance().abort(); }, py::call_guard<WithoutGil>());
-  module.def("prepare", [](const std::vector<std::string>& tags) {
-    const std::set<TagId> ids = tag_ids(tags);
-    const WithoutGil released;
-    Pool::instance().prepare(ids);
-  });
+  module.def(
+      "prepare",
+      [](const std::vector<std::string>& tags, bool in_idle_time) {
+        const std::set<TagId> ids = tag_ids(tags);
+        const WithoutGil released;
+        Pool::instance().prepare(ids, in_idle_time);
+      },
+      py::arg("tags"), py::kw_only(), py::arg("in_idle_time") = false);
+  module.def(
+      "release_prepared", [] { Pool::instance().release_prepared(); },
+      py::call_guard<WithoutGil>());
   module.def(
       "wait_prepared", [](double timeout_s) { return Pool::instance().wait_prepared(timeout_s); },
       py::arg("timeout_s"), py::call_guard<WithoutGil>());
@@ -241,7 +290,9 @@ PYBIND11_MODULE(_camem, module) {
   module.def("read_backup", &read_backup, py::arg("address"), py::arg("bytes"));
   module.def("tags", [] { return Pool::instance().tag_names(); });
   module.def("available_host_bytes", &available_host_bytes);
-  module.def("pinned_host_bytes", &pinned_host_bytes);
+  module.def("pinned_host_bytes", &page_locked_host_bytes);
+  module.def("plain_host_bytes", &plain_host_bytes);
+  module.def("host_memory", &host_memory);
   module.def("component_bytes", &component_bytes, py::arg("device"), py::call_guard<WithoutGil>());
 
   py::module_::import("atexit").attr("register")(

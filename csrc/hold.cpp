@@ -15,6 +15,7 @@ void Pool::hold_sleep(const Plan& plan, const Sums& sums) {
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
+  reserve_.cancel();
   take_back();
   sweep();
   unpark();
@@ -78,6 +79,7 @@ void Pool::hold_wake(const std::set<TagId>& tags, std::chrono::duration<double> 
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
+  reserve_.cancel();
   take_back();
   sweep();
   transfer_.reset_copied_bytes();
@@ -116,7 +118,7 @@ Report Pool::commit() {
   for (const Task& task : held.to_none) task.chunk->content = Content::kNone;
   unswept_ = true;
   sweep();
-  if (!held.to_host.empty()) reserve_.clear();
+  finish_with_host_memory(!held.to_host.empty());
   held.report.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - held.start).count();
   return held.report;

@@ -18,12 +18,19 @@ namespace {
 // A short pause between two looks at device memory that another process may give back.
 constexpr std::chrono::milliseconds kPoll{1};
 
+bool any_plain(const std::vector<Chunk*>& chunks) {
+  return std::any_of(chunks.begin(), chunks.end(), [](const Chunk* chunk) {
+    return chunk->backup && !chunk->backup.is_page_locked();
+  });
+}
+
 }  // namespace
 
 // Many copies in flight keep the link busy while other processes use the device too; a thread that
-// pins is slower than the link anyway.
-Parallelism Pool::parallelism(bool pinning) const {
-  return pinning ? Parallelism{pin_threads(), 1} : Parallelism{settings_.copy_threads, 8};
+// takes host memory, or copies in it, is slower than the link anyway.
+Parallelism Pool::parallelism(bool takes_host_memory) const {
+  return takes_host_memory ? Parallelism{host_threads(), 1}
+                           : Parallelism{settings_.copy_threads, 8};
 }
 
 // Copies the chunks to the host and gives their device memory back, each as soon as its copy is
@@ -41,12 +48,22 @@ void Pool::offload(const Tasks& tasks, const Allocation** current, bool hold) {
     }
     std::size_t failed = 0;
     try {
-      const std::size_t unpinned = unpinned_bytes(first, last);
-      HostSpace space(unpinned);
+      const std::size_t missing = missing_host_bytes(first, last);
+      HostSpace space(missing);
+      const HostSource source = host_source(device);
+      const bool stage = stages(device, missing);
+      if (stage || any_plain(chunks)) transfer_.staging().open(device, host_threads(), source);
       transfer_.run(
-          device, Direction::kDeviceToHost, chunks, parallelism(unpinned > 0),
+          device, Direction::kDeviceToHost, chunks, parallelism(missing > 0 || any_plain(chunks)),
           [&](std::size_t i) {
-            if (!chunks[i]->backup) chunks[i]->backup = reserve_.take(chunks[i]->bytes, space);
+            HostMemory& backup = chunks[i]->backup;
+            if (backup.is_page_locked()) return;
+            if (auto ready = reserve_.take(chunks[i]->bytes)) {
+              backup = std::move(*ready);
+            } else if (!backup) {
+              backup = stage ? HostMemory::plain(chunks[i]->bytes, space)
+                             : HostMemory::any(chunks[i]->bytes, source, space);
+            }
           },
           [&](std::size_t i) {
             if (hold) chunks[i]->memory.unmap();
@@ -149,8 +166,9 @@ void Pool::restore(Tasks tasks, Deadline deadline, const Allocation** current) {
     MapAhead ahead({first, last}, deadline);
     std::size_t failed = 0;
     try {
+      if (any_plain(chunks)) transfer_.staging().open(device, host_threads(), host_source(device));
       transfer_.run(
-          device, Direction::kHostToDevice, chunks, parallelism(false),
+          device, Direction::kHostToDevice, chunks, parallelism(any_plain(chunks)),
           [&](std::size_t i) { ahead.wait(i); },
           [&](std::size_t i) { chunks[i]->content = Content::kDevice; }, &failed);
       for (auto task = empty; task != last; ++task) {

@@ -47,6 +47,7 @@ void Pool::abandon() noexcept {
   g_ended = true;
   if (g_abandoned.exchange(true)) return;  // a forked child cannot join its parent's threads
   reserve_.stop();
+  reserve_.wait_until_given_back();
 }
 
 bool Pool::has_ended() const noexcept { return g_ended; }
@@ -91,7 +92,10 @@ void* Pool::allocate(std::size_t bytes, int device) {
   sweep();
   DeviceGuard guard(device);
   std::size_t& unit = granularity_[device];
-  if (unit == 0) unit = granularity(device);
+  if (unit == 0) {
+    unit = granularity(device);
+    transfer_.open(device);
+  }
   auto allocation =
       std::make_unique<Allocation>(device, round_up(std::max<std::size_t>(bytes, 1), unit),
                                    t_current_tag, round_up(chunk_bytes(t_current_tag), unit));
@@ -110,7 +114,10 @@ void Pool::free(void* address) noexcept {
   allocations_.erase(found);
   unswept_ = true;
   sweep();
-  if (allocations_.empty()) reserve_.clear();
+  if (allocations_.empty()) {
+    reserve_.clear();
+    transfer_.staging().close();
+  }
 }
 
 // Gives back what is no longer needed, also what an earlier operation could not. A single failing
@@ -153,11 +160,6 @@ Pool::Tasks Pool::select(const std::function<bool(const Allocation&, const Chunk
   return tasks;
 }
 
-unsigned Pool::pin_threads() const {
-  const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
-  return std::max(settings_.copy_threads, std::min(settings_.pin_threads, cores));
-}
-
 std::size_t Pool::trim(const std::set<std::uintptr_t>& addresses) {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
@@ -183,19 +185,6 @@ void Pool::distrust_backups(const std::set<std::uintptr_t>& addresses) {
   }
 }
 
-void Pool::prepare(const std::set<TagId>& tags) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
-  reserve_.clear();
-  std::vector<std::size_t> sizes;
-  const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {
-    return chunk.content == Content::kDevice && !chunk.backup && tags.count(allocation.tag) != 0;
-  });
-  preflight_host(tasks);
-  for (const Task& task : tasks) sizes.push_back(task.chunk->bytes);
-  if (!sizes.empty()) reserve_.prepare(tasks.front().allocation->device, sizes, pin_threads());
-}
-
 std::vector<AllocationInfo> Pool::allocations() {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
@@ -208,10 +197,12 @@ std::vector<AllocationInfo> Pool::allocations() {
                         allocation->state(),
                         0,
                         0,
+                        0,
                         allocation->backup_sum};
     for (const Chunk& chunk : allocation->chunks) {
       if (chunk.memory) info.device_bytes += chunk.bytes;
       if (chunk.backup) info.host_bytes += chunk.bytes;
+      if (chunk.backup.is_page_locked()) info.page_locked_bytes += chunk.bytes;
     }
     infos.push_back(info);
   }

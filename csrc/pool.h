@@ -17,6 +17,8 @@
 #include <vector>
 
 #include "allocation.h"
+#include "host_reserve.h"
+#include "host_source.h"
 #include "transfer.h"
 
 namespace camem {
@@ -33,11 +35,20 @@ struct Plan {
   }
 };
 
+// What a sleep does for whose backup no page-locked memory is ready.
+enum class Unprepared : std::uint8_t {
+  kMeasured,  // what is faster on this host, if it is much
+  kLock,      // takes page-locked memory
+  kStage,     // takes plain memory, and copies through page-locked blocks
+};
+
 struct Settings {
   std::size_t chunk_bytes = std::size_t{64} << 20;
   bool keep_host_backup = true;
-  unsigned copy_threads = 3;  // threads that copy once the host memory is pinned
-  unsigned pin_threads = 16;  // threads that pin host memory; at most one a core
+  unsigned copy_threads = 3;   // threads that copy once the host memory is there
+  unsigned host_threads = 16;  // threads that take host memory; at most one a core
+  std::optional<HostSource> host_source = std::nullopt;  // empty: chosen by trying
+  Unprepared unprepared = Unprepared::kMeasured;
   // Tags whose content nobody needs once a sleep has begun. They take memory in larger chunks
   // (fewer calls), and a sleep gives it back at once: one that fails maps it again, empty.
   std::size_t scratch_chunk_bytes = std::size_t{1} << 30;
@@ -66,7 +77,16 @@ struct AllocationInfo {
   State state;
   std::size_t device_bytes;                 // physical memory held now
   std::size_t host_bytes;                   // backup held now
+  std::size_t page_locked_bytes;            // of it, page-locked
   std::optional<std::uint64_t> backup_sum;  // checksum of the backup, if one was given
+};
+
+// Where host memory comes from, and what is held beside the backups, in bytes.
+struct HostInfo {
+  std::optional<HostChoice> choice;  // empty: nothing was needed yet
+  std::optional<HostSpeeds> speeds;  // empty: not measured yet
+  std::size_t prepared;              // page-locked, for backups to come
+  std::size_t staging;               // page-locked, through which plain backups are copied
 };
 
 // Checksums of the content of allocations, by address.
@@ -139,10 +159,15 @@ class Pool {
   // False if that memory is not in a backup.
   bool read_backup(std::uintptr_t address, std::size_t bytes, std::byte* target);
 
-  // Pins host memory for the backups of these tags in the background, and returns at once.
-  void prepare(const std::set<TagId>& tags);
+  // Takes page-locked memory for the backups of these tags in the background, and returns at once.
+  // `in_idle_time`: slowly, with processor time that nobody else wants.
+  void prepare(const std::set<TagId>& tags, bool in_idle_time);
   // Waits until that is done; false: not in that time.
   bool wait_prepared(double seconds) { return reserve_.wait(seconds); }
+  // Gives back what was prepared and not used.
+  void release_prepared();
+
+  HostInfo host_info();
 
   // Bytes that the transaction that runs has copied so far. Never waits for it.
   std::size_t copied_bytes() const { return transfer_.copied_bytes(); }
@@ -180,8 +205,13 @@ class Pool {
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted);
   void synchronize();
   std::size_t chunk_bytes(TagId tag) const;
-  std::size_t unpinned_bytes(Tasks::const_iterator first, Tasks::const_iterator last);
+  std::size_t missing_host_bytes(Tasks::const_iterator first, Tasks::const_iterator last);
+  HostSource host_source(int device);
+  bool stages(int device, std::size_t bytes);
   void preflight_host(const Tasks& offloads);
+  void finish_with_host_memory(bool was_sleep) noexcept;
+  void lock_plain_backups();
+  bool put_in_place_of_plain(HostMemory& block);
   void preflight_device(const Tasks& tasks);
   void offload(const Tasks& tasks, const Allocation** current, bool hold = false);
   void restore(Tasks tasks, Deadline deadline, const Allocation** current);
@@ -194,8 +224,8 @@ class Pool {
   std::string outcome_of_taking_back() noexcept;
   void forget_held(const Allocation* allocation);
   [[noreturn]] void fail(const char* operation, const Allocation* at, const std::string& outcome);
-  unsigned pin_threads() const;
-  Parallelism parallelism(bool pinning) const;
+  unsigned host_threads() const;
+  Parallelism parallelism(bool takes_host_memory) const;
 
   std::mutex tags_mutex_;  // of the names alone: whoever asks for one may hold the GIL
   std::vector<std::string> tag_names_;
@@ -208,6 +238,8 @@ class Pool {
   std::map<int, std::size_t> granularity_;
   Transfer transfer_;
   HostReserve reserve_;
+  std::optional<HostChoice> host_choice_;
+  std::optional<HostSpeeds> host_speeds_;
 };
 
 }  // namespace camem

@@ -65,21 +65,6 @@ void Pool::synchronize() {
   }
 }
 
-// Host memory that a sleep of these has yet to pin.
-std::size_t Pool::unpinned_bytes(Tasks::const_iterator first, Tasks::const_iterator last) {
-  std::vector<std::size_t> sizes;
-  std::for_each(first, last, [&](const Task& task) {
-    if (!task.chunk->backup) sizes.push_back(task.chunk->bytes);
-  });
-  return std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}) - reserve_.ready_bytes(sizes);
-}
-
-void Pool::preflight_host(const Tasks& offloads) {
-  const std::size_t needed = unpinned_bytes(offloads.begin(), offloads.end());
-  const std::size_t available = available_host_bytes();
-  if (needed > available) throw_backup_does_not_fit(needed, available);
-}
-
 void Pool::preflight_device(const Tasks& tasks) {
   std::map<int, std::size_t> needed;
   for (const Task& task : tasks) {
@@ -101,6 +86,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
+  reserve_.cancel();
   take_back();
   sweep();
   unpark();
@@ -159,7 +145,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   }
   unswept_ = true;
   sweep();
-  if (!offloads.empty()) reserve_.clear();  // what nobody took
+  finish_with_host_memory(!offloads.empty());
   report.seconds = seconds_since(start);
   return report;
 }
@@ -168,6 +154,7 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
+  reserve_.cancel();
   take_back();
   sweep();
   transfer_.reset_copied_bytes();
@@ -191,6 +178,7 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
   }
   unswept_ = true;
   sweep();
+  finish_with_host_memory(false);
   report.seconds = seconds_since(start);
   return report;
 }

@@ -2,6 +2,7 @@
 #include "transfer.h"
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <mutex>
 #include <optional>
@@ -10,50 +11,35 @@
 #include <utility>
 
 #include "acl_check.h"
+#include "acl_optional.h"
 
 namespace camem {
 namespace {
 
-void start_copy(Direction direction, const Chunk& chunk, aclrtStream stream) {
-  const bool offload = direction == Direction::kDeviceToHost;
-  std::byte* target = offload ? chunk.backup.data() : chunk.address;
-  const std::byte* source = offload ? chunk.address : chunk.backup.data();
-  CAMEM_CHECK(
-      aclrtMemcpyAsync(target, chunk.bytes, source, chunk.bytes,
-                       offload ? ACL_MEMCPY_DEVICE_TO_HOST : ACL_MEMCPY_HOST_TO_DEVICE, stream),
-      chunk.bytes);
+void start_copy(Direction direction, const Chunk& chunk, CopyStream& stream) {
+  if (direction == Direction::kDeviceToHost) {
+    stream.copy(chunk.backup.data(), chunk.address, chunk.bytes, ACL_MEMCPY_DEVICE_TO_HOST);
+  } else {
+    stream.copy(chunk.address, chunk.backup.data(), chunk.bytes, ACL_MEMCPY_HOST_TO_DEVICE);
+  }
 }
 
 // Copies that one stream carries.
 struct Batch {
-  aclrtStream stream = nullptr;
+  CopyStream* stream = nullptr;
   std::vector<std::size_t> indices;
 };
 
-// Nobody may unmap or reuse memory under a copy that still runs.
-void drain(aclrtStream stream) {
-  if (aclrtSynchronizeStream(stream) == ACL_SUCCESS) return;
-  if (aclrtSynchronizeStream(stream) == ACL_SUCCESS) return;
-  CAMEM_CHECK_NOEXCEPT(aclrtSynchronizeDevice(), 0);
-}
-
 }  // namespace
 
-std::vector<aclrtStream>& Transfer::streams(int device, std::size_t count) {
-  std::vector<aclrtStream>& streams = streams_[device];
-  while (streams.size() < count) {
-    aclrtStream stream = nullptr;
-    CAMEM_CHECK(aclrtCreateStream(&stream), 0);
-    streams.push_back(stream);
-  }
-  return streams;
-}
-
-// A stream costs device memory: those that only pinning needed go back.
-void Transfer::drop_spare_streams(int device) {
-  std::vector<aclrtStream>& streams = streams_[device];
-  for (; streams.size() > kKeptStreams; streams.pop_back()) {
-    CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(streams.back()), 0);
+void Transfer::open(int device) {
+  const auto [found, is_new] = streams_.try_emplace(device);
+  if (!is_new) return;
+  const std::size_t count = (available_streams().value_or(2 * kStreams) + 1) / 2;
+  while (found->second.size() < std::min(count, kStreams)) {
+    auto stream = CopyStream::create();
+    if (!stream) break;
+    found->second.push_back(std::move(stream));
   }
 }
 
@@ -65,8 +51,9 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   parallelism.threads = std::clamp(parallelism.threads, 1u, count);
   parallelism.depth = std::clamp(parallelism.depth, 1u, count);
   DeviceGuard caller(device);
-  const std::vector<aclrtStream>& streams =
-      this->streams(device, std::size_t{parallelism.threads} * kStreamsPerThread);
+  open(device);
+  const auto& streams = streams_[device];
+  for (const auto& stream : streams) stream->begin();
 
   std::atomic<std::size_t> next{0};
   std::mutex mutex;
@@ -78,30 +65,37 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
     const auto finish = [&](Batch& batch) {
       if (batch.indices.empty()) return;
       index = batch.indices.front();
-      CAMEM_CHECK(aclrtSynchronizeStream(batch.stream), chunks[index]->bytes);
+      batch.stream->wait(chunks[index]->bytes);
       for (const std::size_t done : std::exchange(batch.indices, {})) {
         index = done;
         copied_ += chunks[index]->bytes;
         after(index);
       }
     };
-    Batch batches[kStreamsPerThread];
-    for (unsigned i = 0; i < kStreamsPerThread; ++i) {
-      batches[i].stream = streams[thread * kStreamsPerThread + i];
+    std::array<CopyStream*, 2> own{};
+    for (unsigned i = 0; i < own.size() && !streams.empty(); ++i) {
+      own[i] = streams[(thread * own.size() + i) % streams.size()].get();
     }
+    std::array<Batch, 2> batches{{{own[0], {}}, {own[1], {}}}};
     std::optional<DeviceGuard> guard;  // until the streams are drained
     try {
       guard.emplace(device);
       for (unsigned turn = 0; !failed && next < chunks.size(); ++turn) {
-        Batch& batch = batches[turn % kStreamsPerThread];
+        Batch& batch = batches[turn % own.size()];
         finish(batch);
         while (batch.indices.size() < parallelism.depth && !failed) {
           const std::size_t mine = next++;
           if (mine >= chunks.size()) break;
           index = mine;
           before(index);
-          start_copy(direction, *chunks[index], batch.stream);
-          batch.indices.push_back(index);
+          if (batch.stream != nullptr && chunks[index]->backup.is_page_locked()) {
+            start_copy(direction, *chunks[index], *batch.stream);
+            batch.indices.push_back(index);
+          } else {
+            staging_.copy(direction, *chunks[index], thread, own);
+            copied_ += chunks[index]->bytes;
+            after(index);
+          }
         }
       }
       for (Batch& batch : batches) {
@@ -115,7 +109,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       }
     }
     for (const Batch& batch : batches) {
-      if (!batch.indices.empty()) drain(batch.stream);
+      if (!batch.indices.empty()) batch.stream->drain();
     }
   };
 
@@ -127,7 +121,6 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   }
   work(0);
   for (std::thread& thread : others) thread.join();
-  drop_spare_streams(device);
   if (error) std::rethrow_exception(error);
 }
 

@@ -25,8 +25,18 @@ class AllocationInfo(TypedDict):
     tag: str
     state: Literal["mapped", "offloaded", "discarded", "trimmed"]
     device_bytes: int
-    host_bytes: int
+    host_bytes: int  # of its backup
+    page_locked_bytes: int  # of those
     checksum: int | None  # of the content in the backup, if one was given
+
+class HostMemory(TypedDict):
+    source: Literal["", "acl", "registered"]  # of page-locked memory; empty: not needed yet
+    why: str
+    locking_bytes_per_s: float  # of all threads together; 0: not measured yet
+    copying_bytes_per_s: float  # into plain memory that is touched for the first time
+    prepared: int  # page-locked, for backups to come
+    staging: int  # page-locked, through which copies of plain backups go
+    failure: str  # what kept the last block from being registered or page-locked, or empty
 
 __file__: str  # type: ignore[no-redef]
 
@@ -35,13 +45,18 @@ def configure(
     chunk_bytes: int,
     keep_host_backup: bool,
     copy_threads: int,
-    pin_threads: int,
+    host_threads: int,
+    host_memory: Literal["auto", "acl", "registered"] = "auto",
+    unprepared: Literal["measured", "lock", "stage"] = "measured",
     scratch_chunk_bytes: int = 1 << 30,
     scratch_tags: list[str] = ...,
 ) -> None:
-    """Set the unit of later allocations, and how transfers work. ``pin_threads`` pin host memory;
-    ``copy_threads`` copy once it is pinned. ``scratch_tags``, of which nothing is ever copied, are
-    allocated in units of ``scratch_chunk_bytes``."""
+    """Set the unit of later allocations, and how transfers work. ``host_threads`` take host memory
+    and copy in it; ``copy_threads`` copy once it is there. ``host_memory``: where page-locked
+    memory comes from. ``unprepared``: whether a sleep for which none is ready takes it, or goes
+    through a few page-locked blocks into plain memory; "measured": what is faster on this host.
+    ``scratch_tags``, of which nothing is ever copied, are allocated in units of
+    ``scratch_chunk_bytes``."""
 
 def set_current_tag(name: str) -> str:
     """Tag later allocations of the calling thread; returns the tag before."""
@@ -73,13 +88,17 @@ def commit() -> Report:
 def abort() -> str:
     """Take back what is held, if anything is. Returns what failed in that, ``""``: nothing."""
 
-def prepare(tags: list[str]) -> None:
-    """Pin host memory for the backups of these tags in the background, and return at once.
+def prepare(tags: list[str], *, in_idle_time: bool = False) -> None:
+    """Take page-locked memory for the backups of these tags in the background, and return at once;
+    ``in_idle_time`` with one thread of the lowest priority.
 
     Raises:
         HostOutOfMemoryError: the host has not that much. What others take while it works ends it
             early, without an error: the sleep that needs the memory asks again.
     """
+
+def release_prepared() -> None:
+    """Give back, in the background, what ``prepare`` took and no sleep has used."""
 
 def wait_prepared(timeout_s: float) -> bool:
     """Wait until ``prepare`` is done; False if it takes longer."""
@@ -106,7 +125,13 @@ def available_host_bytes() -> int:
     """What the machine, or this process's control group, has left."""
 
 def pinned_host_bytes() -> int:
-    """Host memory that this process's backups hold."""
+    """Page-locked host memory that this process holds: backups, prepared memory, staging."""
+
+def plain_host_bytes() -> int:
+    """Host memory of backups that is not page-locked."""
+
+def host_memory() -> HostMemory:
+    """Where host memory comes from. Waits for a transaction that is under way."""
 
 def component_bytes(device: int) -> dict[str, int] | None:
     """Device memory that this process holds, by component of CANN (``APP``, ``HCCL``, ``RUNTIME``

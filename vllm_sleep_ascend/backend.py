@@ -5,6 +5,7 @@ vLLM 0.23 has no such interface: there the class stands alone, and the worker ca
 """
 
 import gc
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class CamemBackend(SleepModeBackend):
         # With several ranks an operation is held until commit() or abort().
         self.holds = False
         self._held = ""
+        self._host_memory_logged = False
         self.configure(SleepModeConfig())
 
     def configure(self, config: SleepModeConfig) -> None:
@@ -49,7 +51,8 @@ class CamemBackend(SleepModeBackend):
             chunk_bytes=config.chunk_mib << 20,
             keep_host_backup=config.keep_host_backup,
             copy_threads=3,
-            pin_threads=16,
+            host_threads=16,
+            host_memory=config.host_memory,
             scratch_tags=list(SCRATCH_TAGS),
         )
 
@@ -63,15 +66,44 @@ class CamemBackend(SleepModeBackend):
         """Whether a wake loads the weights that level 2 discarded."""
         return self._config.after_level2 == "reload"
 
-    def prepare(self) -> None:
-        """Pin host memory for the weights in the background, if ``host_backup`` says so and the
-        host has it. A sleep that needs more than it has says so when it comes."""
-        if self._config.host_backup != "prepared":
+    def prepare(self, ranks: int = 1) -> None:
+        """Take page-locked memory for the weights in the background, as ``host_backup`` says.
+        ``ranks`` of them share the host. A sleep that needs more than it has says so when it comes.
+        """
+        when, idle = self._config.host_backup, self._config.host_backup == "auto"
+        if when == "on_demand" or (idle and not self._config.keep_host_backup):
+            return
+        needed, available = self.host_need({"weights": "offload"}, "keep")
+        if idle and available < 2 * ranks * needed:
+            logger.info(
+                "camem: no host memory is prepared: the host has %.2f GiB, and twice what %d ranks "
+                "need are %.2f GiB. The first sleep takes it (host_backup)",
+                available / _GIB,
+                ranks,
+                2 * ranks * needed / _GIB,
+            )
             return
         try:
-            _camem.prepare(["weights"])
+            _camem.prepare(["weights"], in_idle_time=idle)
         except HostOutOfMemoryError as error:
             logger.warning("camem: no host memory was prepared (host_backup): %s", error)
+            return
+        logger.info("camem: preparing %.2f GiB of page-locked host memory", needed / _GIB)
+        self._log_host_memory()
+
+    def _log_host_memory(self) -> None:
+        """Once, as soon as it is known."""
+        memory = _camem.host_memory()
+        if self._host_memory_logged or not memory["source"]:
+            return
+        self._host_memory_logged = True
+        unmet = self._config.host_memory == "registered" != memory["source"]
+        logger.log(
+            logging.WARNING if unmet else logging.INFO,
+            "camem: page-locked host memory is %s: %s",
+            "registered" if memory["source"] == "registered" else "that of aclrtMallocHost",
+            memory["why"],
+        )
 
     def suspend(self, level: int = 1) -> None:
         """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""
@@ -124,7 +156,8 @@ class CamemBackend(SleepModeBackend):
 
     def usage(self) -> dict[str, dict[str, int]]:
         """Bytes by tag: ``mapped``, ``offloaded``, ``discarded`` (addresses that sleep),
-        ``device`` (memory held now), ``host`` (pinned backup held now), and ``allocations``."""
+        ``device`` (memory held now), ``host`` (backup held now), ``page_locked`` (of it), and
+        ``allocations``."""
         tags: dict[str, dict[str, int]] = {}
         for allocation in _camem.allocations():
             if allocation["state"] == "trimmed":
@@ -132,14 +165,29 @@ class CamemBackend(SleepModeBackend):
             usage = tags.setdefault(
                 allocation["tag"],
                 dict.fromkeys(
-                    ("allocations", "mapped", "offloaded", "discarded", "device", "host"), 0
+                    (
+                        "allocations",
+                        "mapped",
+                        "offloaded",
+                        "discarded",
+                        "device",
+                        "host",
+                        "page_locked",
+                    ),
+                    0,
                 ),
             )
             usage["allocations"] += 1
             usage[allocation["state"]] += allocation["bytes"]
             usage["device"] += allocation["device_bytes"]
             usage["host"] += allocation["host_bytes"]
+            usage["page_locked"] += allocation["page_locked_bytes"]
         return tags
+
+    def host_memory(self) -> dict[str, Any]:
+        """Where page-locked memory comes from, and bytes of it that are held beside backups."""
+        memory = _camem.host_memory()
+        return {key: memory[key] for key in ("source", "why", "prepared", "staging", "failure")}
 
     def component_bytes(self, device: int) -> dict[str, int] | None:
         """Device memory of this process by component of CANN, by AscendCL's own account; None where
@@ -149,15 +197,14 @@ class CamemBackend(SleepModeBackend):
     def host_need(
         self, actions: Mapping[str, Action], otherwise: Action = "offload"
     ) -> tuple[int, int]:
-        """Bytes of host memory that a sleep by these actions takes beyond what is pinned already,
-        and bytes that the machine or this process's control group has left."""
-        allocations = _camem.allocations()
-        ready = _camem.pinned_host_bytes() - sum(a["host_bytes"] for a in allocations)
+        """Bytes of host memory that a sleep by these actions takes beyond what is held already, and
+        bytes that the machine or this process's control group has left."""
         needed = sum(
             max(0, a["bytes"] - a["host_bytes"])
-            for a in _to_offload(allocations, actions, otherwise)
+            for a in _to_offload(_camem.allocations(), actions, otherwise)
         )
-        return max(0, needed - max(0, ready)), _camem.available_host_bytes()
+        prepared = _camem.host_memory()["prepared"]
+        return max(0, needed - prepared), _camem.available_host_bytes()
 
     def ranges(self, tag: str) -> list[tuple[int, int]]:
         """Address and bytes of each allocation of this tag, awake or asleep."""
@@ -268,6 +315,20 @@ class CamemBackend(SleepModeBackend):
             speed,
             _describe(report["tags"]) or "nothing to do",
         )
+        self._log_host_memory()
+        weights = report["tags"].get("weights")
+        if weights and weights["discarded"] and self._config.host_backup == "auto":
+            self._release_prepared()
+
+    def _release_prepared(self) -> None:
+        """Whoever sleeps at level 2 needs no backup of the weights."""
+        prepared = _camem.host_memory()["prepared"]
+        if prepared:
+            _camem.release_prepared()
+            logger.info(
+                "camem: %.2f GiB of prepared host memory go back: level 2 does not need it",
+                prepared / _GIB,
+            )
 
     @classmethod
     def is_supported(cls) -> bool:

@@ -28,9 +28,16 @@ class SleepModeConfig(BaseModel):
     """Seconds that a wake, and each step of a start, waits for device memory that another process
     still holds. A start beside vllm-ascend does not wait."""
 
-    host_backup: Literal["on_demand", "prepared"] = Field(default="on_demand")
-    """When the host memory of a level-1 backup is pinned: at the first sleep, or in the background
-    once the weights are loaded."""
+    host_backup: Literal["auto", "on_demand", "prepared"] = Field(default="auto")
+    """When the page-locked memory of a level-1 backup is taken. "on_demand": by the first sleep, or
+    behind it where plain memory is faster to have. "prepared": by many threads as soon as the
+    engine is ready to serve. "auto": then too, by one thread in idle time, if the host has twice
+    what all ranks on it need and backups are kept; a sleep at level 2 gives it back."""
+
+    host_memory: Literal["auto", "acl", "registered"] = Field(default="auto")
+    """Where page-locked memory comes from. "acl": aclrtMallocHost. "registered": mapped, locked and
+    registered, which Linux keeps in place from 5.19 on; elsewhere aclrtMallocHost is used. "auto":
+    registered where it can be and copies from and to it were tried, else aclrtMallocHost."""
 
     skip_unchanged: bool = Field(default=False)
     """Copy only allocations whose checksum changed since the backup that is kept."""

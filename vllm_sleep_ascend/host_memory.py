@@ -14,6 +14,8 @@ from vllm_sleep_ascend.errors import HostOutOfMemoryError
 from vllm_sleep_ascend.policy import Action
 
 if TYPE_CHECKING:
+    from vllm.config import ParallelConfig
+
     from vllm_sleep_ascend.backend import CamemBackend
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -42,8 +44,13 @@ def available_bytes() -> int:
     return _camem.available_host_bytes()
 
 
+def ranks_of_this_host(parallel: "ParallelConfig") -> int:
+    """Of all data-parallel engines that were started with this one."""
+    return parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+
+
 def host_need(backend: "CamemBackend", rank: int, actions: Mapping[str, Action]) -> HostNeed:
-    """Of a sleep by these actions on this rank, beyond what is pinned already."""
+    """Of a sleep by these actions on this rank, beyond what is held already."""
     boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
     return HostNeed(rank, (boot_id, socket.gethostname()), *backend.host_need(actions))
 

@@ -238,6 +238,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             "tags": tags,
             "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
+            "host_memory": backend.host_memory(),
             "parameters_without_content": len(self._missing()),
             "weights": self.weights_status(),
             "last_operation": backend.last_operation,

@@ -24,6 +24,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.communicators import meet
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.host_memory import ranks_of_this_host
 from vllm_sleep_ascend.resident import held_bytes
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 from vllm_sleep_ascend.start_memory import StartMemory
@@ -198,7 +199,7 @@ class NPUWorker(SleepingWorker, Worker):
         freeze_gc_heap()
         maybe_attach_gc_debug_callback()
         if self.model_config.enable_sleep_mode:
-            self.sleep_mode_backend.prepare()
+            self.sleep_mode_backend.prepare(ranks_of_this_host(self.parallel_config))
             _sleeping_worker = weakref.ref(self)
         logger.info(
             "NPU %s: this process holds %s GiB after start-up; %s GiB of %s GiB are free.",

@@ -12,7 +12,18 @@ import torch
 from bench import build
 from bench.machine import MIB, Machine, summary
 
-OURS = ("ours", "ours_prepared", "ours_skip_unchanged", "ours_released")
+# With the options' defaults, and what differs from them. The memory is aclrtMallocHost's, as on the
+# kernels that most NPUs have.
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours_on_demand": {"prepare": False},
+    "ours_lock": {"prepare": False, "unprepared": "lock"},
+    "ours_stage": {"prepare": False, "unprepared": "stage"},
+    "ours_registered": {"host_memory": "registered"},
+    "ours_registered_lock": {"host_memory": "registered", "prepare": False, "unprepared": "lock"},
+    "ours_skip_unchanged": {"skip": True},
+    "ours_released": {"keep": False},
+}
 PEERS = ("cumem", "tms", "tms_retain")
 
 
@@ -33,15 +44,18 @@ class Ours:
         from vllm_sleep_ascend.policy import POLICY, SCRATCH_TAGS
 
         self._actions = POLICY[1]
-        self._skip = variant == "ours_skip_unchanged"
-        self._prepared = variant == "ours_prepared"
+        options = OURS[variant]
+        self._skip = options.get("skip", False)
+        self._prepares = options.get("prepare", True)
         self._pools: list[Any] = []
         self._checksum_s: list[float] = []
         self._camem.configure(
             chunk_bytes=chunk_mib * MIB,
-            keep_host_backup=variant != "ours_released",
+            keep_host_backup=options.get("keep", True),
             copy_threads=3,
-            pin_threads=16,
+            host_threads=16,
+            host_memory=options.get("host_memory", "acl"),
+            unprepared=options.get("unprepared", "measured"),
             scratch_tags=list(SCRATCH_TAGS),
         )
         self._hooks: Any = None
@@ -65,8 +79,8 @@ class Ours:
         self._camem.set_current_tag(before)
 
     def prepare(self) -> None:
-        if self._prepared:
-            self._camem.prepare(["weights"])
+        if self._prepares:
+            self._camem.prepare(["weights"], in_idle_time=True)
             self._camem.wait_prepared(600.0)
 
     def sleep(self) -> None:
@@ -83,7 +97,11 @@ class Ours:
         self._camem.wake(tags, timeout_s)
 
     def figures(self) -> dict[str, Any]:
-        figures = {"pinned_bytes": self._camem.pinned_host_bytes()}
+        figures = {
+            "pinned_bytes": self._camem.pinned_host_bytes(),
+            "plain_bytes": self._camem.plain_host_bytes(),
+            "host_memory": self._camem.host_memory(),
+        }
         return {**figures, "checksums_s": summary(self._checksum_s)} if self._skip else figures
 
     def _checksums(self) -> dict[int, int]:

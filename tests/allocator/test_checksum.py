@@ -75,7 +75,7 @@ def sums() -> dict[int, int]:
 
 def test_only_what_changed_is_copied():
     torch.npu.set_device(0)
-    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=True, copy_threads=2, pin_threads=2)
+    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=True, copy_threads=2, host_threads=2)
     tensors = []
     for seed in range(2):
         with pool.use_pool("weights"):

@@ -246,7 +246,7 @@ def test_a_forked_child_changes_nothing(fork, state):
     "busy",
     [
         SLEEPER.format(daemon=False),
-        "control.set_faults('aclrtHostRegisterV2:1:delay_ms=400:*')\n_camem.prepare(['weights'])\n",
+        "control.set_faults('aclrtMallocHost:1:delay_ms=400:*')\n_camem.prepare(['weights'])\n",
     ],
     ids=["sleeping", "preparing"],
 )
@@ -298,7 +298,7 @@ def test_a_handler_of_sigterm_runs_when_the_operation_is_whole(operation, state)
 
 PHASES = {
     "before": "say('there')\ntime.sleep(60)\n",
-    "pinning": "announce('aclrtHostRegisterV2', 2)\nsleep_1()\n",
+    "taking host memory": "announce('aclrtMallocHost', 2)\nsleep_1()\n",
     "copying to the host": "announce('aclrtMemcpyAsync', 3)\nsleep_1()\n",
     "before the unmap": "announce('aclrtUnmapMem', 1)\nsleep_1()\n",
     "before the memory is given back": "announce('aclrtFreePhysical', 2)\nsleep_1()\n",

@@ -23,7 +23,7 @@ def clean():
     """Every test starts and ends with an empty allocator and the same device memory."""
     torch.npu.init()
     torch.npu.empty_cache()
-    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=True, copy_threads=2, pin_threads=2)
+    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=True, copy_threads=2, host_threads=2)
     before = used()
     yield
     gc.collect()
@@ -118,10 +118,10 @@ def test_the_backup_is_kept_for_the_next_sleep_or_given_back():
     _camem.sleep(OFFLOAD)
     _camem.wake(["weights"])
     assert _camem.pinned_host_bytes() == 12 * MIB
-    registered = control.call_count("aclrtHostRegisterV2")
+    taken = control.call_count("aclrtMallocHost")
     _camem.sleep(OFFLOAD)
-    assert control.call_count("aclrtHostRegisterV2") == registered
-    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=False, copy_threads=2, pin_threads=2)
+    assert control.call_count("aclrtMallocHost") == taken
+    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=False, copy_threads=2, host_threads=2)
     _camem.wake(["weights"])
     assert _camem.pinned_host_bytes() == 0
     del tensor

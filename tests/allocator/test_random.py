@@ -37,8 +37,7 @@ CALLS = (
     "aclrtMemcpyAsync.work",
     "aclrtSynchronizeStream",
     "aclrtSynchronizeDevice",
-    "aclrtHostRegisterV2",
-    "aclrtHostUnregister",
+    "aclrtFreeHost",
     "aclrtGetMemInfo",
 )
 TAG = st.sampled_from(allocator.TAGS)

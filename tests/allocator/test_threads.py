@@ -31,7 +31,7 @@ def device():
     assert after.physical_handles == before.physical_handles
     assert after.mappings == before.mappings
     assert after.reservations == before.reservations
-    assert after.registered_bytes == before.registered_bytes
+    assert after.pinned_bytes == before.pinned_bytes
 
 
 class Worker(threading.Thread):

@@ -18,12 +18,12 @@ def run(script: str, *arguments: str) -> str:
 def test_the_allocator_benchmark_keeps_all_contents(tmp_path):
     table = run("allocator.py", "--device", "sim", "--cycles", "2", "--out", str(tmp_path))
     result = json.loads((tmp_path / "allocator_sim_toy.json").read_text())
-    assert set(result["runs"]) == {"ours", "ours_prepared", "ours_skip_unchanged"}
+    assert set(result["runs"]) == {"ours", "ours_on_demand", "ours_skip_unchanged"}
     for run_ in result["runs"].values():
         assert run_["contents_kept"]
         assert run_["left_bytes"] == 0
         assert run_["pinned_bytes"] >= run_["weights_bytes"]
-    assert "| ours_prepared" in table
+    assert "| ours_on_demand" in table
 
 
 def test_ranks_that_share_a_link_have_it_together(tmp_path):

@@ -12,7 +12,7 @@ CODE = """
 import sys, time, torch, torch_npu
 from vllm_sleep_ascend import _camem, pool
 torch.npu.set_device(0)
-_camem.configure(chunk_bytes=8 << 20, keep_host_backup=True, copy_threads=2, pin_threads=2)
+_camem.configure(chunk_bytes=8 << 20, keep_host_backup=True, copy_threads=2, host_threads=2)
 with pool.use_pool("weights"):
     weights = torch.ones(64 << 20, dtype=torch.uint8, device="npu")
 torch.npu.synchronize()

@@ -114,7 +114,7 @@ TEST(settle_keeps_what_the_content_needs) {
         Row{Content::kNone, true, false, false}, Row{Content::kNone, false, false, false}}) {
     Allocation allocation = make(kChunk);
     camem::Chunk& chunk = allocation.chunks[0];
-    chunk.backup = camem::HostMemory(kChunk);
+    chunk.backup = camem::HostMemory::page_locked(kChunk, camem::HostSource::kAcl);
     chunk.content = row.content;
     CHECK(chunk.settle(row.keep));
     CHECK_EQ(bool(chunk.memory), row.has_device);
@@ -145,7 +145,7 @@ TEST(release_can_be_repeated_after_any_of_its_calls_failed) {
   const device::Held before = held();
   const auto with_backup = [] {
     Allocation allocation = make();
-    allocation.chunks[0].backup = camem::HostMemory(kChunk);
+    allocation.chunks[0].backup = camem::HostMemory::page_locked(kChunk, camem::HostSource::kAcl);
     return allocation;
   };
   Allocation sample = with_backup();

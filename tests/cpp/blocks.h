@@ -16,7 +16,7 @@ inline void configure(bool keep_host_backup = true, std::size_t chunk_bytes = 2 
   camem::Settings settings;
   settings.chunk_bytes = chunk_bytes;
   settings.keep_host_backup = keep_host_backup;
-  settings.copy_threads = settings.pin_threads = threads;
+  settings.copy_threads = settings.host_threads = threads;
   pool().configure(settings);
 }
 

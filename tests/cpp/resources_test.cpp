@@ -8,7 +8,7 @@
 #include "acl_check.h"
 #include "check.h"
 #include "device.h"
-#include "host_pool.h"
+#include "host_memory.h"
 #include "vmm.h"
 
 using device::Faults;
@@ -40,22 +40,19 @@ struct PhysicalTraits {
 
 struct RegisteredTraits {
   using Owner = camem::HostMemory;
-  static Owner make() { return Owner(kBytes); }
+  static Owner make() { return Owner::page_locked(kBytes, camem::HostSource::kRegistered); }
   static std::uint64_t count() { return held().registered_bytes / kBytes; }
   static bool holds(const Owner& owner) { return bool(owner); }
-  static constexpr const char* kTake = "aclrtHostRegisterV2";
+  static constexpr const char* kTake = nullptr;  // what cannot be registered is allocated
   static constexpr const char* kRelease = "aclrtHostUnregister";
 };
 
 struct MallocHostTraits {
   using Owner = camem::HostMemory;
-  static Owner make() {
-    const Faults unsupported("aclrtHostRegisterV2:1:207000,aclrtHostRegister:1:207000");
-    return Owner(kBytes);
-  }
+  static Owner make() { return Owner::page_locked(kBytes, camem::HostSource::kAcl); }
   static std::uint64_t count() { return held().pinned_bytes / kBytes; }
   static bool holds(const Owner& owner) { return bool(owner); }
-  static constexpr const char* kTake = nullptr;  // needs a fault of its own
+  static constexpr const char* kTake = "aclrtMallocHost";
   static constexpr const char* kRelease = "aclrtFreeHost";
 };
 
@@ -188,7 +185,7 @@ TEST(destructors_report_what_fails_and_do_not_throw) {
   CHECK_EQ(aclrtUnmapMem(base), ACL_SUCCESS);
   CHECK_EQ(aclrtReleaseMemAddress(base), ACL_SUCCESS);
 
-  std::optional<camem::HostMemory> host(std::in_place, kBytes);
+  std::optional<camem::HostMemory> host(RegisteredTraits::make());
   std::byte* data = host->data();
   {
     const Faults faults("aclrtHostUnregister:1:507899");
@@ -208,9 +205,9 @@ TEST(out_of_memory_is_its_own_error_with_figures) {
     CHECK_EQ(error.needed(), free + 2 * kMiB);
     CHECK_EQ(error.free(), free);
   }
-  const Faults faults("aclrtHostRegisterV2:1:207001,aclrtMallocHost:1:207001");
+  const Faults faults("aclrtMallocHost:1:207001");
   try {
-    camem::HostMemory host(kBytes);
+    MallocHostTraits::make();
     CHECK(false);
   } catch (const camem::OutOfHostMemory& error) {
     CHECK_EQ(error.needed(), kBytes);

@@ -42,12 +42,16 @@ def configure(
     chunk_mib: int = 4,
     threads: int = 2,
     scratch: tuple[str, ...] = SCRATCH,
+    host_memory: str = "auto",
+    unprepared: str = "measured",
 ) -> None:
     _camem.configure(
         chunk_bytes=chunk_mib * MIB,
         keep_host_backup=keep_host_backup,
         copy_threads=threads,
-        pin_threads=threads,
+        host_threads=threads,
+        host_memory=host_memory,
+        unprepared=unprepared,
         scratch_chunk_bytes=chunk_mib * MIB,
         scratch_tags=list(scratch),
     )

@@ -16,6 +16,7 @@ from vllm_sleep_ascend.beside.moe import ExpertLayouts
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.host_memory import ranks_of_this_host
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 
 allocator.install()
@@ -67,7 +68,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.sleep_mode_backend.prepare()
+        self.sleep_mode_backend.prepare(ranks_of_this_host(self.parallel_config))
         return times
 
     # --- Sleep and wake --------------------------------------------------------------------------

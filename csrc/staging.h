@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Copies between the device and memory that is not page-locked, piece by piece through page-locked
+// blocks: while one piece crosses the link, the thread copies another in host memory.
+#pragma once
+
+#include <acl/acl.h>
+
+#include <array>
+#include <vector>
+
+#include "allocation.h"
+#include "copy_stream.h"
+#include "host_source.h"
+
+namespace camem {
+
+enum class Direction { kDeviceToHost, kHostToDevice };
+
+class Staging {
+ public:
+  // Gives each of `threads` threads two blocks, or as many of them as the host gives; more than one
+  // of them takes them at once.
+  void open(int device, unsigned threads, HostSource source);
+  void close() noexcept { lanes_.clear(); }
+  std::size_t bytes() const;
+
+  // The same, for the first time, and how fast that was, and the threads copy from the blocks.
+  // Throws what keeps it from having any.
+  HostSpeeds open_and_measure(int device, unsigned threads, HostSource source);
+
+  // Copies the chunk to or from its backup, and returns when that is done. `thread` counts from 0
+  // and uses its own blocks; without any, or without streams, the copy is a synchronous one, for
+  // which the runtime locks pages itself. Throws AclError; then nothing is in flight any more.
+  void copy(Direction direction, const Chunk& chunk, unsigned thread,
+            const std::array<CopyStream*, 2>& streams);
+
+ private:
+  using Lane = std::array<HostMemory, 2>;
+
+  std::vector<Lane> lanes_;
+};
+
+}  // namespace camem

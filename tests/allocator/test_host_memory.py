@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory of backups: exact, page-locked where that can be had, and within the limits."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import MIB, ROOT, allocator
+from helpers.control_group import control_group
+from helpers.faults import OUT_OF_MEMORY
+from helpers.patience import patience
+
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.sim import control
+
+SIZES = (2, 6, 10)  # MiB; chunks are 4 MiB
+CHUNKS = 6
+TOTAL = sum(SIZES) * MIB
+# What failing calls return in the field: old drivers, containers, limits.
+CODES = (107000, 107017, 200000, 200001, 207000, 207001, 207005, 500000, 507899, 507900)
+# No chunk gets a page-locked block; the two threads have got the two blocks each that copies go
+# through.
+ONLY_STAGING = f"aclrtMallocHost:5:{OUT_OF_MEMORY}:*"
+
+
+@pytest.fixture
+def weights():
+    allocator.start()
+    allocator.configure()
+    blocks = [allocator.Block("weights", mib * MIB, seed) for seed, mib in enumerate(SIZES)]
+    yield blocks
+    control.set_faults("")
+    for block in blocks:
+        block.free()
+    assert _camem.pinned_host_bytes() == 0
+    assert _camem.plain_host_bytes() == 0
+
+
+def backups() -> tuple[int, int]:
+    """Bytes of all backups, and of those that are page-locked."""
+    allocations = _camem.allocations()
+    return (
+        sum(a["host_bytes"] for a in allocations),
+        sum(a["page_locked_bytes"] for a in allocations),
+    )
+
+
+def sleep() -> None:
+    _camem.sleep(allocator.LEVEL_1)
+
+
+def wake(blocks) -> None:
+    _camem.wake(list(allocator.TAGS))
+    assert all(block.intact() for block in blocks)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60 * patience()
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_backup_has_exactly_the_bytes_of_what_sleeps_and_is_page_locked(weights):
+    before = control.counters().pinned_bytes
+    sleep()
+    assert control.counters().pinned_bytes - before == TOTAL
+    assert backups() == (TOTAL, TOTAL)
+    assert _camem.pinned_host_bytes() == TOTAL and _camem.plain_host_bytes() == 0
+    wake(weights)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("nth", [1, 4])
+def test_what_cannot_be_page_locked_sleeps_in_plain_memory(weights, code, nth):
+    """Also where not even the blocks can be had that copies go through."""
+    control.set_faults(f"aclrtMallocHost:{nth}:{code}:*")
+    sleep()
+    size, page_locked = backups()
+    assert size == TOTAL and page_locked < TOTAL
+    assert (page_locked == 0) == (nth == 1)
+    assert _camem.plain_host_bytes() == TOTAL - page_locked
+    assert f"aclrtMallocHost failed with {code}" in _camem.host_memory()["failure"]
+    wake(weights)
+    weights[0].write(7)
+    sleep()
+    assert backups() == (size, page_locked)
+    wake(weights)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_copies_of_plain_backups_go_through_page_locked_blocks(weights, keep):
+    allocator.configure(unprepared="stage", keep_host_backup=keep)
+    copies = 0
+    for cycle in range(3):
+        control.set_faults(ONLY_STAGING)
+        control.reset_counters()
+        weights[1].write(cycle)
+        sleep()
+        assert backups() == (TOTAL, 0)
+        assert _camem.host_memory()["staging"] == _camem.pinned_host_bytes() == 8 * MIB
+        wake(weights)
+        assert backups()[0] == (TOTAL if keep else 0)
+        copies += control.call_count("aclrtMemcpyAsync")
+    # Pieces of 2 MiB, and none of them synchronously.
+    assert copies == 3 * 2 * TOTAL // (2 * MIB)
+
+
+def test_plain_backups_become_page_locked_while_asleep(weights):
+    allocator.configure(unprepared="stage")
+    sleep()
+    assert backups()[0] == TOTAL
+    wait_until(lambda: backups() == (TOTAL, TOTAL))
+    control.reset_counters()
+    wake(weights)
+    assert control.call_count("aclrtMemcpyAsync") == CHUNKS  # whole chunks
+    assert _camem.plain_host_bytes() == 0
+    assert _camem.host_memory()["staging"] == 0
+    sleep()
+    wake(weights)
+
+
+def test_page_locked_memory_that_is_slow_to_get_is_not_waited_for(weights):
+    """Measured by the first sleep that is large enough."""
+    more = [allocator.Block("weights", 16 * MIB, seed) for seed in range(4)]
+    control.set_faults("aclrtMallocHost:1:delay_ms=50:*")
+    sleep()
+    speeds = _camem.host_memory()
+    assert 0 < speeds["locking_bytes_per_s"] < speeds["copying_bytes_per_s"]
+    assert backups()[0] == TOTAL + 64 * MIB
+    assert _camem.plain_host_bytes() > 0
+    control.set_faults("")
+    wake(weights + more)
+    for block in more:
+        block.free()
+
+
+def test_prepared_blocks_are_what_the_sleep_takes(weights):
+    _camem.prepare(["weights"])
+    assert _camem.wait_prepared(60 * patience())
+    assert _camem.pinned_host_bytes() == _camem.host_memory()["prepared"] == TOTAL
+    control.keep_call_log(True)
+    sleep()
+    wake(weights)
+    log = control.call_log()
+    control.keep_call_log(False)
+    assert "aclrtMallocHost" not in log
+    assert log.count("aclrtMemcpyAsync") == 2 * CHUNKS
+    assert backups() == (TOTAL, TOTAL)
+
+
+def test_blocks_prepared_in_idle_time_are_the_same(weights):
+    _camem.prepare(["weights"], in_idle_time=True)
+    assert _camem.wait_prepared(60 * patience())
+    assert _camem.host_memory()["prepared"] == TOTAL
+    sleep()
+    assert _camem.host_memory()["prepared"] == 0
+    wake(weights)
+
+
+def test_prepared_blocks_that_nothing_needs_any_more_are_given_back(weights):
+    _camem.prepare(["weights"])
+    assert _camem.wait_prepared(60 * patience())
+    weights.pop().free()  # 10 of 18 MiB
+    sleep()
+    wait_until(lambda: _camem.pinned_host_bytes() == sum(SIZES[:-1]) * MIB)
+    assert backups() == (sum(SIZES[:-1]) * MIB,) * 2
+    wake(weights)
+
+
+def test_prepared_blocks_can_be_given_back_unused(weights):
+    _camem.prepare(["weights"])
+    assert _camem.wait_prepared(60 * patience())
+    _camem.release_prepared()
+    wait_until(lambda: _camem.pinned_host_bytes() == 0)
+    sleep()
+    wake(weights)
+
+
+def test_without_a_kept_backup_host_memory_goes_back_at_the_wake(weights):
+    allocator.configure(keep_host_backup=False)
+    sleep()
+    wake(weights)
+    assert _camem.pinned_host_bytes() == 0
+
+
+class Child:
+    """A process with 24 MiB of weights, in a control group with this limit from then on."""
+
+    def __init__(self, code: str, limit: int):
+        prepare = (
+            "import threading\n"
+            "from helpers import allocator\n"
+            "from helpers import MIB\n"
+            "from vllm_sleep_ascend import _camem\n"
+            "from vllm_sleep_ascend.errors import HostOutOfMemoryError\n"
+            "from vllm_sleep_ascend.sim import control\n"
+            "allocator.start()\n"
+            "allocator.configure(threads=1)\n"
+            "blocks = [allocator.Block('weights', 8 * MIB, seed) for seed in range(3)]\n"
+            "print('ready', flush=True)\n"
+            "input()\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", prepare + code],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        try:
+            with control_group(limit, [process.pid]):
+                self.output, _ = process.communicate("\n", timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        self.exit_code = process.returncode
+
+
+def test_host_memory_that_a_control_group_around_this_process_leaves_is_what_is_available():
+    child = Child("print(_camem.available_host_bytes())\n", 512 * MIB)
+    assert 400 * MIB < int(child.output) <= 512 * MIB
+
+
+def test_what_others_take_while_a_backup_is_made_ends_the_sleep_and_not_the_process():
+    """The first block of six is taken, and meanwhile somebody takes the memory of the
+    others: they would not fit into the control group."""
+    child = Child(
+        "control.set_faults('aclrtMallocHost:1:delay_ms=60000')\n"
+        "errors = []\n"
+        "def sleep():\n"
+        "    try:\n"
+        "        _camem.sleep(allocator.LEVEL_1)\n"
+        "    except HostOutOfMemoryError as error:\n"
+        "        errors.append(error)\n"
+        "thread = threading.Thread(target=sleep)\n"
+        "thread.start()\n"
+        "while control.fault_hits() == 0:\n"
+        "    pass\n"
+        "taken = b'x' * (_camem.available_host_bytes() - 12 * MIB)\n"
+        "control.set_faults('')\n"
+        "thread.join()\n"
+        "assert 'use level 2' in str(errors[0]), errors\n"
+        "assert errors[0].needed_bytes == 20 * MIB and errors[0].free_bytes <= 12 * MIB\n"
+        "del taken\n"
+        "assert all(block.state == 'mapped' and block.intact() for block in blocks)\n"
+        "assert _camem.pinned_host_bytes() == 0\n"
+        "_camem.sleep(allocator.LEVEL_1)\n"
+        "assert _camem.pinned_host_bytes() == 24 * MIB\n"
+        "_camem.wake(list(allocator.TAGS))\n"
+        "assert all(block.intact() for block in blocks)\n"
+        "print('all is well')\n",
+        256 * MIB,
+    )
+    assert child.output == "all is well\n", child.exit_code
+
+
+HOST = (
+    "import ctypes\n"
+    "from helpers import MIB, allocator\n"
+    "from vllm_sleep_ascend import _camem\n"
+    "from vllm_sleep_ascend.sim import control\n"
+    "allocator.start()\n"
+)
+CYCLE = (
+    "blocks = [allocator.Block('weights', 8 * MIB, seed) for seed in range(3)]\n"
+    "for cycle in range(2):\n"
+    "    _camem.sleep(allocator.LEVEL_1)\n"
+    "    _camem.wake(list(allocator.TAGS))\n"
+    "    assert all(block.intact() for block in blocks)\n"
+    "host = _camem.host_memory()\n"
+    "counters = control.counters()\n"
+)
+
+
+def in_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", HOST + code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120 * patience(),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+OLD, NEW = {"NPU_SIM_KERNEL": "5.10"}, {"NPU_SIM_KERNEL": "6.1"}
+PINS = {**NEW, "NPU_SIM_DRIVER": "26.0"}
+
+
+@pytest.mark.parametrize(
+    ("wish", "machine", "source"),
+    [
+        ("auto", OLD, "acl"),
+        ("registered", OLD, "acl"),
+        ("auto", {"NPU_SIM_KERNEL": "5.18"}, "acl"),
+        ("auto", {"NPU_SIM_KERNEL": "5.19"}, "registered"),
+        ("auto", NEW, "registered"),
+        ("auto", PINS, "registered"),
+        ("acl", NEW, "acl"),
+    ],
+)
+def test_registered_memory_is_used_where_its_pages_stay(wish, machine, source):
+    output = in_process(
+        f"allocator.configure(host_memory={wish!r})\n{CYCLE}"
+        "print(host['source'], counters.pinned_bytes, counters.registered_bytes, host['why'])\n",
+        **machine,
+    )
+    chosen, pinned, registered, why = output.split(" ", 3)
+    assert chosen == source
+    expected = {"acl": (24 * MIB, 0), "registered": (0, 24 * MIB)}
+    assert (int(pinned), int(registered)) == expected[source]
+    if source == "acl" and wish != "acl":
+        assert f"Linux {machine['NPU_SIM_KERNEL']}.0 does not keep registered pages" in why
+
+
+def test_copies_from_registered_memory_that_are_not_exact_rule_it_out():
+    """mlock that does nothing, as in some containers: the range is registered, and the simulated
+    runtime then copies wrong data, as a real one may."""
+    output = in_process(
+        f"allocator.configure()\n{CYCLE}print(host['source'], host['why'])\n",
+        **NEW,
+        LD_PRELOAD=f"{without_mlock()} {os.environ.get('LD_PRELOAD', '')}",
+    )
+    assert output == "acl copies from and to registered memory are not exact"
+
+
+def without_mlock() -> str:
+    """A library whose mlock does nothing and succeeds."""
+    folder = ROOT / "build" / "without_mlock"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "libwithout_mlock.so"
+    source = "int mlock(const void *p, unsigned long n) { (void)p; (void)n; return 0; }\n"
+    new = library.with_suffix(f".{os.getpid()}")
+    command = ["gcc", "-shared", "-fPIC", "-o", str(new), "-x", "c", "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+    new.replace(library)
+    return str(library)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_whatever_registering_returns_memory_is_allocated_instead(code):
+    output = in_process(
+        f"allocator.configure()\n{CYCLE}"
+        "for block in blocks: block.free()\n"
+        f"control.set_faults('aclrtHostRegisterV2:3:{code}:*')\n{CYCLE}"
+        "print(host['source'], counters.pinned_bytes + counters.registered_bytes,"
+        " counters.pinned_bytes, host['failure'])\n",
+        **NEW,
+    )
+    source, total, allocated, failure = output.split(" ", 3)
+    assert (source, int(total), int(allocated)) == ("registered", 24 * MIB, 16 * MIB)
+    assert f"aclrtHostRegisterV2 failed with {code}" in failure
+
+
+def test_a_limit_on_locked_memory_is_met_by_memory_that_does_not_count():
+    """RLIMIT_MEMLOCK of two chunks, which counts for whoever has not CAP_IPC_LOCK."""
+    output = in_process(
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 * MIB, 8 * MIB))\n"
+        "CAP_IPC_LOCK, VERSION_3 = 14, 0x20080522\n"
+        "libc = ctypes.CDLL(None)\n"
+        "header = (ctypes.c_uint32 * 2)(VERSION_3, 0)\n"
+        "sets = (ctypes.c_uint32 * 6)()\n"
+        "assert libc.capget(header, sets) == 0\n"
+        "sets[0] &= ~(1 << CAP_IPC_LOCK)\n"
+        "assert libc.capset(header, sets) == 0\n"
+        f"allocator.configure()\n{CYCLE}"
+        "print(host['source'], counters.pinned_bytes, counters.registered_bytes)\n"
+        "print(host['failure'])\n",
+        **NEW,
+    )
+    figures, failure = output.split("\n")
+    source, allocated, registered = figures.split()
+    assert (source, int(allocated), int(registered)) == ("registered", 16 * MIB, 8 * MIB)
+    assert "ulimit -l" in failure
+
+
+@pytest.mark.parametrize("left", [0, 1, 5, 20])
+def test_whatever_streams_are_left_are_enough(left):
+    """The device's default stream is one of those that ``NPU_SIM_STREAMS`` counts."""
+    output = in_process(
+        f"allocator.configure(threads=4)\n{CYCLE}print(counters.streams)\n",
+        NPU_SIM_STREAMS=str(left + 1),
+        NPU_SIM_MACHINE=f"streams-{left}-{os.getpid()}",
+    )
+    # At most six, and no more than half of what there was.
+    assert int(output) == min(6, (left + 1) // 2)
+
+
+def test_a_copy_that_fails_on_a_stream_of_several_threads_fails_the_sleep(weights):
+    """Any one of the threads that wait for the stream may be told of it."""
+    allocator.configure(threads=8)
+    more = [allocator.Block("weights", 4 * MIB, seed) for seed in range(10)]
+    for nth in range(1, CHUNKS + 10 + 1):
+        control.set_faults(f"aclrtMemcpyAsync.work:{nth}:507899")
+        with pytest.raises(Exception, match="507899"):
+            sleep()
+        control.set_faults("")
+        assert all(block.state == "mapped" and block.intact() for block in weights + more)
+    for block in more:
+        block.free()
