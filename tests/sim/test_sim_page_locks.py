@@ -3,9 +3,11 @@
 
 import ctypes
 import mmap
+import re
 import sys
 from collections.abc import Iterator
 from ctypes import c_uint32, c_uint64
+from pathlib import Path
 
 import pytest
 from helpers.ascendcl import (
@@ -90,6 +92,17 @@ def came_back(on_device: int, host: int, queue: int) -> bytes:
     assert memcpy_async(host, on_device, SIZE, DEVICE_TO_HOST, queue) == SUCCESS
     ok("aclrtSynchronizeStream", queue)
     return bytes_at(host, SIZE)
+
+
+def test_memory_from_aclrt_malloc_host_is_there_at_once_and_not_in_a_forked_child():
+    size = 8 << 20
+    start = malloc_host(size)
+    maps = Path("/proc/self/smaps").read_text()
+    (block,) = re.findall(rf"^{start:x}-.*\n(?:[A-Z].*\n)+", maps, re.MULTILINE)
+    assert int(re.search(r"^Rss: +(\d+) kB", block, re.MULTILINE)[1]) << 10 == size
+    assert "dc" in re.search(r"^VmFlags: (.*)", block, re.MULTILINE)[1].split()
+    ok("aclrtFreeHost", start)
+
 
 
 def test_registered_memory_is_not_locked(pages: int, on_device: int, queue: int) -> None:
