@@ -27,8 +27,10 @@ unsigned Pool::host_threads() const {
   return std::max(settings_.copy_threads, std::min(settings_.host_threads, cores));
 }
 
+// Asked for when the first memory is allocated: later on, memory and streams may be scarce.
 HostSource Pool::host_source(int device) {
-  if (!host_choice_) host_choice_ = choose_host_source(settings_.host_source, device);
+  CopyStream* stream = transfer_.open(device);
+  if (!host_choice_) host_choice_ = choose_host_source(settings_.host_source, device, stream);
   return host_choice_->source;
 }
 
@@ -41,6 +43,7 @@ bool Pool::stages(int device, std::size_t bytes) {
     if (bytes < kWorthMeasuring * settings_.chunk_bytes) return false;
     host_speeds_ =
         transfer_.staging().open_and_measure(device, host_threads(), host_source(device));
+    if (!host_speeds_) return false;  // each block finds out for itself what can be had
   }
   return host_speeds_->copying > host_speeds_->locking;
 }
@@ -62,45 +65,66 @@ void Pool::preflight_host(const Tasks& offloads) {
   if (needed > available) throw_backup_does_not_fit(needed, available);
 }
 
-void Pool::prepare(const std::set<TagId>& tags, bool in_idle_time) {
+void Pool::prepare(const std::set<TagId>& tags, bool slowly) {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
   reserve_.clear();
-  const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {
-    return chunk.content == Content::kDevice && !chunk.backup && tags.count(allocation.tag) != 0;
-  });
-  if (tasks.empty()) return;
-  preflight_host(tasks);
-  HostReserve::Order order{};
-  order.device = tasks.front().allocation->device;
-  for (const Task& task : tasks) order.sizes.push_back(task.chunk->bytes);
-  DeviceGuard guard(order.device);
-  order.source = host_source(order.device);
-  order.threads = in_idle_time ? 1 : host_threads();
-  order.in_idle_time = in_idle_time;
-  reserve_.prepare(std::move(order));
+  prepared_.reset();
+  preflight_host(select([&](const Allocation& allocation, const Chunk& chunk) {
+    return chunk.content == Content::kDevice && tags.count(allocation.tag) != 0;
+  }));
+  prepared_ = Prepared{tags, slowly};
+  order_prepared();
 }
 
 void Pool::release_prepared() {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
+  prepared_.reset();
   reserve_.give_back();
 }
 
-// After a transaction. A sleep took what it needed of what was prepared.
-void Pool::finish_with_host_memory(bool was_sleep) noexcept {
-  if (was_sleep) reserve_.give_back();
+// After a transaction, however it ended. `to_host`: what a sleep copied to the host, for which it
+// took what it needed of what was prepared.
+void Pool::go_on_in_background(const Tasks& to_host) noexcept {
   try {
-    lock_plain_backups();
+    const bool used =
+        prepared_ && std::any_of(to_host.begin(), to_host.end(), [&](const Task& task) {
+          return prepared_->tags.count(task.allocation->tag) != 0;
+        });
+    if (used) {
+      prepared_.reset();
+      reserve_.give_back();
+    }
+    if (!order_locking_of_plain_backups() && prepared_ && !reserve_.is_working()) order_prepared();
   } catch (const std::exception&) {
-    // They stay plain: the next copy goes through the staging again.
+    // Nothing is ahead of its use then.
   }
 }
 
-// Takes page-locked memory for plain backups in the background, so that the next copy runs at the
-// speed of the link. Not for backups that go with the wake: to give it back takes longer.
-void Pool::lock_plain_backups() {
-  HostReserve::Order order{};
+// Takes page-locked memory for what has no backup and would need one.
+void Pool::order_prepared() {
+  HostReserve::Order order;
+  std::vector<std::size_t> sizes;
+  const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {
+    return chunk.content == Content::kDevice && !chunk.backup &&
+           prepared_->tags.count(allocation.tag) != 0;
+  });
+  if (tasks.empty()) return;
+  for (const Task& task : tasks) sizes.push_back(task.chunk->bytes);
+  order.device = tasks.front().allocation->device;
+  order.sizes = reserve_.not_ready(sizes);
+  DeviceGuard guard(order.device);
+  order.source = host_source(order.device);
+  order.threads = prepared_->slowly ? 1 : host_threads();
+  order.slowly = prepared_->slowly;
+  reserve_.prepare(std::move(order));
+}
+
+// Takes page-locked memory for plain backups, so that the next copy runs at the speed of the link.
+// Not for backups that go with the wake: to give it back takes longer. False: there is none.
+bool Pool::order_locking_of_plain_backups() {
+  HostReserve::Order order;
   for (auto& [address, allocation] : allocations_) {
     for (const Chunk& chunk : allocation->chunks) {
       if (!chunk.backup || chunk.backup.is_page_locked()) continue;
@@ -110,18 +134,18 @@ void Pool::lock_plain_backups() {
   }
   if (order.sizes.empty()) {
     transfer_.staging().close();
-    return;
+    return false;
   }
-  if (!settings_.keep_host_backup) return;
+  if (!settings_.keep_host_backup) return true;
   order.source = host_choice_->source;
-  order.threads = 1;
-  order.in_idle_time = true;
+  order.slowly = true;
   order.delay = kQuiet;
   order.use = [this](HostMemory& block) { return put_in_place_of_plain(block); };
   reserve_.prepare(std::move(order));
+  return true;
 }
 
-// False: the pool is busy. A transaction that stops the reserve holds the lock meanwhile.
+// False: the pool is busy.
 bool Pool::put_in_place_of_plain(HostMemory& block) {
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
   if (!lock.owns_lock()) return false;

@@ -265,12 +265,12 @@ PYBIND11_MODULE(_camem, module) {
   module.def("abort", [] { return Pool::instance().abort(); }, py::call_guard<WithoutGil>());
   module.def(
       "prepare",
-      [](const std::vector<std::string>& tags, bool in_idle_time) {
+      [](const std::vector<std::string>& tags, bool slowly) {
         const std::set<TagId> ids = tag_ids(tags);
         const WithoutGil released;
-        Pool::instance().prepare(ids, in_idle_time);
+        Pool::instance().prepare(ids, slowly);
       },
-      py::arg("tags"), py::kw_only(), py::arg("in_idle_time") = false);
+      py::arg("tags"), py::kw_only(), py::arg("slowly") = false);
   module.def(
       "release_prepared", [] { Pool::instance().release_prepared(); },
       py::call_guard<WithoutGil>());

@@ -18,7 +18,19 @@ void CopyStream::begin() {
 
 void CopyStream::copy(std::byte* to, const std::byte* from, std::size_t bytes,
                       aclrtMemcpyKind kind) {
-  CAMEM_CHECK(aclrtMemcpyAsync(to, bytes, from, bytes, kind, stream_), bytes);
+  const aclError code = aclrtMemcpyAsync(to, bytes, from, bytes, kind, stream_);
+  if (code == ACL_SUCCESS) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_ == ACL_SUCCESS) failure_ = code;
+  }
+  check(code, "aclrtMemcpyAsync", bytes, __FILE__, __LINE__);
+}
+
+bool CopyStream::is_busy() {
+  aclrtStreamStatus status = ACL_STREAM_STATUS_COMPLETE;
+  CAMEM_CHECK(aclrtStreamQuery(stream_, &status), 0);
+  return status == ACL_STREAM_STATUS_NOT_READY;
 }
 
 void CopyStream::wait(std::size_t bytes) {

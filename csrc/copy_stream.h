@@ -19,7 +19,7 @@ class CopyStream {
   // Takes the failure of an earlier operation back.
   void begin();
 
-  // Launches a copy. Throws AclError.
+  // Launches a copy. Throws AclError; a part of the copy may be in flight then.
   void copy(std::byte* to, const std::byte* from, std::size_t bytes, aclrtMemcpyKind kind);
 
   // Returns when all that was launched before is done, `bytes` of it by the caller. Throws AclError
@@ -29,7 +29,10 @@ class CopyStream {
 
   // Waits until nothing is in flight: nobody may unmap or reuse memory under a copy that still
   // runs.
+  // Whoever waits afterwards learns of a failure.
   void drain() noexcept;
+
+  bool is_busy();  // throws AclError
 
  private:
   explicit CopyStream(aclrtStream stream) : stream_(stream) {}

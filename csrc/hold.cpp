@@ -118,7 +118,7 @@ Report Pool::commit() {
   for (const Task& task : held.to_none) task.chunk->content = Content::kNone;
   unswept_ = true;
   sweep();
-  finish_with_host_memory(!held.to_host.empty());
+  go_on_in_background(held.to_host);
   held.report.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - held.start).count();
   return held.report;
@@ -127,7 +127,9 @@ Report Pool::commit() {
 std::string Pool::abort() {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
-  return take_back();
+  std::string trouble = take_back();
+  go_on_in_background();
+  return trouble;
 }
 
 // Returns what failed, empty: nothing. Memory that cannot be mapped again is kept, with its

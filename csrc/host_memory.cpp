@@ -141,6 +141,9 @@ std::byte* HostSpace::map(std::size_t bytes) {
     madvise(next_, bytes_, MADV_HUGEPAGE);
     madvise(next_, bytes_, MADV_DONTFORK);
   }
+  if (bytes > static_cast<std::size_t>(end_ - next_)) {
+    throw std::logic_error("more host memory mapped than was asked for");
+  }
   return std::exchange(next_, next_ + bytes);
 }
 
@@ -156,15 +159,38 @@ HostMemory HostMemory::page_locked(std::size_t bytes, HostSource source) {
 
 HostMemory HostMemory::page_locked(std::size_t bytes, HostSource source, HostSpace& space) {
   space.claim(bytes);
-  return claimed_page_locked(bytes, source, space);
+  if (source == HostSource::kRegistered) {
+    HostMemory block = map_and_register(bytes, space);
+    if (block.is_page_locked()) return block;
+  }
+  return allocate(bytes);
 }
 
-HostMemory HostMemory::claimed_page_locked(std::size_t bytes, HostSource source, HostSpace& space) {
+HostMemory HostMemory::plain(std::size_t bytes, HostSpace& space) {
+  space.claim(bytes);
+  return {space.map(bytes), bytes, Kind::kPlain};
+}
+
+// A claim has its addresses once: what was mapped and could not be registered is the plain block.
+HostMemory HostMemory::any(std::size_t bytes, HostSource source, HostSpace& space) {
+  space.claim(bytes);
+  HostMemory block;
   if (source == HostSource::kRegistered) {
-    std::byte* data = space.map(bytes);
-    if (lock_and_register(data, bytes)) return {data, bytes, Kind::kRegistered};
-    munmap(data, bytes);
+    block = map_and_register(bytes, space);
+    if (block.is_page_locked()) return block;
   }
+  if (!space.without_locking) {
+    try {
+      return allocate(bytes);
+    } catch (const AclError&) {
+    } catch (const OutOfHostMemory&) {
+    }
+    space.without_locking = true;
+  }
+  return block ? std::move(block) : HostMemory(space.map(bytes), bytes, Kind::kPlain);
+}
+
+HostMemory HostMemory::allocate(std::size_t bytes) {
   void* data = nullptr;
   const aclError code = aclrtMallocHost(&data, bytes);
   if (code == ACL_SUCCESS) return {static_cast<std::byte*>(data), bytes, Kind::kAcl};
@@ -175,22 +201,18 @@ HostMemory HostMemory::claimed_page_locked(std::size_t bytes, HostSource source,
   throw AclError("aclrtMallocHost", code, bytes, recent_error_message());
 }
 
-HostMemory HostMemory::plain(std::size_t bytes, HostSpace& space) {
-  space.claim(bytes);
-  return {space.map(bytes), bytes, Kind::kPlain};
-}
-
-HostMemory HostMemory::any(std::size_t bytes, HostSource source, HostSpace& space) {
-  space.claim(bytes);
-  if (!space.without_locking) {
-    try {
-      return claimed_page_locked(bytes, source, space);
-    } catch (const AclError&) {
-    } catch (const OutOfHostMemory&) {
-    }
-    space.without_locking = true;
+// Plain if it could not be locked or registered, empty if not even mapped.
+HostMemory HostMemory::map_and_register(std::size_t bytes, HostSpace& space) {
+  std::byte* data = nullptr;
+  try {
+    data = space.map(bytes);
+  } catch (const OutOfHostMemory& error) {
+    note_failure(error.what());
+    return {};
   }
-  return {space.map(bytes), bytes, Kind::kPlain};
+  if (lock_and_register(data, bytes)) return {data, bytes, Kind::kRegistered};
+  munlock(data, bytes);
+  return {data, bytes, Kind::kPlain};
 }
 
 HostMemory::~HostMemory() {

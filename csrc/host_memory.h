@@ -58,7 +58,7 @@ class HostMemory {
   HostMemory(HostMemory&& other) noexcept;
   HostMemory& operator=(HostMemory&& other) noexcept;
 
-  // Where memory cannot be locked or registered, whatever the reason, it comes from
+  // Where memory cannot be mapped, locked or registered, whatever the reason, it comes from
   // aclrtMallocHost. Throws OutOfHostMemory or AclError.
   static HostMemory page_locked(std::size_t bytes, HostSource source, HostSpace& space);
   static HostMemory page_locked(std::size_t bytes, HostSource source);  // in a space of its own
@@ -81,7 +81,8 @@ class HostMemory {
  private:
   enum class Kind : std::uint8_t { kPlain, kAcl, kRegistered };
   HostMemory(std::byte* data, std::size_t bytes, Kind kind);
-  static HostMemory claimed_page_locked(std::size_t bytes, HostSource source, HostSpace& space);
+  static HostMemory allocate(std::size_t bytes);
+  static HostMemory map_and_register(std::size_t bytes, HostSpace& space);
 
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host_reserve.h"
 
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <chrono>
+#include <algorithm>
 #include <exception>
 #include <numeric>
 #include <set>
-#include <system_error>
+#include <thread>
 #include <utility>
 
 #include "vmm.h"
@@ -18,68 +14,91 @@ namespace camem {
 namespace {
 
 constexpr std::chrono::milliseconds kMoment{1};
-constexpr int kLowestPriority = 19;
 
-// Linux keeps priorities by thread.
-void lower_priority() {
-  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kLowestPriority);
+std::size_t sum(const std::vector<std::size_t>& sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});
 }
 
 }  // namespace
 
+HostReserve::Work::Work(Order ordered)
+    : order(std::move(ordered)),
+      wanted(order.sizes.begin(), order.sizes.end()),
+      space(sum(order.sizes)) {}
+
+// The thread counts until its function has returned.
+void HostReserve::start(std::function<void()> function) {
+  std::thread([this, function = std::move(function)] {
+    function();
+    std::lock_guard<std::mutex> lock(mutex_);
+    --threads_;
+    changed_.notify_all();
+  }).detach();
+  ++threads_;
+}
+
 void HostReserve::prepare(Order order) {
-  stop();
   std::lock_guard<std::mutex> lock(mutex_);
-  order_ = std::move(order);
-  const std::vector<std::size_t>& sizes = order_.sizes;
-  stopped_ = false;
-  wanted_.assign(sizes.begin(), sizes.end());
-  space_ = std::make_unique<HostSpace>(std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}));
+  stop_locked();
+  if (closed_ || order.sizes.empty()) return;
+  device_ = order.device;
+  work_ = std::make_shared<Work>(std::move(order));
+  const std::size_t threads = std::min<std::size_t>(work_->order.threads, work_->wanted.size());
   try {
-    for (unsigned thread = 0; thread < order_.threads && thread < sizes.size(); ++thread) {
-      threads_.emplace_back([this] { work(); });
-      ++running_;
+    while (work_->running < threads) {
+      start([this, work = work_] { carry_out(work); });
+      ++work_->running;
     }
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // The machine gives no more threads: what is not taken ahead is taken when it is needed.
-    if (threads_.empty()) wanted_.clear();
+    if (work_->running == 0) work_->wanted.clear();
   }
 }
 
-void HostReserve::work() {
-  if (order_.in_idle_time) lower_priority();
+void HostReserve::carry_out(const std::shared_ptr<Work>& work) noexcept {
+  const HostReserve::Order& order = work->order;
   std::unique_lock<std::mutex> lock(mutex_);
+  const auto stopped = [&] { return work->stopped; };
   try {
-    DeviceGuard guard(order_.device);
-    changed_.wait_for(lock, order_.delay, [this] { return stopped_; });
-    while (!wanted_.empty()) {
-      const std::size_t bytes = wanted_.front();
-      wanted_.pop_front();
+    DeviceGuard guard(order.device);
+    changed_.wait_for(lock, order.delay, stopped);
+    while (!work->wanted.empty()) {
+      const std::size_t bytes = work->wanted.front();
+      work->wanted.pop_front();
       lock.unlock();
+      const auto start = std::chrono::steady_clock::now();
       // Blocks that take the place of others need the host's memory one by one.
-      keep_or_use(order_.use ? HostMemory::page_locked(bytes, order_.source)
-                             : HostMemory::page_locked(bytes, order_.source, *space_));
+      keep_or_use(*work, order.use ? HostMemory::page_locked(bytes, order.source)
+                                   : HostMemory::page_locked(bytes, order.source, work->space));
+      const auto took = std::chrono::steady_clock::now() - start;
       lock.lock();
+      if (order.slowly) changed_.wait_for(lock, took, stopped);
     }
   } catch (const std::exception&) {
     if (!lock.owns_lock()) lock.lock();
-    wanted_.clear();
+    work->wanted.clear();
   }
-  --running_;
+  --work->running;
   changed_.notify_all();
 }
 
-void HostReserve::keep_or_use(HostMemory block) {
-  if (order_.use) {
-    while (!order_.use(block)) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (changed_.wait_for(lock, kMoment, [this] { return stopped_; })) return;
-    }
+void HostReserve::keep_or_use(Work& work, HostMemory block) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!work.order.use) {
+    if (!work.stopped) ready_.emplace(block.bytes(), std::move(block));
     return;
   }
+  while (!work.stopped) {
+    lock.unlock();
+    if (work.order.use(block)) return;
+    lock.lock();
+    changed_.wait_for(lock, kMoment, [&] { return work.stopped; });
+  }
+}
+
+bool HostReserve::is_working() {
   std::lock_guard<std::mutex> lock(mutex_);
-  const std::size_t bytes = block.bytes();
-  ready_.emplace(bytes, std::move(block));
+  return work_ && work_->running > 0;
 }
 
 std::optional<HostMemory> HostReserve::take(std::size_t bytes) {
@@ -91,68 +110,68 @@ std::optional<HostMemory> HostReserve::take(std::size_t bytes) {
   return block;
 }
 
-void HostReserve::cancel() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!order_.use) return;
-    wanted_.clear();
-    stopped_ = true;
-  }
+void HostReserve::stop_locked() {
+  if (!work_) return;
+  work_->wanted.clear();
+  work_->stopped = true;
+  work_.reset();
   changed_.notify_all();
 }
 
 void HostReserve::stop() {
-  std::vector<std::thread> threads;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    wanted_.clear();
-    stopped_ = true;
-    threads.swap(threads_);
-  }
-  changed_.notify_all();
-  for (std::thread& thread : threads) thread.join();
-  if (!threads.empty()) space_.reset();  // else another thread waits for them
-}
-
-void HostReserve::give_back() {
-  stop();
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ready_.empty()) return;
-  const auto release = [device = order_.device](std::multimap<std::size_t, HostMemory> blocks) {
-    try {
-      DeviceGuard guard(device);
-      blocks.clear();
-    } catch (const std::exception&) {
-      // They are given back without the device being current.
-    }
-  };
-  try {
-    givers_.emplace_back(release, std::exchange(ready_, {}));
-  } catch (const std::system_error&) {
-    // The machine gives no more threads: they were given back on this one.
-  }
+  stop_locked();
 }
 
-void HostReserve::wait_until_given_back() {
-  std::vector<std::thread> givers;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    givers.swap(givers_);
-  }
-  for (std::thread& giver : givers) giver.join();
+void HostReserve::cancel() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (work_ && work_->order.use) stop_locked();
 }
 
 bool HostReserve::wait(double seconds) {
   std::unique_lock<std::mutex> lock(mutex_);
   return changed_.wait_for(lock, std::chrono::duration<double>(seconds),
-                           [this] { return running_ == 0; });
+                           [this] { return !work_ || work_->running == 0; });
+}
+
+void HostReserve::give_back() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  stop_locked();
+  if (ready_.empty()) return;
+  const auto blocks = std::make_shared<std::multimap<std::size_t, HostMemory>>();
+  blocks->swap(ready_);
+  try {
+    start([this, device = device_, blocks] {
+      try {
+        DeviceGuard guard(device);
+        blocks->clear();
+      } catch (const std::exception&) {
+        blocks->clear();
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      --giving_;
+    });
+    ++giving_;
+  } catch (const std::exception&) {
+    // The machine gives no more threads: they are given back on this one.
+  }
+}
+
+void HostReserve::wait_until_given_back() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return giving_ == 0; });
 }
 
 void HostReserve::clear() noexcept {
-  stop();
+  give_back();
   wait_until_given_back();
-  std::lock_guard<std::mutex> lock(mutex_);
-  ready_.clear();
+}
+
+void HostReserve::close() noexcept {
+  std::unique_lock<std::mutex> lock(mutex_);
+  closed_ = true;
+  stop_locked();
+  changed_.wait(lock, [this] { return threads_ == 0; });
 }
 
 std::size_t HostReserve::ready_bytes() {
@@ -163,17 +182,23 @@ std::size_t HostReserve::ready_bytes() {
 }
 
 std::size_t HostReserve::ready_bytes(const std::vector<std::size_t>& sizes) {
+  return sum(sizes) - sum(not_ready(sizes));
+}
+
+std::vector<std::size_t> HostReserve::not_ready(const std::vector<std::size_t>& sizes) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::multiset<std::size_t> ready;
   for (const auto& [size, block] : ready_) ready.insert(size);
-  std::size_t bytes = 0;
+  std::vector<std::size_t> others;
   for (const std::size_t size : sizes) {
     const auto found = ready.find(size);
-    if (found == ready.end()) continue;
-    ready.erase(found);
-    bytes += size;
+    if (found == ready.end()) {
+      others.push_back(size);
+    } else {
+      ready.erase(found);
+    }
   }
-  return bytes;
+  return others;
 }
 
 }  // namespace camem

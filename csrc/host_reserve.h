@@ -12,63 +12,78 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <thread>
 #include <vector>
 
 #include "host_memory.h"
 
 namespace camem {
 
-// Thread-safe.
+// Thread-safe, and lives as long as the process. No call but clear() and close() waits for a block
+// that is being taken: the machine may be busy, and AscendCL slow.
 class HostReserve {
  public:
-  // What becomes of a block, once it is there. Returns false to be called again after a moment.
+  // What becomes of a block once it is there. Returns false to be called again after a moment.
   using Use = std::function<bool(HostMemory& block)>;
 
   struct Order {
-    int device;
+    int device = 0;
     std::vector<std::size_t> sizes;
-    HostSource source;
-    unsigned threads;
-    bool in_idle_time;              // the threads take processor time that nobody else wants
+    HostSource source = HostSource::kAcl;
+    unsigned threads = 1;
+    bool slowly = false;            // a thread rests after each block for as long as it took
     std::chrono::seconds delay{0};  // before the first
     Use use;                        // empty: the blocks are kept until somebody takes them
   };
 
-  // Starts to take blocks of these sizes and returns. A block that cannot be had ends the work: who
-  // needs it meets the reason.
+  // Ends the order before, starts to take blocks of these sizes, and returns. A block that cannot
+  // be had ends the order.
   void prepare(Order order);
+  bool is_working();
 
   // A block of exactly this size that is ready, or none.
   std::optional<HostMemory> take(std::size_t bytes);
 
-  // Ends an order whose blocks are used at once, without waiting for those that are begun.
-  void cancel();
-  // Ends what is prepared, and gives back what is ready, in the background.
+  void stop();                // ends the order; what is ready stays
+  void cancel();              // the same, of an order whose blocks are used at once
+  bool wait(double seconds);  // until the order is carried out; false: not in that time
+
+  // Ends the order, and gives back in the background what is ready.
   void give_back();
   void wait_until_given_back();
+  void clear() noexcept;  // the same, and waits for it
+  void close() noexcept;  // ends everything for good, and waits for all threads
 
-  void stop();                // ends the taking of blocks; what is ready stays
-  bool wait(double seconds);  // until all that was asked for is ready; false: not in that time
-  void clear() noexcept;      // stops and gives everything back
   std::size_t ready_bytes();  // of all blocks that are ready
   // Bytes of those blocks that are ready, of blocks of these sizes.
   std::size_t ready_bytes(const std::vector<std::size_t>& sizes);
+  // Without those for which a block of the size is ready.
+  std::vector<std::size_t> not_ready(const std::vector<std::size_t>& sizes);
 
  private:
-  void work();
-  void keep_or_use(HostMemory block);
+  // An order and how far it is. Its threads keep it alive.
+  struct Work {
+    explicit Work(Order ordered);
+
+    const Order order;
+    std::deque<std::size_t> wanted;
+    bool stopped = false;
+    std::size_t running = 0;
+    HostSpace space;  // of blocks that are kept
+  };
+
+  void carry_out(const std::shared_ptr<Work>& work) noexcept;
+  void keep_or_use(Work& work, HostMemory block);
+  void stop_locked();
+  void start(std::function<void()> function);
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  Order order_;
-  std::deque<std::size_t> wanted_;
-  bool stopped_ = false;
-  std::unique_ptr<HostSpace> space_;  // of those that are wanted and will be kept
+  std::shared_ptr<Work> work_;
+  int device_ = 0;  // of the last order
   std::multimap<std::size_t, HostMemory> ready_;
-  std::size_t running_ = 0;
-  std::vector<std::thread> threads_;
-  std::vector<std::thread> givers_;
+  std::size_t threads_ = 0;  // of all orders, and those that give back
+  std::size_t giving_ = 0;
+  bool closed_ = false;
 };
 
 }  // namespace camem

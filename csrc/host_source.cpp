@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host_source.h"
 
-#include <acl/acl.h>
 #include <sys/utsname.h>
 
 #include <cstdio>
@@ -32,57 +31,37 @@ std::string why_kernel_is_too_old() {
          std::to_string(kKernelMajor) + "." + std::to_string(kKernelMinor) + " does";
 }
 
-// A stream, and device memory to copy to and from.
-class Scratch {
- public:
-  Scratch(int device, std::size_t bytes) : range_(bytes), memory_(device, bytes) {
-    memory_.map(range_.base());
-    CAMEM_CHECK(aclrtCreateStream(&stream_), 0);
-  }
-  ~Scratch() { CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(stream_), 0); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  void to_device(const std::byte* from, std::size_t bytes) {
-    CAMEM_CHECK(
-        aclrtMemcpyAsync(range_.base(), bytes, from, bytes, ACL_MEMCPY_HOST_TO_DEVICE, stream_),
-        bytes);
-  }
-  void to_host(std::byte* to, std::size_t bytes) {
-    CAMEM_CHECK(
-        aclrtMemcpyAsync(to, bytes, range_.base(), bytes, ACL_MEMCPY_DEVICE_TO_HOST, stream_),
-        bytes);
-  }
-  bool is_busy() {
-    aclrtStreamStatus status = ACL_STREAM_STATUS_COMPLETE;
-    CAMEM_CHECK(aclrtStreamQuery(stream_, &status), 0);
-    return status == ACL_STREAM_STATUS_NOT_READY;
-  }
-  void finish() { CAMEM_CHECK(aclrtSynchronizeStream(stream_), 0); }
-
- private:
-  Reservation range_;
-  PhysicalMemory memory_;
-  aclrtStream stream_ = nullptr;
-};
+constexpr int kCopies = 16;
+constexpr int kAttempts = 5;  // the thread may be kept from looking until the copies are done
 
 // Empty: copies from and to registered memory are exact, and return before they are done.
-std::string why_registered_copies_are_not_used(int device) {
+std::string why_registered_copies_are_not_used(int device, CopyStream& stream) {
   const std::size_t unit = granularity(device);
   const std::size_t bytes = (4 * kMiB + unit - 1) / unit * unit;
-  constexpr int kCopies = 16;
   const HostMemory host = HostMemory::page_locked(bytes, HostSource::kRegistered);
   if (!host.is_registered()) return last_locking_failure();
-  Scratch scratch(device, bytes);
+  const Reservation range(bytes);
+  PhysicalMemory memory(device, bytes);
+  memory.map(range.base());
   std::vector<std::byte> pattern(bytes);
   for (std::size_t i = 0; i < bytes; ++i) pattern[i] = static_cast<std::byte>(i * 2654435761 >> 13);
   std::memcpy(host.data(), pattern.data(), bytes);
-  for (int i = 0; i < kCopies; ++i) scratch.to_device(host.data(), bytes);
-  const bool asynchronous = scratch.is_busy();
-  scratch.finish();
-  std::memset(host.data(), 0, bytes);
-  scratch.to_host(host.data(), bytes);
-  scratch.finish();
+  bool asynchronous = false;
+  try {
+    for (int attempt = 0; attempt < kAttempts && !asynchronous; ++attempt) {
+      for (int i = 0; i < kCopies; ++i) {
+        stream.copy(range.base(), host.data(), bytes, ACL_MEMCPY_HOST_TO_DEVICE);
+      }
+      asynchronous = stream.is_busy();
+      stream.wait(bytes);
+    }
+    std::memset(host.data(), 0, bytes);
+    stream.copy(host.data(), range.base(), bytes, ACL_MEMCPY_DEVICE_TO_HOST);
+    stream.wait(bytes);
+  } catch (...) {
+    stream.drain();
+    throw;
+  }
   if (std::memcmp(host.data(), pattern.data(), bytes) != 0) {
     return "copies from and to registered memory are not exact";
   }
@@ -91,11 +70,12 @@ std::string why_registered_copies_are_not_used(int device) {
 
 }  // namespace
 
-HostChoice choose_host_source(std::optional<HostSource> wanted, int device) {
+HostChoice choose_host_source(std::optional<HostSource> wanted, int device, CopyStream* stream) {
   if (wanted == HostSource::kAcl) return {HostSource::kAcl, "host_memory says so"};
   std::string why = why_kernel_is_too_old();
   try {
-    if (why.empty()) why = why_registered_copies_are_not_used(device);
+    if (why.empty() && stream == nullptr) why = "the device has no stream left to try copies on";
+    if (why.empty()) why = why_registered_copies_are_not_used(device, *stream);
   } catch (const std::exception& error) {
     why = std::string("registered memory could not be tried: ") + error.what();
   }

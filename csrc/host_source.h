@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "copy_stream.h"
 #include "host_memory.h"
 
 namespace camem {
@@ -18,8 +19,9 @@ struct HostChoice {
 
 // `wanted`, or without a wish: registered memory where that is page-locked and copies from and to
 // it are asynchronous and exact, else aclrtMallocHost. A wish for registered memory is not met
-// where it cannot be. Needs the device to be current.
-HostChoice choose_host_source(std::optional<HostSource> wanted, int device);
+// where it cannot be. Needs the device to be current; copies are tried on `stream`, which may be
+// null.
+HostChoice choose_host_source(std::optional<HostSource> wanted, int device, CopyStream* stream);
 
 // Bytes per second that several threads together take from the host as page-locked memory, and that
 // they copy into memory which is touched for the first time.

@@ -57,10 +57,10 @@ void Pool::offload(const Tasks& tasks, const Allocation** current, bool hold) {
           device, Direction::kDeviceToHost, chunks, parallelism(missing > 0 || any_plain(chunks)),
           [&](std::size_t i) {
             HostMemory& backup = chunks[i]->backup;
-            if (backup.is_page_locked()) return;
+            if (backup) return;
             if (auto ready = reserve_.take(chunks[i]->bytes)) {
               backup = std::move(*ready);
-            } else if (!backup) {
+            } else {
               backup = stage ? HostMemory::plain(chunks[i]->bytes, space)
                              : HostMemory::any(chunks[i]->bytes, source, space);
             }

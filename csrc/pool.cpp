@@ -46,8 +46,7 @@ void Pool::require_alive() {
 void Pool::abandon() noexcept {
   g_ended = true;
   if (g_abandoned.exchange(true)) return;  // a forked child cannot join its parent's threads
-  reserve_.stop();
-  reserve_.wait_until_given_back();
+  reserve_.close();
 }
 
 bool Pool::has_ended() const noexcept { return g_ended; }
@@ -94,7 +93,7 @@ void* Pool::allocate(std::size_t bytes, int device) {
   std::size_t& unit = granularity_[device];
   if (unit == 0) {
     unit = granularity(device);
-    transfer_.open(device);
+    host_source(device);
   }
   auto allocation =
       std::make_unique<Allocation>(device, round_up(std::max<std::size_t>(bytes, 1), unit),
@@ -115,6 +114,7 @@ void Pool::free(void* address) noexcept {
   unswept_ = true;
   sweep();
   if (allocations_.empty()) {
+    prepared_.reset();
     reserve_.clear();
     transfer_.staging().close();
   }

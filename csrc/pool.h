@@ -37,7 +37,7 @@ struct Plan {
 
 // What a sleep does for whose backup no page-locked memory is ready.
 enum class Unprepared : std::uint8_t {
-  kMeasured,  // what is faster on this host, if it is much
+  kMeasured,  // what is faster on this host
   kLock,      // takes page-locked memory
   kStage,     // takes plain memory, and copies through page-locked blocks
 };
@@ -160,8 +160,8 @@ class Pool {
   bool read_backup(std::uintptr_t address, std::size_t bytes, std::byte* target);
 
   // Takes page-locked memory for the backups of these tags in the background, and returns at once.
-  // `in_idle_time`: slowly, with processor time that nobody else wants.
-  void prepare(const std::set<TagId>& tags, bool in_idle_time);
+  // `slowly`: with one thread that rests half of the time.
+  void prepare(const std::set<TagId>& tags, bool slowly);
   // Waits until that is done; false: not in that time.
   bool wait_prepared(double seconds) { return reserve_.wait(seconds); }
   // Gives back what was prepared and not used.
@@ -209,8 +209,9 @@ class Pool {
   HostSource host_source(int device);
   bool stages(int device, std::size_t bytes);
   void preflight_host(const Tasks& offloads);
-  void finish_with_host_memory(bool was_sleep) noexcept;
-  void lock_plain_backups();
+  void go_on_in_background(const Tasks& to_host = {}) noexcept;
+  void order_prepared();
+  bool order_locking_of_plain_backups();
   bool put_in_place_of_plain(HostMemory& block);
   void preflight_device(const Tasks& tasks);
   void offload(const Tasks& tasks, const Allocation** current, bool hold = false);
@@ -238,6 +239,11 @@ class Pool {
   std::map<int, std::size_t> granularity_;
   Transfer transfer_;
   HostReserve reserve_;
+  struct Prepared {
+    std::set<TagId> tags;
+    bool slowly;
+  };
+  std::optional<Prepared> prepared_;  // what is to be ready in the reserve
   std::optional<HostChoice> host_choice_;
   std::optional<HostSpeeds> host_speeds_;
 };

@@ -8,7 +8,6 @@
 #include <cstring>
 #include <exception>
 #include <functional>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -27,7 +26,7 @@ double seconds_of(unsigned threads, const std::function<void(unsigned)>& work) {
   std::vector<std::thread> others;
   try {
     for (unsigned i = 1; i < threads; ++i) others.emplace_back(work, i);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // The machine gives no more threads: go on with those that there are.
   }
   work(0);
@@ -53,9 +52,11 @@ void Staging::open(int device, unsigned threads, HostSource source) {
   }
 }
 
-HostSpeeds Staging::open_and_measure(int device, unsigned threads, HostSource source) {
+std::optional<HostSpeeds> Staging::open_and_measure(int device, unsigned threads,
+                                                    HostSource source) {
+  close();
   const double locking = seconds_of(1, [&](unsigned) { open(device, threads, source); });
-  if (lanes_.empty()) return {0, 1};
+  if (lanes_.empty()) return std::nullopt;
   const auto count = static_cast<unsigned>(lanes_.size());
   HostSpace space(bytes());
   std::byte* first = space.map(bytes());
@@ -65,7 +66,7 @@ HostSpeeds Staging::open_and_measure(int device, unsigned threads, HostSource so
     }
   });
   munmap(first, bytes());
-  return {static_cast<double>(bytes()) / locking, static_cast<double>(bytes()) / copying};
+  return HostSpeeds{static_cast<double>(bytes()) / locking, static_cast<double>(bytes()) / copying};
 }
 
 std::size_t Staging::bytes() const { return lanes_.size() * 2 * kPiece; }

@@ -7,6 +7,7 @@
 #include <acl/acl.h>
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "allocation.h"
@@ -19,15 +20,14 @@ enum class Direction { kDeviceToHost, kHostToDevice };
 
 class Staging {
  public:
-  // Gives each of `threads` threads two blocks, or as many of them as the host gives; more than one
-  // of them takes them at once.
+  // Gives each of `threads` threads two blocks, or as many of them as the host gives.
   void open(int device, unsigned threads, HostSource source);
   void close() noexcept { lanes_.clear(); }
   std::size_t bytes() const;
 
-  // The same, for the first time, and how fast that was, and the threads copy from the blocks.
-  // Throws what keeps it from having any.
-  HostSpeeds open_and_measure(int device, unsigned threads, HostSource source);
+  // Gives the blocks that it has back, takes all anew, and tells how fast that was and how fast the
+  // threads copy from them. Nothing if the host gives none.
+  std::optional<HostSpeeds> open_and_measure(int device, unsigned threads, HostSource source);
 
   // Copies the chunk to or from its backup, and returns when that is done. `thread` counts from 0
   // and uses its own blocks; without any, or without streams, the copy is a synchronous one, for

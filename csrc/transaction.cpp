@@ -145,7 +145,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   }
   unswept_ = true;
   sweep();
-  finish_with_host_memory(!offloads.empty());
+  go_on_in_background(offloads);
   report.seconds = seconds_since(start);
   return report;
 }
@@ -178,7 +178,7 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
   }
   unswept_ = true;
   sweep();
-  finish_with_host_memory(false);
+  go_on_in_background();
   report.seconds = seconds_since(start);
   return report;
 }
@@ -245,6 +245,7 @@ std::string Pool::undo_wake(const Tasks& tasks) noexcept {
 
 void Pool::fail(const char* operation, const Allocation* at, const std::string& outcome) {
   const std::exception_ptr cause = std::current_exception();
+  go_on_in_background();
   std::string tag;
   int device = -1;
   std::string message = std::string(operation) + " failed";

@@ -32,15 +32,17 @@ struct Batch {
 
 }  // namespace
 
-void Transfer::open(int device) {
-  const auto [found, is_new] = streams_.try_emplace(device);
-  if (!is_new) return;
-  const std::size_t count = (available_streams().value_or(2 * kStreams) + 1) / 2;
-  while (found->second.size() < std::min(count, kStreams)) {
-    auto stream = CopyStream::create();
-    if (!stream) break;
-    found->second.push_back(std::move(stream));
+CopyStream* Transfer::open(int device) {
+  auto& streams = streams_[device];
+  if (streams.empty()) {
+    const std::size_t count = (available_streams().value_or(2 * kStreams) + 1) / 2;
+    while (streams.size() < std::min(count, kStreams)) {
+      auto stream = CopyStream::create();
+      if (!stream) break;
+      streams.push_back(std::move(stream));
+    }
   }
+  return streams.empty() ? nullptr : streams.front().get();
 }
 
 void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& chunks,
@@ -66,6 +68,8 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       if (batch.indices.empty()) return;
       index = batch.indices.front();
       batch.stream->wait(chunks[index]->bytes);
+      if (failed)
+        return;  // the failure may have been of these copies, and another thread told of it
       for (const std::size_t done : std::exchange(batch.indices, {})) {
         index = done;
         copied_ += chunks[index]->bytes;
@@ -89,8 +93,8 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
           index = mine;
           before(index);
           if (batch.stream != nullptr && chunks[index]->backup.is_page_locked()) {
+            batch.indices.push_back(index);  // first: a launch that fails may be in flight in part
             start_copy(direction, *chunks[index], *batch.stream);
-            batch.indices.push_back(index);
           } else {
             staging_.copy(direction, *chunks[index], thread, own);
             copied_ += chunks[index]->bytes;

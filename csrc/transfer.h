@@ -25,15 +25,16 @@ class Transfer {
  public:
   using Step = std::function<void(std::size_t index)>;
 
-  // Takes the streams of this device, which must be current. Before graphs are captured: they take
-  // what streams the device has. Where it gives none, copies are synchronous.
-  void open(int device);
+  // Takes the streams of this device, which must be current, and returns one of them, or null where
+  // it gives none: copies are synchronous then. To be called before graphs are captured, which take
+  // what streams the device has.
+  CopyStream* open(int device);
 
   // For every chunk, in order of start: before(i), a copy that is waited for and checked, after(i).
   // Copies are asynchronous where the chunk's backup is page-locked after before(i). At the first
   // exception no further chunk is started, all copies in flight are waited for, and that exception
-  // is thrown; `failed_index` then tells whose it was. A chunk whose copy was in flight then got no
-  // after(i).
+  // is thrown; `failed_index` is the chunk of the thread that met it. A chunk whose copy was in
+  // flight then got no after(i).
   void run(int device, Direction direction, const std::vector<Chunk*>& chunks,
            Parallelism parallelism, const Step& before, const Step& after,
            std::size_t* failed_index);

@@ -88,9 +88,9 @@ def commit() -> Report:
 def abort() -> str:
     """Take back what is held, if anything is. Returns what failed in that, ``""``: nothing."""
 
-def prepare(tags: list[str], *, in_idle_time: bool = False) -> None:
+def prepare(tags: list[str], *, slowly: bool = False) -> None:
     """Take page-locked memory for the backups of these tags in the background, and return at once;
-    ``in_idle_time`` with one thread of the lowest priority.
+    ``slowly`` with one thread of the lowest priority.
 
     Raises:
         HostOutOfMemoryError: the host has not that much. What others take while it works ends it

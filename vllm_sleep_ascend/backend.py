@@ -84,7 +84,7 @@ class CamemBackend(SleepModeBackend):
             )
             return
         try:
-            _camem.prepare(["weights"], in_idle_time=idle)
+            _camem.prepare(["weights"], slowly=idle)
         except HostOutOfMemoryError as error:
             logger.warning("camem: no host memory was prepared (host_backup): %s", error)
             return

@@ -80,7 +80,7 @@ class Ours:
 
     def prepare(self) -> None:
         if self._prepares:
-            self._camem.prepare(["weights"], in_idle_time=True)
+            self._camem.prepare(["weights"], slowly=True)
             self._camem.wait_prepared(600.0)
 
     def sleep(self) -> None:

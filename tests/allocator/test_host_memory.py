@@ -13,6 +13,7 @@ from helpers.faults import OUT_OF_MEMORY
 from helpers.patience import patience
 
 from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.sim import control
 
 SIZES = (2, 6, 10)  # MiB; chunks are 4 MiB
@@ -122,19 +123,60 @@ def test_plain_backups_become_page_locked_while_asleep(weights):
     wake(weights)
 
 
-def test_page_locked_memory_that_is_slow_to_get_is_not_waited_for(weights):
-    """Measured by the first sleep that is large enough."""
-    more = [allocator.Block("weights", 16 * MIB, seed) for seed in range(4)]
-    control.set_faults("aclrtMallocHost:1:delay_ms=50:*")
+def test_a_wake_does_not_wait_for_a_block_that_is_slow_to_get(weights):
+    allocator.configure(unprepared="stage")
     sleep()
-    speeds = _camem.host_memory()
-    assert 0 < speeds["locking_bytes_per_s"] < speeds["copying_bytes_per_s"]
-    assert backups()[0] == TOTAL + 64 * MIB
-    assert _camem.plain_host_bytes() > 0
+    control.set_faults("aclrtMallocHost:1:delay_ms=600000:*")
+    wait_until(lambda: control.fault_hits() == 1)
+    wake(weights)
+    weights[0].write(3)
     control.set_faults("")
-    wake(weights + more)
-    for block in more:
-        block.free()
+    sleep()
+    wait_until(lambda: backups() == (TOTAL, TOTAL))
+    wake(weights)
+
+
+def test_blocks_that_are_prepared_are_not_for_backups_that_are_there(weights):
+    """A sleep counts on them for what has no backup yet."""
+    allocator.configure(unprepared="stage")
+    control.set_faults(ONLY_STAGING)
+    sleep()
+    wake(weights)
+    control.set_faults("")
+    new = allocator.Block("weights", 4 * MIB, 9)
+    _camem.prepare(["weights"])
+    assert _camem.wait_prepared(60 * patience())
+    allocator.configure(unprepared="lock")
+    sleep()
+    wait_until(lambda: backups() == (TOTAL + 4 * MIB,) * 2)
+    wake([*weights, new])
+    new.free()
+
+
+def test_preparing_goes_on_after_a_sleep_that_failed(weights):
+    control.set_faults("aclrtMallocHost:1:delay_ms=600000:*,aclrtUnmapMem:1:507899")
+    _camem.prepare(["weights"], slowly=True)
+    wait_until(lambda: control.fault_hits() == 1)
+    control.set_faults("aclrtUnmapMem:1:507899")
+    with pytest.raises(SleepModeError):
+        sleep()
+    control.set_faults("")
+    wait_until(lambda: _camem.host_memory()["prepared"] + backups()[0] == TOTAL)
+    sleep()
+    assert backups() == (TOTAL, TOTAL)
+    wake(weights)
+
+
+def test_a_sleep_that_needs_no_backup_of_the_weights_keeps_what_is_prepared_for_them(weights):
+    runtime = allocator.Block("runtime", 2 * MIB)
+    _camem.prepare(["weights"])
+    assert _camem.wait_prepared(60 * patience())
+    _camem.sleep(allocator.LEVEL_2)
+    assert _camem.host_memory()["prepared"] >= TOTAL - 2 * MIB
+    _camem.wake(list(allocator.TAGS))
+    assert runtime.intact()
+    _camem.release_prepared()
+    runtime.free()
 
 
 def test_prepared_blocks_are_what_the_sleep_takes(weights):
@@ -151,8 +193,8 @@ def test_prepared_blocks_are_what_the_sleep_takes(weights):
     assert backups() == (TOTAL, TOTAL)
 
 
-def test_blocks_prepared_in_idle_time_are_the_same(weights):
-    _camem.prepare(["weights"], in_idle_time=True)
+def test_blocks_prepared_slowly_are_the_same(weights):
+    _camem.prepare(["weights"], slowly=True)
     assert _camem.wait_prepared(60 * patience())
     assert _camem.host_memory()["prepared"] == TOTAL
     sleep()
@@ -288,6 +330,40 @@ def in_process(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+# 64 MiB in chunks of 4: enough to be worth a measurement, which a process makes once.
+LARGE = (
+    "allocator.configure()\n"
+    "blocks = [allocator.Block('weights', 16 * MIB, seed) for seed in range(4)]\n"
+    "def plain_after_sleep(faults):\n"
+    "    control.set_faults(faults)\n"
+    "    _camem.sleep(allocator.LEVEL_1)\n"
+    "    plain = _camem.plain_host_bytes()\n"
+    "    control.set_faults('')\n"
+    "    _camem.wake(list(allocator.TAGS))\n"
+    "    assert all(block.intact() for block in blocks)\n"
+    "    speeds = _camem.host_memory()\n"
+    "    return plain > 0, speeds['locking_bytes_per_s'], speeds['copying_bytes_per_s']\n"
+)
+
+
+def test_page_locked_memory_that_is_slow_to_get_is_not_waited_for():
+    output = in_process(LARGE + "print(*plain_after_sleep('aclrtMallocHost:1:delay_ms=50:*'))\n")
+    plain, locking, copying = output.split()
+    assert plain == "True" and 0 < float(locking) < float(copying)
+
+
+def test_a_measurement_that_failed_is_made_again():
+    output = in_process(
+        LARGE + f"print(*plain_after_sleep('aclrtMallocHost:1:{OUT_OF_MEMORY}:*'))\n"
+        "for block in blocks: block.free()\n"
+        "blocks = [allocator.Block('weights', 16 * MIB, seed) for seed in range(4)]\n"
+        "print(*plain_after_sleep(''))\n"
+    )
+    first, second = output.split("\n")
+    assert first == "True 0.0 0.0"
+    assert float(second.split()[1]) > 0
+
+
 OLD, NEW = {"NPU_SIM_KERNEL": "5.10"}, {"NPU_SIM_KERNEL": "6.1"}
 PINS = {**NEW, "NPU_SIM_DRIVER": "26.0"}
 
@@ -355,6 +431,20 @@ def test_whatever_registering_returns_memory_is_allocated_instead(code):
     source, total, allocated, failure = output.split(" ", 3)
     assert (source, int(total), int(allocated)) == ("registered", 24 * MIB, 16 * MIB)
     assert f"aclrtHostRegisterV2 failed with {code}" in failure
+
+
+def test_what_can_be_neither_registered_nor_allocated_is_plain():
+    output = in_process(
+        f"allocator.configure(unprepared='lock')\n{CYCLE}"
+        "for block in blocks: block.free()\n"
+        f"control.set_faults('aclrtHostRegisterV2:3:507899:*,aclrtMallocHost:1:507899:*')\n{CYCLE}"
+        "total = lambda key: sum(a[key] for a in _camem.allocations())\n"
+        "print(total('host_bytes'), total('page_locked_bytes'))\n"
+        "for block in blocks: block.free()\n"
+        "print(_camem.pinned_host_bytes(), _camem.plain_host_bytes())\n",
+        **NEW,
+    )
+    assert output == f"{24 * MIB} {8 * MIB}\n0 0"
 
 
 def test_a_limit_on_locked_memory_is_met_by_memory_that_does_not_count():

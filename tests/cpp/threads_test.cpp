@@ -96,7 +96,7 @@ TEST(two_threads_that_sleep_and_wake_take_turns) {
         CHECK_EQ(info.device_bytes, mapped ? info.bytes : 0);  // no transaction half way
       }
       pool().tag_names();
-      camem::pinned_host_bytes();
+      camem::page_locked_host_bytes();
     }
   };
   run_all({cycle, cycle, look});

@@ -104,7 +104,6 @@ def test_memory_from_aclrt_malloc_host_is_there_at_once_and_not_in_a_forked_chil
     ok("aclrtFreeHost", start)
 
 
-
 def test_registered_memory_is_not_locked(pages: int, on_device: int, queue: int) -> None:
     assert register(pages, SIZE) == SUCCESS
     assert copied(on_device, pages, queue) == WRONG + DATA[PAGE:]
