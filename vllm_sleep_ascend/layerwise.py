@@ -50,6 +50,22 @@ def call_off(model: nn.Module, model_config: Any) -> None:
             info.load_numel = 0
             info.loaded_weights.clear()
         finalize_layerwise_reload(model, model_config)
+    unwrap_loaders(model)
+
+
+def unwrap_loaders(model: nn.Module) -> None:
+    """Take vLLM's loader off parameters of layers that no load is collecting for.
+
+    vLLM does so itself when it puts a layer together. Other layers get back the parameters that
+    were moved aside; a bias is never moved and keeps that loader, which drops all it is given once
+    the load is over.
+    """
+    for layer in model.modules():
+        if get_layerwise_info(layer).can_load():
+            continue
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if _is_vllms(getattr(tensor, "weight_loader", None)):
+                tensor.weight_loader = _loader(tensor)  # type: ignore[attr-defined]
 
 
 def _is_begun(layer: nn.Module) -> bool:
@@ -89,6 +105,10 @@ def _loader(parameter: torch.Tensor) -> Callable[..., Any]:
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
     loader: Any = getattr(parameter, "weight_loader", default_weight_loader)
-    while getattr(loader, "__name__", "") == "online_process_loader":
+    while _is_vllms(loader):
         loader = loader.__wrapped__
     return loader
+
+
+def _is_vllms(loader: Any) -> bool:
+    return getattr(loader, "__name__", "") == "online_process_loader"

@@ -16,6 +16,7 @@ from vllm_sleep_ascend.agreement import Agreement, Operation
 from vllm_sleep_ascend.content import DRAFT, WeightsContent, of_model
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.host_memory import available_bytes
+from vllm_sleep_ascend.layerwise import unwrap_loaders
 from vllm_sleep_ascend.weight_load import Named, Snapshot, WeightLoad
 
 logger = init_logger(f"vllm.{__name__}")
@@ -73,8 +74,7 @@ class LoadingWorker:
     def watch_weights(self) -> None:
         self._content = WeightsContent(self._models)
         for model in self._models().values():
-            loader: Any = model
-            loader.load_weights = self._watched(loader.load_weights)
+            self._watch(model)
 
     def _models(self) -> dict[str, nn.Module]:
         """The model, and a draft model, by what stands before the names of their parameters."""
@@ -83,11 +83,14 @@ class LoadingWorker:
         draft = worker.get_draft_model()
         return models if draft is None else {**models, DRAFT: draft}
 
-    def _watched(self, stock: Callable) -> Callable:
+    def _watch(self, model: Any) -> None:
+        stock = model.load_weights
+
         @wraps(stock)
         def load_weights(weights: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
             load = self._load
             if load is None:
+                unwrap_loaders(model)  # of a user's own layerwise load
                 return stock(weights, *args, **kwargs)
             names = stock(load.take(weights), *args, **kwargs)
             if load.at_once:
@@ -95,7 +98,7 @@ class LoadingWorker:
                 load.check_all(names)
             return names
 
-        return load_weights
+        model.load_weights = load_weights
 
     def shutdown(self) -> None:
         """End the worker, and let go of the model's layers."""
@@ -160,13 +163,13 @@ class LoadingWorker:
         check = partial(self._check_reload, weights_path)
         kind = {"at_once": True, "from_checkpoint": weights_iterator is None}
         self._begin_on_every_rank("reload_weights", "", check, reload, **kind)
-        self._load = None
+        self._end_load()
         lost = self._lost_of(DRAFT)
         if any(self.agreement.exchange(bool(lost), _SLOWEST_LOAD)):
             name = "reload_weights of the draft model"
             kind = {"at_once": True, "from_checkpoint": True}
             self._begin_on_every_rank(name, DRAFT, lambda: None, self._reload_draft, **kind)
-            self._load = None
+            self._end_load()
 
     def _check_reload(self, weights_path: str | None) -> None:
         """
@@ -218,6 +221,11 @@ class LoadingWorker:
         """
         stock: Any = super()
         self._on_every_rank("finish_weight_update", self._check_layers, stock.finish_weight_update)
+        self._end_load()
+
+    def _end_load(self) -> None:
+        if self._load is not None:
+            unwrap_loaders(self._load.model)
         self._load = None
 
     def _start_update(self, prefix: str, start: Callable[[], None]) -> None:
@@ -357,4 +365,4 @@ class LoadingWorker:
             take_back()
             path = config.model
             raise SleepModeError(f"the weights cannot be loaded from {path}: {error}") from error
-        self._load = None
+        self._end_load()

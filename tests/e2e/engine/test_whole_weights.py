@@ -171,6 +171,39 @@ def test_what_user_code_writes_counts_to_the_byte(case):
     assert case.tokens() == case.old
 
 
+def test_a_load_by_user_code_after_one_that_left_a_layer_out_writes_all(case, tmp_path):
+    """vLLM would drop the biases of that layer without a word."""
+    from vllm.model_executor.model_loader import reload
+
+    def load(worker):
+        worker.model_runner.get_model().load_weights(case.weights.items())
+
+    def load_a_norm_layerwise(worker):
+        model = worker.model_runner.get_model()
+        reload.initialize_layerwise_reload(model)
+        model.load_weights([norm])
+        reload.finalize_layerwise_reload(model, worker.model_config)
+
+    llm, norm = case.llm, ("model.norm.weight", case.weights["model.norm.weight"])
+    lacking = case.weights.keys() - {norm[0]}
+    for leave_out in (
+        lambda: case.update(tmp_path, lacking),
+        lambda: llm.collective_rpc(load_a_norm_layerwise),
+    ):
+        leave_out()
+        llm.collective_rpc(load)
+        assert case.tokens() == case.new
+        case.reload()
+
+    llm.sleep(level=2)
+    llm.wake_up()
+    with pytest.raises(WeightsError, match="no weights for"):
+        case.update(tmp_path, case.shards[-1:])
+    llm.collective_rpc(load)
+    assert case.tokens() == case.new
+    case.reload()
+
+
 def test_tensors_that_are_no_parameters_and_no_buffers_survive_level_2(case):
     model = driver_worker(case.llm).model_runner.get_model()
     if not hasattr(model, "tables"):
