@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random cycles of sleep and wake with new weights, pauses and faults between them, while another
 process takes what they give back and a server starts, sleeps and wakes on the same device: no token
-is ever wrong."""
+is ever wrong. ``RANDOM_CYCLES_SEED`` has other cycles run."""
 
+import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -189,10 +190,12 @@ def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles):
     ):
         llm.init_weight_transfer_engine({"init_info": {}})
         next_door = NextDoor(tiny_model, tmp_path, stack)
-        run = Cycles(llm, [tiny_model, other], tmp_path, cycles, next_door)
+        seed = int(os.environ.get("RANDOM_CYCLES_SEED", cycles))
+        run = Cycles(llm, [tiny_model, other], tmp_path, seed, next_door)
         stack.callback(run.neighbour.end)
         stack.callback(control.set_faults, "")
-        for _ in range(cycles):
+        for cycle in range(cycles):
+            print(f"RANDOM_CYCLES_SEED={seed}, cycle {cycle}")  # shown if it fails
             run.cycle()
         kinds = {"level 0", "level 1", "level 2", "paused", "fault", "partial"}
         ways = {"from_file", "by_update", "by_writing", "by_loader"}
