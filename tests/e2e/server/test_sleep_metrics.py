@@ -6,7 +6,7 @@ import os
 import pytest
 from helpers.faults import set_faults
 from helpers.patience import wait_for
-from helpers.server import HBM_GIB, MEMORY, SMALL, Server
+from helpers.server import HBM_GIB, MEMORY, SMALL, InBackground, Server
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.usefixtures("left_awake")
@@ -152,11 +152,13 @@ def test_options_refuse_requests_and_a_dead_engine_is_told_from_a_sleeping_one(
             "max_tokens": 2,
         }
 
-        def refused(path="/v1/completions", json=body):
-            answer = refusing.http.post(path, json=json)
+        def reason(answer):
             assert answer.status_code == 503, answer.text
             assert answer.headers["Retry-After"] == "1"
             return answer.json()["error"]["message"]
+
+        def refused(path="/v1/completions", json=body):
+            return reason(refusing.http.post(path, json=json))
 
         assert refusing.complete() == text
         refusing.post("/sleep?level=2")
@@ -174,6 +176,24 @@ def test_options_refuse_requests_and_a_dead_engine_is_told_from_a_sleeping_one(
         assert "parameters have not been loaded since" in refused()
         assert refusing.http.get("/sleep_status").json()["state"] == "awake_without_weights"
         refusing.post("/collective_rpc", json={"method": "reload_weights"})
+        assert refusing.complete() == text
+
+        # The engine itself refuses what passed the server's check and waits for its turn.
+        every_place = {**body, "n": 8, "max_tokens": 480, "ignore_eos": True}
+        long = InBackground(refusing, "/v1/completions", json=every_place)
+        wait_for(refusing.runs_requests, "the long request runs")
+        queued = [
+            InBackground(refusing, "/v1/completions", json=body),
+            InBackground(refusing, "/v1/chat/completions", json=chat),
+        ]
+        waiting = "vllm:num_requests_waiting"
+        wait_for(lambda: sum(samples(refusing, waiting).values()) == 2, "two requests wait")
+        refusing.post("/sleep")
+        for request in queued:
+            assert "the engine sleeps; wake it with" in reason(request.answer())
+        choices = long.answer().json()["choices"]
+        assert [choice["finish_reason"] for choice in choices] == ["abort"] * 8
+        refusing.post("/wake_up")
         assert refusing.complete() == text
 
         refusing.post("/sleep")
