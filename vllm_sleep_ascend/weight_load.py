@@ -73,6 +73,20 @@ class WeightLoad:
         """
         self._check(layerwise.missing_shards(self.model))
 
+    def check_parameters(self) -> None:
+        """After a load whose names are those of the model's parameters.
+
+        Raises:
+            WeightsError: it has brought a part of a layer's parameters; names the others.
+        """
+        taken = {plain(name) for name in self._taken}
+        missing: list[str] = []
+        for path, layer in self.model.named_modules():
+            own = {plain(f"{path}.{name}") for name, _ in layer.named_parameters(recurse=False)}
+            if own & taken:
+                missing += sorted(own - taken)
+        self._check(missing)
+
     def check_all(self, loaded: Iterable[str] | None) -> None:
         """``loaded``: the names that the model's ``load_weights`` gives; None if it does not say.
 
@@ -96,7 +110,7 @@ class WeightLoad:
         if not missing:
             return
         self._lacking = True
-        names = ", ".join(missing[:_NAMED])
+        names = ", ".join(self.prefix + name for name in missing[:_NAMED])
         if len(missing) > _NAMED:
             names += f" and {len(missing) - _NAMED} more"
         raise WeightsError(f"the load has no weights for {names}{self._aftermath()}")

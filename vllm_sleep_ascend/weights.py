@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.logger import init_logger
 
@@ -101,16 +102,18 @@ class LoadingWorker:
         model.load_weights = load_weights
 
     def shutdown(self) -> None:
-        """End the worker, and let go of the model's layers."""
+        """End the worker, and let go of the layers of its models."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         worker: Any = self
-        model = getattr(getattr(worker, "model_runner", None), "model", None)
+        loaded = getattr(getattr(worker, "model_runner", None), "model", None) is not None
+        models = list(self._models().values()) if loaded else []
         stock: Any = super()
         stock.shutdown()
         # vLLM remembers by layer how to load it again, and what it remembers refers to the layer.
-        for layer in model.modules() if model is not None else ():
-            LAYERWISE_INFO.pop(layer, None)
+        for model in models:
+            for layer in model.modules():
+                LAYERWISE_INFO.pop(layer, None)
 
     def weights_content(self) -> dict[str, Any]:
         """``missing``: parameters, or shards of them, without content; ``corrupt``: whether that
@@ -150,15 +153,18 @@ class LoadingWorker:
         stock: Any = super()
 
         def reload() -> None:
-            weights = weights_iterator
+            weights, load = weights_iterator, self._load
+            assert load is not None
             if weights is not None and not is_checkpoint_format:
-                assert self._load is not None
-                weights = self._load.take(weights)
-            stock.reload_weights(
-                weights_iterator=weights,
-                weights_path=weights_path,
-                is_checkpoint_format=is_checkpoint_format,
-            )
+                weights = load.take(weights)
+            with torch.no_grad():  # vLLM copies into parameters that want gradients
+                stock.reload_weights(
+                    weights_iterator=weights,
+                    weights_path=weights_path,
+                    is_checkpoint_format=is_checkpoint_format,
+                )
+            if weights is not weights_iterator:
+                load.check_parameters()
 
         check = partial(self._check_reload, weights_path)
         kind = {"at_once": True, "from_checkpoint": weights_iterator is None}

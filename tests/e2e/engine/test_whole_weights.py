@@ -10,6 +10,7 @@ from helpers.reference import FEW, FEW_TOKENS, hf_few
 from safetensors.torch import load_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+from vllm_sleep_ascend.weight_transfer import SafetensorsEngine, SafetensorsUpdateInfo
 
 KEY = "model.layers.0.self_attn.k_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -53,6 +54,21 @@ def case(request, tmp_path_factory, model_with_tensors):
         del llm
         yield case
         case.llm = None  # a frame that is left must not keep the engine's memory
+
+
+class Direct(SafetensorsEngine):
+    """Files of parameters, as the model has them."""
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def receive_weights(self, update_info: SafetensorsUpdateInfo) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, weight in load_file(update_info.path).items():
+            parameters[name].data.copy_(weight)
+
+    def finish_weight_update(self) -> None:
+        pass
 
 
 class Case:
@@ -202,6 +218,78 @@ def test_a_load_by_user_code_after_one_that_left_a_layer_out_writes_all(case, tm
     llm.collective_rpc(load)
     assert case.tokens() == case.new
     case.reload()
+
+
+def test_a_load_by_parameter_is_whole_or_taken_back(case):
+    """In the kernels' format, past the loaders: a layer in part, and a load that breaks off."""
+    llm, model = case.llm, driver_worker(case.llm).model_runner.get_model()
+
+    def load(weights) -> None:
+        kwargs = {"weights_iterator": weights, "is_checkpoint_format": False}
+        llm.collective_rpc("reload_weights", kwargs=kwargs)
+
+    old = {name: parameter.cpu() for name, parameter in model.named_parameters()}
+    case.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": case.weights.items()})
+    new = {name: parameter.cpu() for name, parameter in model.named_parameters()}
+    load(iter(old.items()))
+    assert case.tokens() == case.old
+
+    experts = [name for name in new if "w13_weight" in name]
+    lacking = experts[0] if experts else "model.layers.1.self_attn.qkv_proj.bias"
+    part = {name: weight for name, weight in new.items() if name != lacking}
+
+    def torn():
+        yield from part.items()
+        raise OSError("the folder is gone")
+
+    for weights, error, said in (
+        (iter(part.items()), WeightsError, rf"no weights for {lacking}; .* before it"),
+        (torn(), OSError, "the folder is gone"),
+    ):
+        with pytest.raises(error, match=said):
+            load(weights)
+        assert case.tokens() == case.old
+
+    llm.sleep(level=2)
+    llm.wake_up()
+    with pytest.raises(WeightsError, match=f"no weights for {lacking}; .* once all"):
+        load(iter(part.items()))
+    with pytest.raises(SleepModeError, match=r"1 parameters have not been loaded since"):
+        few(llm)
+    load(iter(new.items()))
+    assert case.tokens() == case.new
+    case.reload()
+
+
+def test_an_update_past_the_loaders_is_whole_or_taken_back(case, tmp_path):
+    """By a backend that writes into the parameters itself."""
+    worker = driver_worker(case.llm)
+    model, usual = worker.model_runner.get_model(), worker.weight_transfer_engine
+    old = {name: parameter.cpu() for name, parameter in model.named_parameters()}
+    case.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": case.weights.items()})
+    new = {name: parameter.cpu() for name, parameter in model.named_parameters()}
+    case.reload()
+
+    config = worker.vllm_config
+    direct = Direct(config.weight_transfer_config, config, worker.device, model)
+    worker.weight_transfer_engine = direct
+    try:
+        with pytest.raises(KeyError, match="no such parameter"):
+            send_update(case.llm, {**new, "no such parameter": torch.ones(1)}, tmp_path)
+        assert case.tokens() == case.old
+
+        case.llm.sleep(level=2)
+        case.llm.wake_up()
+        missing = "model.layers.1.self_attn.o_proj.weight"
+        send_update(case.llm, {name: w for name, w in new.items() if name != missing}, tmp_path)
+        with pytest.raises(SleepModeError, match=rf"1 parameters .*\({missing}\)"):
+            few(case.llm)
+        send_update(case.llm, {missing: new[missing]}, tmp_path)
+        assert case.tokens() == case.new
+        send_update(case.llm, old, tmp_path)
+        assert case.tokens() == case.old
+    finally:
+        worker.weight_transfer_engine = usual
 
 
 def test_tensors_that_are_no_parameters_and_no_buffers_survive_level_2(case):

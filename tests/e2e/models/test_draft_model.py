@@ -6,6 +6,9 @@ import torch
 from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
 from helpers.reference import PROMPTS, hf_greedy
+from safetensors.torch import load_file, save_file
+
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 
 TOKENS = 8
 SOME = PROMPTS[:4]
@@ -14,14 +17,19 @@ SOME = PROMPTS[:4]
 @pytest.fixture(scope="module", params=["itself", "another"])
 def llm(request, tiny_model):
     """With itself for a draft every draft is right, with other weights hardly any."""
+    from vllm.config import WeightTransferConfig
+
     draft = tiny_model if request.param == "itself" else make_model("tiny-qwen2-draft")
     speculative = {"model": str(draft), "num_speculative_tokens": 3, "method": "draft_model"}
     options = {
         "speculative_config": speculative,
         "disable_log_stats": False,
+        "weight_transfer_config": WeightTransferConfig(backend="safetensors"),
     }
     with engine(tiny_model, enable_sleep_mode=True, **options) as llm:
         llm.drafts_itself = request.param == "itself"
+        llm.draft = draft
+        llm.init_weight_transfer_engine({"init_info": {}})
         yield llm
 
 
@@ -66,3 +74,32 @@ def test_level_2_keeps_the_drafts_buffers_and_parameters(llm):
         assert torch.equal(tensor.cpu(), before[name]), name
     llm.collective_rpc("reload_weights")
     llm.wake_up(tags=["kv_cache"])
+
+
+def test_an_update_of_the_draft_after_level_2_is_whole_or_taken_back(llm, expected, tmp_path):
+    before = answer(llm)
+    weights = load_file(llm.draft / "model.safetensors")
+    lacking, path = "model.layers.0.mlp.up_proj.weight", tmp_path / "draft.safetensors"
+
+    def update(**weights):
+        save_file(weights, path)
+        llm.collective_rpc("start_draft_weight_update")
+        llm.update_weights({"update_info": {"path": str(path)}})
+        with pytest.raises(SleepModeError, match="under way; call finish_weight_update"):
+            tokens(llm, SOME, TOKENS)
+        llm.finish_weight_update()
+
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+    with pytest.raises(WeightsError, match=f"no weights for draft.{lacking}; .* before it"):
+        update(**{name: weight for name, weight in weights.items() if name != lacking})
+    assert answer(llm) == before
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    update(**zeros)
+    said, drafted, taken = answer(llm)
+    assert (said, taken) == (expected, 0)
+    assert drafted > 0
+    update(**weights)
+    assert answer(llm) == before
