@@ -109,17 +109,27 @@ def sleep_and_wake(llm: Any, level: int) -> None:
     llm.wake_up(tags=["kv_cache"])
 
 
-def send_update(llm: Any, weights: Mapping[str, Any], folder: Path) -> None:
-    """A weight update in two parts, as a trainer sends one to an engine whose backend for that is
-    ``safetensors``."""
+def send_update(llm: Any, weights: Mapping[str, Any], folder: Path, draft: bool = False) -> None:
+    """A weight update in two parts, of the model or its draft model, as a trainer sends one to an
+    engine whose backend for that is ``safetensors``."""
     from safetensors.torch import save_file
 
-    llm.start_weight_update()
+    llm.collective_rpc("start_draft_weight_update") if draft else llm.start_weight_update()
     for number in range(2):
         path = folder / f"{number}.safetensors"
         save_file({name: weights[name] for name in list(weights)[number::2]}, path)
         llm.update_weights({"update_info": {"path": str(path)}})
     llm.finish_weight_update()
+
+
+def draft_counts(llm: Any) -> tuple[float, float]:
+    """Tokens that were drafted, and those of them that the model took, since the start of an engine
+    that counts them."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    drafted, taken = (
+        metrics[f"vllm:spec_decode_num_{kind}_tokens"].value for kind in ("draft", "accepted")
+    )
+    return drafted, taken
 
 
 def driver_worker(llm: Any) -> Any:

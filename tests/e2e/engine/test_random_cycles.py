@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from helpers.engine import driver_worker, engine, few, send_update
+from helpers.engine import draft_counts, driver_worker, engine, few, send_update
 from helpers.faults import DRIVER_ERROR
 from helpers.models import other_weights
 from helpers.neighbours import Neighbour
@@ -34,13 +34,14 @@ class NextDoor:
         self._log, self._stack = folder / "server", stack
         self._beside = stack.enter_context(ThreadPoolExecutor(1))
         self._server: Server | None = None
-        self._slept_at = 0
+        self._slept_at, self._paused = 0, False
 
-    def move(self, level: int):
-        return self._beside.submit(self._move, level)
+    def move(self, level: int, pause: bool):
+        return self._beside.submit(self._move, level, pause)
 
-    def _move(self, level: int) -> str:
-        """Start; then, in turns, sleep at this level, and wake and answer as before."""
+    def _move(self, level: int, pause: bool) -> str:
+        """Start; then, in turns, sleep at this level, perhaps after a pause, and wake and answer as
+        before."""
         if self._server is None:
             env = {"VLLM_SERVER_DEV_MODE": "1"}
             options = ("--gpu-memory-utilization", "0.3")
@@ -49,30 +50,36 @@ class NextDoor:
             self._text = server.complete()
             return "server started"
         if not self._slept_at:
+            if pause:
+                self._server.post("/pause", params={"mode": "keep"})
             self._server.post("/sleep", params={"level": level})
-            self._slept_at = level
-            return "server slept"
+            self._slept_at, self._paused = level, pause
+            return "server paused and slept" if pause else "server slept"
         self._server.post("/wake_up", params={"tags": "weights"})
         if self._slept_at == 2:
             self._server.post("/collective_rpc", json={"method": "reload_weights"})
         self._server.post("/wake_up")
         self._server.post("/reset_prefix_cache")
+        assert self._server.http.get("/is_paused").json()["is_paused"] == self._paused
+        if self._paused:
+            self._server.post("/resume")
         assert self._server.complete() == self._text
         self._slept_at = 0
         return "server woke"
 
 
 class Cycles:
-    """An engine, two checkpoints for it, and which of them it has."""
+    """An engine, two checkpoints for it, and which of them it has; and its draft model, if any."""
 
     def __init__(
-        self, llm, models: list[Path], folder: Path, seed: int, next_door: NextDoor
+        self, llm, models: list[Path], folder: Path, seed: int, next_door: NextDoor, drafts: bool
     ) -> None:
         self.llm, self.models, self.folder = llm, models, folder
         self.chance = random.Random(seed)
         self.weights = [load_file(model / "model.safetensors") for model in models]
         self.tokens = [hf_few(model) for model in models]
         self.present = 0
+        self.draft = 0 if drafts else None
         self.done: Counter = Counter()
         self.neighbour, self.next_door = Neighbour(), next_door
         model = driver_worker(llm).model_runner.get_model()
@@ -84,10 +91,16 @@ class Cycles:
 
     def check(self) -> None:
         self.llm.reset_prefix_cache()
+        if self.draft is None:
+            assert few(self.llm) == self.tokens[self.present], self.done
+            return
+        before = draft_counts(self.llm)
         assert few(self.llm) == self.tokens[self.present], self.done
+        drafted, taken = (a - b for a, b in zip(draft_counts(self.llm), before, strict=True))
+        assert (taken > drafted / 2) == (self.draft == self.present), self.done
 
     def cycle(self) -> None:
-        beside = self.next_door.move(self.chance.choice((1, 2)))
+        beside = self.next_door.move(self.chance.choice((1, 2)), self.chance.random() < 0.5)
         self.engine_cycle()
         self.done[beside.result()] += 1
 
@@ -134,6 +147,22 @@ class Cycles:
         self.done[way.__name__] += 1
         way(wanted)
         self.present = wanted
+        if self.draft is not None and self.chance.random() < 0.5:
+            self.load_draft()
+
+    def load_draft(self) -> None:
+        wanted = self.chance.randrange(2)
+        weights = self.weights[wanted]
+        if self.chance.random() < 0.5:
+            missing = self.chance.choice([name for name in weights if "v_proj" in name])
+            lacking = {name: weight for name, weight in weights.items() if name != missing}
+            with pytest.raises(WeightsError, match=f"no weights for draft.{missing}"):
+                send_update(self.llm, lacking, self.folder, draft=True)
+            self.done["partial draft"] += 1
+        else:
+            send_update(self.llm, weights, self.folder, draft=True)
+            self.draft = wanted
+            self.done["draft"] += 1
 
     def fail_to_load(self) -> None:
         """What is there stays, and where there is nothing, nothing is served."""
@@ -173,25 +202,29 @@ class Cycles:
         self.llm.collective_rpc(write)
 
 
+@pytest.mark.parametrize("drafts", [False, True], ids=["alone", "with a draft model"])
 @pytest.mark.parametrize(
     "cycles", [20, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
 )
-def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles):
+def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles, drafts):
     from vllm.config import WeightTransferConfig
 
+    draft = {"model": str(tiny_model), "num_speculative_tokens": 3, "method": "draft_model"}
+    options = {"speculative_config": draft, "disable_log_stats": False} if drafts else {}
     other = other_weights(tiny_model, tmp_path / "model")
     with (
         engine(
             tiny_model,
             enable_sleep_mode=True,
             weight_transfer_config=WeightTransferConfig(backend="safetensors"),
+            **options,
         ) as llm,
         ExitStack() as stack,
     ):
         llm.init_weight_transfer_engine({"init_info": {}})
         next_door = NextDoor(tiny_model, tmp_path, stack)
         seed = int(os.environ.get("RANDOM_CYCLES_SEED", cycles))
-        run = Cycles(llm, [tiny_model, other], tmp_path, seed, next_door)
+        run = Cycles(llm, [tiny_model, other], tmp_path, seed, next_door, drafts)
         stack.callback(run.neighbour.end)
         stack.callback(control.set_faults, "")
         for cycle in range(cycles):
@@ -199,5 +232,6 @@ def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles):
             run.cycle()
         kinds = {"level 0", "level 1", "level 2", "paused", "fault", "partial"}
         ways = {"from_file", "by_update", "by_writing", "by_loader"}
-        moves = {"server started", "server slept", "server woke"}
-        assert run.done.keys() == kinds | ways | moves
+        moves = {"server started", "server slept", "server paused and slept", "server woke"}
+        of_draft = {"draft", "partial draft"} if drafts else set()
+        assert run.done.keys() == kinds | ways | moves | of_draft

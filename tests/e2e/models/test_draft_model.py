@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
+from helpers.engine import draft_counts, driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
 from helpers.reference import PROMPTS, hf_greedy
 from safetensors.torch import load_file, save_file
@@ -38,19 +38,12 @@ def expected(tiny_model):
     return hf_greedy(tiny_model, SOME, TOKENS)
 
 
-def counts(llm):
-    """Tokens that were drafted, and those of them that the target took, since the start."""
-    metrics = {metric.name: metric for metric in llm.get_metrics()}
-    names = ("num_draft_tokens", "num_accepted_tokens")
-    return [metrics[f"vllm:spec_decode_{name}"].value for name in names]
-
-
 def answer(llm):
     """Tokens, how many were drafted for them, and how many of those were taken."""
     llm.reset_prefix_cache()
-    before = counts(llm)
+    before = draft_counts(llm)
     said = tokens(llm, SOME, TOKENS)
-    return said, *(new - old for new, old in zip(counts(llm), before, strict=True))
+    return said, *(new - old for new, old in zip(draft_counts(llm), before, strict=True))
 
 
 def test_tokens_and_drafts_before_and_after_sleep(llm, expected):
