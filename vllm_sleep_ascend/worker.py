@@ -16,7 +16,6 @@ from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
 from vllm.utils.mem_utils import MemorySnapshot, format_gib
 from vllm.utils.torch_utils import set_random_seed
-from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -27,7 +26,7 @@ from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.host_memory import ranks_of_this_host
 from vllm_sleep_ascend.resident import held_bytes
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
-from vllm_sleep_ascend.start_memory import StartMemory
+from vllm_sleep_ascend.start_memory import StartMemory, least_kv_cache
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.native.model_runner import NPUModelRunner
@@ -155,16 +154,9 @@ class NPUWorker(SleepingWorker, Worker):
             with set_current_vllm_config(self.vllm_config):
                 self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
                     lambda: self.model_runner.profile_run(self.randomize_dummy_inputs),
-                    least=self._least_kv_cache(),
+                    least=least_kv_cache(self),
                 )
         return self.available_kv_cache_memory_bytes
-
-    def _least_kv_cache(self) -> int:
-        """Bytes of KV cache without which vLLM does not start."""
-        fits_itself = self.model_config.original_max_model_len == -1
-        if fits_itself or self.cache_config.num_gpu_blocks_override is not None:
-            return 1
-        return max_memory_usage_bytes(self.vllm_config, self.get_kv_cache_spec().values())
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache; wait for memory that another process took since it was measured.

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks beside vllm-ascend, with its extra clean-up on: all sleep and wake, or none.
-
-The engine is in a process of its own: vLLM 0.23 may wait for ever for a zmq context when it ends an
-engine in this process with workers in others.
-"""
+"""Two ranks beside vllm-ascend, with its extra clean-up on: all sleep and wake, or none."""
 
 import pytest
-from helpers.ascend_engine import engine
+from helpers.ascend_engine import engine_of_ranks
 from helpers.engine import tokens
 from helpers.ranks import assert_all, fail_on
 from helpers.reference import PROMPTS, hf_greedy
@@ -17,18 +13,12 @@ DRIVER_ERROR = 507899
 
 @pytest.fixture(scope="module")
 def llm(tiny_model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of the tests' functions
-        with engine(
-            tiny_model,
-            enable_sleep_mode=True,
-            tensor_parallel_size=2,
-            distributed_executor_backend="mp",
-            additional_config={"enable_sleep_mode_extra_cleanup": True},
-        ) as llm:
-            yield llm
+    with engine_of_ranks(
+        tiny_model,
+        tensor_parallel_size=2,
+        additional_config={"enable_sleep_mode_extra_cleanup": True},
+    ) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ITS_OWN = {
     "VLLM_PLUGINS": "ascend,ascend_kv_connector,ascend_model,ascend_model_loader,"
     "ascend_service_profiling",
@@ -21,3 +23,17 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 
     with plain.engine(model, **{"enforce_eager": True, **options}) as llm:
         yield llm
+
+
+@contextmanager
+def engine_of_ranks(model: Path, **options: Any) -> Iterator[Any]:
+    """An ``LLM`` with sleep mode, its ranks and its engine in processes of their own: vLLM 0.23 may
+    wait for ever for a zmq context when it ends an engine in this process with ranks in others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of the tests' functions
+        with engine(
+            model, enable_sleep_mode=True, distributed_executor_backend="mp", **options
+        ) as llm:
+            yield llm

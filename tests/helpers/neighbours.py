@@ -6,6 +6,7 @@ server: at each moment of ``STOP_MOMENTS`` a file of that name appears in ``STOP
 start goes on when the test removes it.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -70,8 +71,14 @@ def wrap_start(hook: Callable[[str], None], replace: Callable[[Any, str, Any], N
     """
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from vllm_sleep_ascend.native.model_runner import NPUModelRunner
-    from vllm_sleep_ascend.worker import NPUWorker
+    beside_vllm_ascend = importlib.util.find_spec("vllm_ascend") is not None
+    if beside_vllm_ascend:
+        from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+        from vllm_sleep_ascend.beside.worker import SleepingNPUWorker as NPUWorker
+    else:
+        from vllm_sleep_ascend.native.model_runner import NPUModelRunner
+        from vllm_sleep_ascend.worker import NPUWorker
 
     def wrapped(name: str, stock: Callable) -> Callable:
         @wraps(stock)
@@ -85,7 +92,7 @@ def wrap_start(hook: Callable[[str], None], replace: Callable[[Any, str, Any], N
 
     for owner, name in (
         (NPUWorker, "init_device"),
-        (NPUWorker, "_init_workspace_and_model_runner"),
+        (NPUWorker, "_init_device" if beside_vllm_ascend else "_init_workspace_and_model_runner"),
         (NPUModelRunner, "load_model"),
         (DefaultModelLoader, "load_weights"),
         (NPUModelRunner, "profile_run"),

@@ -40,7 +40,9 @@ SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "sleep": ("level",),
             "wake_up": ("tags",),
             "init_device": (),
+            "_init_device": (),
             "load_model": (),
+            "determine_available_memory": (),
             "initialize_from_config": ("kv_cache_config",),
             "compile_or_warm_up_model": (),
             "execute_model": ("scheduler_output",),
@@ -51,6 +53,7 @@ SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "shutdown": (),
         }
     },
+    "vllm_ascend.worker.model_runner_v1": {"NPUModelRunner": {"profile_run": ()}},
     "vllm.v1.worker.gpu_model_runner": {
         "GPUModelRunner": {
             "reload_weights": ("weights_iterator", "weights_path", "is_checkpoint_format"),

@@ -2,6 +2,7 @@
 """vllm-ascend's worker with our sleep and wake."""
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,23 +10,31 @@ from typing import Any
 import torch
 import torch_npu
 from torch import nn
+from vllm.logger import init_logger
 
 from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.beside import allocator
 from vllm_sleep_ascend.beside.moe import ExpertLayouts
+from vllm_sleep_ascend.communicators import meet
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.host_memory import ranks_of_this_host
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
+from vllm_sleep_ascend.start_memory import StartMemory, least_kv_cache
 
 allocator.install()
 
 from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.distributed.parallel_state import get_pp_group  # noqa: E402
 from vllm_ascend.ascend_config import get_ascend_config  # noqa: E402
 from vllm_ascend.worker.worker import NPUWorker  # noqa: E402
 
+logger = init_logger(f"vllm.{__name__}")
+
 _FRACTAL_NZ = 29
+_TOO_LITTLE_FREE = "Free memory on device"  # how that error of vllm-ascend's begins
+_POLL_S = 0.01
 
 
 def _extra_cleanup() -> bool:
@@ -50,6 +59,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
     """Sleep, wake and status as one transaction each, with vllm-ascend's own clean-up in it."""
 
     _pp_send_work: list[Any]
+    local_rank: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,9 +72,67 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
     def init_device(self) -> None:
         """Take the device and join the other ranks."""
         finish_before_torch_npu()
-        self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
+        config = SleepModeConfig.from_vllm_config(self.vllm_config)
+        self.sleep_mode_backend.configure(config)
         super().init_device()
+        meet(get_pp_group().device_group)
         self._join_ranks()
+        utilization = self.cache_config.gpu_memory_utilization
+        self._start_memory = StartMemory(self.device, utilization, config.wake_timeout_s)
+
+    def _init_device(self) -> torch.device:
+        """vllm-ascend refuses a device of which too little is free before it joins other ranks: up
+        to ``wake_timeout_s`` that can be tried again.
+
+        Raises:
+            ValueError: vllm-ascend's, as too little stayed free.
+        """
+        wait_s = SleepModeConfig.from_vllm_config(self.vllm_config).wake_timeout_s
+        deadline, local_rank, told = time.monotonic() + wait_s, self.local_rank, False
+        while True:
+            try:
+                return super()._init_device()
+            except ValueError as error:
+                if not str(error).startswith(_TOO_LITTLE_FREE) or time.monotonic() >= deadline:
+                    raise
+                if not told:
+                    logger.info("The start waits up to %s s: %s", wait_s, error)
+                told = True
+            self.local_rank = local_rank  # which later versions shift
+            time.sleep(_POLL_S)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """
+        Raises:
+            DeviceOutOfMemoryError: the weights do not fit; says who holds the device's memory.
+        """
+        with self._start_memory.named("the weights"):
+            super().load_model(**kwargs)
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, by what this process holds. vllm-ascend's method takes all memory
+        that goes or comes for this engine's own, and asserts that none came.
+
+        Raises:
+            DeviceOutOfMemoryError: other processes leave too little; says who holds how much.
+        """
+        with self._start_memory.named("the largest batch"):
+            if self.cache_config.kv_cache_memory_bytes:
+                return super().determine_available_memory()
+            self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
+                self.model_runner.profile_run, least=least_kv_cache(self)
+            )
+        return self.available_kv_cache_memory_bytes
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Allocate the KV cache; wait for memory that another process took since it was measured.
+
+        Raises:
+            DeviceOutOfMemoryError: it did not come back within ``wake_timeout_s``.
+        """
+        with self._start_memory.named("the KV cache"), self._start_memory.waiting_allocations():
+            super().initialize_from_config(kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
