@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from helpers.engine import draft_counts, driver_worker, engine, few, send_update
 from helpers.faults import DRIVER_ERROR
-from helpers.models import other_weights
 from helpers.neighbours import Neighbour
 from helpers.reference import hf_few
 from helpers.server import SMALL, Server
@@ -206,12 +205,11 @@ class Cycles:
 @pytest.mark.parametrize(
     "cycles", [20, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
 )
-def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles, drafts):
+def test_no_token_is_wrong_in_random_cycles(tiny_model, other_model, tmp_path, cycles, drafts):
     from vllm.config import WeightTransferConfig
 
     draft = {"model": str(tiny_model), "num_speculative_tokens": 3, "method": "draft_model"}
     options = {"speculative_config": draft, "disable_log_stats": False} if drafts else {}
-    other = other_weights(tiny_model, tmp_path / "model")
     with (
         engine(
             tiny_model,
@@ -224,7 +222,7 @@ def test_no_token_is_wrong_in_random_cycles(tiny_model, tmp_path, cycles, drafts
         llm.init_weight_transfer_engine({"init_info": {}})
         next_door = NextDoor(tiny_model, tmp_path, stack)
         seed = int(os.environ.get("RANDOM_CYCLES_SEED", cycles))
-        run = Cycles(llm, [tiny_model, other], tmp_path, seed, next_door, drafts)
+        run = Cycles(llm, [tiny_model, other_model], tmp_path, seed, next_door, drafts)
         stack.callback(run.neighbour.end)
         stack.callback(control.set_faults, "")
         for cycle in range(cycles):

@@ -7,18 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 from helpers.cli import vllm_sleep
-from helpers.models import make_model, other_weights
+from helpers.models import make_model
 from helpers.proxy import Proxy, text, url
 from helpers.server import SMALL, Server
 
 OPTIONS = ("--enable-sleep-mode", "--dtype", "float32", *SMALL, "--gpu-memory-utilization", "0.4")
 TRANSFER = ("--weight-transfer-config", '{"backend": "safetensors"}')
 TRAINED = "the weights (source: trainer, version: step-1)"
-
-
-@pytest.fixture(scope="module")
-def other_model(tiny_model, tmp_path_factory):
-    return other_weights(tiny_model, tmp_path_factory.mktemp("other") / "model")
 
 
 @pytest.fixture(scope="module")
