@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-sleep``: status, sleep, wake and switch of vLLM servers.
+"""``vllm-sleep``: status, sleep, wake and switch of vLLM servers, and a doctor for the machine.
 
 Exit codes: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 a server is
-unreachable. Progress goes to stderr, the summary to stdout: one line, or with --json one object.
-Servers that ask for an API key (--api-key) get that of the environment, VLLM_API_KEY.
+unreachable. The doctor has its own. Progress goes to stderr, the summary to stdout: one line, or
+with --json one object. Servers that ask for an API key (--api-key) get that of the environment,
+VLLM_API_KEY.
 """
 
 import argparse
@@ -14,17 +15,18 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_sleep_ascend.calls import CallFailed, Unreachable
-from vllm_sleep_ascend.client import SleepClient
+from vllm_sleep_ascend.doctor import command as doctor
 from vllm_sleep_ascend.policy import LEVELS
-from vllm_sleep_ascend.switch import switch
+
+if TYPE_CHECKING:  # they need more than the standard library, which is all that the doctor needs
+    from vllm_sleep_ascend.client import SleepClient
 
 DONE, FAILED, USAGE, UNREACHABLE = range(4)
 MODES = ("abort", "wait", "keep")  # vLLM's PauseMode, without importing vLLM
 
-Clients = list[SleepClient]
+Clients = list["SleepClient"]
 Result = tuple[str, dict[str, Any]]
 
 
@@ -47,6 +49,8 @@ async def _wake(args: argparse.Namespace, clients: Clients) -> Result:
 
 
 async def _switch(args: argparse.Namespace, clients: Clients) -> Result:
+    from vllm_sleep_ascend.switch import switch
+
     old, new = clients
     await switch(old, new, args.level, args.mode, args.overlap, args.discard_trained)
     text = f"switched from {args.from_url} to {args.to_url}"
@@ -117,10 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     mode(made)
     discard_trained(made)
     made.add_argument("--overlap", action="store_true", help="sleep and wake at the same time")
+    doctor.add_arguments(commands.add_parser("doctor", help=doctor.HELP))
     return parser
 
 
 async def _run(args: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
+    from vllm_sleep_ascend.calls import CallFailed, Unreachable
+    from vllm_sleep_ascend.client import SleepClient
+
     def progress(text: str) -> None:
         if not args.quiet:
             print(text, file=sys.stderr, flush=True)
@@ -154,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; gives the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command == "doctor":
+        return doctor.run(args)
     try:
         code, text, report = asyncio.run(_run(args))
     except ValueError as error:

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-sleep doctor`` on simulated machines: what it finds, and that it leaves nothing behind."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import GIB, MIB, ROOT
+from helpers.ascendcl import run_python
+from helpers.patience import patience
+
+from vllm_sleep_ascend.doctor import acl, surroundings
+
+MACHINE = f"doctor-{os.getpid()}"  # the session removes what ends so
+TOTAL = 1 * GIB
+SIZE = 32 * MIB
+OPTIONS = ("--quiet", "--gib", str(SIZE / GIB), "--timeout", str(10 * patience()))
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """That of an idle machine with two devices, with these variables on top."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NPU_SIM_")}
+    machine = {"NPU_SIM_MACHINE": MACHINE, "NPU_SIM_HBM_GIB": "1", "NPU_SIM_DEVICES": "2"}
+    return {**kept, **machine, **variables}
+
+
+def doctor(
+    *arguments: str,
+    code: int | None = 0,
+    python: tuple[str, ...] = (),
+    folder: Path = ROOT,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """What it printed; it must end with this exit code, None: with any."""
+    done = subprocess.run(
+        [sys.executable, *python, "-m", "vllm_sleep_ascend.cli", "doctor", *OPTIONS, *arguments],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60 * patience(),
+    )
+    assert code is None or done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def report(*arguments: str, **options: Any) -> dict[str, Any]:
+    return json.loads(doctor(*arguments, "--json", **options).stdout)
+
+
+def statuses(found: dict[str, Any]) -> dict[str, str]:
+    return {name: probe["status"] for name, probe in found["probes"].items()}
+
+
+def free_bytes(**variables: str) -> int:
+    """Of the first device, as another process sees it."""
+    done = run_python("print(free_and_total()[0])", **environment(**variables))
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    for name, size in (("model-1.safetensors", 3 * MIB), ("model-2.safetensors", MIB)):
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(9 * MIB))
+    return tmp_path
+
+
+ALL_PASS = dict.fromkeys(
+    (
+        *("map_at_offset", "map_again", "comes_free", "plain_copies", "page_locked", "registered"),
+        *("taking", "streams", "deadlines", "speeds", "sleep_and_wake", "communicator"),
+        "given_back",
+    ),
+    "pass",
+)
+
+
+def test_the_most_common_host(checkpoint):
+    """Kernel 5.10: registered memory is not safe, and nothing else is missing."""
+    found = report("--model", str(checkpoint))
+    assert statuses(found) == {**ALL_PASS, "registered": "degraded"}
+    assert (found["verdict"], found["exit_code"], found["refusal"]) == ("usable", 0, "")
+    assert (found["soc"], found["size_bytes"]) == ("Ascend910B2", SIZE)
+    assert found["devices"] == [
+        {"device": device, "free_bytes": TOTAL, "total_bytes": TOTAL} for device in (0, 1)
+    ]
+    figures = {name: probe["figures"] for name, probe in found["probes"].items()}
+    assert figures["map_at_offset"] == {"granularity_bytes": 2 * MIB}
+    assert figures["comes_free"]["taken_bytes"] == figures["comes_free"]["freed_bytes"] == SIZE
+    copies = figures["page_locked"]
+    assert copies["exact_to_device"] and copies["exact_to_host"] and copies["asynchronous"]
+    assert figures["registered"] == {"kernel": "5.10.0", "used": False}
+    assert "host_memory" in found["probes"]["registered"]["means"]
+    assert figures["streams"] == {"left": 1983, "made": 6}
+    measured = {(r["direction"], r["chunk_mib"], r["streams"]) for r in figures["speeds"]["all"]}
+    assert measured == {
+        (direction, chunk, streams)
+        for direction in ("to_device", "to_host")
+        for chunk in (2, 16)  # of 32 MiB
+        for streams in (1, 2, 6)
+    }
+    assert figures["speeds"]["best"]["to_host"]["gb_per_s"] > 0
+    slept = figures["sleep_and_wake"]
+    assert slept["exact"] and slept["by"] == "the compiled allocator"
+    assert slept["first_freed_bytes"] == slept["second_freed_bytes"] == SIZE
+    assert figures["communicator"]["held_bytes"] == 2 * int(os.environ["HCCL_BUFFSIZE"]) * MIB
+    assert figures["communicator"]["kept_bytes"] == 0
+
+    around = found["surroundings"]
+    assert around["kernel"]["figures"]["release"] == "5.10.0"
+    assert around["cann"]["figures"]["version"] == "8.5.0"
+    assert around["versions"]["figures"]["tested_together"] is True
+    assert around["model"]["figures"]["weights_bytes"] == 4 * MIB
+    assert around["host_memory"]["figures"]["available_bytes"] > GIB
+
+
+@pytest.mark.parametrize(("driver", "pins"), [("25.0", False), ("26.0", True)])
+def test_a_newer_kernel_has_registered_memory(driver, pins):
+    """Copies of it are exact: locked by mlock, or by a driver that pins."""
+    found = report(NPU_SIM_KERNEL="6.1", NPU_SIM_DRIVER=driver)
+    assert statuses(found)["registered"] == "pass"
+    figures = found["probes"]["registered"]["figures"]
+    assert figures["used"] and figures["exact_to_device"] and figures["exact_to_host"]
+    assert (figures["kernel"], figures["driver_pins"]) == ("6.1.0", pins)
+    assert statuses(found)["given_back"] == "pass"
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_few_streams_are_degraded(left):
+    """One of them is the context's own."""
+    found = report(code=None, NPU_SIM_STREAMS=str(left + 1))
+    assert statuses(found)["streams"] == "degraded"
+    assert found["probes"]["streams"]["figures"] == {"left": left, "made": left}
+    used = {row["streams"] for row in found["probes"]["speeds"]["figures"]["all"]}
+    assert used == ({1, 2} if left else {1})
+    assert statuses(found)["page_locked"] == statuses(found)["given_back"] == "pass"
+
+
+def test_no_stream_at_all_says_so():
+    found = report(code=1, NPU_SIM_STREAMS="0")
+    device = found["probes"].pop("device")
+    assert device["status"] == "fail"
+    assert device["figures"] == {"call": "aclrtSetDevice", "code": 207005}
+    assert set(statuses(found).values()) == {"not probed"}
+
+
+def test_without_page_locked_memory_it_fails():
+    found = report(code=1, NPU_SIM_FAULTS="aclrtMallocHost:1:207001:*")
+    needs_it = ("taking", "deadlines", "speeds", "sleep_and_wake")
+    assert statuses(found) == {
+        **ALL_PASS,
+        "registered": "degraded",
+        "page_locked": "fail",
+        **dict.fromkeys(needs_it, "not probed"),
+    }
+    failed = found["probes"]["page_locked"]
+    assert failed["figures"] == {"call": "aclrtMallocHost", "code": 207001}
+    assert "Free memory" in failed["remedy"]
+    assert free_bytes() == TOTAL
+
+
+@pytest.mark.parametrize("call", ["aclrtMapMem", "aclrtUnmapMem"])
+def test_a_failing_call_is_named_and_leaves_no_memory_behind(call):
+    """The second mapping of each process fails, and for ever: nothing undoes the first."""
+    found = report(code=1, NPU_SIM_FAULTS=f"{call}:2:507899:*")
+    failed = found["probes"]["map_at_offset"]
+    assert (failed["status"], failed["figures"]) == ("fail", {"call": call, "code": 507899})
+    assert statuses(found)["sleep_and_wake"] == "not probed"
+    assert statuses(found)["given_back"] == "pass"
+    assert free_bytes() == TOTAL
+
+
+def test_a_copy_that_hangs_is_ended():
+    rules = "aclrtMemcpyAsync.work:1:delay_ms=3600000:*"
+    found = report("--timeout", "3", code=1, NPU_SIM_FAULTS=rules)
+    failed = found["probes"]["page_locked"]
+    assert (failed["status"], failed["found"]) == ("fail", "did not answer in 3 s")
+    assert statuses(found)["streams"] == "pass"  # a new process goes on
+    assert statuses(found)["given_back"] == "pass"
+    assert free_bytes() == TOTAL
+
+
+def test_a_crash_is_one_line():
+    page = doctor(code=1, NPU_SIM_FAULTS="nonsense").stdout
+    assert "the process ended with signal 6" in page
+    assert "NPU_SIM_FAULTS is not understood" in page
+
+
+@pytest.fixture
+def neighbour() -> Iterator[None]:
+    """Another process that holds a fifth of the first device."""
+    code = f"ok('aclrtSetDevice', 0); mapped({TOTAL // 10 * 2 // (2 * MIB) * 2 * MIB})"
+    code = f"{code}; print('there', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from helpers.ascendcl import *\nimport sys\n{code}"],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
+    yield
+    process.communicate()
+
+
+def test_a_device_in_use_is_refused_without_force(neighbour):
+    refused = doctor(code=2)
+    assert "refused: device 0 is in use: 0.80 of 1.00 GiB are free" in refused.stdout
+    assert "--force" in refused.stdout and "Probes" not in refused.stdout
+    assert report(code=2)["probes"] == {}
+    assert statuses(report("--device", "1")) == {**ALL_PASS, "registered": "degraded"}
+    before = free_bytes()
+    assert statuses(report("--force")) == {**ALL_PASS, "registered": "degraded"}
+    assert free_bytes() == before < TOTAL
+
+
+WITHOUT_CANN = dict.fromkeys(("LD_LIBRARY_PATH", "LD_PRELOAD", "ASCEND_HOME_PATH"), "")
+
+
+def test_without_cann_every_line_has_a_remedy():
+    page = doctor(code=1, ASCEND_TOOLKIT_HOME="", **WITHOUT_CANN).stdout
+    assert re.search(r"fail +CANN +ASCEND_HOME_PATH is not set", page)
+    assert re.search(r"fail +AscendCL +libascendcl.so: cannot open", page)
+    assert re.search(r"not probed +all +AscendCL does not work", page)
+    assert " ".join(page.split()).count("source CANN's set_env.sh") == 3
+    assert "sleep mode cannot be used" in page.splitlines()[-1]
+
+
+def test_a_bare_python_needs_nothing_installed(tmp_path):
+    """The package alone, without the compiled allocator and all that pip brings."""
+    shutil.copytree(
+        ROOT / "vllm_sleep_ascend",
+        tmp_path / "vllm_sleep_ascend",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    found = report(code=1, python=("-S",), folder=tmp_path, PYTHONPATH=str(tmp_path))
+    around = found["surroundings"]
+    assert around["versions"]["status"] == around["allocator"]["status"] == "fail"
+    assert "missing: vllm, torch, torch_npu" in around["versions"]["found"]
+    assert "COMPILE_CUSTOM_KERNELS=1" in around["allocator"]["remedy"]
+    expected = {**ALL_PASS, "registered": "degraded", "sleep_and_wake": "degraded"}
+    assert statuses(found) == expected
+    figures = found["probes"]["sleep_and_wake"]["figures"]
+    assert figures["exact"] and figures["first_freed_bytes"] == SIZE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--device", "2"), "there is no device 2; visible devices: 2"),
+        (("--gib", "3"), "--gib 3 does not fit"),
+        (("--model", "/nowhere"), "--model /nowhere is not a folder"),
+    ],
+)
+def test_wrong_usage_names_the_value(arguments, problem):
+    done = doctor(*arguments, code=2)
+    assert problem in done.stderr and done.stdout == ""
+
+
+def test_the_page_is_a_table_with_remedies_below():
+    page = doctor(NPU_SIM_DEVICES="1").stdout.splitlines()
+    rows = [line for line in page if re.match(r"  (-|pass|degraded) ", line)]
+    titles = {re.match(r"  \S+ +", row).end() for row in rows}
+    assert len(rows) > 25 and titles == {14}
+    below = page[page.index("What it means, and what to do") :]
+    assert below[1].startswith("  registered memory: Backups are in memory from aclrtMallocHost")
+    assert page[-1].startswith("sleep mode can be used: ")
+    assert "1 degraded" in page[-1]
+
+
+def test_the_tested_versions_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    torch = re.search(r"^TORCH := torch==(.*)$", makefile, re.M)[1]
+    torch_npu = re.search(r"^TORCH_NPU := torch_npu==(.*)$", makefile, re.M)[1]
+    alone = re.search(r"^VLLM := (.*)$", makefile, re.M)[1]
+    beside = re.search(r"^VLLM_ASCEND := (.*)$", makefile, re.M)[1]
+    both = {"torch": torch, "torch_npu": torch_npu}
+    together = ({"vllm": alone, **both}, {"vllm": beside, "vllm-ascend": beside, **both})
+    assert together == surroundings.TESTED
+
+
+def test_every_call_is_one_of_the_headers():
+    headers = Path(os.environ["ASCEND_HOME_PATH"], "include/acl").glob("*.h")
+    text = re.sub(r"\s+", " ", " ".join(header.read_text() for header in headers))
+    for name, parameters in (acl.FUNCTIONS | acl.OPTIONAL_FUNCTIONS).items():
+        declared = re.search(rf"ACL_FUNC_VISIBILITY aclError {name}\(([^)]*)\)", text)
+        assert declared, name
+        assert len([p for p in declared[1].split(",") if p.strip()]) == len(parameters), name
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "version"),
+    [
+        ("x86_64-linux/ascend_toolkit_install.info", "version=8.2.RC1", "8.2.RC1"),
+        ("version.cfg", "toolkit_running_version=[7.6.0.1.220:8.0.0]", "8.0.0"),
+        ("version.cfg", "runtime_running_version=[1.83.T8.0.B128:CANN-1.83]", "1.83.T8.0.B128"),
+        ("runtime/version.info", "Version=7.6.0.1.220", "7.6.0.1.220"),
+    ],
+)
+def test_the_version_of_cann_is_found(tmp_path, monkeypatch, file, line, version):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(f"# a comment\n{line}\n")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    assert surroundings.cann().figures["version"] == version
+
+
+def test_the_version_of_the_driver_is_found(tmp_path):
+    file = tmp_path / "version.info"
+    file.write_text("Version=24.1.rc3\nascendhal_version=7.35.23\n")
+    assert surroundings.driver(file).figures["version"] == "24.1.rc3"
+    assert surroundings.driver(tmp_path / "none").figures["version"] is None

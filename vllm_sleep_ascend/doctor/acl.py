@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AscendCL by ctypes: calls that raise, and owners that give back what they took.
+
+The signatures are those of the headers in the torch_npu wheel. Nothing is loaded on import.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+MIB = 1 << 20
+
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+REGISTER_PINNED = 0x10000000
+OUT_OF_MEMORY = (200000, 207001, 207018)
+NO_RESOURCE = 207005
+SYNC_TIMEOUT = 507046
+_DDR, _HBM = 0, 1
+_HBM_HUGE, _ON_DEVICE = 4, 1
+_GRANULARITY_MINIMUM = 0
+_ALREADY_INITIALISED = 100002
+
+NAMES = {
+    100000: "ACL_ERROR_INVALID_PARAM",
+    107000: "ACL_ERROR_RT_PARAM_INVALID",
+    107001: "ACL_ERROR_RT_INVALID_DEVICEID",
+    107002: "ACL_ERROR_RT_CONTEXT_NULL",
+    107003: "ACL_ERROR_RT_STREAM_CONTEXT",
+    107017: "ACL_ERROR_RT_INVALID_HANDLE",
+    200000: "ACL_ERROR_BAD_ALLOC",
+    200001: "ACL_ERROR_API_NOT_SUPPORT",
+    207000: "ACL_ERROR_RT_FEATURE_NOT_SUPPORT",
+    207001: "ACL_ERROR_RT_MEMORY_ALLOCATION",
+    207005: "ACL_ERROR_RT_RESOURCE_ALLOC_FAIL",
+    207018: "ACL_ERROR_RT_DEVICE_OOM",
+    500000: "ACL_ERROR_INTERNAL_ERROR",
+    507046: "ACL_ERROR_RT_STREAM_SYNC_TIMEOUT",
+    507899: "ACL_ERROR_RT_DRV_INTERNAL_ERROR",
+    507910: "ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+    507911: "ACL_ERROR_HOST_MEMORY_NOT_REGISTERED",
+}
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("id", c_uint32), ("type", c_int)]
+
+
+class _PhysicalMemProp(ctypes.Structure):
+    _fields_ = [
+        ("handleType", c_int),
+        ("allocationType", c_int),
+        ("memAttr", c_int),
+        ("location", _Location),
+        ("reserve", c_uint64),
+    ]
+
+
+class _MemUsageInfo(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 32),
+        ("curMemSize", c_uint64),
+        ("memPeakSize", c_uint64),
+        ("reserved", c_size_t * 8),
+    ]
+
+
+# Every function that is called, with its parameters. All but the optional ones must be there.
+FUNCTIONS: dict[str, list[Any]] = {
+    "aclInit": [c_char_p],
+    "aclFinalize": [],
+    "aclrtGetDeviceCount": [POINTER(c_uint32)],
+    "aclrtSetDevice": [c_int32],
+    "aclrtResetDevice": [c_int32],
+    "aclrtGetMemInfo": [c_int, POINTER(c_size_t), POINTER(c_size_t)],
+    "aclrtMemGetAllocationGranularity": [POINTER(_PhysicalMemProp), c_int, POINTER(c_size_t)],
+    "aclrtReserveMemAddress": [POINTER(c_void_p), c_size_t, c_size_t, c_void_p, c_uint64],
+    "aclrtReleaseMemAddress": [c_void_p],
+    "aclrtMallocPhysical": [POINTER(c_void_p), c_size_t, POINTER(_PhysicalMemProp), c_uint64],
+    "aclrtFreePhysical": [c_void_p],
+    "aclrtMapMem": [c_void_p, c_size_t, c_size_t, c_void_p, c_uint64],
+    "aclrtUnmapMem": [c_void_p],
+    "aclrtMallocHost": [POINTER(c_void_p), c_size_t],
+    "aclrtFreeHost": [c_void_p],
+    "aclrtMemcpy": [c_void_p, c_size_t, c_void_p, c_size_t, c_int],
+    "aclrtMemcpyAsync": [c_void_p, c_size_t, c_void_p, c_size_t, c_int, c_void_p],
+    "aclrtCreateStream": [POINTER(c_void_p)],
+    "aclrtDestroyStream": [c_void_p],
+    "aclrtSynchronizeStream": [c_void_p],
+}
+OPTIONAL_FUNCTIONS: dict[str, list[Any]] = {
+    "aclrtHostRegisterV2": [c_void_p, c_uint64, c_uint32],
+    "aclrtHostUnregister": [c_void_p],
+    "aclrtGetStreamAvailableNum": [POINTER(c_uint32)],
+    "aclrtSynchronizeStreamWithTimeout": [c_void_p, c_int32],
+    "aclrtGetMemUsageInfo": [c_int32, POINTER(_MemUsageInfo), c_size_t, POINTER(c_size_t)],
+    "aclrtGetVersion": [POINTER(c_int32), POINTER(c_int32), POINTER(c_int32)],
+}
+# They return text.
+_TEXTS = ("aclrtGetSocName", "aclGetRecentErrMsg")
+
+
+class AclError(Exception):
+    """A call returned ``code``."""
+
+    def __init__(self, call: str, code: int, reason: str = "") -> None:
+        name = f" ({NAMES[code]})" if code in NAMES else ""
+        super().__init__(f"{call} failed with {code}{name}{': ' if reason else ''}{reason}")
+        self.call, self.code = call, code
+
+
+class AclMissing(Exception):
+    """AscendCL, or a function of it, cannot be loaded; the text says which and why."""
+
+
+class Acl:
+    """AscendCL of this process, initialised.
+
+    Raises:
+        AclMissing: there is none, or it lacks a function that sleep mode needs.
+        AclError: it does not start.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL("libascendcl.so")
+        except OSError as error:
+            raise AclMissing(str(error)) from None
+        for name, parameters in (FUNCTIONS | OPTIONAL_FUNCTIONS).items():
+            if self.has(name):
+                getattr(self._library, name).argtypes = parameters
+            elif name in FUNCTIONS:
+                raise AclMissing(f"libascendcl.so has no {name}")
+        for name in _TEXTS:
+            if self.has(name):
+                getattr(self._library, name).restype = c_char_p
+        try:
+            self.call("aclInit", None)
+        except AclError as error:
+            if error.code != _ALREADY_INITIALISED:
+                raise
+
+    def has(self, name: str) -> bool:
+        return hasattr(self._library, name)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """
+        Raises:
+            AclError: its code is not 0.
+        """
+        code = getattr(self._library, name)(*arguments)
+        if code != 0:
+            lines = self._text("aclGetRecentErrMsg").strip().splitlines()
+            raise AclError(name, code, lines[0] if lines else "")
+
+    def _text(self, name: str) -> str:
+        return (
+            (getattr(self._library, name)() or b"").decode(errors="replace")
+            if self.has(name)
+            else ""
+        )
+
+    def soc(self) -> str:
+        return self._text("aclrtGetSocName")
+
+    def version(self) -> str:
+        """Of AscendCL's interface, which is not CANN's; ``""``: it cannot tell."""
+        if not self.has("aclrtGetVersion"):
+            return ""
+        parts = [c_int32() for _ in range(3)]
+        self.call("aclrtGetVersion", *map(byref, parts))
+        return ".".join(str(part.value) for part in parts)
+
+    def device_count(self) -> int:
+        count = c_uint32()
+        self.call("aclrtGetDeviceCount", byref(count))
+        return count.value
+
+    def set_device(self, device: int) -> None:
+        self.call("aclrtSetDevice", device)
+
+    def reset_device(self, device: int) -> None:
+        self.call("aclrtResetDevice", device)
+
+    def free_and_total(self) -> tuple[int, int]:
+        """Of the current device, device-wide: other processes move it."""
+        free, total = c_size_t(), c_size_t()
+        for attribute in (_HBM, _DDR):  # chips without HBM have DDR alone
+            self.call("aclrtGetMemInfo", attribute, byref(free), byref(total))
+            if total.value:
+                break
+        return free.value, total.value
+
+    def component_bytes(self, device: int) -> dict[str, int] | None:
+        """Device memory that this process holds, by component of CANN; None: it cannot tell."""
+        if not self.has("aclrtGetMemUsageInfo"):
+            return None
+        components, count = (_MemUsageInfo * 128)(), c_size_t()
+        try:
+            self.call("aclrtGetMemUsageInfo", device, components, len(components), byref(count))
+        except AclError:
+            return None
+        return {
+            component.name.decode(errors="replace"): component.curMemSize
+            for component in components[: count.value]
+        }
+
+    def granularity(self, device: int) -> int:
+        unit = c_size_t()
+        prop = _property(device)
+        call = "aclrtMemGetAllocationGranularity"
+        self.call(call, byref(prop), _GRANULARITY_MINIMUM, byref(unit))
+        return unit.value
+
+    def copy(self, to: Any, source: Any, count: int, kind: int) -> None:
+        """A synchronous copy."""
+        self.call("aclrtMemcpy", to, count, source, count, kind)
+
+    def copy_async(self, to: int, source: int, count: int, kind: int, stream: int | None) -> None:
+        self.call("aclrtMemcpyAsync", to, count, source, count, kind, stream)
+
+    def synchronize(self, stream: int | None) -> None:
+        self.call("aclrtSynchronizeStream", stream)
+
+    def streams_left(self) -> int | None:
+        """None: this CANN cannot tell."""
+        if not self.has("aclrtGetStreamAvailableNum"):
+            return None
+        count = c_uint32()
+        self.call("aclrtGetStreamAvailableNum", byref(count))
+        return count.value
+
+    @contextmanager
+    def reservation(self, size: int) -> Iterator[int]:
+        """The address of a range without memory."""
+        address = c_void_p()
+        self.call("aclrtReserveMemAddress", byref(address), size, 0, None, 0)
+        try:
+            yield address.value or 0
+        finally:
+            self.call("aclrtReleaseMemAddress", address)
+
+    @contextmanager
+    def physical(self, device: int, size: int) -> Iterator[int]:
+        """A handle of device memory."""
+        handle, prop = c_void_p(), _property(device)
+        self.call("aclrtMallocPhysical", byref(handle), size, byref(prop), 0)
+        try:
+            yield handle.value or 0
+        finally:
+            self.call("aclrtFreePhysical", handle)
+
+    @contextmanager
+    def mapped(self, address: int, size: int, handle: int) -> Iterator[int]:
+        self.call("aclrtMapMem", address, size, 0, handle, 0)
+        try:
+            yield address
+        finally:
+            self.call("aclrtUnmapMem", address)
+
+    @contextmanager
+    def device_memory(self, device: int, size: int) -> Iterator[int]:
+        """Memory at an address, as sleep mode takes it."""
+        with (
+            self.reservation(size) as address,
+            self.physical(device, size) as handle,
+            self.mapped(address, size, handle),
+        ):
+            yield address
+
+    @contextmanager
+    def page_locked(self, size: int) -> Iterator[int]:
+        address = c_void_p()
+        self.call("aclrtMallocHost", byref(address), size)
+        try:
+            yield address.value or 0
+        finally:
+            self.call("aclrtFreeHost", address)
+
+    @contextmanager
+    def registered(self, address: int, size: int) -> Iterator[None]:
+        self.call("aclrtHostRegisterV2", address, size, REGISTER_PINNED)
+        try:
+            yield
+        finally:
+            self.call("aclrtHostUnregister", address)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Enter it after the memory that it uses: at the end it is waited for first."""
+        handle = c_void_p()
+        self.call("aclrtCreateStream", byref(handle))
+        try:
+            yield handle.value or 0
+        finally:
+            try:
+                self.synchronize(handle.value)
+            finally:
+                self.call("aclrtDestroyStream", handle)
+
+
+def _property(device: int) -> _PhysicalMemProp:
+    return _PhysicalMemProp(0, 0, _HBM_HUGE, _Location(device, _ON_DEVICE), 0)
+
+
+@contextmanager
+def plain_memory(size: int) -> Iterator[int]:
+    """Anonymous host memory, page-aligned and touched, that nothing locks."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = (ctypes.c_char * size).from_buffer(memory)
+    ctypes.memset(view, 0, size)
+    try:
+        yield ctypes.addressof(view)
+    finally:
+        del view
+        memory.close()

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what is asked of the child, in which order and for how long."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_sleep_ascend.doctor import surroundings
+from vllm_sleep_ascend.doctor.acl import MIB
+from vllm_sleep_ascend.doctor.child import Child, Crash, Silence
+from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, not_probed, passed
+from vllm_sleep_ascend.doctor.probes import PROBES
+from vllm_sleep_ascend.doctor.probes.base import GIB, Probe
+from vllm_sleep_ascend.doctor.report import REFUSED, Report
+
+HELP = "find out whether sleep mode can work on this machine"
+_DETAILS = """
+Looks at the host, the driver, CANN, the packages and the environment, then probes each rule that
+sleep mode rests on. Give it an idle device; no engine has to run. Takes less than a minute.
+Exit codes: 0 sleep mode can be used (pass or degraded), 1 something failed, 2 wrong usage or
+refused.
+"""
+_TIMEOUT_S = 10.0
+_WHOLE_S = 50.0  # with the default of --timeout; what was not probed by then is not
+_IN_USE_BELOW = 0.9  # of the memory free: somebody else holds the rest
+_ALL_DEVICES = 64
+_UNIT = 2 * MIB
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{HELP}.{_DETAILS}"
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", help="a checkpoint, held against the host's memory"
+    )
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="among those that are visible (0)"
+    )
+    parser.add_argument(
+        "--gib",
+        type=float,
+        metavar="N",
+        help="memory that sleeps and wakes (at most 1, and half of what is free)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument(
+        "--force", action="store_true", help="probe a device that other processes use"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=_TIMEOUT_S,
+        metavar="S",
+        help="seconds that most probes may take; some get up to three times that (10)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; gives the exit code."""
+    try:
+        report = _examine(args)
+    except ValueError as error:
+        print(f"vllm-sleep doctor: {error}", file=sys.stderr)
+        return REFUSED
+    print(json.dumps(report.as_json()) if args.json else report.as_page())
+    return report.exit_code
+
+
+def _examine(args: argparse.Namespace) -> Report:
+    """
+    Raises:
+        ValueError: an argument that cannot be; it names the value.
+    """
+    if args.device < 0:
+        raise ValueError(f"--device {args.device} is not a number of a device")
+    if args.gib is not None and not 0 < args.gib < 1024:
+        raise ValueError(f"--gib {args.gib} is not between 0 and 1024")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout {args.timeout} is not above 0")
+    if args.model is not None:
+        surroundings.weight_bytes(args.model)
+    started = time.monotonic()
+    report = Report(args.device)
+    report.surroundings = surroundings.find()
+    scale = args.timeout / _TIMEOUT_S
+    with Child() as child:
+        _Examination(args, child, report, started + _WHOLE_S * scale, scale).run()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+class _Examination:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        child: Child,
+        report: Report,
+        end: float,
+        scale: float,
+    ) -> None:
+        self._args, self._child, self._report = args, child, report
+        self._end, self._scale = end, scale
+
+    def run(self) -> None:
+        report, index = self._report, self._args.device
+        seen = self._look()
+        if isinstance(seen, Finding):
+            report.surroundings["ascendcl"] = ("AscendCL", seen)
+            self._about_model(devices=1)
+            self._skip_all("AscendCL does not work")
+            return
+        report.soc, report.acl_version = seen["soc"], seen["acl_version"]
+        report.devices = seen["devices"]
+        self._about_model(seen["count"])
+        report.surroundings["ascendcl"] = (
+            "AscendCL",
+            passed(f"{seen['soc'] or 'an unknown chip'}; visible devices: {seen['count']}")
+            if seen["count"]
+            else failed(
+                "no visible device",
+                "No engine can run.",
+                "See npu-smi info; ASCEND_RT_VISIBLE_DEVICES; in a container, the devices that "
+                "were given to it.",
+            ),
+        )
+        if not seen["count"]:
+            self._skip_all("there is no device")
+            return
+        if index >= seen["count"]:
+            raise ValueError(
+                f"there is no device {index}; visible devices: {seen['count']}, from 0"
+            )
+        chosen = seen["devices"][index]
+        if "error" in chosen:
+            self._broken_device(chosen)
+            return
+        free, total = chosen["free_bytes"], chosen["total_bytes"]
+        if free < _IN_USE_BELOW * total and not self._args.force:
+            report.refusal = (
+                f"device {index} is in use: {free / GIB:.2f} of {total / GIB:.2f} GiB are free. "
+                "Choose another one with --device, or probe it all the same with --force"
+            )
+            return
+        report.size_bytes = self._size(free)
+        for probe in PROBES:
+            self._report.probes[probe.name] = (probe.title, self._probe(probe))
+        self._child.end()
+        report.probes["given_back"] = ("all given back", self._given_back(free))
+
+    def _about_model(self, devices: int) -> None:
+        if self._args.model is not None:
+            finding = surroundings.weights(self._args.model, max(1, devices))
+            self._report.surroundings["model"] = ("model", finding)
+
+    def _size(self, free: int) -> int:
+        """
+        Raises:
+            ValueError: what is asked for does not fit.
+        """
+        available = surroundings.available_bytes()
+        if self._args.gib is None:
+            size = min(GIB, free // 2, available // 2)
+        else:
+            size = int(self._args.gib * GIB)
+            if size > min(free, available):
+                raise ValueError(
+                    f"--gib {self._args.gib:g} does not fit: {free / GIB:.2f} GiB of the device "
+                    f"and {available / GIB:.2f} GiB of the host are free"
+                )
+        return max(_UNIT, size // _UNIT * _UNIT)
+
+    def _look(self) -> dict[str, Any] | Finding:
+        """What AscendCL says; a finding, if it says nothing."""
+        self._progress("looking at the devices")
+        try:
+            seen = self._child.ask(self._within(15), ask="look", limit=_ALL_DEVICES)
+        except (Silence, Crash) as error:
+            return _broken_start(str(error))
+        if "missing" in seen:
+            return _missing(seen["missing"])
+        if "error" in seen:
+            return _broken_start(seen["error"], call=seen["call"], code=seen["code"])
+        return seen
+
+    def _broken_device(self, device: dict[str, Any]) -> None:
+        self._report.probes["device"] = (
+            "device",
+            failed(
+                device["error"],
+                "No process can use the device.",
+                "See npu-smi info, and CANN's log. Code 207005: the device has no stream left; end "
+                "other processes on it.",
+                call=device["call"],
+                code=device["code"],
+            ),
+        )
+        self._skip_all("the device does not work")
+
+    def _skip_all(self, why: str) -> None:
+        for probe in PROBES:
+            self._report.probes[probe.name] = (probe.title, not_probed(why))
+
+    def _probe(self, probe: Probe) -> Finding:
+        for need in probe.needs:
+            title, finding = self._report.probes[need]
+            if finding.status in ("fail", "not probed"):
+                return not_probed(f'"{title}" comes first, and has not passed')
+        timeout_s = self._within(probe.deadline_s)
+        if timeout_s <= 0:
+            return not_probed("the time was up; give it more with --timeout")
+        self._progress(f"probing: {probe.title}")
+        started = time.monotonic()
+        finding = self._ask(probe, timeout_s)
+        self._report.timings[probe.name] = time.monotonic() - started
+        if finding.status != "fail":
+            return finding
+        self._child.end()  # what a failing probe may have left goes with its process
+        if not probe.extra:
+            return finding
+        means = "Sleep mode works without it."
+        return degraded(finding.found, means, finding.remedy, **finding.figures)
+
+    def _ask(self, probe: Probe, timeout_s: float) -> Finding:
+        question: dict[str, Any] = {"ask": "probe", "name": probe.name}
+        question |= {"device": self._args.device, "size": self._report.size_bytes}
+        try:
+            answer = self._child.ask(timeout_s, **question)
+        except Silence as error:
+            return failed(
+                str(error),
+                "An engine would hang here.",
+                "See dmesg and CANN's log; on a slow machine, give it more time with --timeout.",
+                timeout_s=timeout_s,
+            )
+        except Crash as error:
+            return failed(str(error), "An engine would end here.", "See dmesg and CANN's log.")
+        if "status" in answer:
+            return Finding(**answer)
+        return failed(
+            answer.get("missing") or answer["error"],
+            "The device cannot be used.",
+            "See npu-smi info, and CANN's log.",
+            **{name: answer[name] for name in ("call", "code") if name in answer},
+        )
+
+    def _given_back(self, free_before: int) -> Finding:
+        """Whether the device has as much free memory as before, as another process sees it."""
+        seen = self._look()
+        after = None if isinstance(seen, Finding) else seen["devices"][self._args.device]
+        if after is None or "error" in after:
+            return degraded(
+                "the device cannot be asked any more",
+                "Another probe has upset it.",
+                "See npu-smi info.",
+            )
+        missing = free_before - after["free_bytes"]
+        figures = {"free_before_bytes": free_before, "free_after_bytes": after["free_bytes"]}
+        if missing > 0.01 * after["total_bytes"]:
+            return degraded(
+                f"{missing / MIB:.0f} MiB less are free than before",
+                "Another process took them meanwhile, or the driver has not got them back.",
+                "See npu-smi info for who holds memory.",
+                **figures,
+            )
+        return passed("the device has as much free memory as before", **figures)
+
+    def _within(self, seconds: float) -> float:
+        return min(seconds * self._scale, self._end - time.monotonic())
+
+    def _progress(self, text: str) -> None:
+        if not self._args.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _missing(text: str) -> Finding:
+    if "ascend_hal" in text:
+        remedy = "Install the driver; in a container, mount /usr/local/Ascend/driver."
+    elif "has no" in text:
+        remedy = "Install CANN 8.1 or newer."
+    else:
+        remedy = f"Install CANN, and {surroundings.SET_ENV}."
+    return failed(text, "Nothing can use an NPU in this shell.", remedy)
+
+
+def _broken_start(text: str, **figures: Any) -> Finding:
+    return failed(
+        text,
+        "Nothing can use an NPU in this shell.",
+        "See npu-smi info and dmesg; in a container, the devices that were given to it.",
+        **figures,
+    )

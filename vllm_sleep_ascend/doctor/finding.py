@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was found about one thing, and how well it is."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["info", "pass", "degraded", "fail", "not probed"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``found`` is one line for the page, ``means`` and ``remedy`` are for whoever has to act,
+    ``figures`` for a program. Sizes are bytes, speeds GB/s (10^9 bytes)."""
+
+    status: Status
+    found: str
+    means: str = ""
+    remedy: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def info(found: str, means: str = "", **figures: Any) -> Finding:
+    return Finding("info", found, means, "", figures)
+
+
+def passed(found: str, **figures: Any) -> Finding:
+    return Finding("pass", found, "", "", figures)
+
+
+def degraded(found: str, means: str, remedy: str, **figures: Any) -> Finding:
+    return Finding("degraded", found, means, remedy, figures)
+
+
+def failed(found: str, means: str, remedy: str, **figures: Any) -> Finding:
+    return Finding("fail", found, means, remedy, figures)
+
+
+def not_probed(why: str, remedy: str = "") -> Finding:
+    return Finding("not probed", why, "", remedy)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What probes share: the device, and copies that are looked at."""
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_sleep_ascend.doctor.acl import (
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    MIB,
+    NO_RESOURCE,
+    Acl,
+    AclError,
+)
+from vllm_sleep_ascend.doctor.content import LIMIT, content, scratch, wrong_pages
+from vllm_sleep_ascend.doctor.finding import Finding, failed
+
+GIB = 1 << 30
+CHUNK = LIMIT  # the default of chunk_mib
+STREAMS = 6  # that sleep mode keeps at most
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device that is probed, which is current; ``size``: bytes that a probe may take, a
+    multiple of ``unit``."""
+
+    acl: Acl
+    index: int
+    unit: int
+    size: int
+
+    @property
+    def block(self) -> int:
+        """What sleep mode copies at a time, or less where less is to be taken."""
+        return min(CHUNK, self.size)
+
+    def memory(self, size: int) -> AbstractContextManager[int]:
+        return self.acl.device_memory(self.index, size)
+
+    def write(self, address: int, number: int, size: int) -> None:
+        """Put the content of this number there, by a synchronous copy."""
+        self.acl.copy(address, content(number), size, HOST_TO_DEVICE)
+
+    def wrong(self, address: int, number: int, size: int) -> int:
+        """How many pages there are not of the content of this number."""
+        self.acl.copy(scratch(), address, size, DEVICE_TO_HOST)
+        return wrong_pages(scratch(), content(number), size)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``needs`` names probes without which this one would tell nothing new. The worst that an
+    ``extra`` probe can find is ``degraded``: sleep mode works without what it looks at."""
+
+    name: str
+    title: str
+    run: Callable[[Device], Finding]
+    deadline_s: float = 10
+    needs: tuple[str, ...] = ()
+    extra: bool = False
+
+
+class Copies(NamedTuple):
+    """``launch_share``: the part of a copy's time that its launch took; 1: it is synchronous."""
+
+    wrong_to_device: int
+    wrong_to_host: int
+    launch_share: float
+
+    @property
+    def wrong(self) -> int:
+        return self.wrong_to_device + self.wrong_to_host
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.launch_share < 0.5
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "exact_to_device": self.wrong_to_device == 0,
+            "exact_to_host": self.wrong_to_host == 0,
+            "asynchronous": self.asynchronous,
+            "launch_share": round(self.launch_share, 4),
+        }
+
+
+def copies_of(device: Device, address: int, host: int, size: int, stream: int | None) -> Copies:
+    """Asynchronous copies from and to memory of the host, tried again while they look synchronous:
+    a busy machine may hold the caller up."""
+    tries = []
+    for number in range(1, 2 * _TRIES, 2):
+        ctypes.memmove(host, content(number), size)
+        share = copy_time(device, address, host, size, HOST_TO_DEVICE, stream)
+        wrong_to_device = device.wrong(address, number, size)
+        device.write(address, number + 1, size)
+        ctypes.memset(host, 0, size)
+        share = max(share, copy_time(device, host, address, size, DEVICE_TO_HOST, stream))
+        wrong_to_host = wrong_pages(host, content(number + 1), size)
+        tries.append(Copies(wrong_to_device, wrong_to_host, share))
+        if tries[-1].wrong or tries[-1].asynchronous:
+            return tries[-1]
+    return min(tries, key=lambda copies: copies.launch_share)
+
+
+def copy_time(
+    device: Device, to: int, source: int, size: int, kind: int, stream: int | None
+) -> float:
+    """Copies, waits, and tells which part of the time the launch took."""
+    started = time.perf_counter()
+    device.acl.copy_async(to, source, size, kind, stream)
+    launched = time.perf_counter() - started
+    device.acl.synchronize(stream)
+    return launched / max(time.perf_counter() - started, 1e-9)
+
+
+@contextmanager
+def a_stream(acl: Acl) -> Iterator[int | None]:
+    """A stream, or the context's own where the device has none left."""
+    with ExitStack() as stack:
+        made = open_streams(acl, stack, 1)
+        if not made:
+            stack.callback(acl.synchronize, None)
+        yield made[0] if made else None
+
+
+def open_streams(acl: Acl, stack: ExitStack, count: int) -> list[int]:
+    """As many of them as the device gives."""
+    streams: list[int] = []
+    try:
+        while len(streams) < count:
+            streams.append(stack.enter_context(acl.stream()))
+    except AclError as error:
+        if error.code != NO_RESOURCE:
+            raise
+    return streams
+
+
+def broken_copies(found: str, **figures: Any) -> Finding:
+    return failed(
+        found,
+        "Weights would come back damaged.",
+        "Do not use sleep mode here. See dmesg and the device's log for faults of memory or link.",
+        **figures,
+    )
+
+
+def mib(size: int) -> str:
+    return f"{size / MIB:g} MiB" if size % MIB == 0 else f"{size / MIB:.1f} MiB"
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

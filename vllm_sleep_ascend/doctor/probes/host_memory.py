@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory for backups: plain, page-locked by aclrtMallocHost, registered."""
+
+import ctypes
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from vllm_sleep_ascend.doctor.acl import (
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    MIB,
+    AclError,
+    plain_memory,
+)
+from vllm_sleep_ascend.doctor.content import content, wrong_pages
+from vllm_sleep_ascend.doctor.finding import Finding, degraded, passed
+from vllm_sleep_ascend.doctor.probes.base import (
+    GIB,
+    Device,
+    a_stream,
+    broken_copies,
+    copies_of,
+    copy_time,
+    mib,
+)
+
+KERNEL_THAT_KEEPS_PAGES = (5, 19)
+
+USES_ACL = (
+    'Backups are in memory from aclrtMallocHost (host_memory="acl"), which is right on every '
+    "kernel and takes longer to get."
+)
+
+
+def plain_copies(device: Device) -> Finding:
+    acl, size = device.acl, device.block
+    with device.memory(size) as address, plain_memory(size) as host:
+        ctypes.memmove(host, content(1), size)
+        acl.copy(address, host, size, HOST_TO_DEVICE)
+        wrong = device.wrong(address, 1, size)
+        device.write(address, 2, size)
+        acl.copy(host, address, size, DEVICE_TO_HOST)
+        wrong += wrong_pages(host, content(2), size)
+    if wrong:
+        return broken_copies(f"{wrong} pages arrived wrong", wrong_pages=wrong)
+    return passed(f"synchronous copies of {mib(size)} are exact in both directions", bytes=size)
+
+
+def page_locked(device: Device) -> Finding:
+    acl, size = device.acl, device.block
+    with (
+        device.memory(size) as address,
+        acl.page_locked(size) as host,
+        a_stream(acl) as stream,
+    ):
+        copies = copies_of(device, address, host, size, stream)
+    figures = {"bytes": size, **copies.figures()}
+    if copies.wrong:
+        return broken_copies(f"{copies.wrong} pages arrived wrong", **figures)
+    if not copies.asynchronous:
+        return degraded(
+            f"{mib(size)} from aclrtMallocHost: copies are exact, and not asynchronous",
+            "Sleep and wake work; copies do not overlap with what else there is to do.",
+            "Look for the runtime's settings that make launches blocking "
+            "(ASCEND_LAUNCH_BLOCKING), and for a newer driver.",
+            **figures,
+        )
+    return passed(
+        f"{mib(size)} from aclrtMallocHost: copies are asynchronous, and exact in both directions",
+        **figures,
+    )
+
+
+def registered(device: Device) -> Finding:
+    acl, size = device.acl, device.block
+    release = os.uname().release
+    kernel = tuple(int("".join(filter(str.isdigit, n)) or 0) for n in release.split(".")[:2])
+    wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
+    if kernel < KERNEL_THAT_KEEPS_PAGES:
+        return degraded(
+            f"not used on kernel {release}: before {wanted} it may move pages under a copy",
+            USES_ACL,
+            f"Nothing has to be done. A host with kernel {wanted} or newer can have it.",
+            kernel=release,
+            used=False,
+        )
+    if not acl.has("aclrtHostRegisterV2"):
+        return degraded(
+            "this CANN has no aclrtHostRegisterV2",
+            USES_ACL,
+            "Nothing has to be done. CANN has it from 8.5 on, and not for Ascend 310P.",
+            kernel=release,
+            used=False,
+        )
+    try:
+        with device.memory(size) as address, a_stream(acl) as stream:
+            with plain_memory(size) as host, acl.registered(host, size):
+                pins = _wrong_on_device(device, address, host, size, stream) == 0
+            with plain_memory(size) as host, _locked(host, size), acl.registered(host, size):
+                copies = copies_of(device, address, host, size, stream)
+    except (AclError, OSError) as error:
+        limit = "Raise ulimit -l. " if isinstance(error, OSError) else ""
+        return degraded(
+            str(error),
+            USES_ACL,
+            f"{limit}In a container, --ulimit memlock=-1 and --privileged may be needed.",
+            kernel=release,
+            used=False,
+        )
+    figures = {
+        "kernel": release,
+        "bytes": size,
+        "used": copies.wrong == 0 and copies.asynchronous,
+        "driver_pins": pins,
+        **copies.figures(),
+    }
+    if not figures["used"]:
+        found = f"{copies.wrong} pages arrived wrong" if copies.wrong else "not asynchronous"
+        return degraded(found, USES_ACL, "Nothing has to be done.", **figures)
+    who = "the driver locks it by itself" if pins else "locked by mlock"
+    return passed(f"copies are asynchronous and exact on kernel {release}; {who}", **figures)
+
+
+def taking_page_locked(device: Device) -> Finding:
+    blocks = max(1, min(device.size, 256 * MIB) // device.block)
+    take_1, give_1 = _take_blocks(device, blocks, threads=1)
+    take_4, _ = _take_blocks(device, blocks, threads=4)
+    best = max(take_1, take_4)
+    return passed(
+        f"{take_1:.1f} GB/s with 1 thread, {take_4:.1f} with 4; given back at {give_1:.1f}. "
+        f"14 GiB take {14 * GIB / 1e9 / best:.1f} s",
+        take_gb_per_s={"1": round(take_1, 2), "4": round(take_4, 2)},
+        give_gb_per_s=round(give_1, 2),
+    )
+
+
+def _take_blocks(device: Device, blocks: int, threads: int) -> tuple[float, float]:
+    """GB/s of taking so many blocks from aclrtMallocHost on each of the threads' share, and of
+    giving them back."""
+    acl, lock, errors = device.acl, threading.Lock(), []
+    left = list(range(blocks))
+    stack = ExitStack()
+
+    def take() -> None:
+        try:
+            acl.set_device(device.index)
+            try:
+                while left:
+                    with lock:
+                        if not left:
+                            return
+                        left.pop()
+                    owner = acl.page_locked(device.block)
+                    owner.__enter__()
+                    with lock:
+                        stack.push(owner)
+            finally:
+                acl.reset_device(device.index)
+        except AclError as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=take) for _ in range(threads)]
+    started = time.perf_counter()
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        taken_s = time.perf_counter() - started
+        started = time.perf_counter()
+    finally:
+        stack.close()
+    given_s = time.perf_counter() - started
+    if errors:
+        raise errors[0]
+    gb = blocks * device.block / 1e9
+    return gb / max(taken_s, 1e-9), gb / max(given_s, 1e-9)
+
+
+def _wrong_on_device(device: Device, address: int, host: int, size: int, stream: int | None) -> int:
+    ctypes.memmove(host, content(9), size)
+    copy_time(device, address, host, size, HOST_TO_DEVICE, stream)
+    return device.wrong(address, 9, size)
+
+
+@contextmanager
+def _locked(address: int, size: int) -> Iterator[None]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)) != 0:
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        limit = "no limit" if soft == resource.RLIM_INFINITY else f"the limit is {soft} bytes"
+        reason = os.strerror(ctypes.get_errno())
+        raise OSError(f"mlock of {mib(size)} failed: {reason} ({limit})")
+    try:
+        yield
+    finally:
+        libc.munlock(ctypes.c_void_p(address), ctypes.c_size_t(size))

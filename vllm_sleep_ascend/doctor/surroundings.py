@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be found without touching a device: host, driver, CANN, packages, environment, model."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, info, passed
+
+GIB = 1 << 30
+
+# The combinations that the tests run, by the names of the distributions.
+TESTED: tuple[Mapping[str, str], ...] = (
+    {"vllm": "0.32.0", "torch": "2.13.0", "torch_npu": "2.13.0"},
+    {"vllm": "0.23.0", "vllm-ascend": "0.23.0", "torch": "2.13.0", "torch_npu": "2.13.0"},
+)
+
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
+TOOLKITS = (Path("/usr/local/Ascend/ascend-toolkit/latest"), Path("/usr/local/Ascend/cann"))
+SET_ENV = "source CANN's set_env.sh, such as /usr/local/Ascend/ascend-toolkit/set_env.sh"
+
+
+def find() -> dict[str, tuple[str, Finding]]:
+    """Title and finding of each thing, by its name."""
+    things: tuple[tuple[str, str, Callable[[], Finding]], ...] = (
+        ("kernel", "kernel", kernel),
+        ("driver", "driver", driver),
+        ("cann", "CANN", cann),
+        ("page_size", "page size", page_size),
+        ("memlock", "ulimit -l", memlock),
+        ("host_memory", "host memory", host_memory),
+        ("container", "container's limit", container_limit),
+        ("versions", "packages", versions),
+        ("allocator", "allocator", allocator),
+    )
+    found = {name: (title, look()) for name, title, look in things}
+    return found | {
+        variable: (variable, look(os.environ.get(variable)))
+        for variable, look in ENVIRONMENT.items()
+    }
+
+
+# --- The host
+
+
+def kernel() -> Finding:
+    name = os.uname()
+    return info(f"{name.release} ({name.machine})", release=name.release, machine=name.machine)
+
+
+def driver(file: Path = DRIVER) -> Finding:
+    for line in _lines(file):
+        key, _, value = line.partition("=")
+        if key.strip().lower() == "version" and value.strip():
+            return info(f"{value.strip()} ({file})", version=value.strip())
+    if found := _npu_smi():
+        return info(f"npu-smi {found}", version=found)
+    return info(f"unknown: no {file} and no npu-smi here; a container may lack them", version=None)
+
+
+def _npu_smi() -> str:
+    """The version that npu-smi prints, which is the driver's; ``""``: there is no npu-smi."""
+    program = shutil.which("npu-smi")
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run([program, "info"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    match = re.search(r"Version:\s*([\w.]+)", done.stdout)
+    return match[1] if match else ""
+
+
+def cann() -> Finding:
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    if not home:
+        there = [str(path) for path in TOOLKITS if path.exists()]
+        where = f"there is {' and '.join(there)}" if there else "none in /usr/local/Ascend"
+        return failed(
+            f"ASCEND_HOME_PATH is not set; {where}",
+            "No program finds AscendCL, torch_npu does not load.",
+            f"Install CANN, and {SET_ENV}.",
+            version=None,
+        )
+    version = _cann_version(Path(home))
+    if version is None:
+        return degraded(
+            f"{home} has no version file",
+            "The version of CANN is not known.",
+            "See whether ASCEND_HOME_PATH names the toolkit, not a folder around it.",
+            version=None,
+            home=home,
+        )
+    return info(f"{version} ({home})", version=version, home=home)
+
+
+def _cann_version(home: Path) -> str | None:
+    """From the files that CANN's packages have: those of its own name first."""
+    for file in sorted(home.glob("*-linux/ascend_*_install.info")):
+        for line in _lines(file):
+            if line.startswith("version="):
+                return line.partition("=")[2].strip()
+    for line in _lines(home / "version.cfg"):
+        # toolkit_running_version=[7.6.0.1.220:8.0.0]: the second is the release.
+        if match := re.match(r"\w+_running_version=\[([^\]:]*):?([^\]]*)\]", line):
+            return match[2] if match[2][:1].isdigit() else match[1]
+    for file in (home / "version.info", *sorted(home.glob("*/version.info"))):
+        for line in _lines(file):
+            if line.lower().startswith("version="):
+                return line.partition("=")[2].strip()
+    return None
+
+
+def page_size() -> Finding:
+    size = resource.getpagesize()
+    if size <= 4096:
+        return info(f"{size} bytes", bytes=size)
+    return info(
+        f"{size} bytes: huge pages are large, host memory is taken in more pages", bytes=size
+    )
+
+
+def memlock() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return info("unlimited", bytes=None)
+    what = 'it limits registered memory (host_memory="registered"), not aclrtMallocHost'
+    return info(f"{soft} bytes: {what}", bytes=soft)
+
+
+def host_memory() -> Finding:
+    available = available_bytes()
+    return info(f"{_gib(available)} available for backups", available_bytes=available)
+
+
+def available_bytes() -> int:
+    """What the machine or this process's control group has left; of the machine alone, where the
+    compiled allocator is not installed."""
+    try:
+        from vllm_sleep_ascend import _camem
+    except ImportError:
+        for line in _lines(Path("/proc/meminfo")):
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return 0
+    return _camem.available_host_bytes()
+
+
+def container_limit() -> Finding:
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        for line in _lines(Path(file)):
+            if line.isdigit() and int(line) < 1 << 60:
+                return info(f"{_gib(int(line))} ({file})", bytes=int(line))
+    return info("none", bytes=None)
+
+
+# --- What is installed
+
+
+def versions() -> Finding:
+    installed = {}
+    for name in ("vllm", "vllm-ascend", "torch", "torch_npu"):
+        try:
+            installed[name] = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    text = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none of vLLM's"
+    figures = {"installed": installed, "tested_together": installed in TESTED}
+    missing = [name for name in ("vllm", "torch", "torch_npu") if name not in installed]
+    tested = "; ".join(
+        ", ".join(f"{name} {version}" for name, version in together.items()) for together in TESTED
+    )
+    if missing:
+        return failed(
+            f"{text}; missing: {', '.join(missing)}",
+            "No engine can run.",
+            "Install what is missing, in the order that COMPILE.md says.",
+            **figures,
+        )
+    if not figures["tested_together"]:
+        return degraded(
+            f"{text}: not tested together",
+            "Names that sleep mode builds on may have moved.",
+            f"Tested are: {tested}.",
+            **figures,
+        )
+    return passed(f"{text}: tested together", **figures)
+
+
+def allocator() -> Finding:
+    try:
+        from vllm_sleep_ascend import _camem
+    except ImportError as error:
+        text = str(error)
+        if "undefined symbol" in text:
+            remedy = "Build it against the CANN that runs: it is older than that of the build."
+        elif "cannot open shared object" in text:
+            remedy = f"In this shell, {SET_ENV}."
+        else:
+            remedy = "Install the package again with COMPILE_CUSTOM_KERNELS=1 (COMPILE.md)."
+        return failed(f"cannot be loaded: {text}", "Sleep mode is refused.", remedy, loaded=False)
+    return passed(Path(_camem.__file__).name, loaded=True)
+
+
+# --- Environment variables
+
+
+def _allocator_settings(value: str | None) -> Finding:
+    if value is None:
+        return info("not set", value=None)
+    if "expandable_segments:true" in value.lower().replace(" ", ""):
+        return info(
+            f"{value}: expandable segments pause while memory that can sleep is allocated",
+            value=value,
+        )
+    return info(value, value=value)
+
+
+def _nz(value: str | None) -> Finding:
+    what = "beside vllm-ascend, 0 lets level 2 and reload_weights write weights again"
+    return info(f"{value or 'not set'}: {what}", value=value)
+
+
+def _dev_mode(value: str | None) -> Finding:
+    if value == "1":
+        return info("1: servers have /sleep and /wake_up; do not expose them", value=value)
+    return info(
+        f"{value or 'not set'}: servers started so have no /sleep and /wake_up", value=value
+    )
+
+
+def _visible(value: str | None) -> Finding:
+    if value is None:
+        return info("not set: all devices are visible", value=None)
+    return info(f"{value}: these devices are visible, and are numbered from 0", value=value)
+
+
+def _hccl_buffer(value: str | None) -> Finding:
+    size = value if value and value.isdigit() else "200"
+    return info(
+        f"{value or 'not set'}: each communicator holds 2 x {size} MiB of device memory, also "
+        "asleep, unless release_communicators is set",
+        value=value,
+    )
+
+
+ENVIRONMENT: dict[str, Callable[[str | None], Finding]] = {
+    "PYTORCH_NPU_ALLOC_CONF": _allocator_settings,
+    "PYTORCH_ALLOC_CONF": _allocator_settings,
+    "VLLM_ASCEND_ENABLE_NZ": _nz,
+    "VLLM_SERVER_DEV_MODE": _dev_mode,
+    "ASCEND_RT_VISIBLE_DEVICES": _visible,
+    "HCCL_BUFFSIZE": _hccl_buffer,
+}
+
+
+# --- A model
+
+
+def weight_bytes(model: Path) -> int:
+    """What the safetensors of a checkpoint hold on disk.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not model.is_dir():
+        raise ValueError(f"--model {model} is not a folder; name the one with the *.safetensors")
+    index = model / "model.safetensors.index.json"
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        files = [model / name for name in sorted(names)]
+    else:
+        files = sorted(model.glob("*.safetensors"))
+        # Mistral's checkpoints have the same weights twice.
+        files = [file for file in files if not file.name.startswith("consolidated")] or files
+    sizes = [file.stat().st_size for file in files if file.exists()]
+    if not sizes:
+        raise ValueError(f"--model {model} has no *.safetensors")
+    return sum(sizes)
+
+
+def weights(model: Path, devices: int) -> Finding:
+    """Host memory against the weights of a model.
+
+    Raises:
+        ValueError: the folder holds no checkpoint.
+    """
+    size, available = weight_bytes(model), available_bytes()
+    figures = {"weights_bytes": size, "available_bytes": available, "devices": devices}
+    text = f"{_gib(size)} of weights, {_gib(available)} of host memory"
+    if size > available:
+        return degraded(
+            f"{text}: level 1 does not fit",
+            "A sleep at level 1 is refused.",
+            "Free host memory, raise the container's limit, or use level 2, which keeps no backup.",
+            **figures,
+            fits=0,
+        )
+    fits = available // size
+    each = f"{devices} devices, if each has a whole copy" if devices > 1 else "one engine"
+    if fits < devices:
+        return degraded(
+            f"{text}: {fits} of {devices} whole copies fit",
+            "Ranks of tensor parallel share one copy, and fit. With a whole copy on each device "
+            "(data parallel, several servers), not all can sleep at level 1.",
+            "Use level 2 for some, or more host memory.",
+            **figures,
+            fits=fits,
+        )
+    return passed(f"{text}: level 1 fits for {each}", **figures, fits=fits)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
