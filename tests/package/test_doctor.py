@@ -78,7 +78,7 @@ def checkpoint(tmp_path: Path) -> Path:
 ALL_PASS = dict.fromkeys(
     (
         *("map_at_offset", "map_again", "comes_free", "plain_copies", "page_locked", "registered"),
-        *("taking", "streams", "deadlines", "speeds", "sleep_and_wake", "communicator"),
+        *("page_locking", "streams", "deadlines", "speeds", "sleep_and_wake", "communicator"),
         "given_back",
     ),
     "pass",
@@ -148,7 +148,7 @@ def test_few_streams_are_degraded(left):
 
 def test_no_stream_at_all_says_so():
     found = report(code=1, NPU_SIM_STREAMS="0")
-    device = found["probes"].pop("device")
+    device = found["surroundings"]["device"]
     assert device["status"] == "fail"
     assert device["figures"] == {"call": "aclrtSetDevice", "code": 207005}
     assert set(statuses(found).values()) == {"not probed"}
@@ -156,7 +156,7 @@ def test_no_stream_at_all_says_so():
 
 def test_without_page_locked_memory_it_fails():
     found = report(code=1, NPU_SIM_FAULTS="aclrtMallocHost:1:207001:*")
-    needs_it = ("taking", "deadlines", "speeds", "sleep_and_wake")
+    needs_it = ("page_locking", "deadlines", "speeds", "sleep_and_wake")
     assert statuses(found) == {
         **ALL_PASS,
         "registered": "degraded",
@@ -169,11 +169,18 @@ def test_without_page_locked_memory_it_fails():
     assert free_bytes() == TOTAL
 
 
-@pytest.mark.parametrize("call", ["aclrtMapMem", "aclrtUnmapMem"])
-def test_a_failing_call_is_named_and_leaves_no_memory_behind(call):
-    """The second mapping of each process fails, and for ever: nothing undoes the first."""
+@pytest.mark.parametrize(
+    ("probe", "call"),
+    [
+        ("map_at_offset", "aclrtMapMem"),
+        ("map_at_offset", "aclrtUnmapMem"),
+        ("page_locked", "aclrtSynchronizeStream"),  # with the copy still under way
+    ],
+)
+def test_a_failing_call_is_named_and_leaves_no_memory_behind(probe, call):
+    """From its second time on in each process, for ever: what was taken cannot be undone."""
     found = report(code=1, NPU_SIM_FAULTS=f"{call}:2:507899:*")
-    failed = found["probes"]["map_at_offset"]
+    failed = found["probes"][probe]
     assert (failed["status"], failed["figures"]) == ("fail", {"call": call, "code": 507899})
     assert statuses(found)["sleep_and_wake"] == "not probed"
     assert statuses(found)["given_back"] == "pass"

@@ -136,6 +136,7 @@ class Acl:
         for name in _TEXTS:
             if self.has(name):
                 getattr(self._library, name).restype = c_char_p
+        self._set: list[int] = []  # a device as often as it was set
         try:
             self.call("aclInit", None)
         except AclError as error:
@@ -179,10 +180,14 @@ class Acl:
         return count.value
 
     def set_device(self, device: int) -> None:
+        """Each thread needs it; ``reset_devices`` makes up for every call."""
         self.call("aclrtSetDevice", device)
+        self._set.append(device)
 
-    def reset_device(self, device: int) -> None:
-        self.call("aclrtResetDevice", device)
+    def reset_devices(self) -> None:
+        """Reset what this process has set, as often as it did."""
+        while self._set:
+            self.call("aclrtResetDevice", self._set.pop())
 
     def free_and_total(self) -> tuple[int, int]:
         """Of the current device, device-wide: other processes move it."""

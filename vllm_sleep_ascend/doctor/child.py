@@ -5,8 +5,10 @@ A device is set by the first question about it, and reset at the end.
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from vllm_sleep_ascend.doctor.probes import PROBES, run
 from vllm_sleep_ascend.doctor.probes.base import Device
 
 _END_S = 5.0
+_PR_SET_PDEATHSIG = 1
 _PYTHON_OPTIONS = ("-S",) * sys.flags.no_site  # the child finds the same packages
 
 
@@ -130,28 +133,28 @@ class _Answers:
 
     def __init__(self) -> None:
         self._acl: Acl | None = None
-        self._set: set[int] = set()
+        self._current: int | None = None
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
             if question["ask"] == "look":
-                return self._look(question["limit"])
+                return self._look(question["device"])
             return self._probe(question["name"], question["device"], question["size"])
         except AclMissing as error:
             return {"missing": str(error)}
         except AclError as error:
             return {"error": str(error), "call": error.call, "code": error.code}
 
-    def _look(self, limit: int) -> dict[str, Any]:
-        """What AscendCL says, and the free and total memory of each device."""
+    def _look(self, device: int | None) -> dict[str, Any]:
+        """What AscendCL says, and the free and total memory of the device, None: of each."""
         acl = self._open()
         count = acl.device_count()
-        devices = [self._memory(acl, device) for device in range(min(count, limit))]
+        devices = range(count) if device is None else [device]
         return {
             "soc": acl.soc(),
             "acl_version": acl.version(),
             "count": count,
-            "devices": devices,
+            "devices": [self._memory(acl, device) for device in devices],
         }
 
     def _memory(self, acl: Acl, device: int) -> dict[str, Any]:
@@ -160,16 +163,16 @@ class _Answers:
             try:
                 free, total = acl.free_and_total()
             finally:
-                acl.reset_device(device)
+                acl.reset_devices()
         except AclError as error:
             return {"device": device, "error": str(error), "call": error.call, "code": error.code}
         return {"device": device, "free_bytes": free, "total_bytes": total}
 
     def _probe(self, name: str, index: int, size: int) -> dict[str, Any]:
         acl = self._open()
-        if index not in self._set:
+        if self._current != index:
             acl.set_device(index)
-            self._set.add(index)
+            self._current = index
         unit = acl.granularity(index)
         probe = next(probe for probe in PROBES if probe.name == name)
         device = Device(acl, index, unit, max(unit, size // unit * unit))
@@ -182,12 +185,13 @@ class _Answers:
     def close(self) -> None:
         if self._acl is None:
             return
-        for device in self._set:
-            self._acl.reset_device(device)
+        self._acl.reset_devices()
         self._acl.call("aclFinalize")
 
 
 def main() -> None:
+    # A call that hangs would hold the device for ever if the parent were killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = _Answers()
     out = os.fdopen(int(sys.argv[1]), "w")
     for line in sys.stdin:

@@ -26,7 +26,8 @@ refused.
 _TIMEOUT_S = 10.0
 _WHOLE_S = 50.0  # with the default of --timeout; what was not probed by then is not
 _IN_USE_BELOW = 0.9  # of the memory free: somebody else holds the rest
-_ALL_DEVICES = 64
+_LOOK_S = 25.0  # at all devices: each has to be set
+_LAST_LOOK_S = 8.0
 _UNIT = 2 * MIB
 
 
@@ -106,7 +107,7 @@ class _Examination:
 
     def run(self) -> None:
         report, index = self._report, self._args.device
-        seen = self._look()
+        seen = self._look(None, _LOOK_S)
         if isinstance(seen, Finding):
             report.surroundings["ascendcl"] = ("AscendCL", seen)
             self._about_model(devices=1)
@@ -172,11 +173,11 @@ class _Examination:
                 )
         return max(_UNIT, size // _UNIT * _UNIT)
 
-    def _look(self) -> dict[str, Any] | Finding:
-        """What AscendCL says; a finding, if it says nothing."""
+    def _look(self, device: int | None, seconds: float) -> dict[str, Any] | Finding:
+        """What AscendCL says of this device, None: of all; a finding, if it says nothing."""
         self._progress("looking at the devices")
         try:
-            seen = self._child.ask(self._within(15), ask="look", limit=_ALL_DEVICES)
+            seen = self._child.ask(seconds * self._scale, ask="look", device=device)
         except (Silence, Crash) as error:
             return _broken_start(str(error))
         if "missing" in seen:
@@ -186,8 +187,8 @@ class _Examination:
         return seen
 
     def _broken_device(self, device: dict[str, Any]) -> None:
-        self._report.probes["device"] = (
-            "device",
+        self._report.surroundings["device"] = (
+            f"device {device['device']}",
             failed(
                 device["error"],
                 "No process can use the device.",
@@ -248,8 +249,8 @@ class _Examination:
 
     def _given_back(self, free_before: int) -> Finding:
         """Whether the device has as much free memory as before, as another process sees it."""
-        seen = self._look()
-        after = None if isinstance(seen, Finding) else seen["devices"][self._args.device]
+        seen = self._look(self._args.device, _LAST_LOOK_S)
+        after = None if isinstance(seen, Finding) else seen["devices"][0]
         if after is None or "error" in after:
             return degraded(
                 "the device cannot be asked any more",

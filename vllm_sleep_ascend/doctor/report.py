@@ -70,8 +70,11 @@ class Report:
         about = f"device {self.device}" + (f", {self.soc}" if self.soc else "")
         lines = [f"vllm-sleep doctor: {about}"]
         lines += ["", "Surroundings", *_rows(self.surroundings, width)]
-        for device in self.devices:
-            lines.append(_row("-", f"device {device['device']}", _memory(device), width))
+        lines += [
+            _row("-", f"device {device['device']}", _memory(device), width)
+            for device in self.devices
+            if f"device {device['device']}" not in dict(self.surroundings.values())
+        ]
         if self.probes:
             lines += ["", f"Probes of device {self.device}", *self._probe_rows(width)]
         lines += self._to_do()

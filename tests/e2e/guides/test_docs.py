@@ -25,6 +25,7 @@ RUN_ELSEWHERE = {
     "python examples/rlhf_colocate.py": "tests/e2e/guides/test_examples.py",
     "ray start": "tests/e2e/ranks/test_ray.py",
     "VLLM_SERVER_DEV_MODE=1 vllm serve": "tests/helpers/server.py",
+    "vllm-sleep doctor": "tests/package/test_doctor.py",
     "vllm-sleep switch": "tests/e2e/server/test_cli.py",
     "vllm-sleep-proxy": "tests/e2e/proxy/test_proxy.py",
     "make demo": "Makefile",

@@ -16,7 +16,7 @@ PROBES = (
     Probe("plain_copies", "plain host memory", host_memory.plain_copies, needs=_MAPS),
     Probe("page_locked", "page-locked memory", host_memory.page_locked, needs=_MAPS),
     Probe("registered", "registered memory", host_memory.registered, needs=_MAPS, extra=True),
-    Probe("taking", "taking page-locked", host_memory.taking_page_locked, needs=_LOCKS),
+    Probe("page_locking", "page-locking speed", host_memory.page_locking, needs=_LOCKS),
     Probe("streams", "streams", streams.streams),
     Probe("deadlines", "waits with a deadline", streams.deadlines, needs=_LOCKS),
     Probe("speeds", "speed of copies", streams.speeds, deadline_s=15, needs=_LOCKS),
