@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sleep_ascend.doctor import surroundings
-from vllm_sleep_ascend.doctor.acl import MIB
+from vllm_sleep_ascend.doctor.acl import MIB, NO_RESOURCE
 from vllm_sleep_ascend.doctor.child import Child, Crash, Silence
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, not_probed, passed
 from vllm_sleep_ascend.doctor.probes import PROBES
@@ -24,7 +24,7 @@ Exit codes: 0 sleep mode can be used (pass or degraded), 1 something failed, 2 w
 refused.
 """
 _TIMEOUT_S = 10.0
-_WHOLE_S = 50.0  # with the default of --timeout; what was not probed by then is not
+_WHOLE_S = 42.0  # with the default of --timeout; what was not probed by then is not
 _IN_USE_BELOW = 0.9  # of the memory free: somebody else holds the rest
 _LOOK_S = 25.0  # at all devices: each has to be set
 _LAST_LOOK_S = 8.0
@@ -75,81 +75,79 @@ def _examine(args: argparse.Namespace) -> Report:
     Raises:
         ValueError: an argument that cannot be; it names the value.
     """
-    if args.device < 0:
-        raise ValueError(f"--device {args.device} is not a number of a device")
-    if args.gib is not None and not 0 < args.gib < 1024:
-        raise ValueError(f"--gib {args.gib} is not between 0 and 1024")
-    if not args.timeout > 0:
-        raise ValueError(f"--timeout {args.timeout} is not above 0")
-    if args.model is not None:
-        surroundings.weight_bytes(args.model)
+    _check(args)
     started = time.monotonic()
-    report = Report(args.device)
-    report.surroundings = surroundings.find()
-    scale = args.timeout / _TIMEOUT_S
+    report = Report(args.device, surroundings=surroundings.find())
     with Child() as child:
-        _Examination(args, child, report, started + _WHOLE_S * scale, scale).run()
+        _Examination(args, child, report, started).run()
     report.seconds = time.monotonic() - started
     return report
 
 
+def _check(args: argparse.Namespace) -> None:
+    if args.device < 0:
+        raise ValueError(f"--device {args.device} is not a number of a device")
+    if args.gib is not None and not 0 < args.gib <= 1024:
+        raise ValueError(f"--gib {args.gib:g} is not above 0 and at most 1024")
+    if not 0 < args.timeout <= 3600:
+        raise ValueError(f"--timeout {args.timeout:g} is not above 0 and at most 3600")
+    if args.model is not None:
+        surroundings.weight_bytes(args.model)
+
+
 class _Examination:
     def __init__(
-        self,
-        args: argparse.Namespace,
-        child: Child,
-        report: Report,
-        end: float,
-        scale: float,
+        self, args: argparse.Namespace, child: Child, report: Report, started: float
     ) -> None:
         self._args, self._child, self._report = args, child, report
-        self._end, self._scale = end, scale
+        self._scale = args.timeout / _TIMEOUT_S
+        self._end = started + _WHOLE_S * self._scale
 
     def run(self) -> None:
+        free = self._find_device()
+        if free is None:
+            return
+        self._report.size_bytes = self._size(free)
+        for probe in PROBES:
+            self._report.probes[probe.name] = (probe.title, self._probe(probe))
+        self._child.end()
+        self._report.probes["given_back"] = ("all given back", self._given_back(free))
+
+    def _find_device(self) -> int | None:
+        """Free bytes of the device that is to be probed; None: it cannot be, the report says why.
+
+        Raises:
+            ValueError: there is no such device.
+        """
         report, index = self._report, self._args.device
         seen = self._look(None, _LOOK_S)
         if isinstance(seen, Finding):
             report.surroundings["ascendcl"] = ("AscendCL", seen)
             self._about_model(devices=1)
             self._skip_all("AscendCL does not work")
-            return
+            return None
+        count, report.devices = seen["count"], seen["devices"]
         report.soc, report.acl_version = seen["soc"], seen["acl_version"]
-        report.devices = seen["devices"]
-        self._about_model(seen["count"])
-        report.surroundings["ascendcl"] = (
-            "AscendCL",
-            passed(f"{seen['soc'] or 'an unknown chip'}; visible devices: {seen['count']}")
-            if seen["count"]
-            else failed(
-                "no visible device",
-                "No engine can run.",
-                "See npu-smi info; ASCEND_RT_VISIBLE_DEVICES; in a container, the devices that "
-                "were given to it.",
-            ),
-        )
-        if not seen["count"]:
+        report.surroundings["ascendcl"] = ("AscendCL", _ascendcl(seen["soc"], count))
+        self._about_model(count)
+        if count == 0:
             self._skip_all("there is no device")
-            return
-        if index >= seen["count"]:
-            raise ValueError(
-                f"there is no device {index}; visible devices: {seen['count']}, from 0"
-            )
+            return None
+        if index >= count:
+            raise ValueError(f"there is no device {index}; visible devices: {count}, from 0")
         chosen = seen["devices"][index]
         if "error" in chosen:
-            self._broken_device(chosen)
-            return
+            report.surroundings["device"] = (f"device {index}", _broken_device(chosen))
+            self._skip_all("the device does not work")
+            return None
         free, total = chosen["free_bytes"], chosen["total_bytes"]
         if free < _IN_USE_BELOW * total and not self._args.force:
             report.refusal = (
                 f"device {index} is in use: {free / GIB:.2f} of {total / GIB:.2f} GiB are free. "
                 "Choose another one with --device, or probe it all the same with --force"
             )
-            return
-        report.size_bytes = self._size(free)
-        for probe in PROBES:
-            self._report.probes[probe.name] = (probe.title, self._probe(probe))
-        self._child.end()
-        report.probes["given_back"] = ("all given back", self._given_back(free))
+            return None
+        return free
 
     def _about_model(self, devices: int) -> None:
         if self._args.model is not None:
@@ -177,7 +175,7 @@ class _Examination:
         """What AscendCL says of this device, None: of all; a finding, if it says nothing."""
         self._progress("looking at the devices")
         try:
-            seen = self._child.ask(seconds * self._scale, ask="look", device=device)
+            seen = self._child.ask(seconds * max(1, self._scale), ask="look", device=device)
         except (Silence, Crash) as error:
             return _broken_start(str(error))
         if "missing" in seen:
@@ -185,20 +183,6 @@ class _Examination:
         if "error" in seen:
             return _broken_start(seen["error"], call=seen["call"], code=seen["code"])
         return seen
-
-    def _broken_device(self, device: dict[str, Any]) -> None:
-        self._report.surroundings["device"] = (
-            f"device {device['device']}",
-            failed(
-                device["error"],
-                "No process can use the device.",
-                "See npu-smi info, and CANN's log. Code 207005: the device has no stream left; end "
-                "other processes on it.",
-                call=device["call"],
-                code=device["code"],
-            ),
-        )
-        self._skip_all("the device does not work")
 
     def _skip_all(self, why: str) -> None:
         for probe in PROBES:
@@ -284,6 +268,27 @@ def _missing(text: str) -> Finding:
     else:
         remedy = f"Install CANN, and {surroundings.SET_ENV}."
     return failed(text, "Nothing can use an NPU in this shell.", remedy)
+
+
+def _ascendcl(soc: str, count: int) -> Finding:
+    if count == 0:
+        return failed(
+            "no visible device",
+            "No engine can run.",
+            "See npu-smi info; ASCEND_RT_VISIBLE_DEVICES; in a container, the devices that were "
+            "given to it.",
+        )
+    return passed(f"{soc or 'an unknown chip'}; visible devices: {count}")
+
+
+def _broken_device(device: dict[str, Any]) -> Finding:
+    remedy = (
+        "The device has no stream left: end other processes on it."
+        if device["code"] == NO_RESOURCE
+        else "See npu-smi info, and CANN's log."
+    )
+    means = "No process can use the device."
+    return failed(device["error"], means, remedy, call=device["call"], code=device["code"])
 
 
 def _broken_start(text: str, **figures: Any) -> Finding:

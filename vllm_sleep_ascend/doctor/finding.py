@@ -19,8 +19,8 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def info(found: str, means: str = "", **figures: Any) -> Finding:
-    return Finding("info", found, means, "", figures)
+def info(found: str, **figures: Any) -> Finding:
+    return Finding("info", found, "", "", figures)
 
 
 def passed(found: str, **figures: Any) -> Finding:

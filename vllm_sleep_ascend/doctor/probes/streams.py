@@ -32,7 +32,7 @@ def streams(device: Device) -> Finding:
         return passed(f"{said}; sleep mode keeps at most {STREAMS}", **figures)
     return degraded(
         f"{said}, {made} of the {STREAMS} that sleep mode keeps could be made",
-        "Copies share fewer streams and are slower; with none left they share the default stream.",
+        "Copies share fewer streams, or are synchronous where none is left: both are slower.",
         "End other processes on the device, or have them capture fewer graphs: each takes streams.",
         **figures,
     )
@@ -67,6 +67,7 @@ def speeds(device: Device) -> Finding:
         host = stack.enter_context(acl.page_locked(size))
         ctypes.memset(host, 1, size)
         device.acl.copy(address, host, size, HOST_TO_DEVICE)
+        stack.callback(acl.synchronize, None)
         made = open_streams(acl, stack, STREAMS)
         rows = _table(acl, address, host, size, made or [None])
     if not rows:
@@ -80,7 +81,7 @@ def speeds(device: Device) -> Finding:
         for direction in ("to_device", "to_host")
     }
     found = "; ".join(
-        f"{direction.replace('_', ' the ')} {row['gb_per_s']} GB/s "
+        f"{direction.replace('_', ' the ')} {row['gb_per_s']:.1f} GB/s "
         f"({row['chunk_mib']} MiB, {row['streams']} stream{'s' * (row['streams'] > 1)})"
         for direction, row in best.items()
         if row
