@@ -189,7 +189,7 @@ def test_a_failing_call_is_named_and_leaves_no_memory_behind(probe, call):
 
 def test_a_copy_that_hangs_is_ended():
     rules = "aclrtMemcpyAsync.work:1:delay_ms=3600000:*"
-    timeout = f"{2 * patience():g}"
+    timeout = f"{2 + patience():g}"
     found = report("--timeout", timeout, code=1, NPU_SIM_FAULTS=rules)
     failed = found["probes"]["page_locked"]
     assert (failed["status"], failed["found"]) == ("fail", f"did not answer in {timeout} s")
