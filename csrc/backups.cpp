@@ -30,7 +30,11 @@ unsigned Pool::host_threads() const {
 // Asked for when the first memory is allocated: later on, memory and streams may be scarce.
 HostSource Pool::host_source(int device) {
   CopyStream* stream = transfer_.open(device);
-  if (!host_choice_) host_choice_ = choose_host_source(settings_.host_source, device, stream);
+  if (!host_choice_) {
+    host_choice_ = settings_.host_choice.source == HostSource::kRegistered
+                       ? try_registered_memory(device, stream)
+                       : settings_.host_choice;
+  }
   return host_choice_->source;
 }
 

@@ -38,11 +38,10 @@ Action parse_action(const std::string& name) {
   throw py::value_error("unknown action '" + name + "'; one of keep, offload, discard");
 }
 
-std::optional<HostSource> parse_host_memory(const std::string& name) {
-  if (name == "auto") return std::nullopt;
+HostSource parse_host_memory(const std::string& name) {
   if (name == "acl") return HostSource::kAcl;
   if (name == "registered") return HostSource::kRegistered;
-  throw py::value_error("unknown host memory '" + name + "'; one of auto, acl, registered");
+  throw py::value_error("unknown host memory '" + name + "'; one of acl, registered");
 }
 
 Unprepared parse_unprepared(const std::string& name) {
@@ -108,14 +107,14 @@ std::set<TagId> tag_ids(const std::vector<std::string>& names) {
 
 void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
                     unsigned host_threads, const std::string& host_memory,
-                    const std::string& unprepared, std::size_t scratch_chunk_bytes,
-                    const std::vector<std::string>& scratch_tags) {
+                    const std::string& why_host_memory, const std::string& unprepared,
+                    std::size_t scratch_chunk_bytes, const std::vector<std::string>& scratch_tags) {
   Settings settings;
   settings.chunk_bytes = chunk_bytes;
   settings.keep_host_backup = keep_host_backup;
   settings.copy_threads = copy_threads;
   settings.host_threads = host_threads;
-  settings.host_source = parse_host_memory(host_memory);
+  settings.host_choice = {parse_host_memory(host_memory), why_host_memory};
   settings.unprepared = parse_unprepared(unprepared);
   settings.scratch_chunk_bytes = scratch_chunk_bytes;
   settings.scratch_tags = tag_ids(scratch_tags);
@@ -250,7 +249,8 @@ PYBIND11_MODULE(_camem, module) {
 
   module.def("configure", &configure_pool, py::kw_only(), py::arg("chunk_bytes"),
              py::arg("keep_host_backup"), py::arg("copy_threads"), py::arg("host_threads"),
-             py::arg("host_memory") = "auto", py::arg("unprepared") = "measured",
+             py::arg("host_memory") = "acl", py::arg("why_host_memory") = "",
+             py::arg("unprepared") = "measured",
              py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
              py::arg("scratch_tags") = std::vector<std::string>());
   module.def("set_current_tag", [](const std::string& name) {

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host_source.h"
 
-#include <sys/utsname.h>
-
-#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <vector>
@@ -15,21 +12,6 @@ namespace camem {
 namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
-
-// Below it registered pages may still move or be swapped, locked by mlock or not.
-constexpr int kKernelMajor = 5, kKernelMinor = 19;
-
-// Empty: the running kernel keeps registered pages where they are.
-std::string why_kernel_is_too_old() {
-  utsname name{};
-  int major = 0, minor = 0;
-  if (uname(&name) != 0 || std::sscanf(name.release, "%d.%d", &major, &minor) != 2) {
-    return "the kernel's version is not known";
-  }
-  if (major > kKernelMajor || (major == kKernelMajor && minor >= kKernelMinor)) return "";
-  return std::string("Linux ") + name.release + " does not keep registered pages in place; " +
-         std::to_string(kKernelMajor) + "." + std::to_string(kKernelMinor) + " does";
-}
 
 constexpr int kCopies = 16;
 constexpr int kAttempts = 5;  // the thread may be kept from looking until the copies are done
@@ -70,12 +52,14 @@ std::string why_registered_copies_are_not_used(int device, CopyStream& stream) {
 
 }  // namespace
 
-HostChoice choose_host_source(std::optional<HostSource> wanted, int device, CopyStream* stream) {
-  if (wanted == HostSource::kAcl) return {HostSource::kAcl, "host_memory says so"};
-  std::string why = why_kernel_is_too_old();
+HostChoice try_registered_memory(int device, CopyStream* stream) {
+  std::string why;
   try {
-    if (why.empty() && stream == nullptr) why = "the device has no stream left to try copies on";
-    if (why.empty()) why = why_registered_copies_are_not_used(device, *stream);
+    if (stream == nullptr) {
+      why = "the device has no stream left to try copies on";
+    } else {
+      why = why_registered_copies_are_not_used(device, *stream);
+    }
   } catch (const std::exception& error) {
     why = std::string("registered memory could not be tried: ") + error.what();
   }

@@ -47,7 +47,7 @@ struct Settings {
   bool keep_host_backup = true;
   unsigned copy_threads = 3;   // threads that copy once the host memory is there
   unsigned host_threads = 16;  // threads that take host memory; at most one a core
-  std::optional<HostSource> host_source = std::nullopt;  // empty: chosen by trying
+  HostChoice host_choice{HostSource::kAcl, ""};  // registered memory is tried first
   Unprepared unprepared = Unprepared::kMeasured;
   // Tags whose content nobody needs once a sleep has begun. They take memory in larger chunks
   // (fewer calls), and a sleep gives it back at once: one that fails maps it again, empty.

@@ -46,16 +46,18 @@ def configure(
     keep_host_backup: bool,
     copy_threads: int,
     host_threads: int,
-    host_memory: Literal["auto", "acl", "registered"] = "auto",
+    host_memory: Literal["acl", "registered"] = "acl",
+    why_host_memory: str = "",
     unprepared: Literal["measured", "lock", "stage"] = "measured",
     scratch_chunk_bytes: int = 1 << 30,
     scratch_tags: list[str] = ...,
 ) -> None:
     """Set the unit of later allocations, and how transfers work. ``host_threads`` take host memory
     and copy in it; ``copy_threads`` copy once it is there. ``host_memory``: where page-locked
-    memory comes from. ``unprepared``: whether a sleep for which none is ready takes it, or goes
-    through a few page-locked blocks into plain memory; "measured": what is faster on this host.
-    ``scratch_tags``, of which nothing is ever copied, are allocated in units of
+    memory comes from; "registered" is tried before it is used, and ``why_host_memory`` is why it
+    is not even tried. ``unprepared``: whether a sleep for which no memory is ready takes it, or
+    goes through a few page-locked blocks into plain memory; "measured": what is faster on this
+    host. ``scratch_tags``, of which nothing is ever copied, are allocated in units of
     ``scratch_chunk_bytes``."""
 
 def set_current_tag(name: str) -> str:

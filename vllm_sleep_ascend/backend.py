@@ -17,6 +17,7 @@ from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums, memory_at
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import HostOutOfMemoryError, SleepModeError, WeightsError
+from vllm_sleep_ascend.page_locked import page_locked_source
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 from vllm_sleep_ascend.progress import logged
 
@@ -47,12 +48,14 @@ class CamemBackend(SleepModeBackend):
     def configure(self, config: SleepModeConfig) -> None:
         """Take the engine's options, before its first allocation."""
         self._config = config
+        source, why = page_locked_source(config.host_memory)
         _camem.configure(
             chunk_bytes=config.chunk_mib << 20,
             keep_host_backup=config.keep_host_backup,
             copy_threads=3,
             host_threads=16,
-            host_memory=config.host_memory,
+            host_memory=source,
+            why_host_memory=why,
             scratch_tags=list(SCRATCH_TAGS),
         )
 

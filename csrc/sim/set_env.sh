@@ -7,5 +7,3 @@ export ASCEND_OPP_PATH="${ASCEND_TOOLKIT_HOME}/opp"
 export ASCEND_AICPU_PATH="${ASCEND_TOOLKIT_HOME}"
 export LD_LIBRARY_PATH="${ASCEND_TOOLKIT_HOME}/lib64${LD_LIBRARY_PATH:+:${LD_LIBRARY_PATH}}"
 export PYTHONPATH="${ASCEND_TOOLKIT_HOME}/python/site-packages${PYTHONPATH:+:${PYTHONPATH}}"
-# The kernel that NPU_SIM_KERNEL names; behind what must be loaded first, as a sanitizer must.
-export LD_PRELOAD="${LD_PRELOAD:+${LD_PRELOAD}:}${ASCEND_TOOLKIT_HOME}/lib64/libnpu_sim_kernel.so"

@@ -7,6 +7,7 @@ import random
 
 from helpers import MIB
 from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.page_locked import page_locked_source
 
 _H2D, _D2H = 1, 2
 
@@ -45,12 +46,14 @@ def configure(
     host_memory: str = "auto",
     unprepared: str = "measured",
 ) -> None:
+    source, why = page_locked_source(host_memory)
     _camem.configure(
         chunk_bytes=chunk_mib * MIB,
         keep_host_backup=keep_host_backup,
         copy_threads=threads,
         host_threads=threads,
-        host_memory=host_memory,
+        host_memory=source,
+        why_host_memory=why,
         unprepared=unprepared,
         scratch_chunk_bytes=chunk_mib * MIB,
         scratch_tags=list(scratch),

@@ -232,7 +232,7 @@ def test_a_device_in_use_is_refused_without_force(neighbour):
     assert free_bytes() == before < TOTAL
 
 
-WITHOUT_CANN = dict.fromkeys(("LD_LIBRARY_PATH", "LD_PRELOAD", "ASCEND_HOME_PATH"), "")
+WITHOUT_CANN = dict.fromkeys(("LD_LIBRARY_PATH", "ASCEND_HOME_PATH"), "")
 
 
 def test_without_cann_every_line_has_a_remedy():

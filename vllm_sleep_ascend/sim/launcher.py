@@ -16,7 +16,6 @@ def toolkit_environment(toolkit: Path) -> dict[str, str]:
     environment = dict(os.environ)
     libraries = [str(toolkit / "lib64"), environment.get("LD_LIBRARY_PATH", "")]
     # The kernel that NPU_SIM_KERNEL names; behind what must be loaded first, as a sanitizer must.
-    preloaded = [environment.get("LD_PRELOAD", ""), str(toolkit / "lib64/libnpu_sim_kernel.so")]
     modules = [str(toolkit / "python" / "site-packages"), environment.get("PYTHONPATH", "")]
     environment.update(
         ASCEND_TOOLKIT_HOME=str(toolkit),
@@ -24,7 +23,6 @@ def toolkit_environment(toolkit: Path) -> dict[str, str]:
         ASCEND_OPP_PATH=str(toolkit / "opp"),
         ASCEND_AICPU_PATH=str(toolkit),
         LD_LIBRARY_PATH=":".join(filter(None, libraries)),
-        LD_PRELOAD=":".join(filter(None, preloaded)),
         PYTHONPATH=":".join(filter(None, modules)),
     )
     return environment

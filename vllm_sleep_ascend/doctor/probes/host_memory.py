@@ -26,8 +26,7 @@ from vllm_sleep_ascend.doctor.probes.base import (
     copies_of,
     mib,
 )
-
-KERNEL_THAT_KEEPS_PAGES = (5, 19)
+from vllm_sleep_ascend.page_locked import KERNEL_THAT_KEEPS_PAGES, why_registered_pages_move
 
 USES_ACL = (
     'Backups are in memory from aclrtMallocHost (host_memory="acl"), which is right on every '
@@ -77,11 +76,11 @@ def page_locked(device: Device) -> Finding:
 def registered(device: Device) -> Finding:
     acl, size = device.acl, device.block
     release = os.uname().release
-    kernel = tuple(int("".join(filter(str.isdigit, n)) or 0) for n in release.split(".")[:2])
-    wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
-    if kernel < KERNEL_THAT_KEEPS_PAGES:
+    reason = why_registered_pages_move()
+    if reason:
+        wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
         return degraded(
-            f"not used on kernel {release}: before {wanted} it may move pages under a copy",
+            f"not used: {reason}",
             USES_ACL,
             f"Nothing has to be done. A host with kernel {wanted} or newer can have it.",
             kernel=release,

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel that Python programs of the simulated machine see: NPU_SIM_KERNEL.
+
+Python runs this file at its start, and it runs the one that it stands before.
+"""
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+
+_HERE = str(Path(__file__).parent)
+
+
+def _run_the_next() -> None:
+    elsewhere = [folder for folder in sys.path if folder != _HERE]
+    spec = PathFinder.find_spec("sitecustomize", elsewhere)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(module_from_spec(spec))
+
+
+def _pretend(kernel: str) -> None:
+    release = kernel if kernel.count(".") > 1 else f"{kernel}.0"
+    system, node, _, version, machine = os.uname()
+    result = os.uname_result((system, node, release, version, machine))
+    os.uname = lambda: result
+
+
+_pretend(os.environ.get("NPU_SIM_KERNEL") or "5.10")
+_run_the_next()

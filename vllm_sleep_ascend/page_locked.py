@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where page-locked host memory may come from on the running kernel."""
+
+import os
+import re
+from typing import Literal
+
+# Below it registered pages may move or be swapped, locked by mlock or not.
+KERNEL_THAT_KEEPS_PAGES = (5, 19)
+
+
+def why_registered_pages_move() -> str:
+    """What the running kernel lacks; empty if it keeps registered pages in place."""
+    release = os.uname().release
+    version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if version >= KERNEL_THAT_KEEPS_PAGES:
+        return ""
+    wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
+    return f"Linux {release} does not keep registered pages in place; {wanted} does"
+
+
+def page_locked_source(wish: str) -> tuple[Literal["acl", "registered"], str]:
+    """Where page-locked memory is to come from by the option ``host_memory``, and why registered
+    memory is not even tried."""
+    if wish == "acl":
+        return "acl", "host_memory says so"
+    reason = why_registered_pages_move()
+    return ("acl", reason) if reason else ("registered", "")
