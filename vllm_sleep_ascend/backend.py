@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums, memory_at
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.errors import HostOutOfMemoryError, SleepModeError, WeightsError
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.page_locked import page_locked_source
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 from vllm_sleep_ascend.progress import logged
@@ -73,11 +73,11 @@ class CamemBackend(SleepModeBackend):
         """Take page-locked memory for the weights in the background, as ``host_backup`` says.
         ``ranks`` of them share the host. A sleep that needs more than it has says so when it comes.
         """
-        when, idle = self._config.host_backup, self._config.host_backup == "auto"
-        if when == "on_demand" or (idle and not self._config.keep_host_backup):
+        when, by_itself = self._config.host_backup, self._config.host_backup == "auto"
+        if when == "on_demand" or (by_itself and not self._config.keep_host_backup):
             return
         needed, available = self.host_need({"weights": "offload"}, "keep")
-        if idle and available < 2 * ranks * needed:
+        if by_itself and available < 2 * ranks * needed:
             logger.info(
                 "camem: no host memory is prepared: the host has %.2f GiB, and twice what %d ranks "
                 "need are %.2f GiB. The first sleep takes it (host_backup)",
@@ -87,8 +87,8 @@ class CamemBackend(SleepModeBackend):
             )
             return
         try:
-            _camem.prepare(["weights"], slowly=idle)
-        except HostOutOfMemoryError as error:
+            _camem.prepare(["weights"], slowly=by_itself)
+        except SleepModeError as error:
             logger.warning("camem: no host memory was prepared (host_backup): %s", error)
             return
         logger.info("camem: preparing %.2f GiB of page-locked host memory", needed / _GIB)

@@ -31,8 +31,8 @@ class SleepModeConfig(BaseModel):
     host_backup: Literal["auto", "on_demand", "prepared"] = Field(default="auto")
     """When the page-locked memory of a level-1 backup is taken. "on_demand": by the first sleep, or
     behind it where plain memory is faster to have. "prepared": by many threads as soon as the
-    engine is ready to serve. "auto": then too, by one thread in idle time, if the host has twice
-    what all ranks on it need and backups are kept; a sleep at level 2 gives it back."""
+    engine is ready to serve. "auto": then too, by one thread that rests half of the time, if the
+    host has twice what all ranks on it need and backups are kept; level 2 gives it back."""
 
     host_memory: Literal["auto", "acl", "registered"] = Field(default="auto")
     """Where page-locked memory comes from. "acl": aclrtMallocHost. "registered": mapped, locked and
