@@ -29,6 +29,7 @@ unsigned Pool::host_threads() const {
 
 // Asked for when the first memory is allocated: later on, memory and streams may be scarce.
 HostSource Pool::host_source(int device) {
+  DeviceGuard guard(device);
   CopyStream* stream = transfer_.open(device);
   if (!host_choice_) {
     host_choice_ = settings_.host_choice.source == HostSource::kRegistered
@@ -64,7 +65,7 @@ std::size_t Pool::missing_host_bytes(Tasks::const_iterator first, Tasks::const_i
 void Pool::preflight_host(const Tasks& offloads) {
   const std::size_t needed = missing_host_bytes(offloads.begin(), offloads.end());
   if (needed <= available_host_bytes()) return;
-  reserve_.wait_until_given_back();
+  reserve_.wait_until_idle();
   const std::size_t available = available_host_bytes();
   if (needed > available) throw_backup_does_not_fit(needed, available);
 }
@@ -118,7 +119,6 @@ void Pool::order_prepared() {
   for (const Task& task : tasks) sizes.push_back(task.chunk->bytes);
   order.device = tasks.front().allocation->device;
   order.sizes = reserve_.not_ready(sizes);
-  DeviceGuard guard(order.device);
   order.source = host_source(order.device);
   order.threads = prepared_->slowly ? 1 : host_threads();
   order.slowly = prepared_->slowly;

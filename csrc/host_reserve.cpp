@@ -57,10 +57,11 @@ void HostReserve::prepare(Order order) {
 
 void HostReserve::carry_out(const std::shared_ptr<Work>& work) noexcept {
   const HostReserve::Order& order = work->order;
-  std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
   const auto stopped = [&] { return work->stopped; };
   try {
     DeviceGuard guard(order.device);
+    lock.lock();
     changed_.wait_for(lock, order.delay, stopped);
     while (!work->wanted.empty()) {
       const std::size_t bytes = work->wanted.front();
@@ -137,7 +138,7 @@ bool HostReserve::wait(double seconds) {
 void HostReserve::give_back() {
   std::lock_guard<std::mutex> lock(mutex_);
   stop_locked();
-  if (ready_.empty()) return;
+  if (ready_.empty() || closed_) return;
   const auto blocks = std::make_shared<std::multimap<std::size_t, HostMemory>>();
   blocks->swap(ready_);
   try {
@@ -148,23 +149,21 @@ void HostReserve::give_back() {
       } catch (const std::exception&) {
         blocks->clear();
       }
-      std::lock_guard<std::mutex> lock(mutex_);
-      --giving_;
     });
-    ++giving_;
   } catch (const std::exception&) {
     // The machine gives no more threads: they are given back on this one.
   }
 }
 
-void HostReserve::wait_until_given_back() {
+void HostReserve::wait_until_idle() {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [this] { return giving_ == 0; });
+  const std::size_t working = work_ ? work_->running : 0;
+  changed_.wait(lock, [&] { return threads_ <= working; });
 }
 
 void HostReserve::clear() noexcept {
   give_back();
-  wait_until_given_back();
+  wait_until_idle();
 }
 
 void HostReserve::close() noexcept {

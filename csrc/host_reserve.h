@@ -49,7 +49,9 @@ class HostReserve {
 
   // Ends the order, and gives back in the background what is ready.
   void give_back();
-  void wait_until_given_back();
+  // Until nothing is given back any more, and orders that were ended have dropped what they had
+  // begun.
+  void wait_until_idle();
   void clear() noexcept;  // the same, and waits for it
   void close() noexcept;  // ends everything for good, and waits for all threads
 
@@ -82,7 +84,6 @@ class HostReserve {
   int device_ = 0;  // of the last order
   std::multimap<std::size_t, HostMemory> ready_;
   std::size_t threads_ = 0;  // of all orders, and those that give back
-  std::size_t giving_ = 0;
   bool closed_ = false;
 };
 

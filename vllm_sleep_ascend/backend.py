@@ -326,8 +326,8 @@ class CamemBackend(SleepModeBackend):
     def _release_prepared(self) -> None:
         """Whoever sleeps at level 2 needs no backup of the weights."""
         prepared = _camem.host_memory()["prepared"]
+        _camem.release_prepared()
         if prepared:
-            _camem.release_prepared()
             logger.info(
                 "camem: %.2f GiB of prepared host memory go back: level 2 does not need it",
                 prepared / _GIB,

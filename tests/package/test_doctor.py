@@ -124,14 +124,14 @@ def test_the_most_common_host(checkpoint):
     assert around["host_memory"]["figures"]["available_bytes"] > GIB
 
 
-@pytest.mark.parametrize(("driver", "pins"), [("25.0", False), ("26.0", True)])
-def test_a_newer_kernel_has_registered_memory(driver, pins):
-    """Copies of it are exact: locked by mlock, or by a driver that pins."""
+@pytest.mark.parametrize("driver", ["25.0", "26.0"])
+def test_a_newer_kernel_has_registered_memory(driver):
+    """Copies of it are exact: locked by mlock, or by a driver that pins too."""
     found = report(NPU_SIM_KERNEL="6.1", NPU_SIM_DRIVER=driver)
     assert statuses(found)["registered"] == "pass"
     figures = found["probes"]["registered"]["figures"]
     assert figures["used"] and figures["exact_to_device"] and figures["exact_to_host"]
-    assert (figures["kernel"], figures["driver_pins"]) == ("6.1.0", pins)
+    assert figures["kernel"] == "6.1.0"
     assert statuses(found)["given_back"] == "pass"
 
 

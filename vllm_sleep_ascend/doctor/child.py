@@ -145,16 +145,15 @@ class _Answers:
         except AclError as error:
             return {"error": str(error), "call": error.call, "code": error.code}
 
-    def _look(self, device: int | None) -> dict[str, Any]:
-        """What AscendCL says, and the free and total memory of the device, None: of each."""
+    def _look(self, device: int) -> dict[str, Any]:
+        """What AscendCL says, and the free and total memory of the device, if there is one."""
         acl = self._open()
         count = acl.device_count()
-        devices = range(count) if device is None else [device]
         return {
             "soc": acl.soc(),
             "acl_version": acl.version(),
             "count": count,
-            "devices": [self._memory(acl, device) for device in devices],
+            "devices": [self._memory(acl, device)] if device < count else [],
         }
 
     def _memory(self, acl: Acl, device: int) -> dict[str, Any]:

@@ -26,8 +26,11 @@ refused.
 _TIMEOUT_S = 10.0
 _WHOLE_S = 42.0  # with the default of --timeout; what was not probed by then is not
 _IN_USE_BELOW = 0.9  # of the memory free: somebody else holds the rest
-_LOOK_S = 25.0  # at all devices: each has to be set
+_LOOK_S = 25.0  # at the device: it has to be set
 _LAST_LOOK_S = 8.0
+_OTHER_LOOK_S = 3.0  # at each of the others, which may be slow or stuck
+_LEAST_S = 2.0  # a probe with less time left says nothing
+_NOT_GIVEN_BACK = 64 * MIB  # more than contexts of processes differ by
 _UNIT = 2 * MIB
 
 
@@ -120,13 +123,13 @@ class _Examination:
             ValueError: there is no such device.
         """
         report, index = self._report, self._args.device
-        seen = self._look(None, _LOOK_S)
+        seen = self._look(index, _LOOK_S)
         if isinstance(seen, Finding):
             report.surroundings["ascendcl"] = ("AscendCL", seen)
             self._about_model(devices=1)
             self._skip_all("AscendCL does not work")
             return None
-        count, report.devices = seen["count"], seen["devices"]
+        count = seen["count"]
         report.soc, report.acl_version = seen["soc"], seen["acl_version"]
         report.surroundings["ascendcl"] = ("AscendCL", _ascendcl(seen["soc"], count))
         self._about_model(count)
@@ -135,7 +138,8 @@ class _Examination:
             return None
         if index >= count:
             raise ValueError(f"there is no device {index}; visible devices: {count}, from 0")
-        chosen = seen["devices"][index]
+        (chosen,) = seen["devices"]
+        report.devices = self._look_at_all(count, chosen)
         if "error" in chosen:
             report.surroundings["device"] = (f"device {index}", _broken_device(chosen))
             self._skip_all("the device does not work")
@@ -148,6 +152,19 @@ class _Examination:
             )
             return None
         return free
+
+    def _look_at_all(self, count: int, chosen: dict[str, Any]) -> list[dict[str, Any]]:
+        """The memory of every device; those that do not answer say so, and hold nothing up."""
+        devices = [chosen]
+        for device in range(count):
+            if device == chosen["device"] or self._within(_OTHER_LOOK_S) <= 0:
+                continue
+            try:
+                seen = self._child.ask(self._within(_OTHER_LOOK_S), ask="look", device=device)
+                devices += seen.get("devices", [])
+            except (Silence, Crash) as error:
+                devices.append({"device": device, "error": str(error)})
+        return sorted(devices, key=lambda device: device["device"])
 
     def _about_model(self, devices: int) -> None:
         if self._args.model is not None:
@@ -171,9 +188,9 @@ class _Examination:
                 )
         return max(_UNIT, size // _UNIT * _UNIT)
 
-    def _look(self, device: int | None, seconds: float) -> dict[str, Any] | Finding:
-        """What AscendCL says of this device, None: of all; a finding, if it says nothing."""
-        self._progress("looking at the devices")
+    def _look(self, device: int, seconds: float) -> dict[str, Any] | Finding:
+        """What AscendCL says of this device; a finding, if it says nothing."""
+        self._progress("looking at the device")
         try:
             seen = self._child.ask(seconds * max(1, self._scale), ask="look", device=device)
         except (Silence, Crash) as error:
@@ -194,7 +211,7 @@ class _Examination:
             if finding.status in ("fail", "not probed"):
                 return not_probed(f'"{title}" comes first, and has not passed')
         timeout_s = self._within(probe.deadline_s)
-        if timeout_s <= 0:
+        if timeout_s < min(_LEAST_S, probe.deadline_s * self._scale):
             return not_probed("the time was up; give it more with --timeout")
         self._progress(f"probing: {probe.title}")
         started = time.monotonic()
@@ -236,14 +253,14 @@ class _Examination:
         seen = self._look(self._args.device, _LAST_LOOK_S)
         after = None if isinstance(seen, Finding) else seen["devices"][0]
         if after is None or "error" in after:
-            return degraded(
+            return failed(
                 "the device cannot be asked any more",
-                "Another probe has upset it.",
+                "Another probe has upset it, and no engine could start on it now.",
                 "See npu-smi info.",
             )
         missing = free_before - after["free_bytes"]
         figures = {"free_before_bytes": free_before, "free_after_bytes": after["free_bytes"]}
-        if missing > 0.01 * after["total_bytes"]:
+        if missing > _NOT_GIVEN_BACK:
             return degraded(
                 f"{missing / MIB:.0f} MiB less are free than before",
                 "Another process took them meanwhile, or the driver has not got them back.",

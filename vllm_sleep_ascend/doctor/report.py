@@ -31,7 +31,9 @@ class Report:
     def exit_code(self) -> int:
         if self.refusal:
             return REFUSED
-        return FAILED if self._count("fail") else USABLE
+        whole = self.probes.get("sleep_and_wake")
+        unknown = whole is not None and whole[1].status == "not probed"
+        return FAILED if unknown or self._count("fail") else USABLE
 
     def _count(self, status: str) -> int:
         return sum(finding.status == status for _, finding in self._all().values())
@@ -105,9 +107,12 @@ class Report:
             for status in ("pass", "degraded", "fail", "not probed")
             if (count := self._count(status))
         )
-        verdict = (
-            "sleep mode can be used" if self.exit_code == USABLE else "sleep mode cannot be used"
-        )
+        if self.exit_code == USABLE:
+            verdict = "sleep mode can be used"
+        elif self._count("fail"):
+            verdict = "sleep mode cannot be used"
+        else:
+            verdict = "not known whether sleep mode can be used"
         return f"{verdict}: {counts}; {self.seconds:.0f} s"
 
 

@@ -13,7 +13,6 @@ from vllm_sleep_ascend.doctor.acl import (
     DEVICE_TO_HOST,
     HOST_TO_DEVICE,
     MIB,
-    AclError,
     plain_memory,
 )
 from vllm_sleep_ascend.doctor.content import content, wrong_pages
@@ -95,41 +94,28 @@ def registered(device: Device) -> Finding:
             used=False,
         )
     try:
-        with device.memory(size) as address:
-            with (
-                plain_memory(size) as host,
-                acl.registered(host, size),
-                a_stream(acl) as stream,
-            ):
-                pins = _wrong_on_device(device, address, host, size, stream) == 0
-            with (
-                plain_memory(size) as host,
-                _locked(host, size),
-                acl.registered(host, size),
-                a_stream(acl) as stream,
-            ):
-                copies = copies_of(device, address, host, size, stream)
-    except (AclError, OSError) as error:
-        limit = "Raise ulimit -l. " if isinstance(error, OSError) else ""
+        with (
+            device.memory(size) as address,
+            plain_memory(size) as host,
+            _locked(host, size),
+            acl.registered(host, size),
+            a_stream(acl) as stream,
+        ):
+            copies = copies_of(device, address, host, size, stream)
+    except OSError as error:
         return degraded(
             str(error),
             USES_ACL,
-            f"{limit}In a container, --ulimit memlock=-1 and --privileged may be needed.",
+            "Raise ulimit -l; in a container, --ulimit memlock=-1.",
             kernel=release,
             used=False,
         )
-    figures = {
-        "kernel": release,
-        "bytes": size,
-        "used": copies.wrong == 0 and copies.asynchronous,
-        "driver_pins": pins,
-        **copies.figures(),
-    }
-    if not figures["used"]:
+    used = copies.wrong == 0 and copies.asynchronous
+    figures = {"kernel": release, "bytes": size, "used": used, **copies.figures()}
+    if not used:
         found = f"{copies.wrong} pages arrived wrong" if copies.wrong else "not asynchronous"
         return degraded(found, USES_ACL, "Nothing has to be done.", **figures)
-    who = "the driver locks it by itself" if pins else "locked by mlock"
-    return passed(f"copies are asynchronous and exact on kernel {release}; {who}", **figures)
+    return passed(f"copies are asynchronous and exact on kernel {release}", **figures)
 
 
 def page_locking(device: Device) -> Finding:
@@ -164,13 +150,6 @@ def _take_blocks(device: Device, blocks: int, threads: int) -> tuple[float, floa
     given_s = time.perf_counter() - started
     gb = blocks * device.block / 1e9
     return gb / max(taken_s, 1e-9), gb / max(given_s, 1e-9)
-
-
-def _wrong_on_device(device: Device, address: int, host: int, size: int, stream: int | None) -> int:
-    ctypes.memmove(host, content(9), size)
-    device.acl.copy_async(address, host, size, HOST_TO_DEVICE, stream)
-    device.acl.synchronize(stream)
-    return device.wrong(address, 9, size)
 
 
 @contextmanager
