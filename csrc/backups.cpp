@@ -59,7 +59,8 @@ std::size_t Pool::missing_host_bytes(Tasks::const_iterator first, Tasks::const_i
   std::for_each(first, last, [&](const Task& task) {
     if (!task.chunk->backup) sizes.push_back(task.chunk->bytes);
   });
-  return std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}) - reserve_.ready_bytes(sizes);
+  const std::vector<std::size_t> missing = reserve_.not_ready(sizes);
+  return std::accumulate(missing.begin(), missing.end(), std::size_t{0});
 }
 
 void Pool::preflight_host(const Tasks& offloads) {

@@ -180,10 +180,6 @@ std::size_t HostReserve::ready_bytes() {
   return bytes;
 }
 
-std::size_t HostReserve::ready_bytes(const std::vector<std::size_t>& sizes) {
-  return sum(sizes) - sum(not_ready(sizes));
-}
-
 std::vector<std::size_t> HostReserve::not_ready(const std::vector<std::size_t>& sizes) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::multiset<std::size_t> ready;

@@ -18,8 +18,8 @@
 
 namespace camem {
 
-// Thread-safe, and lives as long as the process. No call but clear() and close() waits for a block
-// that is being taken: the machine may be busy, and AscendCL slow.
+// Thread-safe, and lives as long as the process. Calls do not wait for a block that is being taken,
+// since the machine may be busy and AscendCL slow; those that do say so.
 class HostReserve {
  public:
   // What becomes of a block once it is there. Returns false to be called again after a moment.
@@ -49,16 +49,14 @@ class HostReserve {
 
   // Ends the order, and gives back in the background what is ready.
   void give_back();
-  // Until nothing is given back any more, and orders that were ended have dropped what they had
-  // begun.
+  // Waits until nothing is given back any more, and orders that were ended have dropped the blocks
+  // that they were taking.
   void wait_until_idle();
-  void clear() noexcept;  // the same, and waits for it
+  void clear() noexcept;  // give_back() and wait_until_idle()
   void close() noexcept;  // ends everything for good, and waits for all threads
 
   std::size_t ready_bytes();  // of all blocks that are ready
-  // Bytes of those blocks that are ready, of blocks of these sizes.
-  std::size_t ready_bytes(const std::vector<std::size_t>& sizes);
-  // Without those for which a block of the size is ready.
+  // Those of the sizes for which no block is ready.
   std::vector<std::size_t> not_ready(const std::vector<std::size_t>& sizes);
 
  private:
