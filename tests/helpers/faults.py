@@ -11,6 +11,11 @@ from vllm_sleep_ascend.sim import control
 DRIVER_ERROR = 507899
 OUT_OF_MEMORY = 207001
 HCCL_ERROR = 4
+# What calls that take or register host memory return in the field: old drivers, containers, limits.
+HOST_MEMORY_CODES = (
+    *(107000, 107017, 200000, 200001, 207000),
+    *(207001, 207005, 500000, 507899, 507900),
+)
 
 
 def set_faults(file: Path, rules: str) -> None:
