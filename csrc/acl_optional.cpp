@@ -7,6 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "acl_newer.h"
+
 namespace camem {
 namespace {
 
@@ -17,17 +19,13 @@ Function lookup(const char* name) {
   return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
 }
 
-using HostRegisterV2 = aclError (*)(void*, uint64_t, uint32_t);
-using HostUnregister = aclError (*)(void*);
-using GetMemUsageInfo = aclError (*)(int32_t, aclrtMemUsageInfo*, size_t, size_t*);
-using StreamAvailableNum = aclError (*)(uint32_t*);
 using RecentErrMsg = const char* (*)();
 
 }  // namespace
 
 aclError host_register(void* address, std::size_t bytes) {
   static const auto register_v2 = lookup<HostRegisterV2>("aclrtHostRegisterV2");
-  return register_v2 == nullptr ? kNotSupported : register_v2(address, bytes, ACL_HOST_REG_PINNED);
+  return register_v2 == nullptr ? kNotSupported : register_v2(address, bytes, kHostRegisterPinned);
 }
 
 aclError host_unregister(void* address) {
@@ -36,7 +34,7 @@ aclError host_unregister(void* address) {
 }
 
 std::optional<std::size_t> available_streams() {
-  static const auto available = lookup<StreamAvailableNum>("aclrtGetStreamAvailableNum");
+  static const auto available = lookup<GetStreamAvailableNum>("aclrtGetStreamAvailableNum");
   uint32_t count = 0;
   if (available == nullptr || available(&count) != ACL_SUCCESS) return std::nullopt;
   return count;
@@ -46,13 +44,13 @@ std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int 
   constexpr std::size_t kRoom = 128;
   static const auto usage = lookup<GetMemUsageInfo>("aclrtGetMemUsageInfo");
   if (usage == nullptr) return std::nullopt;
-  std::vector<aclrtMemUsageInfo> components(kRoom);
+  std::vector<MemUsageInfo> components(kRoom);
   std::size_t count = 0;
   if (usage(device, components.data(), kRoom, &count) != ACL_SUCCESS) return std::nullopt;
   std::unordered_map<std::string, std::size_t> bytes;
   for (std::size_t i = 0; i < std::min(count, kRoom); ++i) {
     const char* name = components[i].name;
-    bytes[std::string(name, strnlen(name, sizeof(components[i].name)))] += components[i].curMemSize;
+    bytes[std::string(name, strnlen(name, sizeof(components[i].name)))] += components[i].current;
   }
   return bytes;
 }

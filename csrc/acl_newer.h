@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What headers older than those of CANN 8.5 lack, under names of our own, so that this project
+// compiles with either. The functions are looked up at run time (acl_optional.h).
+#pragma once
+
+#include <acl/acl.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace camem {
+
+// ACL_HOST_REG_PINNED
+constexpr uint32_t kHostRegisterPinned = 0x10000000;
+
+// aclrtMemUsageInfo
+struct MemUsageInfo {
+  char name[32];
+  uint64_t current;
+  uint64_t peak;
+  std::size_t reserved[8];
+};
+
+using GetMemUsageInfo = aclError (*)(int32_t, MemUsageInfo*, std::size_t, std::size_t*);
+using GetStreamAvailableNum = aclError (*)(uint32_t*);
+using HostRegisterV2 = aclError (*)(void*, uint64_t, uint32_t);
+using HostUnregister = aclError (*)(void*);
+
+}  // namespace camem
