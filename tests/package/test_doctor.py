@@ -4,10 +4,13 @@
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from helpers.ascendcl import run_python
 from helpers.patience import patience
 
 from vllm_sleep_ascend.doctor import acl, surroundings
+from vllm_sleep_ascend.doctor.child import Child, Silence
 
 MACHINE = f"doctor-{os.getpid()}"  # the session removes what ends so
 TOTAL = 1 * GIB
@@ -36,12 +40,14 @@ def doctor(
     code: int | None = 0,
     python: tuple[str, ...] = (),
     folder: Path = ROOT,
+    before: Callable[[], object] | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """What it printed; it must end with this exit code, None: with any."""
     done = subprocess.run(
         [sys.executable, *python, "-m", "vllm_sleep_ascend.cli", "doctor", *OPTIONS, *arguments],
         cwd=folder,
+        preexec_fn=before,
         env=environment(**variables),
         capture_output=True,
         text=True,
@@ -113,6 +119,7 @@ def test_the_most_common_host(checkpoint):
     slept = figures["sleep_and_wake"]
     assert slept["exact"] and slept["by"] == "the compiled allocator"
     assert slept["first_freed_bytes"] == slept["second_freed_bytes"] == SIZE
+    assert slept["first_page_locked_bytes"] == slept["second_page_locked_bytes"] == SIZE
     assert figures["communicator"]["held_bytes"] == 2 * int(os.environ["HCCL_BUFFSIZE"]) * MIB
     assert figures["communicator"]["kept_bytes"] == 0
 
@@ -202,6 +209,95 @@ def test_a_crash_is_one_line():
     page = doctor(code=1, NPU_SIM_FAULTS="nonsense").stdout
     assert "the process ended with signal 6" in page
     assert "NPU_SIM_FAULTS is not understood" in page
+
+
+def test_nothing_is_waited_for_beyond_the_latest_moment(monkeypatch):
+    for name, value in environment(NPU_SIM_FAULTS="aclrtSetDevice:1:delay_ms=3600000:*").items():
+        monkeypatch.setenv(name, value)
+    with Child(latest=time.monotonic() + 1) as child:
+        with pytest.raises(Silence):
+            child.ask(3600, ask="look", device=0)
+        with pytest.raises(Silence, match="did not answer in 0 s"):
+            child.ask(3600, ask="look", device=0)
+
+
+def sleep_and_wake(times: int = 1, before: str = "") -> list[dict[str, Any]]:
+    """The findings of the probe, in one process that ends its questions after each."""
+    code = f"""
+import json
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.doctor.child import _Answers
+{before}
+answers = _Answers()
+for _ in range({times}):
+    question = dict(ask="probe", name="sleep_and_wake", device=0, size={SIZE})
+    print(json.dumps(answers.answer(question)))
+    answers.close()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_second_sleep_has_page_locked_memory():
+    """Also where the first one copied into plain memory, since that is faster at first."""
+    staging = (
+        f"_camem.configure(chunk_bytes={2 * MIB}, keep_host_backup=True, copy_threads=3, "
+        "host_threads=3, unprepared='stage')"
+    )
+    (finding,) = sleep_and_wake(before=staging)
+    figures = finding["figures"]
+    assert finding["status"] == "pass" and figures["exact"]
+    assert figures["first_page_locked_bytes"] < SIZE
+    assert figures["second_page_locked_bytes"] == SIZE
+
+
+def test_the_device_is_not_reset_under_the_allocator():
+    """Which keeps its streams: what it does next still works."""
+    findings = sleep_and_wake(times=2)
+    assert [finding["status"] for finding in findings] == ["pass", "pass"]
+    assert free_bytes() == TOTAL
+
+
+@pytest.fixture
+def hccl_without_memory(tmp_path) -> Path:
+    """A folder with a HCCL whose communicators hold no memory of the device."""
+    source = tmp_path / "hccl.cpp"
+    calls = ("GetRootInfo", "CommInitRootInfo", "AllReduce", "CommDestroy")
+    source.write_text("".join(f'extern "C" int Hccl{call}() {{ return 0; }}\n' for call in calls))
+    library = tmp_path / "libhccl.so"
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    return tmp_path
+
+
+def test_a_communicator_without_memory_tells_nothing(hccl_without_memory):
+    paths = f"{hccl_without_memory}:{os.environ['LD_LIBRARY_PATH']}"
+    found = report(LD_LIBRARY_PATH=paths)
+    communicator = found["probes"]["communicator"]
+    assert communicator["status"] == "not probed"
+    assert communicator["figures"] == {"held_bytes": 0, "kept_bytes": 0}
+    assert "not known whether HCCL gives memory back" in communicator["found"]
+    assert found["verdict"] == "usable"
+
+
+def little_to_lock() -> None:
+    """For a process about to start: 64 KiB, for root as well."""
+    import ctypes
+
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
+    drop, lock = 24, 14  # PR_CAPBSET_DROP, CAP_IPC_LOCK
+    ctypes.CDLL(None).prctl(drop, lock, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("kernel", "status"), [("5.10", "info"), ("6.1", "degraded")])
+def test_the_limit_of_locked_memory_is_held_against_the_model(checkpoint, kernel, status):
+    """It matters where registered memory is used."""
+    options: dict[str, Any] = {"before": little_to_lock, "NPU_SIM_KERNEL": kernel}
+    found = report("--model", str(checkpoint), **options)
+    locked = found["surroundings"]["memlock"]
+    assert (locked["status"], locked["figures"]) == (status, {"bytes": 1 << 16})
+    assert statuses(found)["registered"] == "degraded"
+    assert statuses(found)["sleep_and_wake"] == "pass"
 
 
 @pytest.fixture
@@ -309,6 +405,40 @@ def test_every_call_is_one_of_the_headers():
         declared = re.search(rf"ACL_FUNC_VISIBILITY aclError {name}\(([^)]*)\)", text)
         assert declared, name
         assert len([p for p in declared[1].split(",") if p.strip()]) == len(parameters), name
+
+
+UNKILLABLE = f"""#!{sys.executable}
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None)
+any_process = ctypes.c_ulong(-1)
+libc.prctl(0x59616D61, any_process, 0, 0, 0)  # PR_SET_PTRACER
+if os.fork() == 0:
+    traced = libc.ptrace(0x4206, os.getppid(), 0, 0) == 0  # PTRACE_SEIZE
+    with open(os.environ["TRACER"], "w") as file:
+        print(os.getpid(), traced, file=file)
+time.sleep(3600)
+"""
+
+
+def test_an_npu_smi_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
+    """One that is traced stays for those that wait for it, as one that hangs in the driver does."""
+    tracer = tmp_path / "tracer"
+    (tmp_path / "npu-smi").write_text(UNKILLABLE)
+    (tmp_path / "npu-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRACER", str(tracer))
+    finding = surroundings.driver(tmp_path / "none")
+    pid, traced = tracer.read_text().split()
+    os.kill(int(pid), signal.SIGKILL)
+    if traced == "False":
+        pytest.skip("processes must not trace others here")
+    assert finding.status == "degraded" and finding.figures["version"] is None
+    assert finding.found == "npu-smi info did not end in 5 s"
+
+
+def test_pages_of_64_kib_are_told():
+    assert surroundings.page_size(4096).found == "4096 bytes"
+    assert "65536 bytes: a huge page has 512 MiB" in surroundings.page_size(1 << 16).found
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that loads AscendCL and probes: it answers questions, one line of JSON each.
 
-A device is set by the first question about it, and reset at the end.
+A device is set by the first question about it, and given back at the end.
 """
 
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from vllm_sleep_ascend.doctor.probes import PROBES, run
 from vllm_sleep_ascend.doctor.probes.base import Device
 
 _END_S = 5.0
+_KILLED_S = 2.0  # one that is killed ends at once, or hangs in the driver
+_ALLOCATOR = "vllm_sleep_ascend._camem"
 _PR_SET_PDEATHSIG = 1
 _PYTHON_OPTIONS = ("-S",) * sys.flags.no_site  # the child finds the same packages
 
@@ -35,10 +38,15 @@ class Crash(Exception):
 
 
 class Child:
-    """The parent's side. One that did not answer or crashed is replaced at the next question."""
+    """The parent's side. One that did not answer or crashed is replaced at the next question.
 
-    def __init__(self) -> None:
+    Nothing is waited for beyond ``latest``, a moment of ``time.monotonic()``: a process that hangs
+    in the driver cannot be killed, and is left behind.
+    """
+
+    def __init__(self, latest: float = math.inf) -> None:
         self._process: subprocess.Popen | None = None
+        self._latest = latest
 
     def __enter__(self) -> "Child":
         return self
@@ -51,6 +59,7 @@ class Child:
         Raises:
             Silence, Crash: there is no answer.
         """
+        timeout_s = self._at_most(timeout_s)
         process = self._process or self._start()
         end = time.monotonic() + timeout_s
         try:
@@ -72,13 +81,13 @@ class Child:
         return json.loads(line)
 
     def end(self) -> None:
-        """Let it reset its device and exit; kill it if it does not."""
+        """Let it give back its device and exit; kill it if it does not."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
-            self._process.wait(_END_S)
+            self._process.wait(self._at_most(_END_S))
         except (OSError, subprocess.TimeoutExpired):
             pass
         self.kill()
@@ -90,7 +99,7 @@ class Child:
         process, self._process = self._process, None
         process.kill()
         try:
-            process.wait(_END_S)
+            process.wait(max(0.1, self._at_most(_KILLED_S)))
         except subprocess.TimeoutExpired:
             print(f"vllm-sleep: process {process.pid} does not end", file=sys.stderr)
         if process.stdin is not None and not process.stdin.closed:
@@ -98,6 +107,9 @@ class Child:
                 process.stdin.close()
         os.close(self._answers)
         self._output.close()
+
+    def _at_most(self, seconds: float) -> float:
+        return max(0.0, min(seconds, self._latest - time.monotonic()))
 
     def _start(self) -> subprocess.Popen:
         self._answers, write = os.pipe()
@@ -118,7 +130,7 @@ class Child:
     def _crash(self) -> Crash:
         assert self._process is not None
         try:
-            code: int | None = self._process.wait(_END_S)
+            code: int | None = self._process.wait(self._at_most(_END_S))
         except subprocess.TimeoutExpired:
             code = None
         self._output.seek(0)
@@ -182,7 +194,9 @@ class _Answers:
         return self._acl
 
     def close(self) -> None:
-        if self._acl is None:
+        """Reset the device, unless the allocator was used: it keeps streams until the process ends,
+        and a reset would destroy them. The end of the process gives all back as well."""
+        if self._acl is None or _ALLOCATOR in sys.modules:
             return
         self._acl.reset_devices()
         self._acl.call("aclFinalize")

@@ -25,6 +25,7 @@ refused.
 """
 _TIMEOUT_S = 10.0
 _WHOLE_S = 42.0  # with the default of --timeout; what was not probed by then is not
+_LATEST_S = 55.0  # then nothing is waited for any more, not even for the end of a process
 _IN_USE_BELOW = 0.9  # of the memory free: somebody else holds the rest
 _LOOK_S = 25.0  # at the device: it has to be set
 _LAST_LOOK_S = 8.0
@@ -81,7 +82,8 @@ def _examine(args: argparse.Namespace) -> Report:
     _check(args)
     started = time.monotonic()
     report = Report(args.device, surroundings=surroundings.find())
-    with Child() as child:
+    latest = started + _LATEST_S * max(1.0, args.timeout / _TIMEOUT_S)
+    with Child(latest) as child:
         _Examination(args, child, report, started).run()
     report.seconds = time.monotonic() - started
     return report
@@ -170,6 +172,9 @@ class _Examination:
         if self._args.model is not None:
             finding = surroundings.weights(self._args.model, max(1, devices))
             self._report.surroundings["model"] = ("model", finding)
+            title, _ = self._report.surroundings["memlock"]
+            locked = surroundings.memlock(finding.figures["weights_bytes"])
+            self._report.surroundings["memlock"] = (title, locked)
 
     def _size(self, free: int) -> int:
         """

@@ -35,5 +35,5 @@ def failed(found: str, means: str, remedy: str, **figures: Any) -> Finding:
     return Finding("fail", found, means, remedy, figures)
 
 
-def not_probed(why: str, remedy: str = "") -> Finding:
-    return Finding("not probed", why, "", remedy)
+def not_probed(why: str, remedy: str = "", **figures: Any) -> Finding:
+    return Finding("not probed", why, "", remedy, figures)

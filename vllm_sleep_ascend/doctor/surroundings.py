@@ -7,13 +7,16 @@ import re
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, info, passed
+from vllm_sleep_ascend.page_locked import why_registered_pages_move
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
+_CAP_IPC_LOCK = 14
 
 # The combinations that the tests run, by the names of the distributions.
 TESTED: tuple[Mapping[str, str], ...] = (
@@ -21,6 +24,7 @@ TESTED: tuple[Mapping[str, str], ...] = (
     {"vllm": "0.23.0", "vllm-ascend": "0.23.0", "torch": "2.13.0", "torch_npu": "2.13.0"},
 )
 
+_NPU_SMI_S = 5.0
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
 TOOLKITS = (Path("/usr/local/Ascend/ascend-toolkit/latest"), Path("/usr/local/Ascend/cann"))
 SET_ENV = "source CANN's set_env.sh, such as /usr/local/Ascend/ascend-toolkit/set_env.sh"
@@ -59,21 +63,43 @@ def driver(file: Path = DRIVER) -> Finding:
         key, _, value = line.partition("=")
         if key.strip().lower() == "version" and value.strip():
             return info(f"{value.strip()} ({file})", version=value.strip())
-    if found := _npu_smi():
-        return info(f"npu-smi {found}", version=found)
+    try:
+        if found := _npu_smi():
+            return info(f"npu-smi {found}", version=found)
+    except TimeoutError as error:
+        return degraded(
+            str(error),
+            "The driver may hang: what asks it then hangs as well, and cannot be killed.",
+            "See dmesg; if npu-smi info does not answer in a shell either, reset the device or "
+            "restart the host.",
+            version=None,
+        )
     return info(f"unknown: no {file} and no npu-smi here; a container may lack them", version=None)
 
 
 def _npu_smi() -> str:
-    """The version that npu-smi prints, which is the driver's; ``""``: there is no npu-smi."""
+    """The version that npu-smi prints, which is the driver's; ``""``: there is no npu-smi.
+
+    Raises:
+        TimeoutError: it does not end in time. It is left behind: it may hang in the driver, where
+            it cannot be killed.
+    """
     program = shutil.which("npu-smi")
     if program is None:
         return ""
-    try:
-        done = subprocess.run([program, "info"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    match = re.search(r"Version:\s*([\w.]+)", done.stdout)
+    with tempfile.TemporaryFile() as output:
+        none = subprocess.DEVNULL
+        try:
+            process = subprocess.Popen([program, "info"], stdin=none, stdout=output, stderr=none)
+        except OSError:
+            return ""
+        try:
+            process.wait(_NPU_SMI_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise TimeoutError(f"npu-smi info did not end in {_NPU_SMI_S:g} s") from None
+        output.seek(0)
+        match = re.search(r"Version:\s*([\w.]+)", output.read().decode(errors="replace"))
     return match[1] if match else ""
 
 
@@ -117,21 +143,41 @@ def _cann_version(home: Path) -> str | None:
     return None
 
 
-def page_size() -> Finding:
-    size = resource.getpagesize()
-    if size <= 4096:
+def page_size(size: int = resource.getpagesize()) -> Finding:
+    huge = size * size // 8  # a page of entries of 8 bytes
+    if huge <= 2 * MIB:
         return info(f"{size} bytes", bytes=size)
     return info(
-        f"{size} bytes: huge pages are large, host memory is taken in more pages", bytes=size
+        f"{size} bytes: a huge page has {huge // MIB} MiB, more than a block of host memory, which "
+        "takes longer to get without",
+        bytes=size,
     )
 
 
-def memlock() -> Finding:
+def memlock(weights: int = 0) -> Finding:
+    """Against the bytes of weights that one process may have to lock."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return info("unlimited", bytes=None)
+    if _has_capability(_CAP_IPC_LOCK):
+        return info(f"{soft} bytes, and CAP_IPC_LOCK, which has no limit", bytes=None)
+    if weights > soft and not why_registered_pages_move():
+        return degraded(
+            f"{soft} bytes, and {_gib(weights)} of weights",
+            "Backups are registered memory up to the limit, and beyond it memory from "
+            "aclrtMallocHost, which takes longer to get.",
+            "Raise ulimit -l; in a container, --ulimit memlock=-1.",
+            bytes=soft,
+        )
     what = 'it limits registered memory (host_memory="registered"), not aclrtMallocHost'
     return info(f"{soft} bytes: {what}", bytes=soft)
+
+
+def _has_capability(number: int) -> bool:
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
 
 
 def host_memory() -> Finding:

@@ -5,12 +5,13 @@ import ctypes
 from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from vllm_sleep_ascend.doctor.acl import AclError
+from vllm_sleep_ascend.doctor.acl import MIB, AclError
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, not_probed, passed
 from vllm_sleep_ascend.doctor.probes.base import Device, a_stream, mib
 
 _ROOT_INFO_BYTES, _FP32, _SUM = 4108, 4, 0
 _ELEMENTS = 1024
+_VISIBLE = MIB  # less than this may be anything
 
 
 def communicator(device: Device) -> Finding:
@@ -42,6 +43,14 @@ def communicator(device: Device) -> Finding:
         after = _held(device)
     took, kept = during - before, after - before
     figures = {"held_bytes": took, "kept_bytes": kept}
+    if took < _VISIBLE:
+        return not_probed(
+            "a communicator of one rank took no memory that can be seen: not known whether HCCL "
+            "gives memory back",
+            "If release_communicators is to be used, start an engine of two ranks with it: its "
+            "first sleep warns if HCCL keeps the memory.",
+            **figures,
+        )
     if kept > max(0.1 * took, device.unit):
         return degraded(
             f"{mib(kept)} of {mib(took)} stayed when it was destroyed",
