@@ -245,7 +245,7 @@ def allocator() -> Finding:
     except ImportError as error:
         text = str(error)
         if "undefined symbol" in text:
-            remedy = "Build it against the CANN that runs: it is older than that of the build."
+            remedy = "Install CANN 8.1 or newer: this one lacks a function that sleep mode needs."
         elif "cannot open shared object" in text:
             remedy = f"In this shell, {SET_ENV}."
         else:

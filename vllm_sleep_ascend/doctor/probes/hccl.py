@@ -48,7 +48,7 @@ def communicator(device: Device) -> Finding:
             "a communicator of one rank took no memory that can be seen: not known whether HCCL "
             "gives memory back",
             "If release_communicators is to be used, start an engine of two ranks with it: its "
-            "first sleep warns if HCCL keeps the memory.",
+            "first sleep says whether HCCL kept the memory.",
             **figures,
         )
     if kept > max(0.1 * took, device.unit):
