@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What headers older than those of CANN 8.5 lack, under names of our own, so that this project
-// compiles with either. The functions are looked up at run time (acl_optional.h).
+// What headers older than those of CANN 8.5 lack, or are not known to have, under names of our own,
+// so that this project compiles with either. The functions are looked up at run time
+// (acl_optional.h).
 #pragma once
 
 #include <acl/acl.h>
@@ -10,6 +11,9 @@
 #include <cstdint>
 
 namespace camem {
+
+// ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
+constexpr aclError kStreamSyncTimeout = 507046;
 
 // ACL_HOST_REG_PINNED
 constexpr uint32_t kHostRegisterPinned = 0x10000000;

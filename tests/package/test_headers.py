@@ -105,6 +105,7 @@ def test_what_older_headers_lack_is_what_newer_ones_declare(tmp_path):
         #include <type_traits>
         #include "acl_newer.h"
         using namespace camem;
+        static_assert(kStreamSyncTimeout == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT);
         static_assert(kHostRegisterPinned == ACL_HOST_REG_PINNED);
         static_assert(sizeof(MemUsageInfo) == sizeof(aclrtMemUsageInfo));
         #define SAME(ours, theirs) \\
