@@ -33,6 +33,10 @@ const char* code_name(aclError code) {
       return "ACL_ERROR_RT_CONTEXT_NULL";
     case 107003:
       return "ACL_ERROR_RT_STREAM_CONTEXT";
+    case 107027:
+      return "ACL_ERROR_RT_STREAM_CAPTURED";
+    case 107030:
+      return "ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT";
     case 107017:
       return "ACL_ERROR_RT_INVALID_HANDLE";
     case 200000:
@@ -49,8 +53,14 @@ const char* code_name(aclError code) {
       return "ACL_ERROR_RT_DEVICE_OOM";
     case 500000:
       return "ACL_ERROR_INTERNAL_ERROR";
+    case 507046:
+      return "ACL_ERROR_RT_STREAM_SYNC_TIMEOUT";
+    case 507047:
+      return "ACL_ERROR_RT_EVENT_SYNC_TIMEOUT";
     case 507899:
       return "ACL_ERROR_RT_DRV_INTERNAL_ERROR";
+    case 507903:
+      return "ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED";
     case 507910:
       return "ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED";
     case 507911:

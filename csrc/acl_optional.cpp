@@ -40,6 +40,13 @@ std::optional<std::size_t> available_streams() {
   return count;
 }
 
+bool is_capturing(aclrtStream stream) {
+  static const auto info = lookup<CaptureGetInfo>("aclmdlRICaptureGetInfo");
+  int32_t status = 0;  // none
+  void* graph = nullptr;
+  return info != nullptr && info(stream, &status, &graph) == ACL_SUCCESS && status != 0;
+}
+
 std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int device) {
   constexpr std::size_t kRoom = 128;
   static const auto usage = lookup<GetMemUsageInfo>("aclrtGetMemUsageInfo");

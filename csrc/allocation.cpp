@@ -2,6 +2,7 @@
 #include "allocation.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "acl_check.h"
 
@@ -12,7 +13,12 @@ void Chunk::attach(int device) {
   if (!memory.mapped()) memory.map(address);
 }
 
+void Chunk::require_not_stuck() const {
+  if (is_stuck()) throw std::runtime_error("a copy that has not ended uses this memory");
+}
+
 void Chunk::detach() {
+  require_not_stuck();
   if (memory.mapped()) memory.unmap();
   try {
     if (memory) memory.release();
@@ -21,6 +27,7 @@ void Chunk::detach() {
 }
 
 bool Chunk::settle(bool keep_backup) noexcept {
+  if (is_stuck()) return content == Content::kDevice && keep_backup;
   try {
     if (content != Content::kDevice && memory.mapped()) memory.unmap();
     if (content == Content::kHost || content == Content::kNone) {
@@ -70,6 +77,7 @@ bool Allocation::backed_up(std::uint64_t sum) const {
 
 void Allocation::release() {
   for (Chunk& chunk : chunks) {
+    chunk.require_not_stuck();
     if (chunk.memory.mapped()) chunk.memory.unmap();
     if (chunk.memory) chunk.memory.release();
     chunk.content = Content::kNone;

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "copy_stream.h"
 #include "host_memory.h"
 #include "vmm.h"
 
@@ -29,17 +30,23 @@ struct Chunk {
   PhysicalMemory memory;
   HostMemory backup;
   Content content = Content::kNone;
+  const CopyStream* copying = nullptr;  // a copy of it is in flight there, or may be
 
   // Makes sure that device memory is mapped at `address`. Throws; a repeated call goes on where
   // the failed one stopped.
   void attach(int device);
 
-  // Unmaps and gives the device memory back. Throws if unmapping fails; memory that is unmapped but
-  // could not be given back is left for settle().
+  // Whether a copy that did not end in time may still touch its memory, on the device and the host.
+  void require_not_stuck() const;  // throws
+  bool is_stuck() const { return copying != nullptr && copying->is_stuck(); }
+
+  // Unmaps and gives the device memory back. Throws if unmapping fails, and while it is stuck;
+  // memory that is unmapped but could not be given back is left for settle().
   void detach();
 
   // Gives back what `content` does not need: device memory unless it is on the device, the backup
-  // unless it is on the host or kept for the next sleep. False if a call failed; then repeat it.
+  // unless it is on the host or kept for the next sleep. False if a call failed, or while it is
+  // stuck; then repeat it.
   bool settle(bool keep_backup) noexcept;
 };
 
@@ -57,7 +64,8 @@ struct Allocation {
   // Whether the backups hold this content, so that it need not be copied again.
   bool backed_up(std::uint64_t sum) const;
 
-  // Gives back what it holds, device first. Throws at the first failing call and can be repeated.
+  // Gives back what it holds, device first. Throws at the first failing call, and while it is
+  // stuck, and can be repeated.
   void release();
 
   int device;

@@ -29,12 +29,14 @@ unsigned Pool::host_threads() const {
 
 // Asked for when the first memory is allocated: later on, memory and streams may be scarce.
 HostSource Pool::host_source(int device) {
-  DeviceGuard guard(device);
-  CopyStream* stream = transfer_.open(device);
+  transfer_.open(device);
   if (!host_choice_) {
-    host_choice_ = settings_.host_choice.source == HostSource::kRegistered
-                       ? try_registered_memory(device, stream)
-                       : settings_.host_choice;
+    host_choice_ = settings_.host_choice;
+    if (host_choice_->source == HostSource::kRegistered) {
+      transfer_.with_stream(device, [&](CopyStream* stream) {
+        host_choice_ = try_registered_memory(device, stream);
+      });
+    }
   }
   return host_choice_->source;
 }
@@ -81,6 +83,11 @@ void Pool::prepare(const std::set<TagId>& tags, bool slowly) {
   }));
   prepared_ = Prepared{tags, slowly};
   order_prepared();
+}
+
+bool Pool::wait_prepared(double seconds) {
+  require_alive();
+  return reserve_.wait(seconds);
 }
 
 void Pool::release_prepared() {
@@ -142,7 +149,7 @@ bool Pool::order_locking_of_plain_backups() {
     return false;
   }
   if (!settings_.keep_host_backup) return true;
-  order.source = host_choice_->source;
+  order.source = host_source(order.device);
   order.slowly = true;
   order.delay = kQuiet;
   order.use = [this](HostMemory& block) { return put_in_place_of_plain(block); };

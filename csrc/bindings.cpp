@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <optional>
 
 #include "acl_check.h"
@@ -108,7 +109,8 @@ std::set<TagId> tag_ids(const std::vector<std::string>& names) {
 void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned copy_threads,
                     unsigned host_threads, const std::string& host_memory,
                     const std::string& why_host_memory, const std::string& unprepared,
-                    std::size_t scratch_chunk_bytes, const std::vector<std::string>& scratch_tags) {
+                    double device_timeout_s, std::size_t scratch_chunk_bytes,
+                    const std::vector<std::string>& scratch_tags) {
   Settings settings;
   settings.chunk_bytes = chunk_bytes;
   settings.keep_host_backup = keep_host_backup;
@@ -116,6 +118,7 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
   settings.host_threads = host_threads;
   settings.host_choice = {parse_host_memory(host_memory), why_host_memory};
   settings.unprepared = parse_unprepared(unprepared);
+  settings.device_timeout = std::chrono::milliseconds(std::llround(device_timeout_s * 1000));
   settings.scratch_chunk_bytes = scratch_chunk_bytes;
   settings.scratch_tags = tag_ids(scratch_tags);
   const WithoutGil released;  // a transaction may hold the lock for long
@@ -250,7 +253,7 @@ PYBIND11_MODULE(_camem, module) {
   module.def("configure", &configure_pool, py::kw_only(), py::arg("chunk_bytes"),
              py::arg("keep_host_backup"), py::arg("copy_threads"), py::arg("host_threads"),
              py::arg("host_memory") = "acl", py::arg("why_host_memory") = "",
-             py::arg("unprepared") = "measured",
+             py::arg("unprepared") = "measured", py::arg("device_timeout_s") = 60.0,
              py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
              py::arg("scratch_tags") = std::vector<std::string>());
   module.def("set_current_tag", [](const std::string& name) {

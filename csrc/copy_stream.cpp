@@ -1,9 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "copy_stream.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "acl_check.h"
 
 namespace camem {
+namespace {
+
+// Bytes per millisecond that a stream gets of the slowest link, which it shares with others.
+constexpr std::size_t kLeastSpeed = std::size_t{16} << 10;
+
+}  // namespace
 
 std::unique_ptr<CopyStream> CopyStream::create() noexcept {
   aclrtStream stream = nullptr;
@@ -11,13 +20,23 @@ std::unique_ptr<CopyStream> CopyStream::create() noexcept {
   return std::unique_ptr<CopyStream>(new CopyStream(stream));
 }
 
-void CopyStream::begin() {
+std::unique_ptr<CopyStream> CopyStream::default_of_context() {
+  return std::unique_ptr<CopyStream>(new CopyStream(nullptr));
+}
+
+CopyStream::~CopyStream() {
+  if (stream_ != nullptr) CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(stream_), 0);
+}
+
+void CopyStream::begin(std::chrono::milliseconds patience) {
   std::lock_guard<std::mutex> lock(mutex_);
-  failure_ = ACL_SUCCESS;
+  patience_ = patience;
+  if (!stuck_) failure_ = ACL_SUCCESS;
 }
 
 void CopyStream::copy(std::byte* to, const std::byte* from, std::size_t bytes,
                       aclrtMemcpyKind kind) {
+  launched_ += bytes;
   const aclError code = aclrtMemcpyAsync(to, bytes, from, bytes, kind, stream_);
   if (code == ACL_SUCCESS) return;
   {
@@ -27,26 +46,49 @@ void CopyStream::copy(std::byte* to, const std::byte* from, std::size_t bytes,
   check(code, "aclrtMemcpyAsync", bytes, __FILE__, __LINE__);
 }
 
-bool CopyStream::is_busy() {
-  aclrtStreamStatus status = ACL_STREAM_STATUS_COMPLETE;
-  CAMEM_CHECK(aclrtStreamQuery(stream_, &status), 0);
-  return status == ACL_STREAM_STATUS_NOT_READY;
+bool CopyStream::is_idle() noexcept {
+  aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
+  return aclrtStreamQuery(stream_, &status) == ACL_SUCCESS && status == ACL_STREAM_STATUS_COMPLETE;
+}
+
+// With the lock held.
+aclError CopyStream::synchronize() {
+  const std::size_t launched = launched_;
+  const auto allowed = patience_ + std::chrono::milliseconds((launched - done_) / kLeastSpeed);
+  const auto timeout =
+      std::clamp<std::int64_t>(allowed.count(), 1, std::numeric_limits<std::int32_t>::max());
+  const aclError code =
+      aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(timeout));
+  if (code == ACL_SUCCESS) done_ = launched;
+  if (code == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT) stuck_ = true;
+  return code;
 }
 
 void CopyStream::wait(std::size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const aclError code = aclrtSynchronizeStream(stream_);
-  if (failure_ == ACL_SUCCESS) failure_ = code;
-  check(failure_, "aclrtSynchronizeStream", bytes, __FILE__, __LINE__);
+  if (!stuck_) {
+    const aclError code = synchronize();
+    if (failure_ == ACL_SUCCESS) failure_ = code;
+  }
+  check(failure_, "aclrtSynchronizeStreamWithTimeout", bytes, __FILE__, __LINE__);
 }
 
 void CopyStream::drain() noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
-  const aclError code = aclrtSynchronizeStream(stream_);
-  if (code == ACL_SUCCESS) return;
-  if (failure_ == ACL_SUCCESS) failure_ = code;
-  if (aclrtSynchronizeStream(stream_) == ACL_SUCCESS) return;
-  CAMEM_CHECK_NOEXCEPT(aclrtSynchronizeDevice(), 0);
+  for (int attempt = 0; attempt < 2 && !stuck_; ++attempt) {
+    const aclError code = synchronize();
+    if (code == ACL_SUCCESS) return;
+    if (failure_ == ACL_SUCCESS) failure_ = code;
+  }
+  stuck_ = !is_idle();
+}
+
+void CopyStream::look_again() noexcept {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!is_idle()) return;
+  synchronize();  // takes the failure of what was in flight
+  done_ = launched_;
+  stuck_ = false;
 }
 
 }  // namespace camem

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A stream that carries copies of several threads.
+// A stream that carries copies of several threads. Its context must be current on whoever calls.
 #pragma once
 
 #include <acl/acl.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <mutex>
@@ -13,33 +15,48 @@ namespace camem {
 
 class CopyStream {
  public:
-  // Of the current device; null where it gives no more streams.
+  // Of the current context; null where its device gives no more streams.
   static std::unique_ptr<CopyStream> create() noexcept;
+  // The stream that the current context has from the start.
+  static std::unique_ptr<CopyStream> default_of_context();
+  ~CopyStream();
+  CopyStream(const CopyStream&) = delete;
+  CopyStream& operator=(const CopyStream&) = delete;
 
-  // Takes the failure of an earlier operation back.
-  void begin();
+  // Takes the failure of an earlier operation back. From now on a copy may take `patience` and what
+  // the slowest of links would need for all that is in flight on this stream.
+  void begin(std::chrono::milliseconds patience);
 
   // Launches a copy. Throws AclError; a part of the copy may be in flight then.
   void copy(std::byte* to, const std::byte* from, std::size_t bytes, aclrtMemcpyKind kind);
 
   // Returns when all that was launched before is done, `bytes` of it by the caller. Throws AclError
-  // if any work failed since begin(): AscendCL tells only one of the threads that wait, and not
-  // whose work it was.
+  // if any work failed since begin(), or takes too long: AscendCL tells only one of the threads
+  // that wait, and not whose work it was.
   void wait(std::size_t bytes);
 
-  // Waits until nothing is in flight: nobody may unmap or reuse memory under a copy that still
-  // runs.
-  // Whoever waits afterwards learns of a failure.
+  // Waits until nothing is in flight. Whoever waits afterwards learns of a failure.
   void drain() noexcept;
 
-  bool is_busy();  // throws AclError
+  bool is_idle() noexcept;  // false also where AscendCL cannot tell
+
+  // Something took too long, or AscendCL could not tell that it has ended: it may run at any time
+  // to come, and nobody may unmap, reuse or free memory that it uses. Such a stream launches
+  // nothing until look_again() finds it idle.
+  bool is_stuck() const { return stuck_; }
+  void look_again() noexcept;
 
  private:
   explicit CopyStream(aclrtStream stream) : stream_(stream) {}
+  aclError synchronize();
 
-  std::mutex mutex_;  // of waiting
-  const aclrtStream stream_;
+  const aclrtStream stream_;  // null: the context's own
+  std::mutex mutex_;          // of waiting
   aclError failure_ = ACL_SUCCESS;
+  std::chrono::milliseconds patience_{0};
+  std::atomic<std::size_t> launched_{0};  // bytes
+  std::size_t done_ = 0;                  // of them
+  std::atomic<bool> stuck_{false};
 };
 
 }  // namespace camem

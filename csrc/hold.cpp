@@ -15,11 +15,8 @@ void Pool::hold_sleep(const Plan& plan, const Sums& sums) {
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
-  reserve_.cancel();
-  take_back();
-  sweep();
+  begin("sleep", true);
   unpark();
-  transfer_.reset_copied_bytes();
   const auto unchanged = [&](const Allocation& allocation) {
     const auto sum = sums.find(reinterpret_cast<std::uintptr_t>(allocation.range.base()));
     return sum != sums.end() && allocation.backed_up(sum->second);
@@ -59,7 +56,6 @@ void Pool::hold_sleep(const Plan& plan, const Sums& sums) {
   const Allocation* current = nullptr;
   try {
     preflight_host(offloads);
-    synchronize();
     offload(offloads, &current, true);
     for (const Tasks& tasks : {kept, discards}) {
       for (const Task& task : tasks) {
@@ -79,10 +75,7 @@ void Pool::hold_wake(const std::set<TagId>& tags, std::chrono::duration<double> 
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
-  reserve_.cancel();
-  take_back();
-  sweep();
-  transfer_.reset_copied_bytes();
+  begin("wake", !doomed_.empty());
   held_.emplace();
   held_->start = start;
   held_->woken = select([&](const Allocation& allocation, const Chunk& chunk) {
@@ -154,7 +147,7 @@ std::string Pool::take_back() noexcept {
         task.chunk->attach(task.allocation->device);
         task.chunk->content = Content::kDevice;
       });
-      if (!task.had_backup && task.chunk->content == Content::kDevice) task.chunk->settle(false);
+      if (!task.had_backup) return_backup(*task.allocation, *task.chunk);
     }
   }
   for (const Task& task : held.woken) {

@@ -8,7 +8,7 @@
 #include <thread>
 #include <utility>
 
-#include "vmm.h"
+#include "contexts.h"
 
 namespace camem {
 namespace {
@@ -95,6 +95,11 @@ void HostReserve::keep_or_use(Work& work, HostMemory block) {
     lock.lock();
     changed_.wait_for(lock, kMoment, [&] { return work.stopped; });
   }
+}
+
+void HostReserve::keep(HostMemory block) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ready_.emplace(block.bytes(), std::move(block));
 }
 
 bool HostReserve::is_working() {

@@ -40,6 +40,8 @@ class HostReserve {
   void prepare(Order order);
   bool is_working();
 
+  void keep(HostMemory block);  // until somebody takes it
+
   // A block of exactly this size that is ready, or none.
   std::optional<HostMemory> take(std::size_t bytes);
 

@@ -14,6 +14,10 @@ namespace camem {
 struct HostChoice {
   HostSource source;
   std::string why;
+
+  bool operator!=(const HostChoice& other) const {
+    return source != other.source || why != other.why;
+  }
 };
 
 // Registered memory, if copies from and to it are asynchronous and exact on `stream`, else

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "acl_check.h"
+#include "acl_optional.h"
 
 namespace camem {
 namespace {
@@ -17,6 +18,13 @@ namespace {
 thread_local TagId t_current_tag = 0;
 std::atomic<bool> g_abandoned{false};
 std::atomic<bool> g_ended{false};
+
+// Whether all is done that was launched on a stream of the current context.
+bool is_idle(aclrtStream stream) {
+  aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
+  return !is_capturing(stream) && aclrtStreamQuery(stream, &status) == ACL_SUCCESS &&
+         status == ACL_STREAM_STATUS_COMPLETE;
+}
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
@@ -47,6 +55,10 @@ void Pool::abandon() noexcept {
   g_ended = true;
   if (g_abandoned.exchange(true)) return;  // a forked child cannot join its parent's threads
   reserve_.close();
+  // Contexts have to go before the device that torch resets. An operation that is under way, or a
+  // copy that has not ended, keeps them.
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (lock.owns_lock() && !transfer_.is_stuck()) transfer_.close();
 }
 
 bool Pool::has_ended() const noexcept { return g_ended; }
@@ -54,7 +66,9 @@ bool Pool::has_ended() const noexcept { return g_ended; }
 void Pool::configure(const Settings& settings) {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
+  if (settings.host_choice != settings_.host_choice) host_choice_.reset();
   settings_ = settings;
+  transfer_.set_patience(settings.device_timeout);
 }
 
 TagId Pool::tag(const std::string& name) {
@@ -103,15 +117,14 @@ void* Pool::allocate(std::size_t bytes, int device) {
   return address;
 }
 
-void Pool::free(void* address) noexcept {
+void Pool::free(void* address, aclrtStream stream) noexcept {
   if (g_abandoned) return;
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = allocations_.find(reinterpret_cast<std::uintptr_t>(address));
   if (found == allocations_.end()) return;
   forget_held(found->second.get());
-  doomed_.push_back(std::move(found->second));
+  doomed_.push_back({std::move(found->second), stream});
   allocations_.erase(found);
-  unswept_ = true;
   sweep();
   if (allocations_.empty()) {
     prepared_.reset();
@@ -122,20 +135,23 @@ void Pool::free(void* address) noexcept {
 
 // Gives back what is no longer needed, also what an earlier operation could not. A single failing
 // call is made good at once; after more, the next operation tries again.
-void Pool::sweep() noexcept {
-  for (int attempt = 0; unswept_ && attempt < 2; ++attempt) {
+void Pool::sweep(bool synchronized) noexcept {
+  bool again = unswept_ || !doomed_.empty();
+  for (int attempt = 0; again && attempt < 2; ++attempt, again = unswept_) {
     unswept_ = false;
-    for (auto& allocation : doomed_) {
+    for (auto& [allocation, stream] : doomed_) {
       try {
-        DeviceGuard guard(allocation->device);
-        CAMEM_CHECK(aclrtSynchronizeDevice(), 0);
+        const ContextGuard guard(default_context(allocation->device));
+        if (!synchronized && !is_idle(stream)) continue;
         allocation->release();
         allocation.reset();
       } catch (const std::exception&) {
         unswept_ = true;
       }
     }
-    doomed_.erase(std::remove(doomed_.begin(), doomed_.end(), nullptr), doomed_.end());
+    doomed_.erase(std::remove_if(doomed_.begin(), doomed_.end(),
+                                 [](const Doomed& doomed) { return !doomed.allocation; }),
+                  doomed_.end());
     for (auto& [address, allocation] : allocations_) {
       for (Chunk& chunk : allocation->chunks) {
         if (!chunk.settle(settings_.keep_host_backup || held_)) unswept_ = true;
@@ -163,6 +179,7 @@ Pool::Tasks Pool::select(const std::function<bool(const Allocation&, const Chunk
 std::size_t Pool::trim(const std::set<std::uintptr_t>& addresses) {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
+  require_nothing_stuck();
   synchronize();
   std::size_t bytes = 0;
   for (const std::uintptr_t address : addresses) {
@@ -173,7 +190,7 @@ std::size_t Pool::trim(const std::set<std::uintptr_t>& addresses) {
     for (Chunk& chunk : found->second->chunks) chunk.content = Content::kNone;
   }
   unswept_ = true;
-  sweep();
+  sweep(true);
   return bytes;
 }
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "allocation.h"
+#include "contexts.h"
 #include "host_reserve.h"
 #include "host_source.h"
 #include "transfer.h"
@@ -47,6 +48,8 @@ struct Settings {
   bool keep_host_backup = true;
   unsigned copy_threads = 3;   // threads that copy once the host memory is there
   unsigned host_threads = 16;  // threads that take host memory; at most one a core
+  // What launched before may take to end, and a copy beyond what the slowest link needs for it.
+  std::chrono::milliseconds device_timeout{60000};
   HostChoice host_choice{HostSource::kAcl, ""};  // registered memory is tried first
   Unprepared unprepared = Unprepared::kMeasured;
   // Tags whose content nobody needs once a sleep has begun. They take memory in larger chunks
@@ -127,9 +130,11 @@ class Pool {
   // Device memory of at least `bytes`. Throws OutOfDeviceMemory or AclError.
   void* allocate(std::size_t bytes, int device);
 
-  // Gives an allocation back in whatever state it is. Never throws; what a failing call leaves
-  // behind is given back by a later operation.
-  void free(void* address) noexcept;
+  // Gives an allocation back in whatever state it is: at once where `stream`, on which torch used
+  // it, is idle, else when a later operation finds that it is or has waited for the device. Never
+  // waits, as a stream may be capturing a graph, and never throws; what a failing call leaves
+  // behind is given back later as well.
+  void free(void* address, aclrtStream stream) noexcept;
 
   // Carries out the plan for everything that is mapped. Sleeping allocations stay as they are,
   // except that Action::kDiscard drops their host backup. What has a checksum in `sums` equal to
@@ -163,7 +168,7 @@ class Pool {
   // `slowly`: with one thread that rests half of the time.
   void prepare(const std::set<TagId>& tags, bool slowly);
   // Waits until that is done; false: not in that time.
-  bool wait_prepared(double seconds) { return reserve_.wait(seconds); }
+  bool wait_prepared(double seconds);
   // Gives back what was prepared and not used.
   void release_prepared();
 
@@ -200,7 +205,10 @@ class Pool {
 
   Pool();
   static void require_alive();
-  void sweep() noexcept;
+  void sweep(bool synchronized = false) noexcept;
+  void require_nothing_stuck();
+  void begin(const char* operation, bool waits);
+  void return_backup(const Allocation& allocation, Chunk& chunk) noexcept;
   void unpark() noexcept;
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted);
   void synchronize();
@@ -233,7 +241,12 @@ class Pool {
   std::mutex mutex_;
   Settings settings_;
   std::map<std::uintptr_t, std::unique_ptr<Allocation>> allocations_;
-  std::vector<std::unique_ptr<Allocation>> doomed_;  // freed by torch, not yet by AscendCL
+  // Freed by torch, not yet by AscendCL.
+  struct Doomed {
+    std::unique_ptr<Allocation> allocation;
+    aclrtStream stream;  // on which torch used it
+  };
+  std::vector<Doomed> doomed_;
   bool unswept_ = false;
   std::optional<Held> held_;
   std::map<int, std::size_t> granularity_;

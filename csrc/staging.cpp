@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "acl_check.h"
-#include "vmm.h"
+#include "contexts.h"
 
 namespace camem {
 namespace {
@@ -58,31 +58,46 @@ std::optional<HostSpeeds> Staging::open_and_measure(int device, unsigned threads
   const double locking = seconds_of(1, [&](unsigned) { open(device, threads, source); });
   if (lanes_.empty()) return std::nullopt;
   const auto count = static_cast<unsigned>(lanes_.size());
-  HostSpace space(bytes());
-  std::byte* first = space.map(bytes());
+  const std::size_t bytes = count * 2 * kPiece;
+  HostSpace space(bytes);
+  std::byte* first = space.map(bytes);
   const double copying = seconds_of(count, [&](unsigned thread) {
     for (unsigned i = 0; i < 2; ++i) {
       std::memcpy(first + (2 * thread + i) * kPiece, lanes_[thread][i].data(), kPiece);
     }
   });
-  munmap(first, bytes());
-  return HostSpeeds{static_cast<double>(bytes()) / locking, static_cast<double>(bytes()) / copying};
+  munmap(first, bytes);
+  return HostSpeeds{static_cast<double>(bytes) / locking, static_cast<double>(bytes) / copying};
 }
 
-std::size_t Staging::bytes() const { return lanes_.size() * 2 * kPiece; }
+void Staging::close() noexcept {
+  lanes_.clear();
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto over = [](const StuckLane& stuck) {
+    return !stuck.streams[0]->is_stuck() && !stuck.streams[1]->is_stuck();
+  };
+  stuck_.erase(std::remove_if(stuck_.begin(), stuck_.end(), over), stuck_.end());
+}
 
-void Staging::copy(Direction direction, const Chunk& chunk, unsigned thread,
+std::size_t Staging::bytes() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto lanes =
+      std::count_if(lanes_.begin(), lanes_.end(), [](const Lane& lane) { return bool(lane[0]); });
+  return (static_cast<std::size_t>(lanes) + stuck_.size()) * 2 * kPiece;
+}
+
+void Staging::copy(Direction direction, Chunk& chunk, unsigned thread,
                    const std::array<CopyStream*, 2>& streams) {
   const bool offload = direction == Direction::kDeviceToHost;
   const aclrtMemcpyKind kind = offload ? ACL_MEMCPY_DEVICE_TO_HOST : ACL_MEMCPY_HOST_TO_DEVICE;
   std::byte* host = chunk.backup.data();
-  if (thread >= lanes_.size() || streams[0] == nullptr) {
+  if (thread >= lanes_.size() || !lanes_[thread][0] || streams[0] == nullptr) {
     CAMEM_CHECK(aclrtMemcpy(offload ? host : chunk.address, chunk.bytes,
                             offload ? chunk.address : host, chunk.bytes, kind),
                 chunk.bytes);
     return;
   }
-  const Lane& lane = lanes_[thread];
+  Lane& lane = lanes_[thread];
   const std::size_t pieces = (chunk.bytes + kPiece - 1) / kPiece;
   const auto bytes_of = [&](std::size_t i) { return std::min(kPiece, chunk.bytes - i * kPiece); };
   const auto launch = [&](std::size_t i) {
@@ -108,7 +123,14 @@ void Staging::copy(Direction direction, const Chunk& chunk, unsigned thread,
       for (std::size_t i = pieces - std::min<std::size_t>(2, pieces); i < pieces; ++i) finish(i);
     }
   } catch (...) {
-    for (CopyStream* stream : streams) stream->drain();
+    for (CopyStream* stream : streams) {
+      stream->drain();
+      if (stream->is_stuck()) chunk.copying = stream;
+    }
+    if (chunk.is_stuck()) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stuck_.push_back({std::exchange(lane, {}), streams});
+    }
     throw;
   }
 }

@@ -30,6 +30,6 @@ CAMEM_EXPORT void* camem_malloc(ssize_t size, int device, aclrtStream) {
 
 // Runs when a memory pool is destroyed: perhaps while its memory sleeps, perhaps at interpreter
 // exit.
-CAMEM_EXPORT void camem_free(void* address, ssize_t, int, aclrtStream) {
-  camem::Pool::instance().free(address);
+CAMEM_EXPORT void camem_free(void* address, ssize_t, int, aclrtStream stream) {
+  camem::Pool::instance().free(address, stream);
 }

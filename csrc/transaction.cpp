@@ -9,10 +9,13 @@
 #include <utility>
 
 #include "acl_check.h"
+#include "acl_optional.h"
 #include "pool.h"
 
 namespace camem {
 namespace {
+
+constexpr aclError kStreamCaptured = 107027;  // older headers lack its name
 
 std::string message_of(std::exception_ptr error) {
   try {
@@ -54,14 +57,61 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-// Waits for everything that was launched on the devices in use. What torch has queued but not yet
-// launched is the caller's to flush.
+// Waits for everything that was launched on the devices in use, in torch's contexts and in that of
+// this thread. What torch has queued but not yet launched is the caller's to flush.
 void Pool::synchronize() {
-  std::set<int> devices;
-  for (auto& [address, allocation] : allocations_) devices.insert(allocation->device);
-  for (const int device : devices) {
-    DeviceGuard guard(device);
-    CAMEM_CHECK(aclrtSynchronizeDevice(), 0);
+  std::set<aclrtContext> contexts;
+  for (auto& [address, allocation] : allocations_) {
+    contexts.insert(default_context(allocation->device));
+  }
+  for (auto& doomed : doomed_) contexts.insert(default_context(doomed.allocation->device));
+  const aclrtContext own = current_context();
+  if (own != nullptr && !contexts.empty()) contexts.insert(own);
+  for (const aclrtContext context : contexts) {
+    const ContextGuard guard(context);
+    const auto timeout_ms = static_cast<std::int32_t>(settings_.device_timeout.count());
+    const aclError code = synchronize_device(timeout_ms);
+    if (code == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT) {
+      throw AclError("aclrtSynchronizeDeviceWithTimeout", code, 0,
+                     "what was launched on the device before has not ended after " +
+                         std::to_string(timeout_ms) + " ms (device_timeout_s)");
+    }
+    if (code == kStreamCaptured) {
+      throw AclError("aclrtSynchronizeDevice", code, 0,
+                     "a stream captures a graph: come again when the capture has ended");
+    }
+    check(code, "aclrtSynchronizeDevice", 0, __FILE__, __LINE__);
+  }
+}
+
+// A copy that has not ended in time may still use memory that an operation would unmap or free.
+void Pool::require_nothing_stuck() {
+  if (!transfer_.is_stuck()) return;
+  throw std::runtime_error(
+      "a copy of an earlier operation has not ended yet; if it never does, end the process");
+}
+
+// What every transaction begins with.
+void Pool::begin(const char* operation, bool waits) {
+  reserve_.cancel();
+  take_back();
+  try {
+    require_nothing_stuck();
+    if (waits) synchronize();
+  } catch (...) {
+    fail(operation, nullptr, "nothing was touched, and the same call can be repeated");
+  }
+  sweep(waits);
+  transfer_.reset_copied_bytes();
+}
+
+// Takes back what a failed sleep took for a backup: it is kept if it was prepared.
+void Pool::return_backup(const Allocation& allocation, Chunk& chunk) noexcept {
+  if (chunk.content != Content::kDevice || chunk.is_stuck()) return;
+  if (prepared_ && prepared_->tags.count(allocation.tag) != 0 && chunk.backup.is_page_locked()) {
+    reserve_.keep(std::move(chunk.backup));
+  } else if (!chunk.settle(false)) {
+    unswept_ = true;
   }
 }
 
@@ -86,11 +136,8 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
-  reserve_.cancel();
-  take_back();
-  sweep();
+  begin("sleep", true);
   unpark();
-  transfer_.reset_copied_bytes();
   const auto select_mapped = [&](Action action, bool apart = false) {
     return select([&](const Allocation& allocation, const Chunk& chunk) {
       if (chunk.content != Content::kDevice || plan.action(allocation.tag) != action) return false;
@@ -115,7 +162,6 @@ Report Pool::sleep(const Plan& plan, const Sums& sums) {
   const Allocation* current = nullptr;
   try {
     preflight_host(offloads);
-    synchronize();
     // What is only unmapped stays ours until nothing can fail any more.
     const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
     together({[&](const Allocation** at) { offload(offloads, at); },
@@ -154,10 +200,7 @@ Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> tim
   require_alive();
   const auto start = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(mutex_);
-  reserve_.cancel();
-  take_back();
-  sweep();
-  transfer_.reset_copied_bytes();
+  begin("wake", !doomed_.empty());
   const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {
     return chunk.content != Content::kDevice && tags.count(allocation.tag) != 0;
   });
@@ -209,7 +252,7 @@ std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged, cons
   }
   remap(scratch, Content::kNone);  // last: what has content needs the memory more
   for (const Task& task : offloads) {
-    if (!task.had_backup) task.chunk->settle(false);
+    if (!task.had_backup) return_backup(*task.allocation, *task.chunk);
   }
   if (trouble.empty()) {
     return std::string("everything is mapped as it was") +

@@ -6,6 +6,7 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -32,17 +33,63 @@ struct Batch {
 
 }  // namespace
 
-CopyStream* Transfer::open(int device) {
-  auto& streams = streams_[device];
-  if (streams.empty()) {
-    const std::size_t count = (available_streams().value_or(2 * kStreams) + 1) / 2;
-    while (streams.size() < std::min(count, kStreams)) {
+void Transfer::open(int device) {
+  Lanes& lanes = devices_[device];
+  if (lanes.context) return;
+  try {
+    DeviceGuard caller(device);
+    lanes.context.emplace(device);
+    ContextGuard guard(lanes.context->get());
+    lanes.streams.push_back(CopyStream::default_of_context());
+    const std::size_t half = available_streams().value_or(2 * kStreams) / 2;
+    while (lanes.streams.size() < std::min(half + 1, kStreams)) {
       auto stream = CopyStream::create();
       if (!stream) break;
-      streams.push_back(std::move(stream));
+      lanes.streams.push_back(std::move(stream));
+    }
+  } catch (const AclError&) {
+    // Copies are synchronous, until a later operation finds a context to be had.
+  }
+}
+
+void Transfer::with_stream(int device, const std::function<void(CopyStream*)>& work) {
+  open(device);
+  const Lanes& lanes = devices_[device];
+  if (lanes.streams.empty()) return work(nullptr);
+  ContextGuard guard(lanes.context->get());
+  lanes.streams.front()->begin(patience_);
+  work(lanes.streams.front().get());
+}
+
+bool Transfer::is_stuck() noexcept {
+  bool stuck = false;
+  for (auto& [device, lanes] : devices_) {
+    for (const auto& stream : lanes.streams) {
+      if (!stream->is_stuck()) continue;
+      try {
+        ContextGuard guard(lanes.context->get());
+        stream->look_again();
+      } catch (const AclError&) {
+        // It is taken for stuck.
+      }
+      stuck = stuck || stream->is_stuck();
     }
   }
-  return streams.empty() ? nullptr : streams.front().get();
+  return stuck;
+}
+
+void Transfer::close() noexcept {
+  staging_.close();
+  for (auto& [device, lanes] : devices_) {
+    try {
+      std::optional<ContextGuard> guard;
+      if (lanes.context) guard.emplace(lanes.context->get());
+      lanes.streams.clear();
+    } catch (const AclError&) {
+      // They end with the process.
+    }
+  }
+  devices_.clear();
 }
 
 void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& chunks,
@@ -52,10 +99,16 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   const auto count = static_cast<unsigned>(std::min<std::size_t>(chunks.size(), 1u << 16));
   parallelism.threads = std::clamp(parallelism.threads, 1u, count);
   parallelism.depth = std::clamp(parallelism.depth, 1u, count);
-  DeviceGuard caller(device);
   open(device);
-  const auto& streams = streams_[device];
-  for (const auto& stream : streams) stream->begin();
+  const Lanes& lanes = devices_[device];
+  std::vector<CopyStream*> streams;
+  for (const auto& stream : lanes.streams) {
+    stream->begin(patience_);
+    if (!stream->is_stuck()) streams.push_back(stream.get());
+  }
+  if (streams.empty() && !lanes.streams.empty()) {
+    throw std::runtime_error("copies that were launched before have not ended");
+  }
 
   std::atomic<std::size_t> next{0};
   std::mutex mutex;
@@ -73,17 +126,23 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       for (const std::size_t done : std::exchange(batch.indices, {})) {
         index = done;
         copied_ += chunks[index]->bytes;
+        chunks[index]->copying = nullptr;
         after(index);
       }
     };
     std::array<CopyStream*, 2> own{};
     for (unsigned i = 0; i < own.size() && !streams.empty(); ++i) {
-      own[i] = streams[(thread * own.size() + i) % streams.size()].get();
+      own[i] = streams[(thread * own.size() + i) % streams.size()];
     }
     std::array<Batch, 2> batches{{{own[0], {}}, {own[1], {}}}};
-    std::optional<DeviceGuard> guard;  // until the streams are drained
+    std::optional<DeviceGuard> alone;
+    std::optional<ContextGuard> with_streams;  // until they are drained
     try {
-      guard.emplace(device);
+      if (streams.empty()) {
+        alone.emplace(device);
+      } else {
+        with_streams.emplace(lanes.context->get());
+      }
       for (unsigned turn = 0; !failed && next < chunks.size(); ++turn) {
         Batch& batch = batches[turn % own.size()];
         finish(batch);
@@ -94,6 +153,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
           before(index);
           if (batch.stream != nullptr && chunks[index]->backup.is_page_locked()) {
             batch.indices.push_back(index);  // first: a launch that fails may be in flight in part
+            chunks[index]->copying = batch.stream;
             start_copy(direction, *chunks[index], *batch.stream);
           } else {
             staging_.copy(direction, *chunks[index], thread, own);
@@ -114,6 +174,9 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
     }
     for (const Batch& batch : batches) {
       if (!batch.indices.empty()) batch.stream->drain();
+      for (const std::size_t ended : batch.indices) {
+        if (!batch.stream->is_stuck()) chunks[ended]->copying = nullptr;
+      }
     }
   };
 

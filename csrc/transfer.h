@@ -4,12 +4,15 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "contexts.h"
 #include "staging.h"
 
 namespace camem {
@@ -25,16 +28,27 @@ class Transfer {
  public:
   using Step = std::function<void(std::size_t index)>;
 
-  // Takes the streams of this device, which must be current, and returns one of them, or null where
-  // it gives none: copies are synchronous then. To be called before graphs are captured, which take
-  // what streams the device has.
-  CopyStream* open(int device);
+  // Takes a context and streams of this device, or as many as it gives; with none, copies are
+  // synchronous. To be called before graphs are captured, which take what streams the device has.
+  void open(int device);
+
+  // Does something with a stream of this device, in its context; with null where there is none.
+  void with_stream(int device, const std::function<void(CopyStream*)>& work);
+
+  // Whether copies of an earlier operation have still not ended.
+  bool is_stuck() noexcept;
+
+  // Gives the streams and their contexts back. Nothing may be in flight.
+  void close() noexcept;
+
+  // From now on a copy fails that takes longer than this and what the slowest link needs for it.
+  void set_patience(std::chrono::milliseconds patience) { patience_ = patience; }
 
   // For every chunk, in order of start: before(i), a copy that is waited for and checked, after(i).
   // Copies are asynchronous where the chunk's backup is page-locked after before(i). At the first
   // exception no further chunk is started, all copies in flight are waited for, and that exception
   // is thrown; `failed_index` is the chunk of the thread that met it. A chunk whose copy was in
-  // flight then got no after(i).
+  // flight then got no after(i), and is stuck if that copy has not ended in time.
   void run(int device, Direction direction, const std::vector<Chunk*>& chunks,
            Parallelism parallelism, const Step& before, const Step& after,
            std::size_t* failed_index);
@@ -51,7 +65,13 @@ class Transfer {
   // stream and not for an event behind a copy, since only the stream tells whether its work failed.
   static constexpr std::size_t kStreams = 6;
 
-  std::map<int, std::vector<std::unique_ptr<CopyStream>>> streams_;
+  struct Lanes {
+    std::optional<OwnContext> context;
+    std::vector<std::unique_ptr<CopyStream>> streams;
+  };
+
+  std::map<int, Lanes> devices_;
+  std::chrono::milliseconds patience_{0};
   Staging staging_;
   std::atomic<std::size_t> copied_{0};
 };

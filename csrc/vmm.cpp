@@ -21,17 +21,6 @@ aclrtPhysicalMemProp physical_property(int device) {
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int device) {
-  int32_t current = -1;
-  if (aclrtGetDevice(&current) == ACL_SUCCESS && current == device) return;
-  CAMEM_CHECK(aclrtSetDevice(device), 0);
-  previous_ = current;
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (previous_ >= 0) CAMEM_CHECK_NOEXCEPT(aclrtSetDevice(previous_), 0);
-}
-
 std::size_t granularity(int device) {
   aclrtPhysicalMemProp property = physical_property(device);
   std::size_t bytes = 0;

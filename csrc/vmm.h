@@ -14,19 +14,6 @@
 
 namespace camem {
 
-// Makes `device` current on this thread and restores the previous one. AscendCL's default context
-// of a device is shared by all threads.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = -1;
-};
-
 // Bytes of which every physical size on `device` is a multiple (2 MiB on current chips).
 std::size_t granularity(int device);
 

@@ -49,6 +49,7 @@ def configure(
     host_memory: Literal["acl", "registered"] = "acl",
     why_host_memory: str = "",
     unprepared: Literal["measured", "lock", "stage"] = "measured",
+    device_timeout_s: float = 60.0,
     scratch_chunk_bytes: int = 1 << 30,
     scratch_tags: list[str] = ...,
 ) -> None:

@@ -56,6 +56,7 @@ class CamemBackend(SleepModeBackend):
             host_threads=16,
             host_memory=source,
             why_host_memory=why,
+            device_timeout_s=config.device_timeout_s,
             scratch_tags=list(SCRATCH_TAGS),
         )
 

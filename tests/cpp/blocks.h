@@ -48,7 +48,7 @@ class Block {
     pool().set_current_tag(before);
     write(seed);
   }
-  ~Block() { pool().free(address_); }
+  ~Block() { pool().free(address_, nullptr); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 

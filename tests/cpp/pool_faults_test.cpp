@@ -138,7 +138,7 @@ TEST(a_free_whose_calls_all_fail_is_made_good_by_the_next_operation) {
   configure();
   const device::Held before = held();
   for (const char* call :
-       {"aclrtSynchronizeDevice", "aclrtUnmapMem", "aclrtFreePhysical", "aclrtReleaseMemAddress"}) {
+       {"aclrtStreamQuery", "aclrtUnmapMem", "aclrtFreePhysical", "aclrtReleaseMemAddress"}) {
     {
       Block block("weights", 4 * kMiB);
       npuSimSetFaults((std::string(call) + ":1:507899:*").c_str());

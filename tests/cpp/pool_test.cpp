@@ -89,10 +89,10 @@ void check_row(const Row& row) {
     const bool has_content = row.before != kDiscarded && row.after == kMapped;
     CHECK(!has_content || block->intact());
   }
-  pool().free(block->address());
+  pool().free(block->address(), nullptr);
   CHECK_EQ(held().reservations, 0u);
   CHECK_EQ(held().host_bytes(), 0u);
-  pool().free(block->address());  // unknown by now: nothing happens
+  pool().free(block->address(), nullptr);  // unknown by now: nothing happens
 }
 
 TEST(every_operation_in_every_state) {
@@ -190,7 +190,7 @@ TEST(out_of_device_memory_says_how_much_is_missing) {
   }
   CHECK(block.info().state == kOffloaded);
   CHECK_EQ(block.info().device_bytes, 0u);
-  pool().free(neighbour.address());
+  pool().free(neighbour.address(), nullptr);
   wake({"weights"});
   CHECK(block.intact());
 }

@@ -111,7 +111,7 @@ TEST(threads_free_while_another_gives_back_and_allocates_under_faults) {
     tasks.push_back([thread] {
       for (int round = 0; round < kRounds; ++round) {
         try {
-          pool().free(pool().allocate((1 + (thread + round) % 4) * 2 * kMiB, 0));
+          pool().free(pool().allocate((1 + (thread + round) % 4) * 2 * kMiB, 0), nullptr);
         } catch (const camem::AclError&) {
         }
       }

@@ -45,6 +45,7 @@ def configure(
     scratch: tuple[str, ...] = SCRATCH,
     host_memory: str = "auto",
     unprepared: str = "measured",
+    device_timeout_s: float = 60.0,
 ) -> None:
     source, why = page_locked_source(host_memory)
     _camem.configure(
@@ -55,6 +56,7 @@ def configure(
         host_memory=source,
         why_host_memory=why,
         unprepared=unprepared,
+        device_timeout_s=device_timeout_s,
         scratch_chunk_bytes=chunk_mib * MIB,
         scratch_tags=list(scratch),
     )

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Streams and contexts of others beside ours: what is waited for, what is not, and what happens
+// when something never ends.
+#include <atomic>
+#include <thread>
+
+#include "acl_check.h"
+#include "blocks.h"
+#include "check.h"
+
+using device::CallLog;
+using device::Faults;
+using device::held;
+using device::kMiB;
+
+namespace {
+
+// A stream of a context that works on a block until it is let go.
+class Work {
+ public:
+  Work() { CHECK_EQ(aclrtCreateStream(&stream_), ACL_SUCCESS); }
+  ~Work() {
+    end();
+    CHECK_EQ(aclrtDestroyStream(stream_), ACL_SUCCESS);
+  }
+
+  void begin(const Block& block, std::size_t bytes) {
+    const npuSimRange range{block.address(), bytes};
+    const auto wait = [](void* self) {
+      while (!static_cast<Work*>(self)->ended_) std::this_thread::yield();
+      return 0;
+    };
+    CHECK_EQ(npuSimLaunch(stream_, wait, this, &range, 1), ACL_SUCCESS);
+  }
+
+  void end() {
+    ended_ = true;
+    npuSimDrain(stream_);
+  }
+
+  aclrtStream stream() const { return stream_; }
+
+ private:
+  aclrtStream stream_ = nullptr;
+  std::atomic<bool> ended_{false};
+};
+
+aclrtContext current() {
+  aclrtContext context = nullptr;
+  CHECK_EQ(aclrtGetCurrentContext(&context), ACL_SUCCESS);
+  return context;
+}
+
+camem::Plan level_1() { return plan({{"weights", camem::Action::kOffload}}); }
+
+void configure_impatient(bool prepared = true) {
+  camem::Settings settings;
+  settings.chunk_bytes = 2 * kMiB;
+  settings.copy_threads = settings.host_threads = 2;
+  settings.device_timeout = std::chrono::seconds(2);
+  settings.unprepared = prepared ? camem::Unprepared::kLock : camem::Unprepared::kStage;
+  pool().configure(settings);
+}
+
+// From now on the first copy that is launched never ends, until the rules change.
+constexpr const char* kHangs = "aclrtMemcpyAsync.work:1:delay_ms=1000000000";
+
+void wait_until_nothing_is_stuck() {
+  for (;;) {
+    try {
+      pool().trim({});
+      return;
+    } catch (const std::runtime_error&) {
+      std::this_thread::yield();
+    }
+  }
+}
+
+}  // namespace
+
+TEST(what_is_freed_while_its_stream_is_busy_goes_once_the_stream_is_idle) {
+  configure();
+  const device::Held before = held();
+  Work work;
+  Block staying("kv_cache", 2 * kMiB);
+  {
+    Block block("kv_cache", 2 * kMiB);
+    work.begin(block, 2 * kMiB);
+    CallLog log;
+    pool().free(block.address(), work.stream());
+    for (const std::string& call : log.calls()) CHECK(call.find("Synchronize") == call.npos);
+  }
+  CHECK_EQ(pool().allocations().size(), 1u);
+  CHECK_EQ(held().mappings, before.mappings + 2);
+  work.end();
+  Block another("kv_cache", 2 * kMiB);
+  CHECK_EQ(held().mappings, before.mappings + 2);
+}
+
+TEST(what_is_freed_goes_after_a_sleep_has_waited_whatever_its_stream_says) {
+  configure();
+  const device::Held before = held();
+  Block staying("weights", 2 * kMiB);
+  {
+    Block block("kv_cache", 2 * kMiB);
+    const Faults faults("aclrtStreamQuery:1:507899:*");
+    pool().free(block.address(), nullptr);
+    CHECK_EQ(held().mappings, before.mappings + 2);
+    pool().sleep(level_1());
+  }
+  CHECK_EQ(held().mappings, before.mappings);
+  CHECK_EQ(held().device_bytes, before.device_bytes);
+  wake({"weights"});
+  CHECK(staying.intact());
+}
+
+TEST(a_thread_keeps_its_own_context) {
+  configure();
+  Block block("weights", 8 * kMiB);
+  const aclrtContext torchs = current();
+  aclrtContext own = nullptr;
+  CHECK_EQ(aclrtCreateContext(&own, 0), ACL_SUCCESS);
+  pool().sleep(level_1());
+  CHECK_EQ(current(), own);
+  wake({"weights"});
+  CHECK_EQ(current(), own);
+  pool().free(pool().allocate(2 * kMiB, 1), nullptr);  // on another device
+  CHECK_EQ(current(), own);
+  CHECK_EQ(aclrtSetCurrentContext(torchs), ACL_SUCCESS);
+  CHECK_EQ(aclrtDestroyContext(own), ACL_SUCCESS);
+  CHECK(block.intact());
+}
+
+// Unmapping under work ends the process.
+TEST(a_sleep_waits_for_torch_and_for_the_callers_own_context) {
+  configure();
+  Block block("weights", 2 * kMiB);
+  const aclrtContext torchs = current();
+  aclrtContext own = nullptr;
+  CHECK_EQ(aclrtCreateContext(&own, 0), ACL_SUCCESS);
+  for (const aclrtContext context : {torchs, own}) {
+    CHECK_EQ(aclrtSetCurrentContext(context), ACL_SUCCESS);
+    Work work;
+    work.begin(block, 2 * kMiB);
+    CHECK_EQ(aclrtSetCurrentContext(own), ACL_SUCCESS);
+    std::thread later([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      work.end();
+    });
+    pool().sleep(level_1());
+    later.join();
+    wake({"weights"});
+    CHECK_EQ(aclrtSetCurrentContext(context), ACL_SUCCESS);
+  }
+  CHECK_EQ(aclrtSetCurrentContext(torchs), ACL_SUCCESS);
+  CHECK_EQ(aclrtDestroyContext(own), ACL_SUCCESS);
+  CHECK(block.intact());
+}
+
+// AscendCL tells a failure once, to whoever waits for the stream or for all of its context.
+TEST(nobody_who_waits_for_the_device_takes_the_failure_of_a_copy_away) {
+  configure();
+  Block block("weights", 32 * kMiB);
+  std::atomic<bool> ended{false};
+  std::thread waits([&] {
+    CHECK_EQ(aclrtSetDevice(0), ACL_SUCCESS);
+    while (!ended) CHECK_EQ(aclrtSynchronizeDevice(), ACL_SUCCESS);
+    CHECK_EQ(aclrtResetDevice(0), ACL_SUCCESS);
+  });
+  for (int nth = 1; nth <= 16; ++nth) {
+    const Faults faults("aclrtMemcpyAsync.work:" + std::to_string(nth) + ":507899");
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
+    CHECK(block.intact());
+  }
+  ended = true;
+  waits.join();
+}
+
+TEST(work_that_never_ends_fails_a_sleep_that_touched_nothing) {
+  configure_impatient();
+  Block block("weights", 4 * kMiB);
+  const device::Held before = held();
+  Work work;
+  work.begin(block, 2 * kMiB);
+  try {
+    pool().sleep(level_1());
+    CHECK(false);
+  } catch (const camem::TransactionError& error) {
+    CHECK(std::string(error.what()).find("device_timeout_s") != std::string::npos);
+    CHECK(std::string(error.what()).find("nothing was touched") != std::string::npos);
+  }
+  CHECK_EQ(held(), before);
+  work.end();
+  pool().sleep(level_1());
+  wake({"weights"});
+  CHECK(block.intact());
+}
+
+namespace {
+
+// A sleep with a copy that never ends fails, and the block stays as it was; nothing that the copy
+// may still use is given back, or used by anything else, until it has ended.
+void check_a_copy_out_hangs(bool prepared, bool hold) {
+  configure_impatient(prepared);
+  const device::Held empty = held();
+  {
+    Block block("weights", 16 * kMiB);
+    Faults faults(kHangs);
+    if (hold) {
+      CHECK_THROWS(camem::TransactionError, pool().hold_sleep(level_1()));
+    } else {
+      CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
+    }
+    CHECK(block.intact());
+    CHECK(held().host_bytes() > empty.host_bytes());
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
+    CHECK_THROWS(camem::TransactionError, pool().hold_wake({}, {}));
+    CHECK(block.intact());
+    block.write(2);
+    npuSimSetFaults("");  // it ends
+    wait_until_nothing_is_stuck();
+    pool().sleep(level_1());
+    wake({"weights"});
+    CHECK(block.intact());
+  }
+  CHECK_EQ(held(), empty);
+}
+
+// The same for a wake, which has nothing to take back but what it mapped.
+void check_a_copy_in_hangs(bool prepared) {
+  configure_impatient(prepared);
+  const device::Held empty = held();
+  {
+    Block block("weights", 16 * kMiB);
+    pool().sleep(level_1());
+    const device::Held asleep = held();
+    Faults faults(kHangs);
+    CHECK_THROWS(camem::TransactionError, wake({"weights"}));
+    CHECK(held().device_bytes > asleep.device_bytes);
+    CHECK_THROWS(camem::TransactionError, wake({"weights"}));
+    npuSimSetFaults("");
+    wait_until_nothing_is_stuck();
+    CHECK_EQ(held().device_bytes, asleep.device_bytes);
+    wake({"weights"});
+    CHECK(block.intact());
+  }
+  CHECK_EQ(held(), empty);
+}
+
+}  // namespace
+
+TEST(a_copy_out_that_never_ends) { check_a_copy_out_hangs(true, false); }
+TEST(a_copy_out_that_never_ends_while_held) { check_a_copy_out_hangs(true, true); }
+TEST(a_copy_out_through_a_block_that_never_ends) { check_a_copy_out_hangs(false, false); }
+TEST(a_copy_in_that_never_ends) { check_a_copy_in_hangs(true); }
+TEST(a_copy_in_through_a_block_that_never_ends) { check_a_copy_in_hangs(false); }
+
+TEST(memory_that_a_hanging_copy_uses_is_kept_though_torch_frees_it) {
+  configure_impatient();
+  const device::Held empty = held();
+  {
+    Block block("weights", 4 * kMiB);
+    Faults faults(kHangs);
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
+    pool().free(block.address(), nullptr);
+    CHECK(held().device_bytes > empty.device_bytes);
+    CHECK(held().host_bytes() > empty.host_bytes());
+  }
+  wait_until_nothing_is_stuck();
+  CHECK_EQ(held(), empty);
+}
+
+TEST(what_was_prepared_is_still_ready_after_a_failed_sleep) {
+  configure();
+  Block block("weights", 16 * kMiB);
+  pool().prepare({pool().tag("weights")}, false);
+  CHECK(pool().wait_prepared(60));
+  CHECK_EQ(pool().host_info().prepared, 16 * kMiB);
+  const device::Held before = held();
+  for (const bool hold : {false, true}) {
+    const Faults faults("aclrtUnmapMem:3:507899");
+    CHECK_THROWS(camem::TransactionError,
+                 hold ? pool().hold_sleep(level_1()) : (void)pool().sleep(level_1()));
+    CHECK_EQ(pool().host_info().prepared, 16 * kMiB);
+    CHECK_EQ(held(), before);
+  }
+  pool().release_prepared();
+  pool().prepare({}, false);
+}
