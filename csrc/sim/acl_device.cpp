@@ -7,6 +7,7 @@
 #include <mutex>
 #include <regex>
 #include <string>
+#include <vector>
 
 #include "context.h"
 #include "error.h"
@@ -40,7 +41,9 @@ bool is_device(int32_t index) {
 Context* make_context(const char* call, int index, bool primary) {
   static int once = pthread_atfork(nullptr, nullptr, faults::refuse_after_fork);
   (void)once;
-  auto* context = new Context;  // never freed once it is made: a thread may still point to it
+  // Never freed once it is made: a thread may still point to it.
+  static auto* made = new std::vector<Context*>;
+  auto* context = new Context;
   context->index = index;
   context->physical = settings().visible[index];
   context->primary = primary;
@@ -50,6 +53,9 @@ Context* make_context(const char* call, int index, bool primary) {
     return nullptr;
   }
   context->handle = contexts().add(std::shared_ptr<Context>(context, [](Context*) {}));
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  made->push_back(context);
   return context;
 }
 

@@ -2,6 +2,7 @@
 //
 // Streams and contexts of others beside ours: what is waited for, what is not, and what happens
 // when something never ends.
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
@@ -163,10 +164,11 @@ TEST(nobody_who_waits_for_the_device_takes_the_failure_of_a_copy_away) {
   configure();
   Block block("weights", 32 * kMiB);
   std::atomic<bool> ended{false};
+  std::atomic<aclError> told{ACL_SUCCESS};
   std::thread waits([&] {
-    CHECK_EQ(aclrtSetDevice(0), ACL_SUCCESS);
-    while (!ended) CHECK_EQ(aclrtSynchronizeDevice(), ACL_SUCCESS);
-    CHECK_EQ(aclrtResetDevice(0), ACL_SUCCESS);
+    aclrtSetDevice(0);
+    while (!ended) told = std::max<aclError>(told, aclrtSynchronizeDevice());
+    aclrtResetDevice(0);
   });
   for (int nth = 1; nth <= 16; ++nth) {
     const Faults faults("aclrtMemcpyAsync.work:" + std::to_string(nth) + ":507899");
@@ -175,6 +177,7 @@ TEST(nobody_who_waits_for_the_device_takes_the_failure_of_a_copy_away) {
   }
   ended = true;
   waits.join();
+  CHECK_EQ(told, ACL_SUCCESS);
 }
 
 TEST(work_that_never_ends_fails_a_sleep_that_touched_nothing) {
