@@ -12,6 +12,9 @@
 
 namespace camem {
 
+// ACL_ERROR_RT_STREAM_CAPTURED
+constexpr aclError kStreamCaptured = 107027;
+
 // ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
 constexpr aclError kStreamSyncTimeout = 507046;
 
@@ -26,6 +29,7 @@ struct MemUsageInfo {
   std::size_t reserved[8];
 };
 
+using CaptureGetInfo = aclError (*)(aclrtStream, int32_t*, void**);
 using GetMemUsageInfo = aclError (*)(int32_t, MemUsageInfo*, std::size_t, std::size_t*);
 using GetStreamAvailableNum = aclError (*)(uint32_t*);
 using HostRegisterV2 = aclError (*)(void*, uint64_t, uint32_t);

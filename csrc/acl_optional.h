@@ -24,10 +24,6 @@ std::optional<std::size_t> available_streams();
 // Whether the stream captures a graph, so that even to query it is refused.
 bool is_capturing(aclrtStream stream);
 
-// Waits for the streams of the current context, where AscendCL can for so long at most: 507046
-// then.
-aclError synchronize_device(int32_t timeout_ms);
-
 // Bytes of device memory that this process holds, by component of CANN: APP, HCCL, RUNTIME and so
 // on. Nothing where the installed AscendCL cannot tell.
 std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int device);

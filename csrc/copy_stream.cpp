@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "acl_check.h"
+#include "acl_newer.h"
 
 namespace camem {
 namespace {
@@ -60,7 +61,7 @@ aclError CopyStream::synchronize() {
   const aclError code =
       aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(timeout));
   if (code == ACL_SUCCESS) done_ = launched;
-  if (code == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT) stuck_ = true;
+  if (code == kStreamSyncTimeout) stuck_ = true;
   return code;
 }
 

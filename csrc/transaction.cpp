@@ -9,13 +9,11 @@
 #include <utility>
 
 #include "acl_check.h"
-#include "acl_optional.h"
+#include "acl_newer.h"
 #include "pool.h"
 
 namespace camem {
 namespace {
-
-constexpr aclError kStreamCaptured = 107027;  // older headers lack its name
 
 std::string message_of(std::exception_ptr error) {
   try {
@@ -70,17 +68,17 @@ void Pool::synchronize() {
   for (const aclrtContext context : contexts) {
     const ContextGuard guard(context);
     const auto timeout_ms = static_cast<std::int32_t>(settings_.device_timeout.count());
-    const aclError code = synchronize_device(timeout_ms);
-    if (code == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT) {
+    const aclError code = aclrtSynchronizeDeviceWithTimeout(timeout_ms);
+    if (code == kStreamSyncTimeout) {
       throw AclError("aclrtSynchronizeDeviceWithTimeout", code, 0,
                      "what was launched on the device before has not ended after " +
                          std::to_string(timeout_ms) + " ms (device_timeout_s)");
     }
     if (code == kStreamCaptured) {
-      throw AclError("aclrtSynchronizeDevice", code, 0,
+      throw AclError("aclrtSynchronizeDeviceWithTimeout", code, 0,
                      "a stream captures a graph: come again when the capture has ended");
     }
-    check(code, "aclrtSynchronizeDevice", 0, __FILE__, __LINE__);
+    check(code, "aclrtSynchronizeDeviceWithTimeout", 0, __FILE__, __LINE__);
   }
 }
 

@@ -133,11 +133,13 @@ def fail_at(operation: Operation, rules: str) -> tuple[bool, int]:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_call_may_fail_once(operation, record_property):
     calls_of(operation)  # streams are made once
+    # How many lanes copy, and so wait for a stream, differs from run to run: the last of those
+    # calls may be in one run alone.
+    runs = [calls_of(operation) for _ in range(5)]
     cases = failed = hits = 0
-    for call, times in calls_of(operation).items():
+    for call, times in min(runs, key=Counter.total).items():
         for nth in range(1, times + 1):
             for code in (DRIVER_ERROR, *([OUT_OF_MEMORY] if call in MAY_RUN_OUT else [])):
-                # How many lanes copy, and so synchronize a stream, differs from run to run.
                 for _ in range(50):
                     reported, hit = fail_at(operation, f"{call}:{nth}:{code}")
                     if hit:
