@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "captures.h"
 #include "context.h"
 #include "error.h"
 #include "faults.h"
@@ -102,8 +103,15 @@ uint64_t submit_with_moved_page(const Copy& copy, sim::Stream& stream, size_t lo
 
 // Pageable memory: all that the stream has to do, then a synchronous copy.
 aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
+  SIM_REQUIRE(stream.captured() == nullptr, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: stream %d captures a graph, which takes no copies of host memory that is not "
+              "page-locked",
+              call, stream.id);
   sim::device::synchronize(stream.queue, -1);
   if (aclError error = sim::take_failure(call, stream)) return error;
+  aclError refused =
+      sim::refuse_waiting_copy(call, *stream.context, ACL_ERROR_RT_CAPTURE_MODE_BLOCK_ASYNC);
+  if (refused != ACL_SUCCESS) return refused;
   sim::device::copy(stream.context->physical, copy.to, copy.from, copy.bytes, copy.direction);
   return ACL_SUCCESS;
 }
@@ -123,6 +131,7 @@ aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
   const void* host = copy.direction == Direction::kDeviceToHost ? copy.to : copy.from;
   // As the runtime does, by the address of the first byte alone.
   if (has_host && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
+  if (aclError error = sim::refuse_recording(call, stream)) return error;
   static sim::faults::Call work("aclrtMemcpyAsync.work");
   sim::faults::Hit hit = work.hit();
   if (hit.delay_ms > 0) delay(stream, hit);
@@ -200,6 +209,7 @@ aclError aclrtMemcpy(void* to, size_t room, const void* from, size_t bytes, aclr
   SIM_CONTEXT(context);
   Copy copy;
   if (aclError error = check_copy("aclrtMemcpy", to, room, from, bytes, kind, &copy)) return error;
+  if (aclError error = sim::refuse_waiting_copy(__func__, *context)) return error;
   sim::device::copy(context->physical, copy.to, copy.from, copy.bytes, copy.direction);
   return context->failure(__func__);
 }
@@ -236,6 +246,7 @@ aclError aclrtMemcpy2d(void* to, size_t to_pitch, const void* from, size_t from_
                    static_cast<const char*>(from) + row * from_pitch, width, kind, &rows[row]);
     if (error != ACL_SUCCESS) return error;
   }
+  if (aclError error = sim::refuse_waiting_copy(__func__, *context)) return error;
   for (const Copy& row : rows) {
     sim::device::copy(context->physical, row.to, row.from, row.bytes, row.direction);
   }
@@ -267,6 +278,7 @@ aclError aclrtMemcpyBatch(void** to, size_t* rooms, void** from, size_t* sizes, 
   aclError error = check_batch("aclrtMemcpyBatch", to, rooms, from, sizes, count, attributes,
                                attribute_count, failed, &copies);
   if (error != ACL_SUCCESS) return error;
+  if (aclError refused = sim::refuse_waiting_copy(__func__, *context)) return refused;
   for (const Copy& copy : copies) {
     sim::device::copy(context->physical, copy.to, copy.from, copy.bytes, copy.direction);
   }
@@ -290,6 +302,7 @@ aclError aclrtMemset(void* address, size_t room, int32_t value, size_t bytes) {
   SIM_CALL();
   SIM_CONTEXT(context);
   if (aclError error = check_fill("aclrtMemset", address, room, bytes)) return error;
+  if (aclError error = sim::refuse_waiting_copy(__func__, *context)) return error;
   sim::device::fill(context->physical, address, value, bytes);
   return ACL_SUCCESS;
 }
@@ -300,6 +313,7 @@ aclError aclrtMemsetAsync(void* address, size_t room, int32_t value, size_t byte
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream("aclrtMemsetAsync", handle, &stream)) return error;
   if (aclError error = check_fill("aclrtMemsetAsync", address, room, bytes)) return error;
+  if (aclError error = sim::refuse_recording("aclrtMemsetAsync", *stream)) return error;
   uint64_t ticket = sim::device::submit_fill(stream->queue, address, value, bytes);
   stream->note_use(ticket, address, bytes);
   return ACL_SUCCESS;

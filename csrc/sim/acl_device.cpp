@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "captures.h"
 #include "context.h"
 #include "error.h"
 #include "faults.h"
@@ -85,6 +86,7 @@ void drop_context(Context* context) {
     if (removed) machine::give_stream(context->physical);
   }
   machine::give_stream(context->physical);  // the default stream
+  drop_graphs(*context);
 }
 
 aclError bad_device(const char* call, int32_t index) {
@@ -184,6 +186,7 @@ aclError aclrtGetDevice(int32_t* index) {
 aclError aclrtSynchronizeDevice() {
   SIM_CALL();
   SIM_CONTEXT(context);
+  if (aclError error = sim::refuse_captured(__func__, *context)) return error;
   return sim::synchronize(__func__, *context, -1);
 }
 
@@ -191,6 +194,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
   SIM_CALL();
   SIM_REQUIRE_TIMEOUT(timeout);
   SIM_CONTEXT(context);
+  if (aclError error = sim::refuse_captured(__func__, *context)) return error;
   return sim::synchronize(__func__, *context, timeout);
 }
 

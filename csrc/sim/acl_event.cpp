@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "captures.h"
 #include "context.h"
 #include "error.h"
 #include "faults.h"
@@ -31,6 +32,7 @@ aclError find_event(const char* call, aclrtEvent handle, std::shared_ptr<Event>*
 aclError synchronize(const char* call, aclrtEvent handle, int32_t timeout_ms) {
   std::shared_ptr<Event> event;
   if (aclError error = find_event(call, handle, &event)) return error;
+  if (aclError error = sim::refuse_captured(call, *event)) return error;
   auto marker = event->recorded();
   if (marker == nullptr) return ACL_SUCCESS;
   SIM_REQUIRE(sim::device::synchronize(*marker, timeout_ms), ACL_ERROR_RT_EVENT_SYNC_TIMEOUT,
@@ -42,6 +44,7 @@ aclError synchronize(const char* call, aclrtEvent handle, int32_t timeout_ms) {
 aclError query(const char* call, aclrtEvent handle, bool* reached) {
   std::shared_ptr<Event> event;
   if (aclError error = find_event(call, handle, &event)) return error;
+  if (aclError error = sim::refuse_captured(call, *event)) return error;
   auto marker = event->recorded();
   *reached = marker == nullptr || sim::device::reached(*marker);
   return ACL_SUCCESS;
@@ -50,6 +53,7 @@ aclError query(const char* call, aclrtEvent handle, bool* reached) {
 aclError timestamp(const char* call, aclrtEvent handle, uint64_t* nanoseconds) {
   std::shared_ptr<Event> event;
   if (aclError error = find_event(call, handle, &event)) return error;
+  if (aclError error = sim::refuse_captured(call, *event)) return error;
   auto marker = event->recorded();
   SIM_REQUIRE((event->flags & ACL_EVENT_TIME_LINE) != 0 && marker != nullptr,
               ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID,
@@ -93,14 +97,19 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle) {
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream("aclrtRecordEvent", stream_handle, &stream)) return error;
   std::lock_guard<std::mutex> lock(event->mutex);
+  if (auto graph = stream->captured()) event->graph = graph;
+  if (aclError error = sim::refuse_recording("aclrtRecordEvent", *stream)) return error;
   event->marker = sim::device::record(stream->queue);
   return ACL_SUCCESS;
 }
 
-aclError aclrtResetEvent(aclrtEvent handle, aclrtStream) {
+aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream_handle) {
   SIM_CALL();
   std::shared_ptr<Event> event;
-  return find_event("aclrtResetEvent", handle, &event);
+  if (aclError error = find_event("aclrtResetEvent", handle, &event)) return error;
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = sim::find_stream("aclrtResetEvent", stream_handle, &stream)) return error;
+  return sim::refuse_recording("aclrtResetEvent", *stream);
 }
 
 aclError aclrtQueryEvent(aclrtEvent event, aclrtEventStatus* status) {

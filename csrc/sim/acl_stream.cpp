@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <acl/acl.h>
 
+#include "captures.h"
 #include "context.h"
 #include "error.h"
 #include "faults.h"
 #include "machine.h"
 
+using sim::Event;
 using sim::Stream;
 
 namespace {
@@ -27,6 +29,7 @@ aclError destroy_stream(const char* call, aclrtStream handle, bool wait) {
   auto stream = sim::streams().find(handle);
   SIM_REQUIRE(stream != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
               "%s: %p is not a stream, or was destroyed", call, handle);
+  if (aclError error = sim::refuse_captured(call, *stream)) return error;
   if (wait) sim::device::synchronize(stream->queue, -1);
   if (sim::streams().remove(handle) == nullptr) return ACL_SUCCESS;
   sim::device::destroy_stream(stream->queue);
@@ -37,6 +40,7 @@ aclError destroy_stream(const char* call, aclrtStream handle, bool wait) {
 aclError synchronize(const char* call, aclrtStream handle, int32_t timeout_ms) {
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
+  if (aclError error = sim::refuse_captured(call, *stream)) return error;
   if (!stream->can_be_waited_for()) return ACL_SUCCESS;
   SIM_REQUIRE(sim::device::synchronize(stream->queue, timeout_ms), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
               "%s: stream %d is busy after %d ms", call, stream->id, timeout_ms);
@@ -47,7 +51,20 @@ aclError launch(const char* call, aclrtStream handle, void (*function)(void*), v
   SIM_REQUIRE(function != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null function", call);
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
+  if (aclError error = sim::refuse_recording(call, *stream)) return error;
   sim::device::submit_call(stream->queue, function, argument);
+  return ACL_SUCCESS;
+}
+
+aclError wait_event(const char* call, Stream& stream, Event& event) {
+  auto graph = event.captured();
+  if (graph != nullptr && graph->is_captured()) return sim::refuse_joining(call, stream);
+  auto marker = event.recorded();
+  SIM_REQUIRE(stream.captured() == nullptr || marker == nullptr, ACL_ERROR_RT_CAPTURE_DEPENDENCY,
+              "%s: stream %d captures a graph, in which the event was not recorded", call,
+              stream.id);
+  if (aclError error = sim::refuse_recording(call, stream)) return error;
+  if (marker != nullptr) sim::device::wait(stream.queue, marker);
   return ACL_SUCCESS;
 }
 
@@ -99,6 +116,7 @@ aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
   SIM_REQUIRE(status != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtStreamQuery: null status");
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream("aclrtStreamQuery", handle, &stream)) return error;
+  if (aclError error = sim::refuse_captured("aclrtStreamQuery", *stream)) return error;
   bool idle = sim::device::completed(stream->queue) == sim::device::submitted(stream->queue);
   *status = idle ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
   return ACL_SUCCESS;
@@ -145,8 +163,7 @@ aclError aclrtStreamWaitEvent(aclrtStream handle, aclrtEvent event_handle) {
   auto event = sim::events().find(event_handle);
   SIM_REQUIRE(event != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
               "aclrtStreamWaitEvent: %p is not an event, or was destroyed", event_handle);
-  if (auto marker = event->recorded()) sim::device::wait(stream->queue, marker);
-  return ACL_SUCCESS;
+  return wait_event("aclrtStreamWaitEvent", *stream, *event);
 }
 
 aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* argument) {

@@ -57,14 +57,17 @@ Handles<Context>& contexts() {
   return *once;
 }
 
+aclError take_stream(const char* call, const Context& context) {
+  SIM_REQUIRE(
+      machine::take_stream(context.physical), ACL_ERROR_RT_RESOURCE_ALLOC_FAIL,
+      "%s: Alloc sq cq fail: too many streams are created, the device has %zu for all processes",
+      call, settings().streams);
+  return ACL_SUCCESS;
+}
+
 std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,
                                     uint32_t flags) {
-  if (!machine::take_stream(context->physical)) {
-    fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL,
-         "%s: Alloc sq cq fail: too many streams are created, the device has %zu for all processes",
-         call, settings().streams);
-    return nullptr;
-  }
+  if (take_stream(call, *context) != ACL_SUCCESS) return nullptr;
   static std::atomic<int32_t> next_id{0};
   auto stream = std::make_shared<Stream>();
   stream->context = context;

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "device.h"
 #include "handles.h"
@@ -17,6 +18,7 @@
 namespace sim {
 
 struct Context;
+struct Graph;
 
 struct Stream {
   Context* context;
@@ -33,6 +35,10 @@ struct Stream {
     return (flags & kOfTheDevice) == 0;
   }
 
+  // The graph that it captures, null: none.
+  std::shared_ptr<Graph> captured() const { return std::atomic_load(&captured_); }
+  void capture(std::shared_ptr<Graph> graph) { std::atomic_store(&captured_, std::move(graph)); }
+
   // Work in flight and the memory that it touches.
   struct Use {
     uint64_t ticket;
@@ -44,6 +50,9 @@ struct Stream {
 
   void note_use(uint64_t ticket, const void* begin, size_t bytes);
   bool uses_range(const void* begin, size_t bytes);
+
+ private:
+  std::shared_ptr<Graph> captured_;
 };
 
 struct Context {
@@ -69,10 +78,16 @@ struct Event {
   uint32_t flags;
   std::mutex mutex;
   std::shared_ptr<device::Marker> marker;  // of the last record, null: not recorded
+  std::weak_ptr<Graph> graph;              // whose capture it was recorded in
 
   std::shared_ptr<device::Marker> recorded() {
     std::lock_guard<std::mutex> lock(mutex);
     return marker;
+  }
+
+  std::shared_ptr<Graph> captured() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return graph.lock();
   }
 };
 
@@ -81,6 +96,9 @@ Handles<Event>& events();
 Handles<Context>& contexts();
 
 Context* current_context();  // of this thread, null: none
+
+// Takes one of the device's streams.
+aclError take_stream(const char* call, const Context& context);
 
 // Null: the device has no stream left, which the thread's recent message says.
 std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <string>
 
+#include "captures.h"
 #include "context.h"
 #include "error.h"
 #include "faults.h"
@@ -59,6 +60,7 @@ aclError npuSimDrain(aclrtStream handle) {
   if (stream == nullptr) {
     if (aclError error = sim::find_stream("simulated operator", handle, &stream)) return error;
   }
+  if (aclError error = sim::refuse_recording("simulated operator", *stream)) return error;
   sim::device::synchronize(stream->queue, -1);
   return ACL_SUCCESS;
 }
@@ -78,6 +80,7 @@ aclError npuSimLaunch(aclrtStream handle, int (*function)(void*), void* argument
                       const npuSimRange* ranges, size_t count) {
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream("simulated library", handle, &stream)) return error;
+  if (aclError error = sim::refuse_recording("simulated library", *stream)) return error;
   for (size_t i = 0; i < count; ++i) {
     SIM_REQUIRE(ranges[i].bytes == 0 || sim::is_device_range(ranges[i].begin, ranges[i].bytes),
                 ACL_ERROR_RT_PARAM_INVALID,

@@ -304,7 +304,7 @@ AllCores::~AllCores() { omp_set_num_threads(before_); }
 
 void drain(c10::Device device) {
   aclrtStream stream = c10_npu::getCurrentNPUStream(device.index()).stream();
-  TORCH_CHECK(npuSimDrain(stream) == 0, "the stream of a simulated operator cannot be waited for");
+  TORCH_CHECK(npuSimDrain(stream) == 0, aclGetRecentErrMsg());
 }
 
 at::Tensor alias_on_cpu(const at::Tensor& tensor) {
