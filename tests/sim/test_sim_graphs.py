@@ -131,7 +131,7 @@ def other() -> Iterator[int]:
 
 @pytest.fixture
 def memory() -> Iterator[Mapped]:
-    """Device memory."""
+    """Device memory. Tests name it before the streams that use it, which then end first."""
     block = mapped()
     yield block
     block.free()
@@ -317,9 +317,9 @@ def batch(memory: int, host: int) -> int:
     ],
 )
 def test_copies_that_wait_are_refused_by_mode_and_spoil_the_capture(
-    queue: int,
     memory: Mapped,
     host: int,
+    queue: int,
     captures: int,
     exchanged: int,
     elsewhere: bool,
@@ -345,7 +345,7 @@ def test_copies_that_wait_are_refused_by_mode_and_spoil_the_capture(
 
 
 def test_a_refused_copy_moves_nothing_and_spoils_captures_that_forbid_it_alone(
-    queue: int, other: int, memory: Mapped, host: int
+    memory: Mapped, host: int, queue: int, other: int
 ) -> None:
     ok("aclrtMemset", memory.address, c_size_t(HUGE), 7, c_size_t(HUGE))
     assert begin(queue) == begin(other, RELAXED) == SUCCESS
@@ -363,7 +363,7 @@ def test_a_refused_copy_moves_nothing_and_spoils_captures_that_forbid_it_alone(
     ok("aclmdlRIDestroy", end(other)[1])
 
 
-def test_copies_of_memory_that_is_not_page_locked(queue: int, other: int, memory: Mapped) -> None:
+def test_copies_of_memory_that_is_not_page_locked(memory: Mapped, queue: int, other: int) -> None:
     pageable = create_string_buffer(1024)
 
     def copy(target: int) -> int:
@@ -388,7 +388,7 @@ NOTHING = HostFunction(lambda _: None)
 
 @pytest.mark.parametrize("kind", ["copy", "fill", "function", "record", "reset", "wait"])
 def test_work_is_not_recorded_yet(
-    queue: int, other: int, memory: Mapped, host: int, kind: str
+    memory: Mapped, host: int, queue: int, other: int, kind: str
 ) -> None:
     mark = event()
 
