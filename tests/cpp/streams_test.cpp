@@ -180,6 +180,39 @@ TEST(nobody_who_waits_for_the_device_takes_the_failure_of_a_copy_away) {
   CHECK_EQ(told, ACL_SUCCESS);
 }
 
+// A call that is refused while a stream captures may spoil the capture, and End tells.
+TEST(memory_is_taken_and_freed_while_a_stream_captures_and_a_sleep_is_refused) {
+  configure();
+  Block block("weights", 4 * kMiB);
+  const device::Held before = held();
+  aclrtStream stream = nullptr;
+  CHECK_EQ(aclrtCreateStream(&stream), ACL_SUCCESS);
+  CHECK_EQ(aclmdlRICaptureBegin(stream, ACL_MODEL_RI_CAPTURE_MODE_GLOBAL), ACL_SUCCESS);
+  void* taken = pool().allocate(2 * kMiB, 0);
+  pool().free(pool().allocate(2 * kMiB, 0), stream);
+  CHECK_EQ(held().mappings, before.mappings + 2);  // the stream cannot be asked
+  const device::Held during = held();
+  for (const bool hold : {false, true}) {
+    try {
+      hold ? pool().hold_sleep(level_1()) : (void)pool().sleep(level_1());
+      CHECK(false);
+    } catch (const camem::TransactionError& error) {
+      CHECK(std::string(error.what()).find("captures a graph") != std::string::npos);
+    }
+  }
+  CHECK_THROWS(camem::AclError, pool().trim({}));
+  CHECK_EQ(held(), during);
+  aclmdlRI graph = nullptr;
+  CHECK_EQ(aclmdlRICaptureEnd(stream, &graph), ACL_SUCCESS);
+  CHECK_EQ(aclmdlRIDestroy(graph), ACL_SUCCESS);
+  CHECK_EQ(aclrtDestroyStream(stream), ACL_SUCCESS);
+  pool().free(taken, nullptr);
+  pool().sleep(level_1());
+  wake({"weights"});
+  CHECK(block.intact());
+  CHECK_EQ(held().mappings, before.mappings);
+}
+
 TEST(work_that_never_ends_fails_a_sleep_that_touched_nothing) {
   configure_impatient();
   Block block("weights", 4 * kMiB);
