@@ -12,6 +12,9 @@
 
 namespace camem {
 
+// ACL_ERROR_RT_CONTEXT_NULL
+constexpr aclError kContextNull = 107002;
+
 // ACL_ERROR_RT_STREAM_CAPTURED
 constexpr aclError kStreamCaptured = 107027;
 

@@ -5,12 +5,16 @@
 #include <mutex>
 
 #include "acl_check.h"
+#include "acl_newer.h"
 
 namespace camem {
 
 aclrtContext current_context() {
   aclrtContext context = nullptr;
-  return aclrtGetCurrentContext(&context) == ACL_SUCCESS ? context : nullptr;
+  const aclError code = aclrtGetCurrentContext(&context);
+  if (code == kContextNull) return nullptr;
+  check(code, "aclrtGetCurrentContext", 0, __FILE__, __LINE__);
+  return context;
 }
 
 ContextGuard::ContextGuard(aclrtContext context) {
@@ -48,13 +52,14 @@ DeviceGuard::DeviceGuard(int device) {
 }
 
 OwnContext::OwnContext(int device) {
-  const aclrtContext previous = current_context();
+  ContextGuard guard(default_context(device));  // the new one becomes current
   CAMEM_CHECK(aclrtCreateContext(&context_, device), 0);
-  if (previous != nullptr) CAMEM_CHECK(aclrtSetCurrentContext(previous), 0);
+  const aclError code = aclrtSetCurrentContext(default_context(device));
+  if (code == ACL_SUCCESS) return;
+  CAMEM_CHECK_NOEXCEPT(aclrtDestroyContext(context_), 0);
+  check(code, "aclrtSetCurrentContext", 0, __FILE__, __LINE__);
 }
 
-OwnContext::~OwnContext() {
-  if (context_ != nullptr) CAMEM_CHECK_NOEXCEPT(aclrtDestroyContext(context_), 0);
-}
+OwnContext::~OwnContext() { CAMEM_CHECK_NOEXCEPT(aclrtDestroyContext(context_), 0); }
 
 }  // namespace camem

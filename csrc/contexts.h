@@ -23,7 +23,7 @@ class ContextGuard {
   aclrtContext previous_ = nullptr;  // to be put back; null: none
 };
 
-// The context of this thread; null where it has none.
+// The context of this thread; null where it has none. Throws AclError.
 aclrtContext current_context();
 
 // The context that all threads share that chose the device by aclrtSetDevice. Asking for it the
