@@ -21,3 +21,19 @@ class RegisteringConnector(EmptiedConnector):
 
     def register_kv_caches(self, kv_caches: dict) -> None:
         self._addresses = [cache.data_ptr() for cache in kv_caches.values()]
+
+
+class HeadMajorConnector(EmptiedConnector):
+    """As NIXL's, which asks for a layout that it moves faster."""
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: object) -> str | None:
+        return "LBHNC"
+
+
+class TokenMajorConnector(EmptiedConnector):
+    """As one that asks for the default."""
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: object) -> str | None:
+        return "LBNHC"

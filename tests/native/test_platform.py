@@ -77,6 +77,41 @@ def test_refused_options(model, options, message):
         config_of(model, **options)
 
 
+@pytest.mark.parametrize("layout", ["HND", "LBHNC", "BLNHC", "BHLNC"])
+def test_other_kv_cache_layouts_are_refused_by_name(model, monkeypatch, layout):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    with pytest.raises(ValueError, match=f"KV cache layout {layout}, .*unset VLLM_KV_CACHE_LAYOUT"):
+        config_of(model)
+
+
+def test_the_contiguous_kv_cache_layout_is_the_only_one(model, monkeypatch):
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+
+    from vllm_sleep_ascend.native.attention import NPUAttentionBackend
+
+    (layout,) = get_supported_kv_cache_layouts([NPUAttentionBackend])
+    assert layout.name == "LBNHC"
+    for name in (layout.name, "NHD"):
+        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", name)
+        config_of(model)
+
+
+def test_connectors_with_another_kv_cache_layout_are_refused_by_name(model, monkeypatch):
+    """Unless it is said that the default will do."""
+    connector = {
+        "kv_connector": "HeadMajorConnector",
+        "kv_connector_module_path": "helpers.connectors",
+        "kv_role": "kv_both",
+    }
+    refusal = "HeadMajorConnector with its KV cache layout LBHNC, .*or set VLLM_KV_CACHE_LAYOUT="
+    with pytest.raises(ValueError, match=refusal):
+        config_of(model, kv_transfer_config=connector)
+    for name in ("EmptiedConnector", "TokenMajorConnector"):
+        config_of(model, kv_transfer_config=connector | {"kv_connector": name})
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBNHC")
+    config_of(model, kv_transfer_config=connector)
+
+
 def test_other_kinds_of_speculative_decoding_are_refused(model):
     options = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     with pytest.raises(ValueError, match="method ngram_gpu; use method ngram or draft_model"):

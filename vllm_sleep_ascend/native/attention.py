@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     EncoderOnlyAttentionSpec,
+    KVCacheLayout,
     SlidingWindowSpec,
 )
 
@@ -220,7 +221,7 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
 
 @register_backend(AttentionBackendEnum.CUSTOM)
 class NPUAttentionBackend(AttentionBackend):
-    """Plain-PyTorch attention: any head size, any block size, any KV cache layout."""
+    """Plain-PyTorch attention: any head size, any block size, one KV cache layout."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -236,6 +237,12 @@ class NPUAttentionBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[NPUAttentionMetadataBuilder]:
         return NPUAttentionMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """vLLM's default, in which the rows of a layer's tokens are contiguous: of a cache that is
+        not, the NPU's index operators copy all of a layer before they read or write a token."""
+        return (KVCacheLayout.LBNHC,)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

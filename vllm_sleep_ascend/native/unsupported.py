@@ -4,11 +4,13 @@
 import os
 from collections.abc import Iterator
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
 _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # vLLM's default, and its older name
 _SPECULATIVE_METHODS = ("ngram", "draft_model")
 _CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
@@ -62,6 +64,7 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
     if cache is not None and cache.cache_dtype not in _KV_CACHE_DTYPES:
         yield f"KV cache dtype {cache.cache_dtype}; use --kv-cache-dtype auto"
     yield from _kv_offloading(vllm_config)
+    yield from _kv_cache_layout(vllm_config)
     if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
         yield "context parallelism; use tensor parallelism instead"
     if parallel.enable_dbo:
@@ -92,6 +95,30 @@ def _kv_offloading(vllm_config: VllmConfig) -> Iterator[str]:
     for connector in _CUDA_KV_CONNECTORS:
         if transfer is not None and transfer.has_connector(connector):
             yield f"KV connector {connector}, which needs CUDA; leave it out"
+
+
+def _kv_cache_layout(vllm_config: VllmConfig) -> Iterator[str]:
+    requested, copies = envs.VLLM_KV_CACHE_LAYOUT, "in which operators copy a layer's whole cache"
+    if requested not in _KV_CACHE_LAYOUTS:
+        yield f"KV cache layout {requested}, {copies}; unset VLLM_KV_CACHE_LAYOUT"
+    transfer = vllm_config.kv_transfer_config
+    if requested is not None or transfer is None or transfer.kv_connector is None:
+        return
+    required = _layout_of_connector(vllm_config)
+    if required not in _KV_CACHE_LAYOUTS:
+        yield (
+            f"KV connector {transfer.kv_connector} with its KV cache layout {required}, {copies}; "
+            "leave it out, or set VLLM_KV_CACHE_LAYOUT=LBNHC if it can do with that"
+        )
+
+
+def _layout_of_connector(vllm_config: VllmConfig) -> str | None:
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
+
+    try:
+        return get_kv_connector_cache_layout(vllm_config)
+    except ImportError:  # vLLM says so where it makes the connector
+        return None
 
 
 def _quantization(vllm_config: VllmConfig) -> str | None:
