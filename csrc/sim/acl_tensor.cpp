@@ -1,18 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Descriptions of tensors and buffers, which the framework makes for compiled operators.
-#include <acl/acl.h>
+#include "acl_tensor.h"
+
 #include <acl/acl_op.h>
-
-#include <string>
-#include <vector>
-
-struct aclTensorDesc {
-  aclDataType type;
-  aclFormat format;
-  std::vector<int64_t> sizes;
-  std::string name;
-};
 
 struct aclDataBuffer {
   void* data;
@@ -23,7 +14,8 @@ extern "C" {
 
 aclTensorDesc* aclCreateTensorDesc(aclDataType type, int count, const int64_t* sizes,
                                    aclFormat format) {
-  return new aclTensorDesc{type, format, {sizes, sizes + (sizes == nullptr ? 0 : count)}, ""};
+  std::vector<int64_t> all(sizes, sizes + (sizes == nullptr ? 0 : count));
+  return new aclTensorDesc{type, format, all, "", format, all};
 }
 
 void aclDestroyTensorDesc(const aclTensorDesc* tensor) { delete tensor; }
@@ -38,8 +30,17 @@ aclError aclGetTensorDescDimV2(const aclTensorDesc* tensor, size_t index, int64_
 }
 
 void aclSetTensorDescName(aclTensorDesc* tensor, const char* name) { tensor->name = name; }
-aclError aclSetTensorFormat(aclTensorDesc*, aclFormat) { return ACL_SUCCESS; }
-aclError aclSetTensorShape(aclTensorDesc*, int, const int64_t*) { return ACL_SUCCESS; }
+
+aclError aclSetTensorFormat(aclTensorDesc* tensor, aclFormat format) {
+  tensor->storage_format = format;
+  return ACL_SUCCESS;
+}
+
+aclError aclSetTensorShape(aclTensorDesc* tensor, int count, const int64_t* sizes) {
+  tensor->storage_sizes.assign(sizes, sizes + count);
+  return ACL_SUCCESS;
+}
+
 aclError aclSetTensorPlaceMent(aclTensorDesc*, aclMemType) { return ACL_SUCCESS; }
 
 aclDataBuffer* aclCreateDataBuffer(void* data, size_t bytes) {

@@ -7,10 +7,13 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "acl_tensor.h"
 #include "control.h"
+#include "tiles.h"
 
 struct aclopAttr {};
 struct aclGraphDumpOption {};
@@ -47,6 +50,16 @@ struct Tensor {
     std::vector<int64_t> sizes(aclGetTensorDescNumDims(description));
     for (size_t i = 0; i < sizes.size(); ++i) aclGetTensorDescDimV2(description, i, &sizes[i]);
     return sizes;
+  }
+
+  bool is_tiled() const { return description->storage_format == ACL_FORMAT_FRACTAL_NZ; }
+
+  // Of one that is; nothing if its buffer is not of the size that it says.
+  std::optional<sim::Tiling> tiling() const {
+    size_t elements = 1;
+    for (int64_t size : description->storage_sizes) elements *= static_cast<size_t>(size);
+    if (elements == 0 || bytes % elements != 0) return std::nullopt;
+    return sim::Tiling::of(description->sizes, description->storage_sizes, bytes / elements);
   }
 
   std::vector<int64_t> integers() const {
@@ -108,6 +121,30 @@ aclError pad(const Tensors& inputs, const Tensors& outputs) {
   return ACL_SUCCESS;
 }
 
+// The same tensor, in another storage format if the output has one. Sizes that differ, as those of
+// a view may, are not noticed.
+aclError identity(const Tensors& inputs, const Tensors& outputs) {
+  const Tensor &in = inputs[0], &out = outputs[0];
+  const bool from_tiles = in.is_tiled(), to_tiles = out.is_tiled();
+  if (from_tiles == to_tiles) {
+    if (in.bytes > out.bytes) return refuse("Identity: the output is smaller than the input");
+    std::memcpy(out.data, in.data, in.bytes);
+    return ACL_SUCCESS;
+  }
+  const Tensor &tiled = from_tiles ? in : out, &plain = from_tiles ? out : in;
+  std::optional<sim::Tiling> tiling = tiled.tiling();
+  if (!tiling.has_value() || tiled.sizes() != plain.sizes() || plain.bytes < tiling->bytes()) {
+    return refuse("Identity: a tensor of " + std::to_string(plain.bytes) + " bytes and one of " +
+                  std::to_string(tiled.bytes) + " in tiles do not fit");
+  }
+  if (from_tiles) {
+    tiling->untile(in.data, out.data);
+  } else {
+    tiling->tile(in.data, out.data);
+  }
+  return ACL_SUCCESS;
+}
+
 struct Operator {
   size_t inputs;
   size_t outputs;
@@ -117,6 +154,7 @@ struct Operator {
 const std::map<std::string, Operator>& operators() {
   static const auto* once = new std::map<std::string, Operator>{
       {"Fill", {2, 1, fill}},
+      {"Identity", {1, 1, identity}},
       {"PadV3", {3, 1, pad}},
   };
   return *once;

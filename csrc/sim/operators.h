@@ -16,8 +16,17 @@ constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 // queued for the current stream, and the stream.
 void drain(c10::Device device);
 
-// The same memory, seen as a tensor of the CPU. Resizing it does not resize the original.
+// The same memory, seen as a tensor of the CPU. Resizing it does not resize the original. Of a
+// tensor that lies in tiles a copy in the order of its elements: what was written to it has to be
+// put back.
 at::Tensor alias_on_cpu(const at::Tensor& tensor);
+void put_back(const at::Tensor& tensor, const at::Tensor& alias);
+
+// Whether the storage is in FRACTAL_NZ, whatever the tensor over it looks like.
+bool is_tiled(const at::Tensor& tensor);
+// Its content in the order of the elements. Refuses a tensor of another type than the storage's.
+c10::Storage untiled(const at::Tensor& tensor);
+void tile_back(const at::Tensor& tensor, const c10::Storage& content);
 
 // Lets parallel regions of this thread use all cores, whatever the thread count is set to.
 class AllCores {

@@ -42,6 +42,7 @@ at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   } else {
     target.copy_(source);
   }
+  if (is_on_device(to)) put_back(to, target);
   return to;
 }
 

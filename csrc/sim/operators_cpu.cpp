@@ -90,6 +90,7 @@ class Call {
 
   void to_device() {
     if (!device_.has_value()) return;
+    if (shape_.writes) put_tiles_back();
     if (shape_.writes) follow_resizes();
     for (IValue& value : stack_) {
       if (value.isTensor()) {
@@ -110,6 +111,7 @@ class Call {
   struct StoragePair {
     c10::StorageImpl* original;
     c10::Storage on_cpu;
+    at::Tensor tiled;  // the original, if it is: `on_cpu` is then a copy
   };
 
   void find_device() {
@@ -167,7 +169,11 @@ class Call {
       if (known.original == storage) on_cpu = &known.on_cpu;
     }
     if (on_cpu == nullptr) {
-      storages_.push_back({storage, alias_storage(original.storage(), shape_.writes)});
+      if (is_tiled(original)) {
+        storages_.push_back({storage, untiled(original), original});
+      } else {
+        storages_.push_back({storage, alias_storage(original.storage(), shape_.writes), {}});
+      }
       on_cpu = &storages_.back().on_cpu;
     }
     at::Tensor result = tensor_over(*on_cpu, original);
@@ -206,6 +212,12 @@ class Call {
     if (value.isGenerator()) given = value.toGenerator();
     if (given.has_value() && given->device().is_cpu()) return;
     value = generator_for_call(given, *device_);
+  }
+
+  void put_tiles_back() {
+    for (const StoragePair& known : storages_) {
+      if (known.tiled.defined()) tile_back(known.tiled, known.on_cpu);
+    }
   }
 
   // An out= tensor of the wrong size was resized by the kernel, on the CPU's side only.
@@ -308,6 +320,7 @@ void drain(c10::Device device) {
 }
 
 at::Tensor alias_on_cpu(const at::Tensor& tensor) {
+  if (is_tiled(tensor)) return tensor_over(untiled(tensor), tensor);
   return tensor_over(alias_storage(tensor.storage(), false), tensor);
 }
 

@@ -135,6 +135,7 @@ at::Tensor& run_on_device(Kernel kernel, const at::Tensor& a, const at::Tensor& 
   AllCores cores;
   at::Tensor on_cpu = alias_on_cpu(out);
   kernel(alias_on_cpu(a), alias_on_cpu(b), sum, on_cpu);
+  put_back(out, on_cpu);
   return out;
 }
 
