@@ -67,7 +67,8 @@ def _shifted(numbers: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def memory_at(address: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``size`` bytes of mapped memory of ``device`` as numbers; nothing is copied or owned."""
+    """``size`` bytes of mapped memory of ``device`` as numbers, as they lie there, whatever format
+    the tensors in it have; nothing is copied or owned."""
     torch_device: Any
     if device.type == "npu":
         import torch_npu

@@ -9,11 +9,16 @@ the least (unsigned: the greatest) one, and count as unwritten where a whole row
 NPUs reduce integers of 8, 32 and 64 bits on their vector cores, and those of 16 bits on slow ones
 (hicann/ops-math, reduce_max). Numbers of 16 bits are therefore looked at in pairs, and a mark is
 seen in the second of each: what somebody leaves out is never a single number.
+
+A weight whose storage is tiled (FRACTAL_NZ) is marked and read as it lies there, with what fills up
+its tiles: who writes it writes whole tiles.
 """
 
 from collections.abc import Iterable, Sequence
 
 import torch
+
+from vllm_sleep_ascend.formats import as_it_lies
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FRACTION_SET = {torch.int8: 0x7F, torch.int16: 0x7FFF, torch.int32: 0x7FFF_FFFF}
@@ -31,20 +36,20 @@ _FLOATS = (
 def mark(tensor: torch.Tensor) -> None:
     """Overwrite all content with marks."""
     if tensor.numel():
-        words, value = _words(tensor.data)
+        words, value = _words(as_it_lies(tensor.data))
         words.fill_(value)
 
 
 @torch.no_grad()
 def unwritten(tensors: Iterable[torch.Tensor]) -> list[bool]:
     """Of each tensor, whether a mark is left in it. Waits once for the device."""
-    return _read([_any_mark(tensor.data) for tensor in tensors])
+    return _read([_any_mark(as_it_lies(tensor.data)) for tensor in tensors])
 
 
 @torch.no_grad()
 def unwritten_at_start(tensors: Iterable[torch.Tensor]) -> list[bool]:
     """Of each tensor, whether its first number is still a mark, which costs next to nothing."""
-    return unwritten([_start(tensor.data) for tensor in tensors])
+    return unwritten([_start(as_it_lies(tensor.data)) for tensor in tensors])
 
 
 def _start(tensor: torch.Tensor) -> torch.Tensor:

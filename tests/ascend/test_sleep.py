@@ -16,6 +16,7 @@ from vllm_sleep_ascend.sim import control
 TOKENS = 8
 TAGS = ("weights", "kv_cache")
 DRIVER_ERROR = 507899
+FRACTAL_NZ = 29
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +105,15 @@ def test_level_2_with_reload_keeps_the_tokens(llm, expected):
 
 
 def test_level_2_keeps_buffers_and_what_is_neither_buffer_nor_parameter(llm, expected):
-    """vllm-ascend keeps tables and derived matrices in attributes and globals. Two parameters are
-    preserved by an option."""
+    """vllm-ascend keeps tables and derived matrices in attributes and globals, some in FRACTAL_NZ
+    whatever VLLM_ASCEND_ENABLE_NZ says. Two parameters are preserved by an option."""
+    import torch_npu
+
     model = worker(llm).model_runner.model
+    matrix = torch.arange(300 * 35).remainder(97).view(300, 35).half()
     with _in_weights_pool():
         model.stray = [torch.arange(100_000, device="npu")]
+        model.tiled = torch_npu.npu_format_cast(matrix.npu(), FRACTAL_NZ)
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers()}
     assert buffers
     norms = {n: p.cpu() for n, p in model.named_parameters() if "layernorm" in n}
@@ -121,7 +126,9 @@ def test_level_2_keeps_buffers_and_what_is_neither_buffer_nor_parameter(llm, exp
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer.cpu(), buffers[name]), name
     assert torch.equal(model.stray[0].cpu(), torch.arange(100_000))
-    del model.stray
+    assert torch_npu.get_npu_format(model.tiled) == FRACTAL_NZ
+    assert torch.equal(model.tiled.cpu(), matrix)
+    del model.stray, model.tiled
     reload(llm)
     assert tokens(llm, PROMPTS, TOKENS) == expected
 

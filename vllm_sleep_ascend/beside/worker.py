@@ -19,6 +19,7 @@ from vllm_sleep_ascend.communicators import meet
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.formats import is_tiled
 from vllm_sleep_ascend.host_memory import ranks_of_this_host
 from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
 from vllm_sleep_ascend.start_memory import StartMemory, least_kv_cache
@@ -32,7 +33,6 @@ from vllm_ascend.worker.worker import NPUWorker  # noqa: E402
 
 logger = init_logger(f"vllm.{__name__}")
 
-_FRACTAL_NZ = 29
 _TOO_LITTLE_FREE = "Free memory on device"  # how that error of vllm-ascend's begins
 _POLL_S = 0.01
 
@@ -226,12 +226,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         raise SleepModeError("a draft model cannot be loaded again; restart the engine")
 
     def _in_nz_format(self) -> str | None:
-        """The name of a parameter in that format, if there is one."""
-        for name, parameter in self._content.parameters().items():
-            on_npu = parameter.device.type == "npu"
-            if on_npu and torch_npu.get_npu_format(parameter) == _FRACTAL_NZ:
-                return name
-        return None
+        """The name of a parameter in that format or its like, if there is one."""
+        parameters = self._content.parameters().items()
+        return next((name for name, parameter in parameters if is_tiled(parameter)), None)
 
     # --- What runs the model or loads weights needs the experts as the kernels want them ---------
 
