@@ -8,10 +8,12 @@ import torch
 from helpers import MIB
 from helpers.control_group import control_group
 from helpers.engine import engine, few
+from helpers.logs import warnings_of
 from helpers.ranks import assert_all, assert_cycles_leave_nothing, fail_on, process_id, status
 from helpers.reference import hf_few
+from torch.distributed import distributed_c10d
 
-from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend import _camem, safe_while_asleep
 from vllm_sleep_ascend.host_memory import host_need
 from vllm_sleep_ascend.policy import POLICY
 from vllm_sleep_ascend.pool import trim, use_pool
@@ -113,21 +115,10 @@ def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
     assert_cycles_leave_nothing(ranks, tiny_model)
 
 
-def test_what_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:
+def test_a_wake_that_fails_leaves_all_ranks_asleep(ranks, tiny_model) -> None:
     expected = hf_few(tiny_model)
     awake = held(ranks)
-    for rank in (0, 1):
-        fail_on(ranks, rank, "HcclCommDestroy:1:4:*")
-        with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: HCCL kept the"):
-            ranks.sleep(level=1)
-        fail_on(ranks, rank, "")
-        assert_all(ranks, "RUNNING")
-        assert few(ranks) == expected
-    # The communicators that could not be destroyed are HCCL's loss, and are shown.
-    kept = held(ranks)
     ranks.sleep(level=1)
-    asleep = [now - then for now, then in zip(kept, awake, strict=True)]
-    assert held(ranks) == asleep
     for rank in (0, 1):
         for call in ("HcclGetRootInfo", "HcclCommInitRootInfoConfig"):
             if rank == 1 and call == "HcclGetRootInfo":
@@ -137,8 +128,95 @@ def test_what_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:
                 ranks.wake_up()
             fail_on(ranks, rank, "")
             assert_all(ranks, "SUSPENDED")
-            assert held(ranks) == asleep
+            assert held(ranks) == [0, 0]
     ranks.wake_up()
     assert_all(ranks, "RUNNING")
-    assert held(ranks) == kept
+    assert held(ranks) == awake
     assert few(ranks) == expected
+
+
+class FailsOnce:
+    """A group of the engine's ranks whose first destruction fails."""
+
+    failed = False
+
+    def _get_backend(self, device):
+        return self
+
+    def _get_stream_id(self, is_pair, peer=-1):
+        return -1 if is_pair else 0
+
+    def _delete_tcpstore_key(self) -> None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("the store is gone")
+
+    def abort_hccl_comm(self, reason) -> None:
+        """Nothing to destroy."""
+
+    def get_hccl_comm_name(self, rank, make) -> str:
+        return ""
+
+
+def add_group(worker, rank: int) -> None:
+    if worker.rank == rank:
+        world = distributed_c10d._world
+        worker.failing = FailsOnce()
+        world.pg_map[worker.failing] = next(b for b in world.pg_map.values() if "hccl" in b[0])
+        world.pg_group_ranks[worker.failing] = {0: 0, 1: 1}
+
+
+def remove_group(worker, rank: int) -> None:
+    if worker.rank == rank:
+        assert worker.failing.failed
+        del distributed_c10d._world.pg_map[worker.failing]
+        del distributed_c10d._world.pg_group_ranks[worker.failing]
+
+
+def test_a_release_that_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:
+    """With their communicators, which some have destroyed by then."""
+    expected = hf_few(tiny_model)
+    awake = held(ranks)
+    for rank in (0, 1):
+        ranks.collective_rpc(add_group, args=(rank,))
+        with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: the store is gone"):
+            ranks.sleep(level=1)
+        ranks.collective_rpc(remove_group, args=(rank,))
+        assert_all(ranks, "RUNNING")
+        assert held(ranks) == awake
+        assert few(ranks) == expected
+
+
+@safe_while_asleep
+def listen(worker) -> None:
+    worker.listener = warnings_of("communicators")
+    worker.heard = worker.listener.__enter__()
+
+
+@safe_while_asleep
+def heard(worker) -> list[str]:
+    messages, worker.heard[:] = list(worker.heard), []
+    return messages
+
+
+def test_memory_that_hccl_keeps_is_a_warning_and_shown(ranks, tiny_model) -> None:
+    """The last test here: that memory is lost to the process."""
+    expected = hf_few(tiny_model)
+    awake = held(ranks)
+    ranks.collective_rpc(listen)
+    for rank in (0, 1):
+        fail_on(ranks, rank, "HcclCommDestroy:1:4:*")
+        ranks.sleep(level=1)
+        fail_on(ranks, rank, "")
+        assert_all(ranks, "SUSPENDED")
+        kept = [awake[r] if r <= rank else 0 for r in (0, 1)]
+        assert held(ranks) == kept
+        messages = ranks.collective_rpc(heard)
+        assert messages[1 - rank] == []
+        (message,) = messages[rank]
+        assert "HCCL kept memory of 1 of 1 groups" in message and "(ranks 0, 1)" in message
+        assert f"holds {kept[rank]} bytes" in message
+        ranks.wake_up()
+        assert_all(ranks, "RUNNING")
+        assert held(ranks) == [now + then for now, then in zip(kept, awake, strict=True)]
+        assert few(ranks) == expected
