@@ -4,6 +4,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,28 @@ from vllm.engine.arg_utils import EngineArgs
 
 answers = []
 for options in json.loads(sys.argv[2]):
-    args = EngineArgs(sys.argv[1], enforce_eager=True, max_model_len=512, **options)
+    args = EngineArgs(sys.argv[1], **{"enforce_eager": True, "max_model_len": 512, **options})
     try:
         answers.append(args.create_engine_config().parallel_config.worker_cls)
+    except Exception as error:
+        answers.append(f"{type(error).__name__}: {error}")
+print("RESULT", json.dumps(answers))
+"""
+
+# The same of `vllm serve`.
+SERVE = """
+import json, sys
+from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+answers = []
+for options in json.loads(sys.argv[2]):
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([sys.argv[1], *options])
+    args.model = args.model_tag
+    try:
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        answers.append(config.parallel_config.worker_cls)
     except Exception as error:
         answers.append(f"{type(error).__name__}: {error}")
 print("RESULT", json.dumps(answers))
@@ -136,6 +156,34 @@ def test_engines_that_share_experts_do_not_sleep(tiny_model):
     assert answers == [STOCK, OURS]
     answers, _ = run(CONFIGURE, tiny_model, json.dumps([two | sleeps]))
     assert answers == [OURS]
+
+
+def test_communicators_are_not_released_under_captured_graphs(tiny_model):
+    release = {"sleep_mode": {"release_communicators": True}}
+    graphs = {"enable_sleep_mode": True, "enforce_eager": False, "tensor_parallel_size": 2}
+    graphs |= {"additional_config": release}
+    asked = [
+        graphs,
+        graphs | {"compilation_config": {"cudagraph_mode": "NONE"}},
+        graphs | {"enforce_eager": True},
+        graphs | {"additional_config": release | {"enable_sleep_mode_extra_cleanup": True}},
+        graphs | {"enable_sleep_mode": False},
+        graphs | {"tensor_parallel_size": 1},
+    ]
+    (refused, *answers), said = run(CONFIGURE, tiny_model, json.dumps(asked))
+    assert re.search(
+        r"sleep mode with release_communicators and captured graphs \(enforce_eager=False, "
+        r"cudagraph_mode=[A-Z_]+\) is not supported: .* Start with enforce_eager=True "
+        r"\(--enforce-eager\), or leave out release_communicators, or set",
+        refused,
+    ), refused
+    assert answers == [OURS, OURS, OURS, STOCK, OURS]
+    assert "release_communicators has no effect: an engine of one rank has none" in said
+
+    server = ["--enable-sleep-mode", "--tensor-parallel-size", "2", "--max-model-len", "512"]
+    server += ["--additional-config", json.dumps(release)]
+    (refused,), _ = run(SERVE, tiny_model, json.dumps([server]))
+    assert "release_communicators and captured graphs" in refused
 
 
 def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):

@@ -60,6 +60,7 @@ def _choose_worker(vllm_config: Any) -> None:
     SleepModeConfig.from_vllm_config(vllm_config)
     check_engines(vllm_config)
     check_connector(vllm_config)
+    check_graphs(vllm_config)
     parallel.worker_cls = WORKER
     os.environ[IN_USE] = "1"
     guard()
@@ -67,6 +68,29 @@ def _choose_worker(vllm_config: Any) -> None:
         "Sleep mode is vllm_sleep_ascend's; %s=0 leaves it to vllm-ascend.",
         SWITCH,
     )
+
+
+def check_graphs(vllm_config: Any) -> None:
+    """A captured graph holds the communicators that it uses, and they do not come back the same.
+
+    Raises:
+        ValueError: communicators would be released, and graphs that hold them kept.
+    """
+    if not SleepModeConfig.releases_by_option(vllm_config):
+        return
+    if vllm_config.parallel_config.world_size == 1:
+        logger.info("release_communicators has no effect: an engine of one rank has none.")
+        return
+    mode = vllm_config.compilation_config.cudagraph_mode
+    captures = not vllm_config.model_config.enforce_eager and mode.name != "NONE"
+    if captures and not SleepModeConfig.cleans_up_extra(vllm_config):
+        raise ValueError(
+            "sleep mode with release_communicators and captured graphs (enforce_eager=False, "
+            f"cudagraph_mode={mode.name}) is not supported: a graph holds the communicators that "
+            "it uses, and would run on ones that are gone. Start with enforce_eager=True "
+            "(--enforce-eager), or leave out release_communicators, or set vllm-ascend's "
+            "enable_sleep_mode_extra_cleanup, which also captures the graphs again at each wake"
+        )
 
 
 @cache
