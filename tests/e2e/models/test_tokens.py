@@ -2,7 +2,7 @@
 """Stock vLLM on the NPU answers as Hugging Face does on the CPU, before and after sleep."""
 
 import pytest
-from helpers.engine import engine, sleep_and_wake, tokens
+from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
 from helpers.reference import MAX_NUM_BATCHED_TOKENS, PROMPTS, hf_greedy, tokenizer
 
@@ -37,6 +37,14 @@ def test_common_prefix(llm, tiny_model):
     assert tokens(llm, prompts) == hf_greedy(tiny_model, prompts)
 
 
+def assert_caches_are_contiguous(llm):
+    """Token by token: what NPUs' index operators need, or they copy a layer's cache."""
+    runner = driver_worker(llm).model_runner
+    assert runner.cache_config.kv_cache_layout == "LBNHC"
+    assert runner.kv_caches
+    assert all(cache.transpose(1, 2).is_contiguous() for cache in runner.kv_caches)
+
+
 @pytest.mark.parametrize(
     "name,options",
     [
@@ -54,6 +62,7 @@ def test_other_models(name, options):
     model = make_model(name)
     few = PROMPTS[1:7:2]
     with engine(model, enable_sleep_mode=True, **options) as llm:
+        assert_caches_are_contiguous(llm)
         assert tokens(llm) == hf_greedy(model)
         for level in (1, 2):
             sleep_and_wake(llm, level)
