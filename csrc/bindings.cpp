@@ -280,6 +280,8 @@ PYBIND11_MODULE(_camem, module) {
   module.def(
       "wait_prepared", [](double timeout_s) { return Pool::instance().wait_prepared(timeout_s); },
       py::arg("timeout_s"), py::call_guard<WithoutGil>());
+  module.def("step_begins", [] { Pool::instance().step_begins(); });
+  module.def("step_ends", [] { Pool::instance().step_ends(); });
   module.def("copied_bytes", [] { return Pool::instance().copied_bytes(); });
   module.def("trim", [](const std::set<std::uintptr_t>& addresses) {
     const WithoutGil released;

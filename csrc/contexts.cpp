@@ -9,6 +9,16 @@
 
 namespace camem {
 
+namespace {
+
+// torch relies on the context that it chose: a single failing call must not lose it.
+void put_back(aclrtContext context) noexcept {
+  if (aclrtSetCurrentContext(context) == ACL_SUCCESS) return;
+  CAMEM_CHECK_NOEXCEPT(aclrtSetCurrentContext(context), 0);
+}
+
+}  // namespace
+
 aclrtContext current_context() {
   aclrtContext context = nullptr;
   const aclError code = aclrtGetCurrentContext(&context);
@@ -25,8 +35,7 @@ ContextGuard::ContextGuard(aclrtContext context) {
 }
 
 ContextGuard::~ContextGuard() {
-  if (previous_ == nullptr || aclrtSetCurrentContext(previous_) == ACL_SUCCESS) return;
-  CAMEM_CHECK_NOEXCEPT(aclrtSetCurrentContext(previous_), 0);  // once more: torch relies on it
+  if (previous_ != nullptr) put_back(previous_);
 }
 
 aclrtContext default_context(int device) {
@@ -37,10 +46,10 @@ aclrtContext default_context(int device) {
   if (found != known.end()) return found->second;
   const aclrtContext previous = current_context();
   CAMEM_CHECK(aclrtSetDevice(device), 0);
-  const aclrtContext context = current_context();
-  if (previous != nullptr && previous != context) {
-    CAMEM_CHECK(aclrtSetCurrentContext(previous), 0);
-  }
+  aclrtContext context = nullptr;
+  const aclError code = aclrtGetCurrentContext(&context);
+  if (previous != nullptr && previous != context) put_back(previous);
+  check(code, "aclrtGetCurrentContext", 0, __FILE__, __LINE__);
   known.emplace(device, context);
   return context;
 }
@@ -52,12 +61,9 @@ DeviceGuard::DeviceGuard(int device) {
 }
 
 OwnContext::OwnContext(int device) {
-  ContextGuard guard(default_context(device));  // the new one becomes current
+  const ContextGuard guard(default_context(device));
   CAMEM_CHECK(aclrtCreateContext(&context_, device), 0);
-  const aclError code = aclrtSetCurrentContext(default_context(device));
-  if (code == ACL_SUCCESS) return;
-  CAMEM_CHECK_NOEXCEPT(aclrtDestroyContext(context_), 0);
-  check(code, "aclrtSetCurrentContext", 0, __FILE__, __LINE__);
+  put_back(default_context(device));  // the new one has become current
 }
 
 OwnContext::~OwnContext() { CAMEM_CHECK_NOEXCEPT(aclrtDestroyContext(context_), 0); }

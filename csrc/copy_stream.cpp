@@ -10,8 +10,8 @@
 namespace camem {
 namespace {
 
-// Bytes per millisecond that a stream gets of the slowest link, which it shares with others.
-constexpr std::size_t kLeastSpeed = std::size_t{16} << 10;
+// For what is waited for once another copy has not ended in time.
+constexpr std::chrono::milliseconds kMoment{1000};
 
 }  // namespace
 
@@ -29,9 +29,9 @@ CopyStream::~CopyStream() {
   if (stream_ != nullptr) CAMEM_CHECK_NOEXCEPT(aclrtDestroyStream(stream_), 0);
 }
 
-void CopyStream::begin(std::chrono::milliseconds patience) {
+void CopyStream::begin(Patience& patience) {
   std::lock_guard<std::mutex> lock(mutex_);
-  patience_ = patience;
+  patience_ = &patience;
   if (!stuck_) failure_ = ACL_SUCCESS;
 }
 
@@ -55,13 +55,23 @@ bool CopyStream::is_idle() noexcept {
 // With the lock held.
 aclError CopyStream::synchronize() {
   const std::size_t launched = launched_;
-  const auto allowed = patience_ + std::chrono::milliseconds((launched - done_) / kLeastSpeed);
+  auto allowed = kMoment;
+  if (patience_ != nullptr && !patience_->over) {
+    const std::size_t in_flight = launched - done_;
+    allowed = patience_->least + std::chrono::milliseconds(in_flight / patience_->bytes_per_ms);
+  }
   const auto timeout =
       std::clamp<std::int64_t>(allowed.count(), 1, std::numeric_limits<std::int32_t>::max());
-  const aclError code =
-      aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(timeout));
+  aclError code = aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(timeout));
+  if (code == kStreamSyncTimeout && is_idle()) {
+    // The process stood still meanwhile: AscendCL looks at the clock before it looks at the stream.
+    code = aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(kMoment.count()));
+  }
   if (code == ACL_SUCCESS) done_ = launched;
-  if (code == kStreamSyncTimeout) stuck_ = true;
+  if (code == kStreamSyncTimeout) {
+    stuck_ = true;
+    if (patience_ != nullptr) patience_->over = true;
+  }
   return code;
 }
 
@@ -70,6 +80,12 @@ void CopyStream::wait(std::size_t bytes) {
   if (!stuck_) {
     const aclError code = synchronize();
     if (failure_ == ACL_SUCCESS) failure_ = code;
+  }
+  if (failure_ == kStreamSyncTimeout) {
+    throw AclError(
+        "aclrtSynchronizeStreamWithTimeout", failure_, bytes,
+        "a copy has not ended in time (device_timeout_s); until it has, no memory sleeps "
+        "or wakes");
   }
   check(failure_, "aclrtSynchronizeStreamWithTimeout", bytes, __FILE__, __LINE__);
 }

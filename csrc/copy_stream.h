@@ -13,6 +13,14 @@
 
 namespace camem {
 
+// How long the streams of an operation are waited for: `least`, and what a slow link that all of
+// them share would need for what is in flight.
+struct Patience {
+  std::chrono::milliseconds least{0};
+  std::size_t bytes_per_ms = 1;   // of each stream
+  std::atomic<bool> over{false};  // one did not end in time: the others have had theirs
+};
+
 class CopyStream {
  public:
   // Of the current context; null where its device gives no more streams.
@@ -23,9 +31,8 @@ class CopyStream {
   CopyStream(const CopyStream&) = delete;
   CopyStream& operator=(const CopyStream&) = delete;
 
-  // Takes the failure of an earlier operation back. From now on a copy may take `patience` and what
-  // the slowest of links would need for all that is in flight on this stream.
-  void begin(std::chrono::milliseconds patience);
+  // Takes the failure of an earlier operation back, and begins one whose streams share `patience`.
+  void begin(Patience& patience);
 
   // Launches a copy. Throws AclError; a part of the copy may be in flight then.
   void copy(std::byte* to, const std::byte* from, std::size_t bytes, aclrtMemcpyKind kind);
@@ -53,7 +60,7 @@ class CopyStream {
   const aclrtStream stream_;  // null: the context's own
   std::mutex mutex_;          // of waiting
   aclError failure_ = ACL_SUCCESS;
-  std::chrono::milliseconds patience_{0};
+  Patience* patience_ = nullptr;
   std::atomic<std::size_t> launched_{0};  // bytes
   std::size_t done_ = 0;                  // of them
   std::atomic<bool> stuck_{false};

@@ -14,6 +14,9 @@ namespace camem {
 namespace {
 
 constexpr std::chrono::milliseconds kMoment{1};
+constexpr std::chrono::milliseconds kBetweenSteps{100};
+constexpr std::chrono::milliseconds kLook{10};
+constexpr int kServingRest = 50;
 
 std::size_t sum(const std::vector<std::size_t>& sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});
@@ -63,17 +66,23 @@ void HostReserve::carry_out(const std::shared_ptr<Work>& work) noexcept {
     DeviceGuard guard(order.device);
     lock.lock();
     changed_.wait_for(lock, order.delay, stopped);
-    while (!work->wanted.empty()) {
+    for (;;) {
+      wait_for_turn(lock, *work);
+      if (work->wanted.empty()) break;
       const std::size_t bytes = work->wanted.front();
       work->wanted.pop_front();
+      ++work->taking;
       lock.unlock();
       const auto start = std::chrono::steady_clock::now();
       // Blocks that take the place of others need the host's memory one by one.
-      keep_or_use(*work, order.use ? HostMemory::page_locked(bytes, order.source)
-                                   : HostMemory::page_locked(bytes, order.source, work->space));
-      const auto took = std::chrono::steady_clock::now() - start;
+      HostMemory block = order.use ? HostMemory::page_locked(bytes, order.source)
+                                   : HostMemory::page_locked(bytes, order.source, work->space);
+      const auto end = std::chrono::steady_clock::now();
+      keep_or_use(*work, std::move(block));
       lock.lock();
-      if (order.slowly) changed_.wait_for(lock, took, stopped);
+      --work->taking;
+      work->rests_until = end + kServingRest * (end - start);
+      if (order.slowly) changed_.wait_for(lock, end - start, stopped);
     }
   } catch (const std::exception&) {
     if (!lock.owns_lock()) lock.lock();
@@ -81,6 +90,24 @@ void HostReserve::carry_out(const std::shared_ptr<Work>& work) noexcept {
   }
   --work->running;
   changed_.notify_all();
+}
+
+void HostReserve::step_ends() noexcept {
+  last_step_ = std::chrono::steady_clock::now();
+  --steps_;
+}
+
+// Steps follow each other closely: between two, the engine does not stand still.
+bool HostReserve::is_serving() const {
+  return steps_ > 0 || std::chrono::steady_clock::now() - last_step_.load() < kBetweenSteps;
+}
+
+// While the engine serves, one thread of an order works at a time.
+void HostReserve::wait_for_turn(std::unique_lock<std::mutex>& lock, const Work& work) {
+  while (!work.wanted.empty() && is_serving() &&
+         (work.taking > 0 || std::chrono::steady_clock::now() < work.rests_until)) {
+    changed_.wait_for(lock, kLook, [&] { return work.stopped; });
+  }
 }
 
 void HostReserve::keep_or_use(Work& work, HostMemory block) {

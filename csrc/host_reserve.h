@@ -3,6 +3,7 @@
 // Page-locked blocks that threads in the background take ahead of their use.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -45,6 +46,12 @@ class HostReserve {
   // A block of exactly this size that is ready, or none.
   std::optional<HostMemory> take(std::size_t bytes);
 
+  // A step of the model begins or has ended. While one runs, and for a moment after, blocks are
+  // taken one by one, with fifty times as long a rest after each as it took: the driver may keep
+  // launches waiting meanwhile.
+  void step_begins() noexcept { ++steps_; }
+  void step_ends() noexcept;
+
   void stop();                // ends the order; what is ready stays
   void cancel();              // the same, of an order whose blocks are used at once
   bool wait(double seconds);  // until the order is carried out; false: not in that time
@@ -70,10 +77,14 @@ class HostReserve {
     std::deque<std::size_t> wanted;
     bool stopped = false;
     std::size_t running = 0;
-    HostSpace space;  // of blocks that are kept
+    std::size_t taking = 0;                               // threads that take a block
+    std::chrono::steady_clock::time_point rests_until{};  // while steps run
+    HostSpace space;                                      // of blocks that are kept
   };
 
   void carry_out(const std::shared_ptr<Work>& work) noexcept;
+  void wait_for_turn(std::unique_lock<std::mutex>& lock, const Work& work);
+  bool is_serving() const;
   void keep_or_use(Work& work, HostMemory block);
   void stop_locked();
   void start(std::function<void()> function);
@@ -84,6 +95,8 @@ class HostReserve {
   int device_ = 0;  // of the last order
   std::multimap<std::size_t, HostMemory> ready_;
   std::size_t threads_ = 0;  // of all orders, and those that give back
+  std::atomic<int> steps_{0};
+  std::atomic<std::chrono::steady_clock::time_point> last_step_{};
   bool closed_ = false;
 };
 

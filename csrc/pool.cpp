@@ -19,11 +19,12 @@ thread_local TagId t_current_tag = 0;
 std::atomic<bool> g_abandoned{false};
 std::atomic<bool> g_ended{false};
 
-// Whether all is done that was launched on a stream of the current context.
-bool is_idle(aclrtStream stream) {
+// Whether all is done that was launched on a stream of the current context; nothing where it cannot
+// be asked.
+std::optional<bool> is_idle(aclrtStream stream) {
   aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
-  return !is_capturing(stream) && aclrtStreamQuery(stream, &status) == ACL_SUCCESS &&
-         status == ACL_STREAM_STATUS_COMPLETE;
+  if (is_capturing(stream) || aclrtStreamQuery(stream, &status) != ACL_SUCCESS) return {};
+  return status == ACL_STREAM_STATUS_COMPLETE;
 }
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
@@ -142,7 +143,7 @@ void Pool::sweep(bool synchronized) noexcept {
     for (auto& [allocation, stream] : doomed_) {
       try {
         const ContextGuard guard(default_context(allocation->device));
-        if (!synchronized && !is_idle(stream)) continue;
+        if (!is_idle(stream).value_or(synchronized)) continue;
         allocation->release();
         allocation.reset();
       } catch (const std::exception&) {
@@ -179,12 +180,14 @@ Pool::Tasks Pool::select(const std::function<bool(const Allocation&, const Chunk
 std::size_t Pool::trim(const std::set<std::uintptr_t>& addresses) {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
+  require_alive();
   require_nothing_stuck();
   synchronize();
   std::size_t bytes = 0;
   for (const std::uintptr_t address : addresses) {
     const auto found = allocations_.find(address);
     if (found == allocations_.end() || found->second->trimmed) continue;
+    forget_held(found->second.get());
     found->second->trimmed = true;
     bytes += found->second->range.bytes();
     for (Chunk& chunk : found->second->chunks) chunk.content = Content::kNone;

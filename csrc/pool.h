@@ -169,6 +169,9 @@ class Pool {
   void prepare(const std::set<TagId>& tags, bool slowly);
   // Waits until that is done; false: not in that time.
   bool wait_prepared(double seconds);
+  // What is prepared makes room for the steps of the model. Neither waits.
+  void step_begins() noexcept { reserve_.step_begins(); }
+  void step_ends() noexcept { reserve_.step_ends(); }
   // Gives back what was prepared and not used.
   void release_prepared();
 

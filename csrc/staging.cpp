@@ -37,6 +37,8 @@ double seconds_of(unsigned threads, const std::function<void(unsigned)>& work) {
 }  // namespace
 
 void Staging::open(int device, unsigned threads, HostSource source) {
+  const auto gone = [](const Lane& lane) { return !lane[0]; };
+  lanes_.erase(std::remove_if(lanes_.begin(), lanes_.end(), gone), lanes_.end());
   if (lanes_.size() >= threads) return;
   std::vector<Lane> lanes(threads - lanes_.size());
   seconds_of(static_cast<unsigned>(lanes.size()), [&](unsigned thread) {

@@ -91,6 +91,7 @@ void Pool::require_nothing_stuck() {
 
 // What every transaction begins with.
 void Pool::begin(const char* operation, bool waits) {
+  require_alive();  // it may have ended while this thread waited for the lock
   reserve_.cancel();
   take_back();
   try {

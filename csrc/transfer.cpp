@@ -49,6 +49,7 @@ void Transfer::open(int device) {
     }
   } catch (const AclError&) {
     // Copies are synchronous, until a later operation finds a context to be had.
+    if (lanes.streams.empty()) lanes.context.reset();
   }
 }
 
@@ -56,7 +57,10 @@ void Transfer::with_stream(int device, const std::function<void(CopyStream*)>& w
   open(device);
   const Lanes& lanes = devices_[device];
   if (lanes.streams.empty()) return work(nullptr);
-  ContextGuard guard(lanes.context->get());
+  const ContextGuard torchs(default_context(device));  // what a thread without one is left with
+  const ContextGuard ours(lanes.context->get());
+  patience_.over = false;
+  patience_.bytes_per_ms = kLeastLink;
   lanes.streams.front()->begin(patience_);
   work(lanes.streams.front().get());
 }
@@ -101,6 +105,8 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   parallelism.depth = std::clamp(parallelism.depth, 1u, count);
   open(device);
   const Lanes& lanes = devices_[device];
+  patience_.over = false;
+  patience_.bytes_per_ms = kLeastLink / std::max<std::size_t>(1, lanes.streams.size());
   std::vector<CopyStream*> streams;
   for (const auto& stream : lanes.streams) {
     stream->begin(patience_);
@@ -135,14 +141,11 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       own[i] = streams[(thread * own.size() + i) % streams.size()];
     }
     std::array<Batch, 2> batches{{{own[0], {}}, {own[1], {}}}};
-    std::optional<DeviceGuard> alone;
-    std::optional<ContextGuard> with_streams;  // until they are drained
+    std::optional<ContextGuard> torchs;  // what a thread without one is left with
+    std::optional<ContextGuard> ours;    // until the streams are drained
     try {
-      if (streams.empty()) {
-        alone.emplace(device);
-      } else {
-        with_streams.emplace(lanes.context->get());
-      }
+      torchs.emplace(default_context(device));
+      if (!streams.empty()) ours.emplace(lanes.context->get());
       for (unsigned turn = 0; !failed && next < chunks.size(); ++turn) {
         Batch& batch = batches[turn % own.size()];
         finish(batch);

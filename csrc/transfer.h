@@ -42,7 +42,7 @@ class Transfer {
   void close() noexcept;
 
   // From now on a copy fails that takes longer than this and what the slowest link needs for it.
-  void set_patience(std::chrono::milliseconds patience) { patience_ = patience; }
+  void set_patience(std::chrono::milliseconds patience) { patience_.least = patience; }
 
   // For every chunk, in order of start: before(i), a copy that is waited for and checked, after(i).
   // Copies are asynchronous where the chunk's backup is page-locked after before(i). At the first
@@ -64,6 +64,7 @@ class Transfer {
   // Two for each thread that copies: it waits for one while the other copies. It waits for the
   // stream and not for an event behind a copy, since only the stream tells whether its work failed.
   static constexpr std::size_t kStreams = 6;
+  static constexpr std::size_t kLeastLink = 100'000;  // bytes per millisecond
 
   struct Lanes {
     std::optional<OwnContext> context;
@@ -71,7 +72,7 @@ class Transfer {
   };
 
   std::map<int, Lanes> devices_;
-  std::chrono::milliseconds patience_{0};
+  Patience patience_;
   Staging staging_;
   std::atomic<std::size_t> copied_{0};
 };

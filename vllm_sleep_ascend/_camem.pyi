@@ -100,6 +100,13 @@ def prepare(tags: list[str], *, slowly: bool = False) -> None:
             early, without an error: the sleep that needs the memory asks again.
     """
 
+def step_begins() -> None:
+    """A step of the model begins: while steps run, a thread that prepares rests fifty times as long
+    as it works."""
+
+def step_ends() -> None:
+    """A step has ended. To be called as often as ``step_begins``."""
+
 def release_prepared() -> None:
     """Give back, in the background, what ``prepare`` took and no sleep has used."""
 

@@ -6,7 +6,8 @@ vLLM 0.23 has no such interface: there the class stands alone, and the worker ca
 
 import gc
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -69,6 +70,15 @@ class CamemBackend(SleepModeBackend):
     def reloads_after_level_2(self) -> bool:
         """Whether a wake loads the weights that level 2 discarded."""
         return self._config.after_level2 == "reload"
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """While the model runs a step: what is prepared in the background makes room for it."""
+        _camem.step_begins()
+        try:
+            yield
+        finally:
+            _camem.step_ends()
 
     def prepare(self, ranks: int = 1) -> None:
         """Take page-locked memory for the weights in the background, as ``host_backup`` says.

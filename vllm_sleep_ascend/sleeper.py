@@ -20,6 +20,7 @@ from vllm_sleep_ascend.policy import (
     NEEDS,
     NEEDS_WEIGHTS,
     POLICY,
+    STEP_CALLS,
     check_level,
 )
 from vllm_sleep_ascend.resident import describe, held_bytes, resident_bytes
@@ -43,6 +44,9 @@ def needs_weights_awake(cls: type) -> type:
                 asleep = [tag for tag in NEEDS[name] if self.sleep_mode_backend.asleep(tag)]
                 if asleep:
                     raise asleep_error(self, name, asleep)
+                if name in STEP_CALLS:
+                    with self.sleep_mode_backend.step():
+                        return stock(self, *args, **kwargs)
             return stock(self, *args, **kwargs)
 
         return call

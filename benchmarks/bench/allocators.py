@@ -40,7 +40,7 @@ class Ours:
 
     def __init__(self, machine: Machine, variant: str, chunk_mib: int) -> None:
         self._machine = machine
-        self._camem = build.load(machine.name)
+        self.camem = build.load(machine.name)
         from vllm_sleep_ascend.policy import POLICY, SCRATCH_TAGS
 
         self._actions = POLICY[1]
@@ -49,7 +49,7 @@ class Ours:
         self._prepares = options.get("prepare", True)
         self._pools: list[Any] = []
         self._checksum_s: list[float] = []
-        self._camem.configure(
+        self.camem.configure(
             chunk_bytes=chunk_mib * MIB,
             keep_host_backup=options.get("keep", True),
             copy_threads=3,
@@ -61,7 +61,7 @@ class Ours:
         self._hooks: Any = None
         if machine.name == "cuda":
             self._hooks = torch.cuda.memory.CUDAPluggableAllocator(
-                self._camem.__file__, "camem_malloc", "camem_free"
+                self.camem.__file__, "camem_malloc", "camem_free"
             )
 
     @contextmanager
@@ -73,34 +73,34 @@ class Ours:
                 yield
             return
         self._pools.append(torch.cuda.MemPool(self._hooks.allocator()))
-        before = self._camem.set_current_tag(tag)
+        before = self.camem.set_current_tag(tag)
         with torch.cuda.use_mem_pool(self._pools[-1]):
             yield
-        self._camem.set_current_tag(before)
+        self.camem.set_current_tag(before)
 
     def prepare(self) -> None:
         if self._prepares:
-            self._camem.prepare(["weights"], slowly=True)
-            self._camem.wait_prepared(600.0)
+            self.camem.prepare(["weights"], slowly=True)
+            self.camem.wait_prepared(600.0)
 
     def sleep(self) -> None:
         self._machine.synchronize()
         sums = self._checksums() if self._skip else {}
-        self._camem.sleep(self._actions, "offload", sums)
+        self.camem.sleep(self._actions, "offload", sums)
 
     def discard_all(self) -> None:
         """Everything is given back and nothing copied: what the driver takes for that alone."""
         self._machine.synchronize()
-        self._camem.sleep({}, "discard")
+        self.camem.sleep({}, "discard")
 
     def wake(self, tags: list[str], timeout_s: float = 0.0) -> None:
-        self._camem.wake(tags, timeout_s)
+        self.camem.wake(tags, timeout_s)
 
     def figures(self) -> dict[str, Any]:
         figures = {
-            "pinned_bytes": self._camem.pinned_host_bytes(),
-            "plain_bytes": self._camem.plain_host_bytes(),
-            "host_memory": self._camem.host_memory(),
+            "pinned_bytes": self.camem.pinned_host_bytes(),
+            "plain_bytes": self.camem.plain_host_bytes(),
+            "host_memory": self.camem.host_memory(),
         }
         return {**figures, "checksums_s": summary(self._checksum_s)} if self._skip else figures
 
@@ -110,7 +110,7 @@ class Ours:
         start = self._machine.now()
         ranges = [
             (allocation["address"], allocation["bytes"])
-            for allocation in self._camem.allocations()
+            for allocation in self.camem.allocations()
             if allocation["state"] == "mapped" and self._actions[allocation["tag"]] == "offload"
         ]
         sums = checksums(ranges, self._machine.device)

@@ -232,7 +232,9 @@ aclError aclrtSetCurrentContext(aclrtContext handle) {
 aclError aclrtGetCurrentContext(aclrtContext* handle) {
   SIM_CALL();
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null context", __func__);
-  SIM_CONTEXT(context);
+  sim::Context* context = sim::thread_context;  // a default device counts only for what uses it
+  SIM_REQUIRE(context != nullptr && context->alive, ACL_ERROR_RT_CONTEXT_NULL,
+              "%s: this thread has no context; call aclrtSetDevice", __func__);
   *handle = context->handle;
   return ACL_SUCCESS;
 }

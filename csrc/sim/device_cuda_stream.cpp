@@ -2,6 +2,7 @@
 //
 // Streams of the CUDA device: each is a CUDA stream. An event behind every piece of work tells how
 // far the stream has come, so that asking costs a query only while there is work in flight.
+#include <sched.h>
 #include <time.h>
 
 #include <algorithm>
@@ -22,14 +23,13 @@ uint64_t clock_ns() {
   return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
 }
 
-// Waits in short pauses; a negative timeout is not for here.
+// CUDA waits for ever or not at all. A negative timeout is not for here.
 template <typename Condition>
 bool poll(int64_t timeout_ms, Condition condition) {
   const uint64_t end = clock_ns() + static_cast<uint64_t>(timeout_ms) * 1000000u;
   while (!condition()) {
     if (clock_ns() >= end) return false;
-    const timespec pause = {0, 20000};
-    nanosleep(&pause, nullptr);
+    sched_yield();
   }
   return true;
 }

@@ -129,9 +129,9 @@ EXITS = {
     "freed by a finaliser, after atexit": (
         "class Holder:\n"
         "    def __del__(self, free=weights[0].free, count=control.call_count, end=os._exit):\n"
-        "        before = count('aclrtSynchronizeDevice')\n"
+        "        before = count('aclrtReleaseMemAddress')\n"
         "        free()\n"
-        "        if count('aclrtSynchronizeDevice') != before:\n"
+        "        if count('aclrtReleaseMemAddress') != before:\n"
         "            end(9)\n"
         "sys.modules['holder'] = Holder()\n"
         "sleep_1()\n",

@@ -35,8 +35,8 @@ CALLS = (
     "aclrtFreePhysical",
     "aclrtMemcpyAsync",
     "aclrtMemcpyAsync.work",
-    "aclrtSynchronizeStream",
-    "aclrtSynchronizeDevice",
+    "aclrtSynchronizeStreamWithTimeout",
+    "aclrtSynchronizeDeviceWithTimeout",
     "aclrtFreeHost",
     "aclrtGetMemInfo",
 )

@@ -41,3 +41,10 @@ def test_the_switch_between_two_models_keeps_both(tmp_path):
     result = json.loads((tmp_path / "overlap_sim_toy.json").read_text())
     assert result["contents_kept"]
     assert len(result["runs"]["overlapped"]) == 2
+
+
+def test_preparing_beside_a_decode_keeps_the_weights(tmp_path):
+    arguments = ("--turns", "1", "--seconds", "0.3", "--out", str(tmp_path))
+    run("preparing.py", "--device", "sim", *arguments)  # fails if contents were lost
+    ways = json.loads((tmp_path / "preparing_sim_toy.json").read_text())["ways"]
+    assert len(ways) == 5 and all(way["steps"] > 1 for way in ways.values())

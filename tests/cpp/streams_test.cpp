@@ -116,6 +116,33 @@ TEST(what_is_freed_goes_after_a_sleep_has_waited_whatever_its_stream_says) {
   CHECK(staying.intact());
 }
 
+TEST(a_thread_without_a_context_is_left_in_that_of_torch) {
+  configure();
+  Block block("weights", 8 * kMiB);
+  const aclrtContext torchs = current();
+  pool().sleep(level_1());
+  aclrtContext left = nullptr;
+  std::thread([&] {
+    wake({"weights"});
+    aclrtGetCurrentContext(&left);
+  }).join();
+  CHECK_EQ(left, torchs);
+  CHECK(block.intact());
+}
+
+TEST(what_was_trimmed_while_held_does_not_come_back) {
+  configure();
+  const device::Held before = held();
+  {
+    Block block("weights", 4 * kMiB);
+    pool().hold_sleep(level_1());
+    pool().trim({reinterpret_cast<std::uintptr_t>(block.address())});
+    CHECK_EQ(pool().abort(), "");
+    CHECK_EQ(held().device_bytes, before.device_bytes);
+  }
+  CHECK_EQ(held(), before);
+}
+
 TEST(a_thread_keeps_its_own_context) {
   configure();
   Block block("weights", 8 * kMiB);
@@ -305,6 +332,25 @@ TEST(memory_that_a_hanging_copy_uses_is_kept_though_torch_frees_it) {
   }
   wait_until_nothing_is_stuck();
   CHECK_EQ(held(), empty);
+}
+
+// Over CUDA a launch waits for as long as a block is being taken.
+TEST(preparing_makes_room_for_the_steps_of_a_model) {
+  configure(true, 2 * kMiB, 4);
+  Block block("weights", 16 * kMiB);
+  const Faults slow("aclrtMallocHost:1:delay_ms=300");
+  npuSimResetCounters();
+  pool().step_begins();
+  pool().prepare({pool().tag("weights")}, false);
+  while (pool().host_info().prepared == 0) std::this_thread::yield();
+  CHECK(!pool().wait_prepared(0.2));
+  CHECK_EQ(npuSimCallCount("aclrtMallocHost"), 1u);  // one thread, which rests for 15 s
+  CHECK_EQ(pool().host_info().prepared, 2 * kMiB);
+  pool().step_ends();
+  CHECK(pool().wait_prepared(60));
+  CHECK_EQ(pool().host_info().prepared, 16 * kMiB);
+  pool().release_prepared();
+  pool().prepare({}, false);
 }
 
 TEST(what_was_prepared_is_still_ready_after_a_failed_sleep) {

@@ -129,7 +129,7 @@ TEST(threads_free_while_another_gives_back_and_allocates_under_faults) {
   {
     const device::Faults faults(
         "aclrtMapMem:7:507899:3,aclrtUnmapMem:9:507899:4,aclrtFreePhysical:11:507899:5,"
-        "aclrtReserveMemAddress:5:507899:2,aclrtSynchronizeDevice:8:507899:4");
+        "aclrtReserveMemAddress:5:507899:2,aclrtSynchronizeDeviceWithTimeout:8:507899:4");
     run_all(tasks);
   }
   wake({});

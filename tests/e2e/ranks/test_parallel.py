@@ -74,7 +74,7 @@ def test_an_update_that_lacks_a_shard_happens_on_no_rank(ranks, tiny_model, tmp_
 
 
 # One call of each step that a rank goes through: what it waits for, copies, unmaps and maps.
-SLEEP_FAULTS = ("aclrtSynchronizeDevice", "aclrtMemcpyAsync", "aclrtUnmapMem")
+SLEEP_FAULTS = ("aclrtSynchronizeDeviceWithTimeout", "aclrtMemcpyAsync", "aclrtUnmapMem")
 WAKE_FAULTS = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtMemcpyAsync")
 
 
