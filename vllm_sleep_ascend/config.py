@@ -32,7 +32,8 @@ class SleepModeConfig(BaseModel):
     """When the page-locked memory of a level-1 backup is taken. "on_demand": by the first sleep, or
     behind it where plain memory is faster to have. "prepared": by many threads as soon as the
     engine is ready to serve. "auto": then too, by one thread that rests half of the time, if the
-    host has twice what all ranks on it need and backups are kept; level 2 gives it back."""
+    host has twice what all ranks on it need and backups are kept; level 2 gives it back. While the
+    engine runs steps, block by block with long rests."""
 
     host_memory: Literal["auto", "acl", "registered"] = Field(default="auto")
     """Where page-locked memory comes from. "acl": aclrtMallocHost. "registered": mapped, locked and

@@ -93,13 +93,16 @@ def test_a_default_device_is_every_threads(tmp_path: Path) -> None:
         f"ok('aclInit', b'{configuration}')\n"
         "import threading\n"
         "index = c_int32(-1)\n"
-        "thread = threading.Thread(target=lambda: ok('aclrtGetDevice', byref(index)))\n"
+        "def ask():\n"
+        "    print(call('aclrtGetCurrentContext', byref(c_void_p())))\n"
+        "    ok('aclrtGetDevice', byref(index))\n"
+        "thread = threading.Thread(target=ask)\n"
         "thread.start()\n"
         "thread.join()\n"
         "print(index.value)\n"
     )
     result = run_python(code)
-    assert result.stdout == "1\n", result.stderr
+    assert result.stdout == "107002\n1\n", result.stderr
 
 
 def test_devices() -> None:
