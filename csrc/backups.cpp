@@ -176,7 +176,8 @@ bool Pool::put_in_place_of_plain(HostMemory& block) {
 HostInfo Pool::host_info() {
   require_alive();
   std::lock_guard<std::mutex> lock(mutex_);
-  return {host_choice_, host_speeds_, reserve_.ready_bytes(), transfer_.staging().bytes()};
+  return {host_choice_, host_speeds_, reserve_.ready_bytes(), transfer_.staging().bytes(),
+          reserve_.steps()};
 }
 
 }  // namespace camem

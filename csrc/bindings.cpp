@@ -188,6 +188,7 @@ py::dict host_memory() {
   result["copying_bytes_per_s"] = info.speeds ? info.speeds->copying : 0.0;
   result["prepared"] = info.prepared;
   result["staging"] = info.staging;
+  result["steps"] = info.steps;
   result["failure"] = last_locking_failure();
   return result;
 }

@@ -92,6 +92,11 @@ void HostReserve::carry_out(const std::shared_ptr<Work>& work) noexcept {
   changed_.notify_all();
 }
 
+void HostReserve::step_begins() noexcept {
+  ++told_;
+  ++steps_;
+}
+
 void HostReserve::step_ends() noexcept {
   last_step_ = std::chrono::steady_clock::now();
   --steps_;

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <map>
@@ -49,8 +50,9 @@ class HostReserve {
   // A step of the model begins or has ended. While one runs, and for a moment after, blocks are
   // taken one by one, with fifty times as long a rest after each as it took: the driver may keep
   // launches waiting meanwhile.
-  void step_begins() noexcept { ++steps_; }
+  void step_begins() noexcept;
   void step_ends() noexcept;
+  std::uint64_t steps() const { return told_; }  // so far
 
   void stop();                // ends the order; what is ready stays
   void cancel();              // the same, of an order whose blocks are used at once
@@ -95,7 +97,8 @@ class HostReserve {
   int device_ = 0;  // of the last order
   std::multimap<std::size_t, HostMemory> ready_;
   std::size_t threads_ = 0;  // of all orders, and those that give back
-  std::atomic<int> steps_{0};
+  std::atomic<std::uint64_t> told_{0};
+  std::atomic<int> steps_{0};  // that run
   std::atomic<std::chrono::steady_clock::time_point> last_step_{};
   bool closed_ = false;
 };

@@ -90,6 +90,7 @@ struct HostInfo {
   std::optional<HostSpeeds> speeds;  // empty: not measured yet
   std::size_t prepared;              // page-locked, for backups to come
   std::size_t staging;               // page-locked, through which plain backups are copied
+  std::uint64_t steps;               // of the model, for which what is prepared made room
 };
 
 // Checksums of the content of allocations, by address.

@@ -36,6 +36,7 @@ class HostMemory(TypedDict):
     copying_bytes_per_s: float  # into plain memory that is touched for the first time
     prepared: int  # page-locked, for backups to come
     staging: int  # page-locked, through which copies of plain backups go
+    steps: int  # that step_begins() told of so far
     failure: str  # what kept the last block from being registered or page-locked, or empty
 
 __file__: str  # type: ignore[no-redef]

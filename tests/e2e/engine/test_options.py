@@ -41,7 +41,10 @@ def test_tokens_and_bytes(tiny_model, options):
             assert _camem.wait_prepared(30)
         moved = []
         for _ in range(2):
+            steps = _camem.host_memory()["steps"]
             assert few(llm) == expected
+            # Preparing makes room for each of them.
+            assert _camem.host_memory()["steps"] - steps >= max(map(len, expected))
             llm.sleep(level=1)
             moved.append(last_sleep(llm)["weights"])
             llm.wake_up()
