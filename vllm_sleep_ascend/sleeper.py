@@ -4,7 +4,7 @@
 import fnmatch
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -35,7 +35,8 @@ _GIB = 1 << 30
 
 
 def needs_weights_awake(cls: type) -> type:
-    """Class decorator: have methods that use weights refuse to touch them while they sleep."""
+    """Class decorator: have methods that use weights refuse to touch them while they sleep, and
+    tell the allocator of the steps of the model."""
 
     def refusing(name: str, stock: Callable) -> Callable:
         @wraps(stock)
@@ -44,16 +45,25 @@ def needs_weights_awake(cls: type) -> type:
                 asleep = [tag for tag in NEEDS[name] if self.sleep_mode_backend.asleep(tag)]
                 if asleep:
                     raise asleep_error(self, name, asleep)
-                if name in STEP_CALLS:
-                    with self.sleep_mode_backend.step():
-                        return stock(self, *args, **kwargs)
             return stock(self, *args, **kwargs)
 
         return call
 
-    for name in (*NEEDS_WEIGHTS, "execute_dummy_batch"):
-        if hasattr(cls, name):  # vLLM's versions differ in what a worker can do
-            setattr(cls, name, refusing(name, getattr(cls, name)))
+    def telling(stock: Callable) -> Callable:
+        @wraps(stock)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.model_config.enable_sleep_mode:
+                return stock(self, *args, **kwargs)
+            with self.sleep_mode_backend.step():
+                return stock(self, *args, **kwargs)
+
+        return call
+
+    # vLLM's versions differ in what a worker can do.
+    for name in filter(partial(hasattr, cls), STEP_CALLS):
+        setattr(cls, name, telling(getattr(cls, name)))
+    for name in filter(partial(hasattr, cls), (*NEEDS_WEIGHTS, "execute_dummy_batch")):
+        setattr(cls, name, refusing(name, getattr(cls, name)))
     return cls
 
 
