@@ -100,13 +100,14 @@ class RayCluster:
             own.update(HCCL_SOCKET_IFNAME=INTERFACE, GLOO_SOCKET_IFNAME=INTERFACE)
         return {**self._environment, **own, "RAY_ADDRESS": self.address}
 
-    def _start(self, node: int, *options: str) -> None:
-        if self.network.separate:
-            options += (f"--node-ip-address={self.network.addresses[node]}",)
+    def _start(self, node: int, *options: str, attempts: int = 3) -> None:
+        """Ray waits 30 s for a part of itself, whatever the machine has to do: try again then."""
+        separate = self.network.separate
+        address = [f"--node-ip-address={self.network.addresses[node]}"] if separate else []
         command = [
             *(*self.network.on(node), BIN / "ray", "start", "--block", "--num-cpus=1"),
             *("--resources", json.dumps({"NPU": 1}), f"--object-store-memory={80 << 20}"),
-            *("--disable-usage-stats", *options),
+            *("--disable-usage-stats", *options, *address),
         ]
         log = self.folder / f"node-{node}.log"
         environment = self.environment(node)
@@ -119,6 +120,9 @@ class RayCluster:
             )
         end = deadline(60)
         while "Ray runtime started" not in log.read_text():
+            if self._processes[-1].poll() is not None and attempts > 1:
+                self._processes.pop()
+                return self._start(node, *options, attempts=attempts - 1)
             if self._processes[-1].poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"node {node} did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.2)

@@ -62,6 +62,7 @@ def change_every_backup(first: int | None = None) -> int:
     """All of their bytes, or the ``first`` ones; a second time changes them back. Backups are the
     anonymous memory that a forked child does not get. Returns their bytes."""
     total = 0
+    _camem.prepare([])  # waits until no block is given back in the background any more
     for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         header, flags = block.split("\n", 1)[0].split(), block.rsplit("VmFlags:", 1)[1].split()
         if len(header) > 5 or "dc" not in flags or "wr" not in flags:
