@@ -121,8 +121,8 @@ class RayCluster:
         end = deadline(60)
         while "Ray runtime started" not in log.read_text():
             if self._processes[-1].poll() is not None and attempts > 1:
-                self._processes.pop()
-                return self._start(node, *options, attempts=attempts - 1)
+                self._start(node, *options, attempts=attempts - 1)
+                return
             if self._processes[-1].poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"node {node} did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.2)
