@@ -254,7 +254,9 @@ PYBIND11_MODULE(_camem, module) {
   module.def("configure", &configure_pool, py::kw_only(), py::arg("chunk_bytes"),
              py::arg("keep_host_backup"), py::arg("copy_threads"), py::arg("host_threads"),
              py::arg("host_memory") = "acl", py::arg("why_host_memory") = "",
-             py::arg("unprepared") = "measured", py::arg("device_timeout_s") = 60.0,
+             py::arg("unprepared") = "measured",
+             py::arg("device_timeout_s") =
+                 std::chrono::duration<double>(Settings().device_timeout).count(),
              py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
              py::arg("scratch_tags") = std::vector<std::string>());
   module.def("set_current_tag", [](const std::string& name) {

@@ -53,6 +53,20 @@ aclrtContext current() {
   return context;
 }
 
+// A context that a user made, and that is current from then on.
+class UsersContext {
+ public:
+  UsersContext() { CHECK_EQ(aclrtCreateContext(&context_, 0), ACL_SUCCESS); }
+  ~UsersContext() { CHECK_EQ(aclrtDestroyContext(context_), ACL_SUCCESS); }
+  UsersContext(const UsersContext&) = delete;
+  UsersContext& operator=(const UsersContext&) = delete;
+
+  aclrtContext get() const { return context_; }
+
+ private:
+  aclrtContext context_ = nullptr;
+};
+
 camem::Plan level_1() { return plan({{"weights", camem::Action::kOffload}}); }
 
 void configure_impatient(bool prepared = true) {
@@ -147,8 +161,8 @@ TEST(a_thread_keeps_its_own_context) {
   configure();
   Block block("weights", 8 * kMiB);
   const aclrtContext torchs = current();
-  aclrtContext own = nullptr;
-  CHECK_EQ(aclrtCreateContext(&own, 0), ACL_SUCCESS);
+  const UsersContext users;
+  const aclrtContext own = users.get();
   pool().sleep(level_1());
   CHECK_EQ(current(), own);
   wake({"weights"});
@@ -156,7 +170,6 @@ TEST(a_thread_keeps_its_own_context) {
   pool().free(pool().allocate(2 * kMiB, 1), nullptr);  // on another device
   CHECK_EQ(current(), own);
   CHECK_EQ(aclrtSetCurrentContext(torchs), ACL_SUCCESS);
-  CHECK_EQ(aclrtDestroyContext(own), ACL_SUCCESS);
   CHECK(block.intact());
 }
 
@@ -165,8 +178,8 @@ TEST(a_sleep_waits_for_torch_and_for_the_callers_own_context) {
   configure();
   Block block("weights", 2 * kMiB);
   const aclrtContext torchs = current();
-  aclrtContext own = nullptr;
-  CHECK_EQ(aclrtCreateContext(&own, 0), ACL_SUCCESS);
+  const UsersContext users;
+  const aclrtContext own = users.get();
   for (const aclrtContext context : {torchs, own}) {
     CHECK_EQ(aclrtSetCurrentContext(context), ACL_SUCCESS);
     Work work;
@@ -182,7 +195,6 @@ TEST(a_sleep_waits_for_torch_and_for_the_callers_own_context) {
     CHECK_EQ(aclrtSetCurrentContext(context), ACL_SUCCESS);
   }
   CHECK_EQ(aclrtSetCurrentContext(torchs), ACL_SUCCESS);
-  CHECK_EQ(aclrtDestroyContext(own), ACL_SUCCESS);
   CHECK(block.intact());
 }
 
