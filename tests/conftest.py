@@ -31,26 +31,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH")))
 )
 
-pytest_plugins = ["helpers.report"]
+pytest_plugins = ["helpers.groups", "helpers.report"]
 
 # make test-ascend, in an environment of its own, runs these.
 collect_ignore = [] if importlib.util.find_spec("vllm_ascend") else ["ascend"]
-
-# With two processes: the files that take longest begin first, so that both end together.
-LONGEST = (
-    "tests/sim/test_simulator.py",
-    "tests/allocator/test_faults.py",
-    "tests/e2e/ranks/test_parallel.py",
-    "tests/e2e/ranks/test_data_parallel.py",
-    "tests/e2e/proxy",
-    "tests/e2e/guides/test_experiments.py",
-    "tests/e2e/guides/test_examples.py",
-    "tests/e2e/ranks/test_communicators.py",
-    "tests/e2e/server/test_server.py",
-    "tests/e2e/ranks/test_ray.py",
-    "tests/e2e/engine/test_pause_modes.py",
-)
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -63,37 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TEST_PATIENCE", f"{patience():.1f}")
 
 
-def group_of(nodeid: str) -> str:
-    """Tests of a group run one after the other in one process, as they share what is costly: those
-    of a file, and all of the proxy, which share its servers."""
-    file = nodeid.partition("::")[0]
-    return "tests/e2e/proxy" if file.startswith("tests/e2e/proxy/") else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Groups(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid)
-
-    config.option.loadscopereorder = False  # as collected
-    return Groups(config, log)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    first = {group: number for number, group in enumerate(LONGEST)}
-
-    def place(item: pytest.Item) -> tuple:
-        # Engines leave a little of their memory behind, and tests of the allocator count it all.
-        return "e2e" in item.path.parts, first.get(group_of(item.nodeid), len(first))
-
-    items.sort(key=place)
 
 
 def pytest_sessionfinish() -> None:

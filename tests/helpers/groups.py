@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tests share two processes: a pytest plugin that orders them and hands them out in groups."""
+
+from typing import Any
+
+import pytest
+
+# The groups that take longest begin first, so that all processes end together.
+LONGEST = (
+    "tests/sim/test_simulator.py",
+    "tests/allocator/test_faults.py",
+    "tests/e2e/ranks/test_parallel.py",
+    "tests/e2e/ranks/test_data_parallel.py",
+    "tests/e2e/proxy",
+    "tests/e2e/guides/test_experiments.py",
+    "tests/e2e/guides/test_examples.py",
+    "tests/e2e/ranks/test_communicators.py",
+    "tests/e2e/server/test_server.py",
+    "tests/e2e/ranks/test_ray.py",
+    "tests/e2e/engine/test_pause_modes.py",
+)
+
+
+def group_of(nodeid: str) -> str:
+    """Tests of a group run one after the other in one process, as they share what is costly: those
+    of a file, and all of the proxy, which share its servers."""
+    file = nodeid.partition("::")[0]
+    return "tests/e2e/proxy" if file.startswith("tests/e2e/proxy/") else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {group: number for number, group in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        # Engines leave a little of their memory behind, and tests of the allocator count it all.
+        return "e2e" in item.path.parts, first.get(group_of(item.nodeid), len(first))
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        """Where a process crashes, its test has failed and the rest of its group runs elsewhere."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+        def remove_node(self, node: Any) -> str | None:
+            tests = self.assigned_work[node].values()
+            crashed = next((name for group in tests for name, done in group.items() if not done), None)
+            if crashed is not None:
+                # xdist would run it again and again.
+                self.assigned_work[node][group_of(crashed)][crashed] = True
+            super().remove_node(node)
+            return crashed
+
+        def _reschedule(self, node: Any) -> None:
+            if node not in self.registered_collections:
+                return  # it has yet to collect
+            super()._reschedule(node)
+            # A process begins its last test only once it knows of another or of the end.
+            while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+                super()._reschedule(node)
+
+    config.option.loadscopereorder = False  # as collected
+    return Groups(config, log)
