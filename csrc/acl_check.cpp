@@ -5,6 +5,7 @@
 #include <cstring>
 #include <sstream>
 
+#include "acl_codes.h"
 #include "acl_optional.h"
 
 namespace camem {
@@ -20,57 +21,6 @@ const char* base_name(const char* path) {
 }
 
 }  // namespace
-
-const char* code_name(aclError code) {
-  switch (code) {
-    case 100000:
-      return "ACL_ERROR_INVALID_PARAM";
-    case 107000:
-      return "ACL_ERROR_RT_PARAM_INVALID";
-    case 107001:
-      return "ACL_ERROR_RT_INVALID_DEVICEID";
-    case 107002:
-      return "ACL_ERROR_RT_CONTEXT_NULL";
-    case 107003:
-      return "ACL_ERROR_RT_STREAM_CONTEXT";
-    case 107027:
-      return "ACL_ERROR_RT_STREAM_CAPTURED";
-    case 107030:
-      return "ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT";
-    case 107017:
-      return "ACL_ERROR_RT_INVALID_HANDLE";
-    case 200000:
-      return "ACL_ERROR_BAD_ALLOC";
-    case 200001:
-      return "ACL_ERROR_API_NOT_SUPPORT";
-    case 207000:
-      return "ACL_ERROR_RT_FEATURE_NOT_SUPPORT";
-    case 207001:
-      return "ACL_ERROR_RT_MEMORY_ALLOCATION";
-    case 207005:
-      return "ACL_ERROR_RT_RESOURCE_ALLOC_FAIL";
-    case 207018:
-      return "ACL_ERROR_RT_DEVICE_OOM";
-    case 500000:
-      return "ACL_ERROR_INTERNAL_ERROR";
-    case 507046:
-      return "ACL_ERROR_RT_STREAM_SYNC_TIMEOUT";
-    case 507047:
-      return "ACL_ERROR_RT_EVENT_SYNC_TIMEOUT";
-    case 507899:
-      return "ACL_ERROR_RT_DRV_INTERNAL_ERROR";
-    case 507903:
-      return "ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED";
-    case 507910:
-      return "ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED";
-    case 507911:
-      return "ACL_ERROR_HOST_MEMORY_NOT_REGISTERED";
-    default:
-      return "unknown";
-  }
-}
-
-bool is_out_of_memory(aclError code) { return code == 207001 || code == 207018 || code == 200000; }
 
 AclError::AclError(std::string call, aclError code, std::size_t bytes, const std::string& detail)
     : std::runtime_error([&] {

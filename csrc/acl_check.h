@@ -12,10 +12,6 @@
 
 namespace camem {
 
-// The name of an AscendCL return code, or "unknown".
-const char* code_name(aclError code);
-bool is_out_of_memory(aclError code);
-
 class AclError : public std::runtime_error {
  public:
   AclError(std::string call, aclError code, std::size_t bytes, const std::string& detail);

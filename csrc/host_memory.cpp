@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "acl_check.h"
+#include "acl_codes.h"
 #include "acl_optional.h"
 
 namespace camem {

@@ -93,6 +93,23 @@ def test_the_doctor_requires_functions_of_cann_8_1_alone():
     assert acl.FUNCTIONS.keys() <= CANN_8_1
 
 
+def test_every_return_code_has_the_name_that_the_headers_give_it():
+    declared = {
+        int(code): name
+        for file in ("error_codes/rt_error_codes.h", "acl_base_rt.h")
+        for name, code in re.findall(
+            r"^(?:#define|static const int)\s+(ACL_ERROR_\w+)[\s=]+(\d+)",
+            (HEADERS / "acl" / file).read_text(),
+            re.MULTILINE,
+        )
+        if code != "0"
+    }
+    assert len(declared) > 200
+    table = re.findall(r'\{(\d+), "(\w+)"\}', (ROOT / "csrc" / "acl_codes.cpp").read_text())
+    assert {int(code): name for code, name in table} == declared
+    assert acl.NAMES.items() <= declared.items()
+
+
 def test_every_name_of_the_list_is_one_of_the_headers():
     text = "".join(header.read_text() for header in (HEADERS / "acl").rglob("*.h"))
     assert set(NAME.findall(text)) >= CANN_8_1
