@@ -2,7 +2,9 @@
 #
 #   make demo          sleep and wake a model of 0.5B parameters on a simulated NPU
 #   make test          all that protects a user; FILE=tests/... or ARGS=... for one place
-#   make test-all      that, and the sweeps, soaks and loads in full, and the sanitizers
+#   make test-slow     the same product in programs, benchmarks and launchers that take a minute each,
+#                      and the tests of the simulator
+#   make test-all      both, and the sweeps, soaks and loads in full, and the sanitizers
 #   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
 #   make sanitize      the allocator core under the sanitizers of the compiler
@@ -37,7 +39,7 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo test test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo test test-slow test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -106,13 +108,16 @@ FILE :=
 PYTEST := $(SIM) python -m pytest $(or $(FILE),tests) $(if $(FILE),,-n 2)
 
 test: setup
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(if $(FILE),,-m 'not slow') $(ARGS)
 
-# What `make test` leaves out.
+test-slow: setup
+	$(PYTEST) -m slow $(ARGS)
+
 test-long: setup
 	$(PYTEST) -m long --long $(ARGS)
+	@$(MAKE) --no-print-directory -C tests/cpp run SWEEP=all ONLY=every_code PYTHON=$(BIN)/python
 
-test-all: test test-long sanitize
+test-all: test test-slow test-long sanitize
 
 TIMES ?= 20
 CHANCE := tests/allocator tests/sim tests/package/test_answers.py tests/e2e/engine tests/e2e/ranks \

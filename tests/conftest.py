@@ -36,6 +36,7 @@ pytest_plugins = ["helpers.groups", "helpers.report"]
 # make test-ascend, in an environment of its own, runs these.
 collect_ignore = [] if importlib.util.find_spec("vllm_ascend") else ["ascend"]
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="run also the tests marked long, which are left out"
@@ -43,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: `make test` leaves it to `make test-slow`")
     config.addinivalue_line("markers", "long: a sweep, a soak or a load in full; see --long")
     os.environ.setdefault("TEST_PATIENCE", f"{patience():.1f}")
 

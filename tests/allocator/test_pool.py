@@ -299,6 +299,7 @@ def test_an_unknown_action_is_refused_before_anything_happens():
     assert int(tensor[0]) == int(tensor[0].cpu())
 
 
+@pytest.mark.slow
 def test_1000_cycles_leave_no_trace():
     tensor, cache = weights(mib=12), kv_cache(mib=12)
     content = tensor.cpu()

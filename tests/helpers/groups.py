@@ -50,7 +50,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
         def remove_node(self, node: Any) -> str | None:
             tests = self.assigned_work[node].values()
-            crashed = next((name for group in tests for name, done in group.items() if not done), None)
+            crashed = next(
+                (name for group in tests for name, done in group.items() if not done), None
+            )
             if crashed is not None:
                 # xdist would run it again and again.
                 self.assigned_work[node][group_of(crashed)][crashed] = True

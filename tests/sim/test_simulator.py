@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LAUNCHER = [sys.executable, "-m", "vllm_sleep_ascend.sim.launcher"]
 
 
+@pytest.mark.slow
 def test_the_simulator() -> None:
     folder = Path(__file__).parent
     result = subprocess.run(

@@ -27,6 +27,7 @@ def test_the_offline_example(tiny_model, in_process, tmp_path):
     assert "The output after sleep is the output before it." in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_rlhf_example(tiny_model, devices, tmp_path):
     figures, picture = tmp_path / "figures.json", tmp_path / "memory.png"

@@ -47,6 +47,7 @@ def logs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arm", "level", "rounds"),
     [
@@ -84,6 +85,7 @@ def without_sleep(logs) -> Path:
     return log
 
 
+@pytest.mark.slow
 def test_the_arm_without_sleep(without_sleep):
     assert names(events(without_sleep)) == [
         f"{model} {name}" for model in "AB" for name in ("load", "prompt", "terminate")
@@ -95,6 +97,7 @@ def report(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_report_of_these_logs(logs, without_sleep, tmp_path):
     done = report(logs / "out_info_sleep.log", logs / "out_info_nosleep.log", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

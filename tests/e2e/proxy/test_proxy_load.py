@@ -74,6 +74,7 @@ class Load:
                 await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seconds", [12, pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
 )

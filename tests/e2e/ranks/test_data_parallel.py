@@ -4,6 +4,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import MIB
 from helpers.patience import wait_for
@@ -24,6 +25,7 @@ class FailingReplica:
         control.set_faults(rules if mine else "")
 
 
+@pytest.mark.slow
 def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> None:
     prompts = PROMPTS[:2]
     expected = hf_greedy(tiny_model, prompts)

@@ -14,7 +14,9 @@ from helpers.patience import patience
 from helpers.reference import hf_few
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["tp2", "replicas"])
+@pytest.mark.parametrize(
+    "alone", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tp2", "replicas"]
+)
 def test_weights_come_from_a_trainer_in_the_same_process(tiny_model, tmp_path, alone):
     other = other_weights(tiny_model, tmp_path / "other")
     models = [tiny_model, other]

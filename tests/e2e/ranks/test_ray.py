@@ -11,6 +11,7 @@ from helpers.ray_cluster import RayCluster
 TESTS = Path(__file__).with_name("on_ray.py")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_over_two_nodes(tiny_model, record_property) -> None:
     # Workers import what the tests send them.

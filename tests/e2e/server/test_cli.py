@@ -159,6 +159,7 @@ def test_tags_and_bad_tags(pair, a_is_awake):
     assert a.complete() == a.text
 
 
+@pytest.mark.slow
 def test_a_stock_server(pair, a_is_awake, tiny_model, tmp_path):
     """vLLM's own endpoints: no /sleep_status, and bodies are ignored."""
     a, *_ = pair

@@ -162,6 +162,7 @@ def test_without_dev_mode_there_are_no_endpoints_and_without_the_flag_no_sleep(
         assert s.complete()
 
 
+@pytest.mark.slow
 def test_the_online_example(tiny_model):
     env = {
         **os.environ,

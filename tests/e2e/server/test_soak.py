@@ -5,6 +5,7 @@ import pytest
 from helpers.soak import growth, soak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rounds", [3, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
 )
