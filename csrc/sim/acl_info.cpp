@@ -27,7 +27,7 @@ constexpr int64_t kL2Bytes = 192 << 20;
 
 extern "C" {
 
-const char* aclrtGetSocName() { return "Ascend910B2"; }
+const char* aclrtGetSocName() { return sim::settings().chip.soc_name; }
 
 aclError aclrtGetRunMode(aclrtRunMode* mode) {
   *mode = ACL_HOST;

@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "settings.h"
+
 namespace sim::faults {
 namespace {
 
@@ -196,7 +198,7 @@ std::atomic<bool> forked{false};
 
 }  // namespace
 
-Call::Call(const char* name) : name_(name) {
+Call::Call(const char* name) : name_(name), supported_(chip_supports(name)) {
   std::lock_guard<std::mutex> lock(calls().mutex);
   calls().by_name[name_] = this;
 }
@@ -217,6 +219,10 @@ Hit Call::hit() {
                  name_.c_str())};
   }
   count_.fetch_add(1, std::memory_order_relaxed);
+  if (!supported_) {
+    return {fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: %s does not support it", name_.c_str(),
+                 settings().chip.soc_name)};
+  }
   static Watch& rules = watch();
   if (!rules.active()) return {};
   Hit found = rules.find(name_);

@@ -33,6 +33,7 @@ class Call {
 
  private:
   std::string name_;
+  bool supported_;  // by the chip
   std::atomic<uint64_t> count_{0};
 };
 

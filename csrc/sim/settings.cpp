@@ -6,10 +6,33 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <sstream>
+
+#include "error.h"
 
 namespace sim {
 namespace {
+
+constexpr Chip kChips[] = {
+    {"910B", "Ascend910B2", 1984},
+    {"910_93", "Ascend910_9391", 1984},
+    {"310P", "Ascend310P3", 1024},
+};
+
+constexpr const char* kNotOn310P[] = {
+    "aclrtHostGetDevicePointer", "aclrtHostRegister", "aclrtHostRegisterV2",
+    "aclrtHostUnregister",       "aclrtMemcpyBatch",  "aclrtMemcpyBatchAsync",
+};
+
+Chip chip() {
+  const char* text = std::getenv("NPU_SIM_SOC");
+  const std::string name = text != nullptr && *text != '\0' ? text : kChips[0].name;
+  for (const Chip& known : kChips) {
+    if (name == known.name) return known;
+  }
+  fault("NPU_SIM_SOC names no chip: '%s'", name.c_str());
+}
 
 double number(const char* name, double otherwise) {
   const char* text = std::getenv(name);
@@ -60,7 +83,9 @@ Settings read() {
   read.visible = visible_devices(count);
   double hbm = number("NPU_SIM_HBM_GIB", 8) * static_cast<double>(kGiB);
   read.hbm_bytes = static_cast<size_t>(hbm) / (2 * kMiB) * (2 * kMiB);
-  read.streams = static_cast<size_t>(number("NPU_SIM_STREAMS", 1984));  // as Atlas A2 and A3 have
+  read.chip = chip();
+  const auto streams = static_cast<double>(read.chip.streams);
+  read.streams = static_cast<size_t>(number("NPU_SIM_STREAMS", streams));
   read.link_bytes_per_ns = number("NPU_SIM_LINK_GBPS", 0);
   double buffer = number("NPU_SIM_HCCL_BUFFER_MIB", -1) * static_cast<double>(kMiB);
   read.hccl_buffer_bytes = static_cast<int64_t>(buffer);
@@ -75,6 +100,12 @@ Settings read() {
 const Settings& settings() {
   static const Settings* once = new Settings(read());
   return *once;
+}
+
+bool chip_supports(const std::string& call) {
+  const bool exceptional =
+      std::find(std::begin(kNotOn310P), std::end(kNotOn310P), call) != std::end(kNotOn310P);
+  return !exceptional || std::string(settings().chip.name) != "310P";
 }
 
 }  // namespace sim

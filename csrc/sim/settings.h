@@ -16,10 +16,17 @@ struct Version {
   }
 };
 
+struct Chip {
+  const char* name;      // in NPU_SIM_SOC
+  const char* soc_name;  // as aclrtGetSocName tells it
+  size_t streams;        // of a device, for all processes together
+};
+
 // What the environment says about the simulated machine, read once.
 struct Settings {
   std::vector<int> visible;     // physical device of each visible device
   size_t hbm_bytes;             // of every device
+  Chip chip;                    // every device is one
   size_t streams;               // that every device has, for all processes together
   double link_bytes_per_ns;     // one direction, 0: not throttled
   int64_t hccl_buffer_bytes;    // of each of a communicator's two buffers, negative: as HCCL's
@@ -29,6 +36,9 @@ struct Settings {
 };
 
 const Settings& settings();
+
+// Whether this machine's chip has the function.
+bool chip_supports(const std::string& call);
 
 constexpr int kMaxDevices = 16;
 constexpr const char* kKernel = "5.10";  // unless NPU_SIM_KERNEL names another

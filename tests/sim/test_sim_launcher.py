@@ -2,14 +2,17 @@
 """The `npu-sim` command, the toolkit's layout, and the torch hook."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
+from helpers.machine import LAUNCHER
 
-LAUNCHER = [sys.executable, "-m", "vllm_sleep_ascend.sim.launcher"]
 TOOLKIT = Path(os.environ["ASCEND_HOME_PATH"])
+CANN_8_1 = ROOT / "csrc" / "sim" / "cann_8_1.map"
 
 
 def launch(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +47,31 @@ def test_a_toolkit_that_is_not_there(tmp_path: Path) -> None:
     result = launch("true", NPU_SIM_HOME=str(tmp_path))
     assert result.returncode == 1
     assert f"make -C csrc/sim PREFIX={tmp_path}" in result.stderr
+
+
+@pytest.mark.parametrize(("cann", "version"), [("", "8.5.0"), ("8.5", "8.5.0"), ("8.1", "8.1.0")])
+def test_cann_8_1_lacks_what_is_newer(cann: str, version: str) -> None:
+    newer = re.findall(r"^ +(acl\w+);$", CANN_8_1.read_text(), re.MULTILINE)
+    assert "aclrtHostRegisterV2" in newer
+    code = (
+        "import ctypes, os, torch\n"
+        "library = ctypes.CDLL('libascendcl.so')\n"
+        f"found = [name for name in {newer} if hasattr(library, name)]\n"
+        "text = ctypes.create_string_buffer(64)\n"
+        "library.aclsysGetVersionStr(b'runtime', text)\n"
+        "installed = open(f'{os.environ[\"ASCEND_HOME_PATH\"]}/version.info').read()\n"
+        "numbers = torch.ones(3).npu().cpu()\n"
+        "print(len(found), text.value.decode(), installed.strip(), len(numbers))\n"
+    )
+    result = launch("python", "-c", code, NPU_SIM_CANN=cann)
+    found = 0 if cann == "8.1" else len(newer)
+    assert result.stdout == f"{found} {version} Version={version} 3\n", result.stderr
+
+
+def test_a_cann_that_is_not_simulated() -> None:
+    result = launch("true", NPU_SIM_CANN="7.0")
+    assert result.returncode == 1
+    assert "NPU_SIM_CANN=7.0: the simulated ones are 8.5, 8.1" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from helpers.ascendcl import (
     MIB,
     NO_RESOURCE,
     OUT_OF_MEMORY,
+    UNSUPPORTED,
     call,
     free_and_total,
     malloc,
@@ -121,6 +122,45 @@ def test_a_device_has_so_many_streams() -> None:
         **MACHINE_WITH_FIVE_STREAMS,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "streams"),
+    [
+        ("", "Ascend910B2", 1984),
+        ("910_93", "Ascend910_9391", 1984),
+        ("310P", "Ascend310P3", 1024),
+    ],
+)
+def test_chips(chip: str, name: str, streams: int) -> None:
+    code = (
+        "library.aclrtGetSocName.restype = c_char_p\n"
+        "print(library.aclrtGetSocName().decode(), streams_left() + 1)"
+    )
+    machine = {"NPU_SIM_SOC": chip, "NPU_SIM_MACHINE": f"chip-{os.getpid()}"}
+    assert run_python(code, **machine).stdout == f"{name} {streams}\n"
+
+
+def test_a_chip_that_is_not_known_is_refused() -> None:
+    assert "NPU_SIM_SOC names no chip: '910D'" in run_python("", NPU_SIM_SOC="910D").stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aclrtHostGetDevicePointer",
+        "aclrtHostRegister",
+        "aclrtHostRegisterV2",
+        "aclrtHostUnregister",
+        "aclrtMemcpyBatch",
+        "aclrtMemcpyBatchAsync",
+    ],
+)
+def test_a_310p_refuses_what_its_runtime_does_not_support(name: str) -> None:
+    code = f"print(call('{name}')); print(message())"
+    done = run_python(code, NPU_SIM_SOC="310P", NPU_SIM_MACHINE=f"310p-{os.getpid()}")
+    said = f"{UNSUPPORTED}\n{name}: Ascend310P3 does not support it [{UNSUPPORTED}]\n"
+    assert done.stdout == said, done.stderr
 
 
 def test_processes_share_them_and_a_killed_one_gives_them_back() -> None:

@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+# Where in the toolkit the one lies that is like each CANN.
+CANNS = {"8.5": ".", "8.1": "cann-8.1"}
+
 
 def toolkit_path() -> Path:
     """The simulated toolkit: `$NPU_SIM_HOME`, else `npu-sim` in this Python's prefix."""
@@ -40,8 +43,11 @@ def main() -> None:
             f"`make -C csrc/sim PREFIX={toolkit} PYTHON={sys.executable}` in the source tree, "
             "or name its folder in NPU_SIM_HOME"
         )
+    cann = os.environ.get("NPU_SIM_CANN") or next(iter(CANNS))
+    if cann not in CANNS:
+        sys.exit(f"npu-sim: NPU_SIM_CANN={cann}: the simulated ones are {', '.join(CANNS)}")
     # Commands of this Python's environment come first, as if it were activated.
-    environment = toolkit_environment(toolkit)
+    environment = toolkit_environment(toolkit / CANNS[cann])
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
     try:
         os.execvpe(command[0], command, environment)
