@@ -298,7 +298,10 @@ def test_a_handler_of_sigterm_runs_when_the_operation_is_whole(operation, state)
 
 PHASES = {
     "before": "say('there')\ntime.sleep(60)\n",
-    "taking host memory": "announce('aclrtMallocHost', 2)\nsleep_1()\n",
+    "taking host memory": (
+        "allocator.configure(chunk_mib=2, host_memory='acl')\n"
+        "announce('aclrtMallocHost', 2)\nsleep_1()\n"
+    ),
     "copying to the host": "announce('aclrtMemcpyAsync', 3)\nsleep_1()\n",
     "before the unmap": "announce('aclrtUnmapMem', 1)\nsleep_1()\n",
     "before the memory is given back": "announce('aclrtFreePhysical', 2)\nsleep_1()\n",

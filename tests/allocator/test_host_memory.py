@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from helpers import MIB, ROOT, allocator
@@ -24,10 +25,14 @@ TOTAL = sum(SIZES) * MIB
 ONLY_STAGING = f"aclrtMallocHost:5:{OUT_OF_MEMORY}:*"
 
 
+# Whatever the host, its page-locked memory comes from AscendCL; test_host_source.py has the rest.
+configure = partial(allocator.configure, host_memory="acl")
+
+
 @pytest.fixture
 def weights():
     allocator.start()
-    allocator.configure()
+    configure()
     blocks = [allocator.Block("weights", mib * MIB, seed) for seed, mib in enumerate(SIZES)]
     yield blocks
     control.set_faults("")
@@ -91,7 +96,7 @@ def test_what_cannot_be_page_locked_sleeps_in_plain_memory(weights, code, nth):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_copies_of_plain_backups_go_through_page_locked_blocks(weights, keep):
-    allocator.configure(unprepared="stage", keep_host_backup=keep)
+    configure(unprepared="stage", keep_host_backup=keep)
     copies = 0
     for cycle in range(3):
         control.set_faults(ONLY_STAGING)
@@ -108,7 +113,7 @@ def test_copies_of_plain_backups_go_through_page_locked_blocks(weights, keep):
 
 
 def test_plain_backups_become_page_locked_while_asleep(weights):
-    allocator.configure(unprepared="stage")
+    configure(unprepared="stage")
     sleep()
     assert backups()[0] == TOTAL
     wait_until(lambda: backups() == (TOTAL, TOTAL))
@@ -122,7 +127,7 @@ def test_plain_backups_become_page_locked_while_asleep(weights):
 
 
 def test_a_wake_does_not_wait_for_a_block_that_is_slow_to_get(weights):
-    allocator.configure(unprepared="stage")
+    configure(unprepared="stage")
     sleep()
     control.set_faults("aclrtMallocHost:1:delay_ms=600000:*")
     wait_until(lambda: control.fault_hits() == 1)
@@ -136,7 +141,7 @@ def test_a_wake_does_not_wait_for_a_block_that_is_slow_to_get(weights):
 
 def test_blocks_that_are_prepared_are_not_for_backups_that_are_there(weights):
     """A sleep counts on them for what has no backup yet."""
-    allocator.configure(unprepared="stage")
+    configure(unprepared="stage")
     control.set_faults(ONLY_STAGING)
     sleep()
     wake(weights)
@@ -144,7 +149,7 @@ def test_blocks_that_are_prepared_are_not_for_backups_that_are_there(weights):
     new = allocator.Block("weights", 4 * MIB, 9)
     _camem.prepare(["weights"])
     assert _camem.wait_prepared(60 * patience())
-    allocator.configure(unprepared="lock")
+    configure(unprepared="lock")
     sleep()
     wait_until(lambda: backups() == (TOTAL + 4 * MIB,) * 2)
     wake([*weights, new])
@@ -220,7 +225,7 @@ def test_prepared_blocks_can_be_given_back_unused(weights):
 
 
 def test_without_a_kept_backup_host_memory_goes_back_at_the_wake(weights):
-    allocator.configure(keep_host_backup=False)
+    configure(keep_host_backup=False)
     sleep()
     wake(weights)
     assert _camem.pinned_host_bytes() == 0
@@ -238,7 +243,7 @@ class Child:
             "from vllm_sleep_ascend.errors import HostOutOfMemoryError\n"
             "from vllm_sleep_ascend.sim import control\n"
             "allocator.start()\n"
-            "allocator.configure(threads=1)\n"
+            "allocator.configure(threads=1, host_memory='acl')\n"
             "blocks = [allocator.Block('weights', 8 * MIB, seed) for seed in range(3)]\n"
             "print('ready', flush=True)\n"
             "input()\n"
@@ -300,7 +305,7 @@ def test_what_others_take_while_a_backup_is_made_ends_the_sleep_and_not_the_proc
 
 def test_a_copy_that_fails_on_a_stream_of_several_threads_fails_the_sleep(weights):
     """Any one of the threads that wait for the stream may be told of it."""
-    allocator.configure(threads=8)
+    configure(threads=8)
     more = [allocator.Block("weights", 4 * MIB, seed) for seed in range(10)]
     for nth in range(1, CHUNKS + 10 + 1):
         control.set_faults(f"aclrtMemcpyAsync.work:{nth}:507899")

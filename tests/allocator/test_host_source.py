@@ -4,11 +4,11 @@ from, how fast it is had, and how many streams the device leaves it."""
 
 import os
 import subprocess
-import sys
 
 import pytest
 from helpers import MIB, ROOT
 from helpers.faults import HOST_MEMORY_CODES, OUT_OF_MEMORY
+from helpers.machine import LAUNCHER, USUAL_MACHINE
 from helpers.patience import patience
 
 HOST = (
@@ -31,9 +31,10 @@ CYCLE = (
 
 def in_process(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", HOST + code],
+        [*LAUNCHER, "python", "-c", HOST + code],
         env={
             **os.environ,
+            **USUAL_MACHINE,
             "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ['PYTHONPATH']}",
             **environment,
         },

@@ -21,7 +21,10 @@ HELD_COPY = "aclrtMemcpyAsync:1:delay_ms=60000"  # or until there are other rule
 
 @pytest.fixture(autouse=True)
 def device():
+    import torch
+
     allocator.start()
+    torch.npu.empty_cache()  # else one of these tests gives back what others left there
     allocator.configure(chunk_mib=2)
     before = control.counters()
     yield

@@ -13,7 +13,7 @@ import pytest
 from helpers.reference import hf_greedy
 
 PROMPT = "Once upon a time, in a land far away,"
-LONG = 400
+LONG = 240
 
 
 def async_llm(model: Path, **options: Any) -> Iterator[tuple[Any, Callable]]:

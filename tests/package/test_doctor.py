@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from helpers import GIB, MIB, ROOT
 from helpers.ascendcl import run_python
+from helpers.machine import LAUNCHER
 from helpers.patience import patience
 
 from vllm_sleep_ascend.doctor import acl, surroundings
@@ -30,7 +31,11 @@ OPTIONS = ("--quiet", "--gib", str(SIZE / GIB), "--timeout", str(10 * patience()
 
 def environment(**variables: str) -> dict[str, str]:
     """That of an idle machine with two devices, with these variables on top."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NPU_SIM_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("NPU_SIM_") or name == "NPU_SIM_HOME"
+    }
     machine = {"NPU_SIM_MACHINE": MACHINE, "NPU_SIM_HBM_GIB": "1", "NPU_SIM_DEVICES": "2"}
     return {**kept, **machine, **variables}
 
@@ -38,14 +43,14 @@ def environment(**variables: str) -> dict[str, str]:
 def doctor(
     *arguments: str,
     code: int | None = 0,
-    python: tuple[str, ...] = (),
+    python: tuple[str, ...] = (sys.executable,),
     folder: Path = ROOT,
     before: Callable[[], object] | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """What it printed; it must end with this exit code, None: with any."""
     done = subprocess.run(
-        [sys.executable, *python, "-m", "vllm_sleep_ascend.cli", "doctor", *OPTIONS, *arguments],
+        [*python, "-m", "vllm_sleep_ascend.cli", "doctor", *OPTIONS, *arguments],
         cwd=folder,
         preexec_fn=before,
         env=environment(**variables),
@@ -140,6 +145,24 @@ def test_a_newer_kernel_has_registered_memory(driver):
     assert figures["used"] and figures["exact_to_device"] and figures["exact_to_host"]
     assert figures["kernel"] == "6.1.0"
     assert statuses(found)["given_back"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("machine", "soc", "version", "left"),
+    [
+        ({"NPU_SIM_CANN": "8.1"}, "Ascend910B2", "8.1.0", None),
+        ({"NPU_SIM_SOC": "310P"}, "Ascend310P3", "8.5.0", 1023),
+    ],
+    ids=["CANN 8.1", "310P"],
+)
+def test_where_nothing_can_be_registered_the_rest_holds(machine, soc, version, left):
+    found = report(python=(*LAUNCHER, "python"), NPU_SIM_KERNEL="6.1", **machine)
+    assert statuses(found) == {**ALL_PASS, "registered": "degraded"}
+    assert found["soc"] == soc
+    assert found["surroundings"]["cann"]["figures"]["version"] == version
+    assert found["probes"]["streams"]["figures"] == {"left": left, "made": 6}
+    slept = found["probes"]["sleep_and_wake"]["figures"]
+    assert slept["exact"] and slept["first_page_locked_bytes"] == SIZE
 
 
 @pytest.mark.parametrize("left", [0, 2])
@@ -352,7 +375,7 @@ def test_a_bare_python_needs_nothing_installed(tmp_path):
     toolkit = Path(os.environ["ASCEND_HOME_PATH"])
     (libraries / "libascendcl.so").symlink_to(toolkit / "lib64" / "libascendcl.so")
     paths = {"PYTHONPATH": str(tmp_path), "LD_LIBRARY_PATH": str(libraries)}
-    found = report(code=1, python=("-S",), folder=tmp_path, **paths)
+    found = report(code=1, python=(sys.executable, "-S"), folder=tmp_path, **paths)
     around = found["surroundings"]
     assert around["versions"]["status"] == around["allocator"]["status"] == "fail"
     assert "missing: vllm, torch, torch_npu" in around["versions"]["found"]

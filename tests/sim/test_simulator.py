@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-LAUNCHER = [sys.executable, "-m", "vllm_sleep_ascend.sim.launcher"]
+from helpers.machine import LAUNCHER
 
 
 @pytest.mark.slow

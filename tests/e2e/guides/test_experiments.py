@@ -124,6 +124,7 @@ def test_the_report_of_the_committed_results(tmp_path):
     assert done.stdout.split("## Table 1")[1].strip() in committed
 
 
+@pytest.mark.slow
 def test_a_failed_experiment_says_why_and_is_not_reported(logs):
     log = logs / "failed.log"
     assert run(f"python online_default.py sleep {short()} --options=--nonsense > {log} 2>&1") == 1

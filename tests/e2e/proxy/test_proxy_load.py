@@ -89,6 +89,7 @@ def test_a_closed_loop_of_clients_over_two_models(pair, seconds):
     assert min(server.alone for server in pair) > 250 * MIB
 
 
+@pytest.mark.slow
 def test_two_of_three_awake(pair, third):
     servers = [*pair, third]
     with Proxy(

@@ -33,6 +33,7 @@ def test_a_rank_that_dies_while_it_falls_asleep_is_an_error_and_no_hang(tiny_mod
             llm.sleep(level=1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_an_error_in_bounded_time(tiny_model) -> None:
     expected = hf_few(tiny_model)
     with engine(

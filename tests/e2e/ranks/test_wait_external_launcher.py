@@ -6,6 +6,7 @@ from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 
+import pytest
 from helpers.patience import patience
 from helpers.reference import FEW, hf_greedy
 from helpers.server import free_ports
@@ -52,6 +53,7 @@ def rank_of(number: int, port: int, model: Path, results: Queue) -> None:
         results.put((number, level, asleep, [done[name] for name in range(len(FEW))]))
 
 
+@pytest.mark.slow
 def test_wait_lets_requests_finish_on_every_rank(tiny_model):
     expected = hf_greedy(tiny_model, FEW, TOKENS)
     spawning = get_context("spawn")
