@@ -115,24 +115,26 @@ test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
 # What has been found true of one simulated machine has to hold on others (csrc/sim/README.md).
+# The newer kernel lets the allocator register memory, which CANN 8.1 and a 310P do not have.
 # test_host_source.py names the machines of its tests itself.
-PROFILES := NPU_SIM_KERNEL=6.1 NPU_SIM_CANN=8.1 NPU_SIM_SOC=310P
+PROFILES := NPU_SIM_KERNEL=6.1 NPU_SIM_KERNEL=6.1,NPU_SIM_CANN=8.1 NPU_SIM_KERNEL=6.1,NPU_SIM_SOC=310P
 
 test-profiles: setup
 	for profile in $(PROFILES); do \
 	  echo "With $$profile"; \
-	  env $$profile $(SIM) python -m pytest tests/allocator -n 2 -m 'not slow' -q \
+	  env $${profile//,/ } $(SIM) python -m pytest tests/allocator -n 2 -m 'not slow' -q \
 	    --ignore tests/allocator/test_host_source.py $(ARGS); \
 	done
 
 test-long: setup
 	$(PYTEST) -m long --long $(ARGS)
-	@$(MAKE) --no-print-directory -C tests/cpp run SWEEP=all ONLY=every_code PYTHON=$(BIN)/python
+	$(if $(FILE),,@$(MAKE) -C tests/cpp run SWEEP=all ONLY=every_code PYTHON=$(BIN)/python)
 
 test-all: test test-slow test-profiles test-long sanitize
 
 TIMES ?= 20
-CHANCE := tests/allocator tests/sim tests/package/test_answers.py tests/e2e/engine tests/e2e/ranks \
+CHANCE := tests/allocator tests/sim tests/package/test_answers.py tests/package/test_doctor.py \
+  tests/package/test_groups.py tests/e2e/engine tests/e2e/ranks \
   tests/e2e/server tests/e2e/proxy tests/benchmarks
 
 # With BUSY=2, beside two processes that do nothing but compute.

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "acl_newer.h"
+
 namespace camem {
 
 const std::vector<AclCode>& acl_codes() {
@@ -230,6 +232,8 @@ const char* code_name(aclError code) {
   return found == acl_codes().end() ? "unknown" : found->name;
 }
 
-bool is_out_of_memory(aclError code) { return code == 207001 || code == 207018 || code == 200000; }
+bool is_out_of_memory(aclError code) {
+  return code == kMemoryAllocation || code == kDeviceOom || code == kBadAlloc;
+}
 
 }  // namespace camem

@@ -18,6 +18,15 @@ constexpr aclError kContextNull = 107002;
 // ACL_ERROR_RT_STREAM_CAPTURED
 constexpr aclError kStreamCaptured = 107027;
 
+// ACL_ERROR_BAD_ALLOC
+constexpr aclError kBadAlloc = 200000;
+
+// ACL_ERROR_RT_MEMORY_ALLOCATION
+constexpr aclError kMemoryAllocation = 207001;
+
+// ACL_ERROR_RT_DEVICE_OOM
+constexpr aclError kDeviceOom = 207018;
+
 // ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
 constexpr aclError kStreamSyncTimeout = 507046;
 

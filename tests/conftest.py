@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated machine of a test process, what tests share, and how they share two processors."""
+"""The simulated machine of a test process, and what tests share."""
 
 import importlib.util
 import os

@@ -103,9 +103,9 @@ const Settings& settings() {
 }
 
 bool chip_supports(const std::string& call) {
-  const bool exceptional =
+  const bool refused_on_310p =
       std::find(std::begin(kNotOn310P), std::end(kNotOn310P), call) != std::end(kNotOn310P);
-  return !exceptional || std::string(settings().chip.name) != "310P";
+  return !refused_on_310p || std::string(settings().chip.name) != "310P";
 }
 
 }  // namespace sim

@@ -238,7 +238,7 @@ def test_expandable_segments_pause_inside_a_pool(variable):
         "_camem.sleep({'weights': 'offload'})\n"
         "print((torch.npu.mem_get_info()[0] - before) >> 20)\n"
     )
-    # Of an older CANN torch_npu asks for addresses before it has a context, which is refused.
+    # With an older CANN torch_npu reserves addresses before it has a context, which is refused.
     environment = {**os.environ, **USUAL_MACHINE, variable: "expandable_segments:True"}
     done = subprocess.run(
         [*LAUNCHER, "python", "-c", code],

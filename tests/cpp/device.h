@@ -34,6 +34,7 @@ class Faults {
  public:
   explicit Faults(const std::string& rules);
   ~Faults();
+  std::uint64_t hits() const { return npuSimFaultHits(); }
   Faults(const Faults&) = delete;
   Faults& operator=(const Faults&) = delete;
 };

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How tests share two processes: a pytest plugin that orders them and hands them out in groups."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -48,7 +49,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
 
+        def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
+            super().add_node_collection(node, collection)
+            if node not in self.registered_collections:
+                node.shutdown()  # it has found other tests than the first ones had
+
         def remove_node(self, node: Any) -> str | None:
+            if self.collection is None:
+                self.registered_collections.pop(node, None)
             tests = self.assigned_work[node].values()
             crashed = next(
                 (name for group in tests for name, done in group.items() if not done), None

@@ -17,30 +17,45 @@ PROGRAM = """
 import os
 import pytest
 
-@pytest.mark.parametrize("number", range({tests}))
+@pytest.mark.parametrize("number", range({tests} + os.path.exists("more")))
 def test(number):
     if number in {crashing}:
+        {first}
         os._exit(1)
 """
 
 
-@pytest.mark.parametrize(
-    ("file", "crashing"), [(0, (0,)), (0, (0, 1, 2)), (2, (1,)), (2, (2,))], ids=str
-)
-def test_a_process_that_crashes_fails_its_test_alone(tmp_path: Path, file: int, crashing: tuple):
+def run(folder: Path, crashing: dict[int, tuple], first: str = "pass") -> tuple[int, str]:
+    """The exit code and the output of two processes with these files and tests that crash."""
     for number in range(FILES):
-        program = PROGRAM.format(tests=TESTS_OF_A_FILE, crashing=crashing if number == file else ())
-        (tmp_path / f"test_{number}.py").write_text(program)
+        numbers = crashing.get(number, ())
+        program = PROGRAM.format(tests=TESTS_OF_A_FILE, crashing=numbers, first=first)
+        (folder / f"test_{number}.py").write_text(program)
     command = [sys.executable, "-m", "pytest", "-p", "helpers.groups", "-n", "2", "-q", "-rf", "."]
-    run = subprocess.run(
-        [*command, f"--rootdir={tmp_path}", "-c", "/dev/null"],
-        cwd=tmp_path,
+    done = subprocess.run(
+        [*command, f"--rootdir={folder}", "-c", "/dev/null"],
+        cwd=folder,
         env={"PYTHONPATH": str(ROOT / "tests"), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=60 * patience(),
     )
-    failed = re.findall(r"^FAILED (\S+)", run.stdout, re.MULTILINE)
-    assert sorted(failed) == [f"test_{file}.py::test[{number}]" for number in crashing], run.stdout
-    passed = FILES * TESTS_OF_A_FILE - len(crashing)
-    assert f"{len(crashing)} failed, {passed} passed" in run.stdout, run.stdout
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "crashing", [{0: (0,)}, {0: (0, 1, 2)}, {2: (2,)}, {0: (1,), 1: (1,)}], ids=str
+)
+def test_a_process_that_crashes_fails_its_test_alone(tmp_path: Path, crashing: dict[int, tuple]):
+    code, said = run(tmp_path, crashing)
+    failed = [f"test_{file}.py::test[{n}]" for file, numbers in crashing.items() for n in numbers]
+    assert sorted(re.findall(r"^FAILED (\S+)", said, re.MULTILINE)) == failed, said
+    passed = FILES * TESTS_OF_A_FILE - len(failed)
+    assert f"{len(failed)} failed, {passed} passed" in said, said
+    assert code == 1
+
+
+def test_a_process_that_finds_other_tests_ends_the_run_and_hangs_nothing(tmp_path: Path):
+    code, said = run(tmp_path, {0: (0,), 1: (0,)}, first="open('more', 'w')")
+    assert code not in (0, 5), said
+    assert "no active workers" in said, said

@@ -93,6 +93,15 @@ def test_the_doctor_requires_functions_of_cann_8_1_alone():
     assert acl.FUNCTIONS.keys() <= CANN_8_1
 
 
+def test_the_simulated_cann_8_1_lacks_what_is_newer():
+    optional = (ROOT / "csrc" / "acl_optional.cpp").read_text()
+    looked_up = re.findall(r'lookup<\w+>\("(\w+)"\)', optional)
+    newer = {*looked_up, *acl.OPTIONAL_FUNCTIONS} - CANN_8_1
+    hidden = set(NAME.findall((ROOT / "csrc" / "sim" / "cann_8_1.map").read_text()))
+    assert "aclrtHostRegisterV2" in newer and newer <= hidden
+    assert not hidden & CANN_8_1
+
+
 def test_every_return_code_has_the_name_that_the_headers_give_it():
     declared = {
         int(code): name
@@ -122,6 +131,9 @@ def test_what_older_headers_lack_is_what_newer_ones_declare(tmp_path):
         #include <type_traits>
         #include "acl_newer.h"
         using namespace camem;
+        static_assert(kBadAlloc == ACL_ERROR_BAD_ALLOC);
+        static_assert(kMemoryAllocation == ACL_ERROR_RT_MEMORY_ALLOCATION);
+        static_assert(kDeviceOom == ACL_ERROR_RT_DEVICE_OOM);
         static_assert(kStreamSyncTimeout == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT);
         static_assert(kHostRegisterPinned == ACL_HOST_REG_PINNED);
         static_assert(sizeof(MemUsageInfo) == sizeof(aclrtMemUsageInfo));

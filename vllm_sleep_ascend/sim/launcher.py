@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-# Where in the toolkit the one lies that is like each CANN.
+# Folder in the toolkit for each CANN version.
 CANNS = {"8.5": ".", "8.1": "cann-8.1"}
 
 
@@ -36,18 +36,19 @@ def main() -> None:
     command = sys.argv[1:]
     if not command or command[0] in ("-h", "--help"):
         sys.exit("usage: npu-sim COMMAND [ARGUMENT …]")
-    toolkit = toolkit_path()
-    if not (toolkit / "lib64" / "libascendcl.so").exists():
-        sys.exit(
-            f"npu-sim: no simulated toolkit in {toolkit}; build it with "
-            f"`make -C csrc/sim PREFIX={toolkit} PYTHON={sys.executable}` in the source tree, "
-            "or name its folder in NPU_SIM_HOME"
-        )
     cann = os.environ.get("NPU_SIM_CANN") or next(iter(CANNS))
     if cann not in CANNS:
         sys.exit(f"npu-sim: NPU_SIM_CANN={cann}: the simulated ones are {', '.join(CANNS)}")
+    home = toolkit_path()
+    toolkit = home / CANNS[cann]
+    if not (toolkit / "lib64" / "libascendcl.so").exists():
+        sys.exit(
+            f"npu-sim: no simulated toolkit in {toolkit}; build it with "
+            f"`make -C csrc/sim PREFIX={home} PYTHON={sys.executable}` in the source tree, "
+            "or name its folder in NPU_SIM_HOME"
+        )
     # Commands of this Python's environment come first, as if it were activated.
-    environment = toolkit_environment(toolkit / CANNS[cann])
+    environment = toolkit_environment(toolkit)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
     try:
         os.execvpe(command[0], command, environment)
