@@ -34,6 +34,14 @@ ContextGuard::ContextGuard(aclrtContext context) {
   previous_ = previous;
 }
 
+ContextGuard::ContextGuard(const OwnContext& own) {
+  const aclrtContext torchs = default_context(own.device());
+  const aclrtContext previous = current_context();
+  if (previous == own.get()) return;
+  CAMEM_CHECK(aclrtSetCurrentContext(own.get()), 0);
+  previous_ = previous != nullptr ? previous : torchs;
+}
+
 ContextGuard::~ContextGuard() {
   if (previous_ != nullptr) put_back(previous_);
 }
@@ -60,7 +68,7 @@ DeviceGuard::DeviceGuard(int device) {
   guard_.emplace(default_context(device));
 }
 
-OwnContext::OwnContext(int device) {
+OwnContext::OwnContext(int device) : device_(device) {
   const ContextGuard guard(default_context(device));
   CAMEM_CHECK(aclrtCreateContext(&context_, device), 0);
   put_back(default_context(device));  // the new one has become current

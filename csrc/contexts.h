@@ -11,10 +11,14 @@
 
 namespace camem {
 
-// Makes `context` current on this thread, and at the end the one that was.
+class OwnContext;
+
+// Makes a context current on this thread, and at the end the one that was.
 class ContextGuard {
  public:
   explicit ContextGuard(aclrtContext context);  // throws AclError
+  // A thread that has no context is left with the default one of the device.
+  explicit ContextGuard(const OwnContext& own);  // throws AclError
   ~ContextGuard();
   ContextGuard(const ContextGuard&) = delete;
   ContextGuard& operator=(const ContextGuard&) = delete;
@@ -50,8 +54,10 @@ class OwnContext {
   OwnContext& operator=(const OwnContext&) = delete;
 
   aclrtContext get() const { return context_; }
+  int device() const { return device_; }
 
  private:
+  int device_;
   aclrtContext context_ = nullptr;
 };
 

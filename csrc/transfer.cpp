@@ -39,7 +39,7 @@ void Transfer::open(int device) {
   try {
     DeviceGuard caller(device);
     lanes.context.emplace(device);
-    ContextGuard guard(lanes.context->get());
+    ContextGuard guard(*lanes.context);
     lanes.streams.push_back(CopyStream::default_of_context());
     const std::size_t half = available_streams().value_or(2 * kStreams) / 2;
     while (lanes.streams.size() < std::min(half + 1, kStreams)) {
@@ -57,8 +57,7 @@ void Transfer::with_stream(int device, const std::function<void(CopyStream*)>& w
   open(device);
   const Lanes& lanes = devices_[device];
   if (lanes.streams.empty()) return work(nullptr);
-  const ContextGuard torchs(default_context(device));  // what a thread without one is left with
-  const ContextGuard ours(lanes.context->get());
+  const ContextGuard guard(*lanes.context);
   patience_.over = false;
   patience_.bytes_per_ms = kLeastLink;
   lanes.streams.front()->begin(patience_);
@@ -71,7 +70,7 @@ bool Transfer::is_stuck() noexcept {
     for (const auto& stream : lanes.streams) {
       if (!stream->is_stuck()) continue;
       try {
-        ContextGuard guard(lanes.context->get());
+        ContextGuard guard(*lanes.context);
         stream->look_again();
       } catch (const AclError&) {
         // It is taken for stuck.
@@ -87,7 +86,7 @@ void Transfer::close() noexcept {
   for (auto& [device, lanes] : devices_) {
     try {
       std::optional<ContextGuard> guard;
-      if (lanes.context) guard.emplace(lanes.context->get());
+      if (lanes.context) guard.emplace(*lanes.context);
       lanes.streams.clear();
     } catch (const AclError&) {
       // They end with the process.
@@ -141,11 +140,13 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       own[i] = streams[(thread * own.size() + i) % streams.size()];
     }
     std::array<Batch, 2> batches{{{own[0], {}}, {own[1], {}}}};
-    std::optional<ContextGuard> torchs;  // what a thread without one is left with
-    std::optional<ContextGuard> ours;    // until the streams are drained
+    std::optional<ContextGuard> guard;  // until the streams are drained
     try {
-      torchs.emplace(default_context(device));
-      if (!streams.empty()) ours.emplace(lanes.context->get());
+      if (streams.empty()) {
+        guard.emplace(default_context(device));
+      } else {
+        guard.emplace(*lanes.context);
+      }
       for (unsigned turn = 0; !failed && next < chunks.size(); ++turn) {
         Batch& batch = batches[turn % own.size()];
         finish(batch);

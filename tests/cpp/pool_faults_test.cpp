@@ -14,6 +14,7 @@
 #include "acl_newer.h"
 #include "blocks.h"
 #include "check.h"
+#include "contexts.h"
 #include "pool.h"
 
 using camem::Action;
@@ -102,6 +103,7 @@ Outcome survive(const Operation& operation, const std::string& rules) {
       CHECK((world.weights.info().state != camem::State::kDiscarded) == had_weights);
       if (world.weights.info().state == camem::State::kMapped) world.check_intact(true);
     }
+    CHECK_EQ(camem::current_context(), camem::default_context(0));
     repeat(operation);
     wake_all();
     CHECK_EQ(held().device_bytes, before.device_bytes + 10 * kMiB);
