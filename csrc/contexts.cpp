@@ -35,11 +35,11 @@ ContextGuard::ContextGuard(aclrtContext context) {
 }
 
 ContextGuard::ContextGuard(const OwnContext& own) {
-  const aclrtContext torchs = default_context(own.device());
-  const aclrtContext previous = current_context();
+  aclrtContext previous = current_context();
   if (previous == own.get()) return;
+  if (previous == nullptr) previous = default_context(own.device());
   CAMEM_CHECK(aclrtSetCurrentContext(own.get()), 0);
-  previous_ = previous != nullptr ? previous : torchs;
+  previous_ = previous;
 }
 
 ContextGuard::~ContextGuard() {
