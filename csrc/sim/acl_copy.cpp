@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "captures.h"
@@ -12,6 +13,7 @@
 #include "machine.h"
 #include "memory.h"
 #include "page_locks.h"
+#include "work.h"
 
 using sim::device::Direction;
 
@@ -22,6 +24,12 @@ struct Copy {
   const void* from;
   size_t bytes;
   Direction direction;
+
+  const void* host() const {  // null: both sides are the device's
+    return direction == Direction::kHostToDevice   ? from
+           : direction == Direction::kDeviceToHost ? to
+                                                   : nullptr;
+  }
 };
 
 struct Sides {
@@ -107,6 +115,7 @@ aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
               "%s: stream %d captures a graph, which takes no copies of host memory that is not "
               "page-locked",
               call, stream.id);
+  if (aclError error = sim::refuse_updating(call, stream)) return error;
   sim::device::synchronize(stream.queue, -1);
   if (aclError error = sim::take_failure(call, stream)) return error;
   aclError refused =
@@ -126,26 +135,32 @@ void delay(sim::Stream& stream, const sim::faults::Hit& hit) {
 
 // A fault of "aclrtMemcpyAsync.work" lets the launch succeed and the copy fail, of which an event
 // behind it says nothing. A delay of it holds the copy up on the device.
-aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
-  bool has_host = copy.direction != Direction::kDeviceToDevice;
-  const void* host = copy.direction == Direction::kDeviceToHost ? copy.to : copy.from;
-  // As the runtime does, by the address of the first byte alone.
-  if (has_host && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
-  if (aclError error = sim::refuse_recording(call, stream)) return error;
+uint64_t submit_to_device(const Copy& copy, sim::Stream& stream) {
   static sim::faults::Call work("aclrtMemcpyAsync.work");
   sim::faults::Hit hit = work.hit();
   if (hit.delay_ms > 0) delay(stream, hit);
   if (hit.code != 0) {
     stream.failure = hit.code;
-    return ACL_SUCCESS;
+    return sim::device::submitted(stream.queue);
   }
   uint64_t ticket =
       sim::device::submit_copy(stream.queue, copy.to, copy.from, copy.bytes, copy.direction);
-  size_t locked = has_host ? sim::locked_bytes(host, copy.bytes) : copy.bytes;
-  if (locked < copy.bytes) ticket = submit_with_moved_page(copy, stream, locked);
-  stream.note_use(ticket, copy.to, copy.bytes);
-  stream.note_use(ticket, copy.from, copy.bytes);
-  return ACL_SUCCESS;
+  if (const void* host = copy.host()) {
+    size_t locked = sim::locked_bytes(host, copy.bytes);
+    if (locked < copy.bytes) ticket = submit_with_moved_page(copy, stream, locked);
+  }
+  return ticket;
+}
+
+aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
+  // As the runtime does, by the address of the first byte alone.
+  const void* host = copy.host();
+  if (host != nullptr && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
+  sim::Work work;
+  work.name = call;
+  work.ranges = {{copy.to, copy.bytes, copy.to != host}, {copy.from, copy.bytes, copy.from != host}};
+  work.submit = [copy](sim::Stream& stream) { return submit_to_device(copy, stream); };
+  return sim::give(call, stream, std::move(work));
 }
 
 aclError submit_all(const char* call, const std::vector<Copy>& copies, sim::Stream& stream) {
@@ -313,10 +328,13 @@ aclError aclrtMemsetAsync(void* address, size_t room, int32_t value, size_t byte
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream("aclrtMemsetAsync", handle, &stream)) return error;
   if (aclError error = check_fill("aclrtMemsetAsync", address, room, bytes)) return error;
-  if (aclError error = sim::refuse_recording("aclrtMemsetAsync", *stream)) return error;
-  uint64_t ticket = sim::device::submit_fill(stream->queue, address, value, bytes);
-  stream->note_use(ticket, address, bytes);
-  return ACL_SUCCESS;
+  sim::Work work;
+  work.name = __func__;
+  work.ranges = {{address, bytes, true}};
+  work.submit = [=](sim::Stream& stream) {
+    return sim::device::submit_fill(stream.queue, address, value, bytes);
+  };
+  return sim::give(__func__, *stream, std::move(work));
 }
 
 }  // extern "C"

@@ -2,6 +2,7 @@
 #include <acl/acl.h>
 
 #include <atomic>
+#include <utility>
 
 #include "captures.h"
 #include "context.h"
@@ -9,16 +10,19 @@
 #include "faults.h"
 
 using sim::Event;
+using sim::Stream;
 
 namespace {
 
-aclError create_event(const char* call, aclrtEvent* handle, uint32_t flags) {
+aclError create_event(const char* call, aclrtEvent* handle, uint32_t flags,
+                      bool can_be_captured = false) {
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null event", call);
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
-  auto event = std::make_shared<Event>();
-  event->flags = flags;
-  *handle = sim::events().add(event);
+  SIM_REQUIRE((flags & ACL_EVENT_EXTERNAL) == 0 || (flags == ACL_EVENT_EXTERNAL && !can_be_captured),
+              ACL_ERROR_RT_PARAM_INVALID,
+              "%s: ACL_EVENT_EXTERNAL is for aclrtCreateEventWithFlag, and alone", call);
+  *handle = sim::events().add(std::make_shared<Event>(flags, can_be_captured));
   return ACL_SUCCESS;
 }
 
@@ -64,6 +68,115 @@ aclError timestamp(const char* call, aclrtEvent handle, uint64_t* nanoseconds) {
   return ACL_SUCCESS;
 }
 
+// What a stream does with an external event: a task like others, in a graph too.
+aclError use_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event,
+                      void (*use)(Event& event, std::unique_lock<std::mutex>& lock)) {
+  sim::Work work;
+  work.name = call;
+  work.run = [=] {
+    std::unique_lock<std::mutex> lock(event->mutex);
+    use(*event, lock);
+    return ACL_SUCCESS;
+  };
+  return sim::give(call, stream, std::move(work));
+}
+
+aclError record_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {
+  return use_external(call, stream, event, [](Event& event, std::unique_lock<std::mutex>&) {
+    event.is_set = true;
+    event.changed.notify_all();
+  });
+}
+
+aclError wait_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {
+  return use_external(call, stream, event, [](Event& event, std::unique_lock<std::mutex>& lock) {
+    event.changed.wait(lock, [&] { return event.is_set; });
+  });
+}
+
+aclError reset_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {
+  return use_external(call, stream, event,
+                      [](Event& event, std::unique_lock<std::mutex>&) { event.is_set = false; });
+}
+
+// The event itself stays as it is: the graph has one of its own for it.
+aclError record_in_graph(const char* call, sim::Graph& graph, Stream& stream, Event& event) {
+  SIM_REQUIRE(event.can_be_captured, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: only events of aclrtCreateEventExWithFlag are captured", call);
+  if (!event.is_known_to_streams()) return ACL_SUCCESS;
+  std::shared_ptr<sim::CapturedRecord> record;
+  if (aclError error = graph.keep_record(call, stream, &record)) return error;
+  std::lock_guard<std::mutex> lock(event.mutex);
+  event.in_graph = std::move(record);
+  return ACL_SUCCESS;
+}
+
+aclError record(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {
+  if (aclError error = sim::refuse_updating(call, stream)) return error;
+  if (event->is_external()) return record_external(call, stream, event);
+  if (auto graph = stream.captured()) return record_in_graph(call, *graph, stream, *event);
+  if (aclError error = sim::refuse_implicit(call, stream)) return error;
+  std::lock_guard<std::mutex> lock(event->mutex);
+  event->marker = sim::device::record(stream.queue);
+  return ACL_SUCCESS;
+}
+
+// The stream joins the capture, if it is not in it.
+aclError wait_in_graph(const char* call, sim::Graph& graph, const std::shared_ptr<Stream>& stream,
+                       sim::CapturedRecord& record) {
+  SIM_REQUIRE(!stream->is_default(), ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT,
+              "%s: the default stream cannot capture, and so not wait for a captured event", call);
+  SIM_REQUIRE(stream->can_capture(), ACL_ERROR_RT_INTERNAL_ERROR,
+              "%s: streams with the flags 0x%x cannot capture", call, stream->flags);
+  auto own = stream->captured();
+  if (own != nullptr && own.get() != &graph) {
+    own->spoil();
+    graph.spoil();
+    return sim::fail(ACL_ERROR_STREAM_CAPTURE_CONFLICT,
+                     "%s: the event is captured by another graph than stream %d; both are spoiled",
+                     call, stream->id);
+  }
+  if (own == nullptr) {
+    if (aclError error = graph.join(call, stream)) return error;
+  }
+  return graph.keep_wait(call, *stream, record);
+}
+
+aclError wait(const char* call, const std::shared_ptr<Stream>& stream,
+              const std::shared_ptr<Event>& event) {
+  SIM_REQUIRE(event->is_known_to_streams(), ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: an event with the flags 0x%x cannot be waited for by a stream", call,
+              event->flags);
+  if (aclError error = sim::refuse_updating(call, *stream)) return error;
+  if (event->is_external()) return wait_external(call, *stream, event);
+  std::shared_ptr<sim::CapturedRecord> record;
+  if (auto graph = sim::capture_of(*event, &record)) {
+    return wait_in_graph(call, *graph, stream, *record);
+  }
+  auto marker = event->recorded();
+  if (stream->captured() != nullptr) {
+    SIM_REQUIRE(event->can_be_captured, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+                "%s: only events of aclrtCreateEventExWithFlag are captured", call);
+    SIM_REQUIRE(marker == nullptr, ACL_ERROR_RT_CAPTURE_DEPENDENCY,
+                "%s: stream %d captures a graph, in which the event was not recorded", call,
+                stream->id);
+    return ACL_SUCCESS;
+  }
+  if (aclError error = sim::refuse_implicit(call, *stream)) return error;
+  if (marker != nullptr) sim::device::wait(stream->queue, marker);
+  return ACL_SUCCESS;
+}
+
+aclError reset(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {
+  SIM_REQUIRE(!event->can_be_captured, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: events of aclrtCreateEventExWithFlag are not reset", call);
+  if (aclError error = sim::refuse_updating(call, stream)) return error;
+  if (event->is_external()) return reset_external(call, stream, event);
+  SIM_REQUIRE(stream.captured() == nullptr, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: stream %d captures a graph, in which no event is reset", call, stream.id);
+  return sim::refuse_implicit(call, stream);
+}
+
 }  // namespace
 
 extern "C" {
@@ -80,7 +193,7 @@ aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flags) {
 
 aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t flags) {
   SIM_CALL();
-  return create_event("aclrtCreateEventExWithFlag", event, flags);
+  return create_event("aclrtCreateEventExWithFlag", event, flags, true);
 }
 
 aclError aclrtDestroyEvent(aclrtEvent event) {
@@ -93,23 +206,28 @@ aclError aclrtDestroyEvent(aclrtEvent event) {
 aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle) {
   SIM_CALL();
   std::shared_ptr<Event> event;
-  if (aclError error = find_event("aclrtRecordEvent", handle, &event)) return error;
-  std::shared_ptr<sim::Stream> stream;
-  if (aclError error = sim::find_stream("aclrtRecordEvent", stream_handle, &stream)) return error;
-  std::lock_guard<std::mutex> lock(event->mutex);
-  if (auto graph = stream->captured()) event->graph = graph;
-  if (aclError error = sim::refuse_recording("aclrtRecordEvent", *stream)) return error;
-  event->marker = sim::device::record(stream->queue);
-  return ACL_SUCCESS;
+  if (aclError error = find_event(__func__, handle, &event)) return error;
+  std::shared_ptr<Stream> stream;
+  if (aclError error = sim::find_stream(__func__, stream_handle, &stream)) return error;
+  return record(__func__, *stream, event);
+}
+
+aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent handle) {
+  SIM_CALL();
+  std::shared_ptr<Stream> stream;
+  if (aclError error = sim::find_stream(__func__, stream_handle, &stream)) return error;
+  std::shared_ptr<Event> event;
+  if (aclError error = find_event(__func__, handle, &event)) return error;
+  return wait(__func__, stream, event);
 }
 
 aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream_handle) {
   SIM_CALL();
   std::shared_ptr<Event> event;
-  if (aclError error = find_event("aclrtResetEvent", handle, &event)) return error;
-  std::shared_ptr<sim::Stream> stream;
-  if (aclError error = sim::find_stream("aclrtResetEvent", stream_handle, &stream)) return error;
-  return sim::refuse_recording("aclrtResetEvent", *stream);
+  if (aclError error = find_event(__func__, handle, &event)) return error;
+  std::shared_ptr<Stream> stream;
+  if (aclError error = sim::find_stream(__func__, stream_handle, &stream)) return error;
+  return reset(__func__, *stream, event);
 }
 
 aclError aclrtQueryEvent(aclrtEvent event, aclrtEventStatus* status) {

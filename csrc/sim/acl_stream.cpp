@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <acl/acl.h>
 
+#include <utility>
+
 #include "captures.h"
 #include "context.h"
 #include "error.h"
 #include "faults.h"
 #include "machine.h"
+#include "work.h"
 
-using sim::Event;
 using sim::Stream;
 
 namespace {
@@ -51,21 +53,13 @@ aclError launch(const char* call, aclrtStream handle, void (*function)(void*), v
   SIM_REQUIRE(function != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null function", call);
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
-  if (aclError error = sim::refuse_recording(call, *stream)) return error;
-  sim::device::submit_call(stream->queue, function, argument);
-  return ACL_SUCCESS;
-}
-
-aclError wait_event(const char* call, Stream& stream, Event& event) {
-  auto graph = event.captured();
-  if (graph != nullptr && graph->is_captured()) return sim::refuse_joining(call, stream);
-  auto marker = event.recorded();
-  SIM_REQUIRE(stream.captured() == nullptr || marker == nullptr, ACL_ERROR_RT_CAPTURE_DEPENDENCY,
-              "%s: stream %d captures a graph, in which the event was not recorded", call,
-              stream.id);
-  if (aclError error = sim::refuse_recording(call, stream)) return error;
-  if (marker != nullptr) sim::device::wait(stream.queue, marker);
-  return ACL_SUCCESS;
+  sim::Work work;
+  work.name = call;
+  work.run = [=] {
+    function(argument);
+    return ACL_SUCCESS;
+  };
+  return sim::give(call, *stream, std::move(work));
 }
 
 }  // namespace
@@ -154,16 +148,6 @@ aclError aclrtDeviceGetStreamPriorityRange(int32_t* least, int32_t* greatest) {
   if (least != nullptr) *least = 7;
   if (greatest != nullptr) *greatest = 0;
   return ACL_SUCCESS;
-}
-
-aclError aclrtStreamWaitEvent(aclrtStream handle, aclrtEvent event_handle) {
-  SIM_CALL();
-  std::shared_ptr<Stream> stream;
-  if (aclError error = sim::find_stream("aclrtStreamWaitEvent", handle, &stream)) return error;
-  auto event = sim::events().find(event_handle);
-  SIM_REQUIRE(event != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
-              "aclrtStreamWaitEvent: %p is not an event, or was destroyed", event_handle);
-  return wait_event("aclrtStreamWaitEvent", *stream, *event);
 }
 
 aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* argument) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "captures.h"
 
-#include "machine.h"
+#include <utility>
+#include <vector>
 
 namespace sim {
 namespace {
@@ -25,29 +26,14 @@ bool forbids_waiting_copies(const Graph& graph) {
          exchanged == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
 }
 
-bool is_default(const Stream& stream) { return &stream == stream.context->default_stream.get(); }
-
 }  // namespace
 
-Graph::Graph(const Stream& stream, aclmdlRICaptureMode mode)
-    : context(stream.context), mode(mode), is_waited_for(stream.can_be_waited_for()) {}
-
-Graph::~Graph() { machine::give_stream(context->physical); }
-
-void Graph::spoil() {
-  aclmdlRICaptureStatus active = ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE;
-  status.compare_exchange_strong(active, ACL_MODEL_RI_CAPTURE_STATUS_INVALIDATED);
-}
-
-Handles<Graph>& graphs() {
-  static auto* once = new Handles<Graph>(0x56);
-  return *once;
-}
-
-void drop_graphs(const Context& context) {
-  for (auto& [handle, graph] : graphs().all()) {
-    if (graph->context == &context) graphs().remove(handle);
-  }
+std::shared_ptr<Graph> capture_of(Event& event, std::shared_ptr<CapturedRecord>* record) {
+  std::lock_guard<std::mutex> lock(event.mutex);
+  auto graph = event.in_graph == nullptr ? nullptr : event.in_graph->graph.lock();
+  if (graph == nullptr || !graph->is_captured()) return nullptr;
+  if (record != nullptr) *record = event.in_graph;
+  return graph;
 }
 
 aclmdlRICaptureMode& exchanged_capture_mode() {
@@ -71,8 +57,7 @@ aclError refuse_captured(const char* call, const Context& context) {
 }
 
 aclError refuse_captured(const char* call, Event& event) {
-  auto graph = event.captured();
-  SIM_REQUIRE(graph == nullptr || !graph->is_captured(), ACL_ERROR_RT_EVENT_CAPTURED,
+  SIM_REQUIRE(capture_of(event) == nullptr, ACL_ERROR_RT_EVENT_CAPTURED,
               "%s: the event was recorded on a stream that captures a graph", call);
   return ACL_SUCCESS;
 }
@@ -92,29 +77,53 @@ aclError refuse_waiting_copy(const char* call, const Context& context, aclError 
   return ACL_SUCCESS;
 }
 
-aclError refuse_joining(const char* call, const Stream& stream) {
-  SIM_REQUIRE(!is_default(stream), ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT,
-              "%s: the default stream cannot capture, and so not wait for a captured event", call);
-  return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
-              "%s: the event is captured, and the simulator does not let another stream join a "
-              "capture yet",
-              call);
-}
-
-aclError refuse_recording(const char* call, const Stream& stream) {
-  if (auto graph = stream.captured()) {
-    graph->spoil();
-    return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
-                "%s: stream %d captures a graph, and the simulator does not record work yet; the "
-                "capture is spoiled",
-                call, stream.id);
-  }
-  SIM_REQUIRE(!is_default(stream) || captures(*stream.context).empty(),
+aclError refuse_implicit(const char* call, const Stream& stream) {
+  SIM_REQUIRE(!stream.is_default() || captures(*stream.context).empty(),
               ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT,
               "%s: the default stream takes no work while a stream of its context captures a "
               "graph; use another stream",
               call);
   return ACL_SUCCESS;
+}
+
+aclError refuse_updating(const char* call, const Stream& stream) {
+  SIM_REQUIRE(stream.updated() == nullptr, ACL_ERROR_RT_TASK_TYPE_NOT_SUPPORT,
+              "%s: stream %d updates a task group, which takes kernels alone", call, stream.id);
+  return ACL_SUCCESS;
+}
+
+bool keeps_work(const Stream& stream) {
+  return stream.captured() != nullptr || stream.updated() != nullptr;
+}
+
+namespace {
+
+// The next kernel of the group becomes this one when the stream comes to it.
+aclError replace(const char* call, Stream& stream, TaskGroup& group, Work work) {
+  if (!work.is_kernel) return refuse_updating(call, stream);
+  SIM_REQUIRE(stream.updates < group.tasks.size(), ACL_ERROR_RT_INTERNAL_ERROR,
+              "%s: the task group has %zu kernels, and this is one more", call,
+              group.tasks.size());
+  struct Exchange {
+    std::shared_ptr<Task> task;
+    std::shared_ptr<const Work> work;
+  };
+  auto run = [](void* argument) {
+    std::unique_ptr<Exchange> exchange(static_cast<Exchange*>(argument));
+    exchange->task->replace(exchange->work);
+  };
+  auto shared = std::make_shared<const Work>(std::move(work));
+  device::submit_call(stream.queue, run, new Exchange{group.tasks[stream.updates++], shared});
+  return ACL_SUCCESS;
+}
+
+}  // namespace
+
+aclError keep(const char* call, Stream& stream, Work* work, bool* is_kept) {
+  *is_kept = keeps_work(stream);
+  if (auto group = stream.updated()) return replace(call, stream, *group, std::move(*work));
+  if (auto graph = stream.captured()) return graph->keep(call, stream, std::move(*work));
+  return refuse_implicit(call, stream);
 }
 
 }  // namespace sim

@@ -1,37 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Graphs, the streams that capture them, and what is refused meanwhile.
+// Streams that capture graphs, and what is refused meanwhile.
 #pragma once
 
 #include <acl/acl_rt.h>
 
-#include <atomic>
-#include <thread>
+#include <memory>
 
 #include "context.h"
 #include "error.h"
-#include "handles.h"
+#include "graph.h"
+#include "work.h"
 
 namespace sim {
 
-// Behind an aclmdlRI. It takes one more stream of the device for as long as it lives.
-struct Graph {
-  Context* const context;
-  const aclmdlRICaptureMode mode;
-  const bool is_waited_for;  // its stream is, when the device is synchronised
-  const std::thread::id thread = std::this_thread::get_id();  // that began the capture
-  aclmdlRI handle = nullptr;
-  std::atomic<aclmdlRICaptureStatus> status{ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE};  // NONE: ended
-
-  Graph(const Stream& stream, aclmdlRICaptureMode mode);  // with the stream of the device taken
-  ~Graph();
-
-  bool is_captured() const { return status != ACL_MODEL_RI_CAPTURE_STATUS_NONE; }
-  void spoil();  // the end of the capture will tell
-};
-
-Handles<Graph>& graphs();
-void drop_graphs(const Context& context);
+// The capture that the event was recorded in and that goes on, null: none.
+std::shared_ptr<Graph> capture_of(Event& event, std::shared_ptr<CapturedRecord>* record = nullptr);
 
 // Of this thread, what the copies that wait are checked against.
 aclmdlRICaptureMode& exchanged_capture_mode();
@@ -45,10 +29,14 @@ aclError refuse_captured(const char* call, Event& event);
 aclError refuse_waiting_copy(const char* call, const Context& context,
                              aclError code = ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT);
 
-// For a stream that waits for an event of a capture, and so would join it.
-aclError refuse_joining(const char* call, const Stream& stream);
+// For work of a default stream.
+aclError refuse_implicit(const char* call, const Stream& stream);
 
-// For work of the stream. A capture would record it, which is not simulated: it is spoiled.
-aclError refuse_recording(const char* call, const Stream& stream);
+// For work that is no kernel, of a stream that exchanges kernels of a task group.
+aclError refuse_updating(const char* call, const Stream& stream);
+
+// Whether the stream leaves its work to a graph. `keep` does so, or says that it does not.
+bool keeps_work(const Stream& stream);
+aclError keep(const char* call, Stream& stream, Work* work, bool* is_kept);
 
 }  // namespace sim

@@ -11,6 +11,8 @@
 
 namespace sim {
 
+bool Stream::is_default() const { return this == context->default_stream.get(); }
+
 void Stream::note_use(uint64_t ticket, const void* begin, size_t bytes) {
   std::lock_guard<std::mutex> lock(uses_mutex);
   uint64_t completed = device::completed(queue);

@@ -6,6 +6,7 @@
 #include <acl/acl_rt.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -17,8 +18,10 @@
 
 namespace sim {
 
+struct CapturedRecord;
 struct Context;
-struct Graph;
+class Graph;
+struct TaskGroup;
 
 struct Stream {
   Context* context;
@@ -35,9 +38,21 @@ struct Stream {
     return (flags & kOfTheDevice) == 0;
   }
 
+  bool is_default() const;
+
+  bool can_capture() const {
+    constexpr uint32_t kCannot = ACL_STREAM_CPU_SCHEDULE | ACL_STREAM_DEVICE_USE_ONLY;
+    return (flags & kCannot) == 0;
+  }
+
   // The graph that it captures, null: none.
   std::shared_ptr<Graph> captured() const { return std::atomic_load(&captured_); }
   void capture(std::shared_ptr<Graph> graph) { std::atomic_store(&captured_, std::move(graph)); }
+
+  // The task group whose kernels its launches replace, null: none.
+  std::shared_ptr<TaskGroup> updated() const { return std::atomic_load(&updated_); }
+  void update(std::shared_ptr<TaskGroup> group) { std::atomic_store(&updated_, std::move(group)); }
+  size_t updates = 0;  // launches since then
 
   // Work in flight and the memory that it touches.
   struct Use {
@@ -45,6 +60,7 @@ struct Stream {
     const char* begin;
     const char* end;
   };
+  std::mutex launch_mutex;  // held while work is given to the queue
   std::mutex uses_mutex;
   std::deque<Use> uses;
 
@@ -53,6 +69,7 @@ struct Stream {
 
  private:
   std::shared_ptr<Graph> captured_;
+  std::shared_ptr<TaskGroup> updated_;
 };
 
 struct Context {
@@ -75,19 +92,26 @@ struct Context {
 };
 
 struct Event {
-  uint32_t flags;
+  const uint32_t flags;
+  const bool can_be_captured;  // made by aclrtCreateEventExWithFlag
   std::mutex mutex;
-  std::shared_ptr<device::Marker> marker;  // of the last record, null: not recorded
-  std::weak_ptr<Graph> graph;              // whose capture it was recorded in
+  std::shared_ptr<device::Marker> marker;   // of the last record, null: not recorded
+  std::shared_ptr<CapturedRecord> in_graph;  // of the last record in a capture, null: none
+
+  // Of an external event (ACL_EVENT_EXTERNAL): streams set it, wait until it is set, and reset it.
+  std::condition_variable changed;
+  bool is_set = false;
+
+  Event(uint32_t flags, bool can_be_captured) : flags(flags), can_be_captured(can_be_captured) {}
+
+  bool is_external() const { return (flags & ACL_EVENT_EXTERNAL) != 0; }
+  bool is_known_to_streams() const {
+    return (flags & (ACL_EVENT_SYNC | ACL_EVENT_EXTERNAL | ACL_EVENT_IPC)) != 0;
+  }
 
   std::shared_ptr<device::Marker> recorded() {
     std::lock_guard<std::mutex> lock(mutex);
     return marker;
-  }
-
-  std::shared_ptr<Graph> captured() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return graph.lock();
   }
 };
 

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "captures.h"
 #include "context.h"
@@ -14,6 +15,18 @@
 #include "machine.h"
 #include "memory.h"
 #include "settings.h"
+#include "work.h"
+
+namespace {
+
+// Null: the default stream of the current context.
+aclError find_any_stream(aclrtStream handle, std::shared_ptr<sim::Stream>* stream) {
+  *stream = sim::streams().find(handle);
+  return *stream != nullptr ? ACL_SUCCESS
+                            : sim::find_stream("simulated operator", handle, stream);
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -56,11 +69,10 @@ size_t npuSimCallLog(char* log, size_t room) {
 }
 
 aclError npuSimDrain(aclrtStream handle) {
-  std::shared_ptr<sim::Stream> stream = sim::streams().find(handle);
-  if (stream == nullptr) {
-    if (aclError error = sim::find_stream("simulated operator", handle, &stream)) return error;
-  }
-  if (aclError error = sim::refuse_recording("simulated operator", *stream)) return error;
+  std::shared_ptr<sim::Stream> stream;
+  if (aclError error = find_any_stream(handle, &stream)) return error;
+  if (aclError error = sim::refuse_captured("simulated operator", *stream)) return error;
+  if (aclError error = sim::refuse_implicit("simulated operator", *stream)) return error;
   sim::device::synchronize(stream->queue, -1);
   return ACL_SUCCESS;
 }
@@ -76,33 +88,38 @@ int npuSimEnterCall(const char* name) {
 
 int npuSimFail(int code, const char* message) { return sim::fail(code, "%s", message); }
 
-aclError npuSimLaunch(aclrtStream handle, int (*function)(void*), void* argument,
-                      const npuSimRange* ranges, size_t count) {
+aclError npuSimLaunch(aclrtStream handle, const npuSimKernel* kernel, const npuSimRange* ranges,
+                      size_t count) {
+  auto release = [end = kernel->release](void* argument) {
+    if (end != nullptr) end(argument);
+  };
+  std::shared_ptr<void> argument(kernel->argument, release);
   std::shared_ptr<sim::Stream> stream;
-  if (aclError error = sim::find_stream("simulated library", handle, &stream)) return error;
-  if (aclError error = sim::refuse_recording("simulated library", *stream)) return error;
+  if (aclError error = sim::find_stream(kernel->name, handle, &stream)) return error;
+  sim::Work work;
+  work.name = kernel->name;
   for (size_t i = 0; i < count; ++i) {
-    SIM_REQUIRE(ranges[i].bytes == 0 || sim::is_device_range(ranges[i].begin, ranges[i].bytes),
-                ACL_ERROR_RT_PARAM_INVALID,
-                "simulated library: [%p, +%zu) is not mapped device memory", ranges[i].begin,
+    if (ranges[i].bytes == 0) continue;
+    SIM_REQUIRE(sim::is_device_range(ranges[i].begin, ranges[i].bytes), ACL_ERROR_RT_PARAM_INVALID,
+                "%s: [%p, +%zu) is not mapped device memory", kernel->name, ranges[i].begin,
                 ranges[i].bytes);
+    work.ranges.push_back({ranges[i].begin, ranges[i].bytes, true});
   }
-  struct Launch {
-    int (*function)(void*);
-    void* argument;
-    sim::Context* context;
-  };
-  auto run = [](void* argument) {
-    std::unique_ptr<Launch> launch(static_cast<Launch*>(argument));
-    if (int code = launch->function(launch->argument)) launch->context->fail(code);
-  };
-  uint64_t ticket =
-      sim::device::submit_call(stream->queue, run, new Launch{function, argument, stream->context});
-  for (size_t i = 0; i < count; ++i) {
-    if (ranges[i].bytes > 0) stream->note_use(ticket, ranges[i].begin, ranges[i].bytes);
+  work.run = [argument, run = kernel->run] { return run(argument.get()); };
+  work.is_kernel = kernel->launched == nullptr;
+  if (kernel->launched != nullptr) {
+    work.launched = [argument, launched = kernel->launched] { launched(argument.get()); };
   }
-  return ACL_SUCCESS;
+  return sim::give(kernel->name, *stream, std::move(work));
 }
+
+int npuSimKeepsWork(aclrtStream handle) {
+  std::shared_ptr<sim::Stream> stream;
+  if (find_any_stream(handle, &stream) != ACL_SUCCESS) return 0;
+  return sim::keeps_work(*stream) ? 1 : 0;
+}
+
+void npuSimFault(const char* message) { sim::fault("%s", message); }
 
 uint64_t npuSimDeviceKey() {
   sim::Context* context = sim::current_context();

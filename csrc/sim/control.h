@@ -42,7 +42,8 @@ NPU_SIM_EXPORT void npuSimResetCounters(void);
 NPU_SIM_EXPORT void npuSimKeepCallLog(int on);
 NPU_SIM_EXPORT size_t npuSimCallLog(char* log, size_t room);
 
-// Waits until the stream, of any context, is idle. Neither counted nor failed on request.
+// Waits until the stream, of any context, is idle; refused while it captures. Neither counted nor
+// failed on request.
 NPU_SIM_EXPORT aclError npuSimDrain(aclrtStream stream);
 
 // What a call of a simulated library must return at once, 0 to go on. Counted under the name.
@@ -61,12 +62,31 @@ typedef struct {
   size_t bytes;
 } npuSimRange;
 
-// Runs the function on the stream, behind the work before it. The ranges must be mapped device
-// memory and count as in use until it has returned. If it returns a code other than 0, the context
-// has failed: from then on every call that waits for its device returns that code, with the
-// function's recent message.
-NPU_SIM_EXPORT aclError npuSimLaunch(aclrtStream stream, int (*function)(void*), void* argument,
+// What a simulated library lets a stream do.
+typedef struct {
+  const char* name;
+  void* argument;
+  // Runs when its turn comes, again each time that a graph which keeps it is executed. If it
+  // returns a code other than 0, the context has failed: from then on every call that waits for
+  // its device returns that code, with the function's recent message.
+  int (*run)(void* argument);
+  // Each time that it is given to a stream; null: nothing to do. Work that has it is none of the
+  // device's own cores, and no part of a task group.
+  void (*launched)(void* argument);
+  void (*release)(void* argument);   // when it will not run any more; null: nothing to do
+} npuSimKernel;
+
+// Runs the kernel on the stream, behind the work before it, or leaves it to the graph that the
+// stream captures. The ranges must be mapped device memory and count as in use until it has
+// returned. The argument is released also if this fails.
+NPU_SIM_EXPORT aclError npuSimLaunch(aclrtStream stream, const npuSimKernel* kernel,
                                      const npuSimRange* ranges, size_t count);
+
+// 1 if the stream, of any context, leaves its work to a graph.
+NPU_SIM_EXPORT int npuSimKeepsWork(aclrtStream stream);
+
+// Ends the process as a fault of the device does.
+NPU_SIM_EXPORT void npuSimFault(const char* message);
 
 // Of the current device, unlike that of any other device of any simulated machine; 0: none.
 NPU_SIM_EXPORT uint64_t npuSimDeviceKey(void);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <deque>
 #include <utility>
 
 namespace sim::hccl {
@@ -195,28 +196,59 @@ void Communicator::connect(Deadline deadline) {
   }
 }
 
+// Work of a communicator, which a graph may run again and again.
+struct Communicator::Turns {
+  std::weak_ptr<Communicator> communicator;
+  std::string name;  // of the communicator
+  std::string call;
+  Work work;
+
+  struct Turn {
+    std::shared_ptr<Communicator> communicator;
+    uint64_t number;
+  };
+  std::mutex mutex;
+  std::deque<Turn> waiting;  // given to streams, not run yet
+
+  void take() {
+    auto alive = communicator.lock();
+    if (alive == nullptr || alive->leaving_) {
+      npuSimFault(("a graph executes " + call + " over communicator " + name +
+                   ", which was destroyed; capture the graph anew")
+                      .c_str());
+    }
+    std::lock_guard<std::mutex> launches(alive->launch_mutex_);
+    std::lock_guard<std::mutex> lock(mutex);
+    waiting.push_back({alive, alive->launched_++});
+  }
+
+  int run() {
+    std::unique_lock<std::mutex> lock(mutex);
+    Turn turn = std::move(waiting.front());
+    waiting.pop_front();
+    lock.unlock();
+    return turn.communicator->run(turn.number, call, work);
+  }
+};
+
 HcclResult Communicator::launch(const char* call, aclrtStream stream,
                                 const std::vector<npuSimRange>& touched, Work work) {
   if (suspended_) return static_cast<HcclResult>(npuSimFail(HCCL_E_SUSPENDING, call));
   if (HcclResult broken = state()) return broken;
-  struct Turn {
-    std::shared_ptr<Communicator> communicator;
-    uint64_t number;
-    std::string call;
-    Work work;
+  auto turns = std::make_unique<Turns>();
+  turns->communicator = weak_from_this();
+  turns->name = name();
+  turns->call = call;
+  turns->work = std::move(work);
+  const npuSimKernel kernel = {
+      .name = call,
+      .argument = turns.release(),
+      .run = [](void* turns) { return static_cast<Turns*>(turns)->run(); },
+      .launched = [](void* turns) { static_cast<Turns*>(turns)->take(); },
+      .release = [](void* turns) { delete static_cast<Turns*>(turns); },
   };
-  std::lock_guard<std::mutex> lock(launch_mutex_);
-  auto* turn = new Turn{shared_from_this(), launched_, call, std::move(work)};
-  auto run = [](void* argument) {
-    std::unique_ptr<Turn> turn(static_cast<Turn*>(argument));
-    return turn->communicator->run(turn->number, turn->call, turn->work);
-  };
-  if (npuSimLaunch(stream, run, turn, touched.data(), touched.size()) != ACL_SUCCESS) {
-    delete turn;
-    return HCCL_E_RUNTIME;
-  }
-  ++launched_;
-  return HCCL_SUCCESS;
+  aclError error = npuSimLaunch(stream, &kernel, touched.data(), touched.size());
+  return error == ACL_SUCCESS ? HCCL_SUCCESS : HCCL_E_RUNTIME;
 }
 
 int Communicator::run(uint64_t turn, const std::string& call, const Work& work) {

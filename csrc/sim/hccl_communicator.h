@@ -98,6 +98,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void exchange(const std::vector<Piece>& outgoing, const std::vector<Piece>& incoming);
 
  private:
+  struct Turns;
+
   void take_buffers();
   void meet(const Address& root, Deadline deadline);
   void serve(Deadline deadline);

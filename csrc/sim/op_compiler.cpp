@@ -42,28 +42,24 @@ aclError refuse(const std::string& message) {
 }
 
 struct Tensor {
-  const aclTensorDesc* description;
+  aclTensorDesc description;
   char* data;
   size_t bytes;
 
-  std::vector<int64_t> sizes() const {
-    std::vector<int64_t> sizes(aclGetTensorDescNumDims(description));
-    for (size_t i = 0; i < sizes.size(); ++i) aclGetTensorDescDimV2(description, i, &sizes[i]);
-    return sizes;
-  }
+  const std::vector<int64_t>& sizes() const { return description.sizes; }
 
-  bool is_tiled() const { return description->storage_format == ACL_FORMAT_FRACTAL_NZ; }
+  bool is_tiled() const { return description.storage_format == ACL_FORMAT_FRACTAL_NZ; }
 
   // Of one that is; nothing if its buffer is not of the size that it says.
   std::optional<sim::Tiling> tiling() const {
     size_t elements = 1;
-    for (int64_t size : description->storage_sizes) elements *= static_cast<size_t>(size);
+    for (int64_t size : description.storage_sizes) elements *= static_cast<size_t>(size);
     if (elements == 0 || bytes % elements != 0) return std::nullopt;
-    return sim::Tiling::of(description->sizes, description->storage_sizes, bytes / elements);
+    return sim::Tiling::of(description.sizes, description.storage_sizes, bytes / elements);
   }
 
   std::vector<int64_t> integers() const {
-    bool is_wide = aclGetTensorDescType(description) == ACL_INT64;
+    bool is_wide = description.type == ACL_INT64;
     std::vector<int64_t> values(bytes / (is_wide ? 8 : 4));
     for (size_t i = 0; i < values.size(); ++i) {
       values[i] = is_wide ? reinterpret_cast<const int64_t*>(data)[i]
@@ -164,10 +160,35 @@ template <typename Buffer>
 Tensors tensors(int count, const aclTensorDesc* const* descriptions, Buffer* const* buffers) {
   Tensors tensors;
   for (int i = 0; i < count; ++i) {
-    tensors.push_back({descriptions[i], static_cast<char*>(aclGetDataBufferAddr(buffers[i])),
+    tensors.push_back({*descriptions[i], static_cast<char*>(aclGetDataBufferAddr(buffers[i])),
                        aclGetDataBufferSizeV2(buffers[i])});
   }
   return tensors;
+}
+
+// One call of an operator, which a graph may run again and again.
+struct Execution {
+  const char* type;
+  const Operator& op;
+  Tensors inputs;
+  Tensors outputs;
+
+  int run() const { return op.run(inputs, outputs); }
+};
+
+aclError leave_to_graph(const Execution& execution, aclrtStream stream) {
+  std::vector<npuSimRange> ranges;
+  for (const Tensors* tensors : {&execution.inputs, &execution.outputs}) {
+    for (const Tensor& tensor : *tensors) ranges.push_back({tensor.data, tensor.bytes});
+  }
+  const npuSimKernel kernel = {
+      .name = execution.type,
+      .argument = new Execution(execution),
+      .run = [](void* execution) { return static_cast<Execution*>(execution)->run(); },
+      .launched = nullptr,
+      .release = [](void* execution) { delete static_cast<Execution*>(execution); },
+  };
+  return npuSimLaunch(stream, &kernel, ranges.data(), ranges.size());
 }
 
 }  // namespace
@@ -210,8 +231,10 @@ aclError aclopCompileAndExecute(const char* type, int input_count,
   if (from.size() != found->second.inputs || to.size() != found->second.outputs) {
     return refuse(std::string(type) + ": wrong number of tensors");
   }
+  const Execution execution = {found->first.c_str(), found->second, from, to};
+  if (npuSimKeepsWork(stream)) return leave_to_graph(execution, stream);
   if (aclError error = npuSimDrain(stream)) return error;
-  return found->second.run(from, to);
+  return execution.run();
 }
 
 aclGraphDumpOption* aclCreateGraphDumpOpt() { return new aclGraphDumpOption; }

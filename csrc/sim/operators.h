@@ -6,7 +6,13 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <functional>
 #include <optional>
+#include <string>
+#include <vector>
+
+#include "control.h"
+#include "tiles.h"
 
 namespace sim::operators {
 
@@ -16,17 +22,51 @@ constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 // queued for the current stream, and the stream.
 void drain(c10::Device device);
 
-// The same memory, seen as a tensor of the CPU. Resizing it does not resize the original. Of a
-// tensor that lies in tiles a copy in the order of its elements: what was written to it has to be
-// put back.
-at::Tensor alias_on_cpu(const at::Tensor& tensor);
-void put_back(const at::Tensor& tensor, const at::Tensor& alias);
+// A storage of the device as the CPU's kernels see it: the same bytes, or, of one in FRACTAL_NZ, a
+// copy in the order of its elements. It does not keep the device's memory. Resizing it does not
+// resize the original.
+class StorageOnCpu {
+ public:
+  // Refuses a tensor over tiles that has another type than its storage.
+  StorageOnCpu(const at::Tensor& over, bool resizable);
 
-// Whether the storage is in FRACTAL_NZ, whatever the tensor over it looks like.
-bool is_tiled(const at::Tensor& tensor);
-// Its content in the order of the elements. Refuses a tensor of another type than the storage's.
-c10::Storage untiled(const at::Tensor& tensor);
-void tile_back(const at::Tensor& tensor, const c10::Storage& content);
+  const c10::Storage& storage() const { return storage_; }
+  void read() const;   // of tiles, before a kernel
+  void write() const;  // to tiles, behind a kernel that wrote
+  npuSimRange range(const at::Tensor& over) const;  // of the device, that the tensor touches
+
+ private:
+  char* address_;
+  std::optional<Tiling> tiling_;
+  c10::Storage storage_;
+};
+
+at::Tensor tensor_over(const c10::Storage& storage, const at::Tensor& like, c10::DispatchKey key);
+
+// A device tensor as the CPU's kernels see it.
+class Operand {
+ public:
+  explicit Operand(const at::Tensor& tensor);
+
+  const at::Tensor& on_cpu() const { return on_cpu_; }
+  const StorageOnCpu& storage() const { return storage_; }
+  npuSimRange range() const { return storage_.range(on_cpu_); }
+
+ private:
+  StorageOnCpu storage_;
+  at::Tensor on_cpu_;
+};
+
+// Whether the current stream keeps its work for a graph instead of doing it.
+bool is_recording(c10::Device device);
+
+// Leaves the kernel to the graph, which runs it over the ranges of device memory.
+void record(const std::string& name, c10::Device device, const std::vector<npuSimRange>& ranges,
+            std::function<void()> kernel);
+
+// Runs the kernel now, behind what the stream has to do, or records it.
+void launch(const std::string& name, c10::Device device, const std::vector<Operand>& read,
+            const std::vector<Operand>& written, std::function<void()> kernel);
 
 // Lets parallel regions of this thread use all cores, whatever the thread count is set to.
 class AllCores {
@@ -43,8 +83,10 @@ class AllCores {
 // Below this many elements more threads do not pay.
 constexpr int64_t kParallelElements = 1 << 15;
 
-// The CPU generator that stands for the device's in one operator, whose offset advances.
-at::Generator generator_for_call(std::optional<at::Generator> generator, c10::Device device);
+// Makes the CPU generator that stands for the device's in one call of an operator, by which the
+// device's advances. Of a call that is recorded, it makes another one each time.
+using GeneratorForCall = std::function<at::Generator()>;
+GeneratorForCall generator_for_call(std::optional<at::Generator> generator, c10::Device device);
 
 // Makes the CPU serve the operator's calls on the device.
 void install_cpu_kernel(const c10::OperatorHandle& op);
@@ -57,3 +99,6 @@ void install_products();
 void install_casts();
 
 }  // namespace sim::operators
+
+// Lets the operator's kernel of the CPU serve its calls on the device. Not 0: it has none.
+extern "C" NPU_SIM_EXPORT int npuSimServeOnCpu(const char* name);

@@ -25,24 +25,58 @@ void copy_with_framework(at::Tensor& to, const at::Tensor& from, bool non_blocki
                             c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), &stack);
 }
 
-at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
-  if (to.numel() == 0 || to.is_same(from)) return to;
-  bool crosses = is_on_device(to) != is_on_device(from);
-  if (crosses && is_plain(to, from)) {
-    copy_with_framework(to, from, non_blocking);
-    return to;
-  }
-  if (is_on_device(to)) drain(to.device());
-  if (is_on_device(from)) drain(from.device());
-  at::Tensor target = is_on_device(to) ? alias_on_cpu(to) : to;
-  at::Tensor source = is_on_device(from) ? alias_on_cpu(from) : from;
+void copy_on_cpu(const at::Tensor& to, const at::Tensor& from) {
   if (to.numel() >= kParallelElements) {
     AllCores cores;
-    target.copy_(source);
+    to.copy_(from);
   } else {
-    target.copy_(source);
+    to.copy_(from);
   }
-  if (is_on_device(to)) put_back(to, target);
+}
+
+void copy_on_device(const at::Tensor& to, const at::Tensor& from) {
+  const Operand target(to), source(from);
+  launch("aten::copy_", to.device(), {source}, {target},
+         [target, source] { copy_on_cpu(target.on_cpu(), source.on_cpu()); });
+}
+
+// Converts on the host, for which it waits.
+void copy_across(const at::Tensor& to, const at::Tensor& from) {
+  const Operand device(is_on_device(to) ? to : from);
+  drain(is_on_device(to) ? to.device() : from.device());
+  device.storage().read();
+  if (is_on_device(to)) {
+    copy_on_cpu(device.on_cpu(), from);
+    device.storage().write();
+  } else {
+    copy_on_cpu(to, device.on_cpu());
+  }
+}
+
+// As a graph can do it: what has to be converted is converted on the device.
+void record_copy_across(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
+  if (is_on_device(to)) {
+    at::Tensor staged = at::empty(from.sizes(), from.options().device(to.device()));
+    copy_with_framework(staged, from, non_blocking);
+    copy_on_device(to, staged.expand(to.sizes()));
+  } else {
+    at::Tensor staged = at::empty(to.sizes(), to.options().device(from.device()));
+    copy_on_device(staged, from.expand(to.sizes()));
+    copy_with_framework(to, staged, non_blocking);
+  }
+}
+
+at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
+  if (to.numel() == 0 || to.is_same(from)) return to;
+  if (is_on_device(to) && is_on_device(from)) {
+    copy_on_device(to, from);
+  } else if (is_plain(to, from)) {
+    copy_with_framework(to, from, non_blocking);
+  } else if (is_recording(is_on_device(to) ? to.device() : from.device())) {
+    record_copy_across(to, from, non_blocking);
+  } else {
+    copy_across(to, from);
+  }
   return to;
 }
 

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Runs any operator on the CPU over device memory: arguments become tensors of the CPU that alias
-// the device's memory, results become tensors of the device.
+// the device's memory, results become tensors of the device. Where the stream captures, the call is
+// left to the graph, and the sizes of its results come from the operator's meta kernel.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch_npu/csrc/core/npu/NPUStream.h>
 
 #include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <thread>
 
-#include "control.h"
-#include "operators.h"
+#include "operators_aliases.h"
 
 extern "C" int omp_get_max_threads();
 extern "C" void omp_set_num_threads(int);
@@ -19,32 +18,15 @@ extern "C" void omp_set_num_threads(int);
 namespace sim::operators {
 namespace {
 
+using c10::DispatchKey;
+using c10::DispatchKeySet;
 using c10::IValue;
 using torch::jit::Stack;
 
-c10::Storage alias_storage(const c10::Storage& storage, bool resizable) {
-  c10::DataPtr data(const_cast<void*>(storage.data()), c10::Device(c10::kCPU));
-  return c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data),
-                      resizable ? c10::GetAllocator(c10::kCPU) : nullptr, resizable);
-}
-
-at::Tensor tensor_over(const c10::Storage& storage, const at::Tensor& like) {
-  c10::Storage shared = storage;
-  at::Tensor alias = at::detail::make_tensor<c10::TensorImpl>(
-      std::move(shared), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
-  auto* impl = alias.unsafeGetTensorImpl();
-  impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
-  if (like.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
-  return alias;
-}
-
-bool is_on_device(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.device().type() == kDevice;
-}
-
 // What an operator's schema says about its arguments.
 struct Shape {
-  explicit Shape(const c10::FunctionSchema& schema) {
+  explicit Shape(const c10::OperatorHandle& op) {
+    const c10::FunctionSchema& schema = op.schema();
     name = schema.operator_name().name;
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const c10::Argument& argument = schema.arguments()[i];
@@ -53,74 +35,185 @@ struct Shape {
       if (argument.name() == "generator") generator = static_cast<int>(i);
       if (argument.name() == "device") device = static_cast<int>(i);
     }
+    returns = !schema.returns().empty();
+    waits = op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape);
     // Indices and the sources of copies may lie elsewhere than the tensor itself.
     mixes_devices = name.find("index") != std::string::npos || name == "aten::where";
   }
 
   std::string name;
   bool writes = false;
+  bool returns = false;
+  bool waits = false;  // for the device, since what it computed decides what is returned
   bool mixes_devices = false;
   int generator = -1;
   int device = -1;
 };
 
-// One call: the aliases made for it, and the way back.
+template <typename Function>
+void each_tensor(const IValue& value, Function function) {
+  if (value.isTensor()) {
+    function(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorVector()) function(tensor);
+  }
+}
+
+// Every tensor of the stack, alone or in a list, becomes what the function makes of it.
+template <typename Function>
+void replace_tensors(Stack& stack, Function function) {
+  for (IValue& value : stack) {
+    if (value.isTensor()) {
+      value = function(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> list = value.toTensorList();
+      for (size_t i = 0; i < list.size(); ++i) list.set(i, function(list.get(i)));
+    }
+  }
+}
+
+void run_on_cpu(const c10::OperatorHandle& op, Stack& stack, bool is_large) {
+  if (is_large) {
+    AllCores cores;
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
+  } else {
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
+  }
+}
+
+void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
+  if (from.numel() == 0 || to.data_ptr() == from.data_ptr()) return;
+  std::memcpy(to.data_ptr(), from.const_data_ptr(), from.numel() * from.element_size());
+}
+
 class Call {
  public:
-  Call(const Shape& shape, Stack& stack) : shape_(shape), stack_(stack) {}
-
-  void to_cpu() {
+  Call(const c10::OperatorHandle& op, const Shape& shape, Stack& stack)
+      : op_(op), shape_(shape), stack_(stack) {
     find_device();
-    if (!device_.has_value()) return;
-    drain(*device_);
-    for (IValue& value : stack_) {
-      if (value.isTensor()) {
-        if (is_on_device(value.toTensor())) value = alias(value.toTensor());
-      } else if (value.isTensorList()) {
-        value = alias_all(value.toTensorList());
-      } else if (value.isList()) {
-        alias_optionals(value);
-      }
-    }
-    if (shape_.device >= 0) stack_[shape_.device] = c10::Device(c10::kCPU);
-    if (shape_.generator >= 0) replace_generator(stack_[shape_.generator]);
   }
 
-  bool is_large() const { return elements_ >= kParallelElements; }
-
-  void to_device() {
-    if (!device_.has_value()) return;
-    if (shape_.writes) put_tiles_back();
-    if (shape_.writes) follow_resizes();
-    for (IValue& value : stack_) {
-      if (value.isTensor()) {
-        value = back(value.toTensor());
-      } else if (value.isTensorList()) {
-        c10::List<at::Tensor> list = value.toTensorList();
-        for (size_t i = 0; i < list.size(); ++i) list.set(i, back(list.get(i)));
-      }
+  void run() {
+    if (!device_.has_value()) {
+      run_on_cpu(op_, stack_, is_large());
+    } else if (is_recording(*device_)) {
+      run_in_graph();
+    } else {
+      run_now();
     }
   }
 
  private:
-  struct Alias {
-    at::Tensor original;
-    at::Tensor on_cpu;
-    void* data;
-  };
-  struct StoragePair {
-    c10::StorageImpl* original;
-    c10::Storage on_cpu;
-    at::Tensor tiled;  // the original, if it is: `on_cpu` is then a copy
-  };
+  bool is_large() const { return elements_ >= kParallelElements; }
+
+  void run_now() {
+    drain(*device_);
+    Aliases aliases(DispatchKey::CPU, shape_.writes);
+    aliases.replace(stack_);
+    aliases.read();
+    name_device(c10::kCPU);
+    if (has_generator_of_device()) {
+      stack_[shape_.generator] = generator_for_call(given_generator(), *device_)();
+    }
+    run_on_cpu(op_, stack_, is_large());
+    if (shape_.writes) {
+      aliases.write();
+      for (const auto& [original, alias, data] : aliases.follow_resizes()) {
+        copy_bytes(original, alias);
+      }
+    }
+    replace_tensors(stack_, [&](const at::Tensor& result) { return back(aliases, result); });
+  }
+
+  // Results are what the meta kernel says; the kernel of the CPU runs when the graph does.
+  void run_in_graph() {
+    if (shape_.waits || needs_host_memory()) drain(*device_);  // which a capture refuses
+    Stack results = results_of_graph();
+    replace_tensors(stack_, keep_number);
+    Aliases aliases(DispatchKey::CPU, false);
+    aliases.replace(stack_);
+    name_device(c10::kCPU);
+    GeneratorForCall generator;
+    if (has_generator_of_device()) generator = generator_for_call(given_generator(), *device_);
+
+    Stack written = results;
+    Aliases outputs(DispatchKey::CPU, false);
+    outputs.replace(written);
+    std::vector<npuSimRange> ranges = aliases.ranges();
+    for (const npuSimRange& range : outputs.ranges()) ranges.push_back(range);
+    record(shape_.name, *device_, ranges,
+           [op = op_, shape = shape_, arguments = stack_, storages = aliases.storages(), written,
+            generator, is_large = is_large()] {
+             Stack stack = arguments;
+             for (const StorageOnCpu& storage : storages) storage.read();
+             if (generator) stack[shape.generator] = generator();
+             run_on_cpu(op, stack, is_large);
+             put(stack, written);
+             if (!shape.writes) return;
+             for (const StorageOnCpu& storage : storages) storage.write();
+           });
+    stack_ = std::move(results);
+  }
+
+  Stack results_of_graph() {
+    if (!shape_.returns) return {};
+    TORCH_CHECK(op_.hasComputedKernelForDispatchKey(DispatchKey::Meta), shape_.name,
+                " cannot be captured: it has no meta kernel, which tells the sizes of its results");
+    Stack stack = stack_;
+    Aliases aliases(DispatchKey::Meta, true);
+    aliases.replace(stack);
+    if (shape_.device >= 0) stack[shape_.device] = c10::Device(c10::kMeta);
+    if (shape_.generator >= 0) stack[shape_.generator] = IValue();
+    op_.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &stack);
+    if (shape_.writes) aliases.follow_resizes();
+    replace_tensors(stack, [&](const at::Tensor& result) {
+      if (!result.defined() || !result.is_meta()) return result;
+      at::Tensor original = aliases.original_of(result);
+      return original.defined() ? original : like(result);
+    });
+    return stack;
+  }
+
+  bool needs_host_memory() const {
+    bool needed = false;
+    auto note = [&](const at::Tensor& tensor) {
+      needed = needed || (tensor.defined() && tensor.is_cpu() && tensor.dim() > 0);
+    };
+    for (const IValue& value : stack_) {
+      each_tensor(value, note);
+      if (!value.isList() || value.isTensorList()) continue;
+      for (const IValue& element : value.toListRef()) each_tensor(element, note);
+    }
+    return needed;
+  }
+
+  // A number of the host is an argument of the kernel, which the graph keeps.
+  static at::Tensor keep_number(const at::Tensor& argument) {
+    if (!argument.defined() || !argument.is_cpu()) return argument;
+    at::Tensor number = argument.clone();
+    bool is_wrapped = argument.unsafeGetTensorImpl()->is_wrapped_number();
+    number.unsafeGetTensorImpl()->set_wrapped_number(is_wrapped);
+    return number;
+  }
+
+  // The results, in the memory where the graph has them.
+  static void put(const Stack& results, const Stack& written) {
+    for (size_t i = 0; i < written.size(); ++i) {
+      std::vector<at::Tensor> from, to;
+      each_tensor(results[i], [&](const at::Tensor& tensor) { from.push_back(tensor); });
+      each_tensor(written[i], [&](const at::Tensor& tensor) { to.push_back(tensor); });
+      for (size_t j = 0; j < to.size(); ++j) {
+        if (!to[j].defined() || to[j].numel() == 0 || to[j].data_ptr() == from[j].data_ptr()) {
+          continue;
+        }
+        to[j].copy_(from[j]);
+      }
+    }
+  }
 
   void find_device() {
     for (const IValue& value : stack_) {
-      if (value.isTensor()) {
-        note_device(value.toTensor());
-      } else if (value.isTensorList()) {
-        for (const at::Tensor& tensor : value.toTensorVector()) note_device(tensor);
-      }
+      each_tensor(value, [&](const at::Tensor& tensor) { note_device(tensor); });
     }
     if (shape_.device >= 0 && stack_[shape_.device].isDevice()) {
       note_device_option(stack_[shape_.device].toDevice());
@@ -159,107 +252,29 @@ class Call {
     return c10::impl::getDeviceGuardImpl(kDevice)->getDevice().index();
   }
 
-  at::Tensor alias(const at::Tensor& original) {
-    for (const Alias& known : aliases_) {
-      if (known.original.is_same(original)) return known.on_cpu;
-    }
-    c10::StorageImpl* storage = original.storage().unsafeGetStorageImpl();
-    const c10::Storage* on_cpu = nullptr;
-    for (const StoragePair& known : storages_) {
-      if (known.original == storage) on_cpu = &known.on_cpu;
-    }
-    if (on_cpu == nullptr) {
-      if (is_tiled(original)) {
-        storages_.push_back({storage, untiled(original), original});
-      } else {
-        storages_.push_back({storage, alias_storage(original.storage(), shape_.writes), {}});
-      }
-      on_cpu = &storages_.back().on_cpu;
-    }
-    at::Tensor result = tensor_over(*on_cpu, original);
-    aliases_.push_back({original, result, const_cast<void*>(on_cpu->data())});
-    return result;
+  void name_device(c10::Device device) {
+    if (shape_.device >= 0) stack_[shape_.device] = device;
   }
 
-  c10::List<at::Tensor> alias_all(const c10::List<at::Tensor>& tensors) {
-    c10::List<at::Tensor> aliased;
-    aliased.reserve(tensors.size());
-    for (const at::Tensor& tensor : tensors) {
-      aliased.push_back(is_on_device(tensor) ? alias(tensor) : tensor);
-    }
-    return aliased;
+  std::optional<at::Generator> given_generator() const {
+    const IValue& value = stack_[shape_.generator];
+    return value.isGenerator() ? std::optional(value.toGenerator()) : std::nullopt;
   }
 
-  void alias_optionals(IValue& value) {
-    c10::List<IValue> list = value.toList();
-    bool has_tensor = false;
-    for (const IValue& element : list) has_tensor = has_tensor || element.isTensor();
-    if (!has_tensor) return;
-    c10::List<std::optional<at::Tensor>> aliased;
-    for (const IValue& element : list) {
-      if (!element.isTensor()) {
-        aliased.push_back(std::nullopt);
-      } else {
-        at::Tensor tensor = element.toTensor();
-        aliased.push_back(is_on_device(tensor) ? alias(tensor) : tensor);
-      }
-    }
-    value = aliased;
+  bool has_generator_of_device() const {
+    if (shape_.generator < 0) return false;
+    std::optional<at::Generator> given = given_generator();
+    return !given.has_value() || !given->device().is_cpu();
   }
 
-  void replace_generator(IValue& value) {
-    std::optional<at::Generator> given;
-    if (value.isGenerator()) given = value.toGenerator();
-    if (given.has_value() && given->device().is_cpu()) return;
-    value = generator_for_call(given, *device_);
-  }
-
-  void put_tiles_back() {
-    for (const StoragePair& known : storages_) {
-      if (known.tiled.defined()) tile_back(known.tiled, known.on_cpu);
-    }
-  }
-
-  // An out= tensor of the wrong size was resized by the kernel, on the CPU's side only.
-  void follow_resizes() {
-    for (const Alias& known : aliases_) {
-      void* data = const_cast<void*>(known.on_cpu.storage().data());
-      bool same_shape = known.on_cpu.sizes().equals(known.original.sizes());
-      if (data == known.data && same_shape) continue;
-      known.original.resize_(known.on_cpu.sizes());
-      if (!known.on_cpu.strides().equals(known.original.strides())) {
-        known.original.as_strided_(known.on_cpu.sizes(), known.on_cpu.strides());
-      }
-      copy_bytes(known.original, known.on_cpu);
-    }
-  }
-
-  static void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
-    if (from.numel() == 0 || to.data_ptr() == from.data_ptr()) return;
-    std::memcpy(to.data_ptr(), from.const_data_ptr(), from.numel() * from.element_size());
-  }
-
-  at::Tensor back(const at::Tensor& result) {
+  at::Tensor back(const Aliases& aliases, const at::Tensor& result) const {
     if (!result.defined() || !result.device().is_cpu()) return result;
-    for (const Alias& known : aliases_) {
-      if (known.on_cpu.is_same(result)) return known.original;
-    }
-    for (const StoragePair& known : storages_) {
-      if (known.on_cpu.unsafeGetStorageImpl() != result.storage().unsafeGetStorageImpl()) continue;
-      for (const Alias& alias : aliases_) {
-        if (alias.original.storage().unsafeGetStorageImpl() != known.original) continue;
-        return alias.original.as_strided(result.sizes(), result.strides(), result.storage_offset());
-      }
-    }
+    at::Tensor original = aliases.original_of(result);
+    if (original.defined()) return original;
     if (stays_on_cpu_ || result.is_same(on_cpu_)) return result;
-    return to_new_memory(result);
-  }
-
-  at::Tensor to_new_memory(const at::Tensor& result) {
-    auto options = result.options().device(*device_).pinned_memory(false);
     bool dense = result.is_non_overlapping_and_dense();
     at::Tensor source = dense ? result : result.contiguous();
-    at::Tensor moved = at::empty_strided(source.sizes(), source.strides(), options);
+    at::Tensor moved = like(source);
     copy_bytes(moved, source);
     if (result.unsafeGetTensorImpl()->is_wrapped_number()) {
       moved.unsafeGetTensorImpl()->set_wrapped_number(true);
@@ -267,36 +282,32 @@ class Call {
     return moved;
   }
 
+  at::Tensor like(const at::Tensor& result) const {
+    auto options = result.options().device(*device_).pinned_memory(false);
+    return at::empty_strided(result.sizes(), result.strides(), options);
+  }
+
+  const c10::OperatorHandle& op_;
   const Shape& shape_;
   Stack& stack_;
   std::optional<c10::Device> device_;
   at::Tensor on_cpu_;
   bool stays_on_cpu_ = false;
   int64_t elements_ = 0;
-  c10::SmallVector<Alias, 4> aliases_;
-  c10::SmallVector<StoragePair, 4> storages_;
 };
 
 class CpuKernel final : public c10::OperatorKernel {
  public:
   explicit CpuKernel(const c10::OperatorHandle& op)
-      : shape_(op.schema()), arguments_(op.schema().arguments().size()) {}
+      : shape_(op), arguments_(op.schema().arguments().size()) {}
 
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  void operator()(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
     size_t base = stack->size() - arguments_;
     // Results are told from what lies below them on the stack.
     Stack own(std::make_move_iterator(stack->begin() + base),
               std::make_move_iterator(stack->end()));
     stack->resize(base);
-    Call call(shape_, own);
-    call.to_cpu();
-    if (call.is_large()) {
-      AllCores cores;
-      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &own);
-    } else {
-      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &own);
-    }
-    call.to_device();
+    Call(op, shape_, own).run();
     for (IValue& value : own) stack->push_back(std::move(value));
   }
 
@@ -314,19 +325,16 @@ AllCores::AllCores() : before_(omp_get_max_threads()) {
 
 AllCores::~AllCores() { omp_set_num_threads(before_); }
 
-void drain(c10::Device device) {
-  aclrtStream stream = c10_npu::getCurrentNPUStream(device.index()).stream();
-  TORCH_CHECK(npuSimDrain(stream) == 0, aclGetRecentErrMsg());
-}
-
-at::Tensor alias_on_cpu(const at::Tensor& tensor) {
-  if (is_tiled(tensor)) return tensor_over(untiled(tensor), tensor);
-  return tensor_over(alias_storage(tensor.storage(), false), tensor);
-}
-
 void install_cpu_kernel(const c10::OperatorHandle& op) {
-  install(op, c10::DispatchKey::PrivateUse1,
+  install(op, DispatchKey::PrivateUse1,
           c10::KernelFunction::makeFromBoxedFunctor<CpuKernel>(std::make_unique<CpuKernel>(op)));
 }
 
 }  // namespace sim::operators
+
+extern "C" int npuSimServeOnCpu(const char* name) {
+  auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+  if (!op.has_value() || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return 1;
+  sim::operators::install_cpu_kernel(*op);
+  return 0;
+}

@@ -29,7 +29,7 @@ at::Tensor widened(const at::Tensor& on_cpu) {
 
 // What is added to a product: beta * self, and the product times alpha.
 struct Sum {
-  at::Tensor self;  // on the CPU, undefined: nothing
+  at::Tensor self;  // undefined: nothing
   at::Scalar beta = 1;
   at::Scalar alpha = 1;
 
@@ -45,7 +45,7 @@ struct Sum {
   }
 };
 
-// All tensors are on the CPU from here on.
+// All tensors are on the CPU from here on, in the thread of a stream if a graph runs.
 
 at::Tensor narrow_product(const at::Tensor& a, const at::Tensor& b) {
   int64_t padded = padded_depth(a.size(1));
@@ -129,13 +129,17 @@ void check_batches(const at::Tensor& a, const at::Tensor& b) {
               ")");
 }
 
-at::Tensor& run_on_device(Kernel kernel, const at::Tensor& a, const at::Tensor& b, const Sum& sum,
-                          at::Tensor& out) {
-  drain(a.device());
-  AllCores cores;
-  at::Tensor on_cpu = alias_on_cpu(out);
-  kernel(alias_on_cpu(a), alias_on_cpu(b), sum, on_cpu);
-  put_back(out, on_cpu);
+at::Tensor& run_on_device(const char* name, Kernel kernel, const at::Tensor& a,
+                          const at::Tensor& b, const Sum& sum, at::Tensor& out) {
+  std::vector<Operand> read = {Operand(a), Operand(b)};
+  if (sum.self.defined()) read.push_back(Operand(sum.self));
+  const Operand written(out);
+  launch(name, a.device(), read, {written}, [=, beta = sum.beta, alpha = sum.alpha] {
+    AllCores cores;
+    at::Tensor on_cpu = written.on_cpu();
+    const Sum added = {read.size() > 2 ? read[2].on_cpu() : at::Tensor(), beta, alpha};
+    kernel(read[0].on_cpu(), read[1].on_cpu(), added, on_cpu);
+  });
   return out;
 }
 
@@ -146,26 +150,26 @@ void resize(at::Tensor& out, at::IntArrayRef sizes) {
 Sum sum_with(const at::Tensor& self, const at::Tensor& a, const at::Scalar& beta,
              const at::Scalar& alpha) {
   check_pair(self, a);
-  return {alias_on_cpu(self), beta, alpha};
+  return {self, beta, alpha};
 }
 
 at::Tensor& mm_out(const at::Tensor& a, const at::Tensor& b, at::Tensor& out) {
   check_matrices(a, b);
   resize(out, {a.size(0), b.size(1)});
-  return run_on_device(product, a, b, {}, out);
+  return run_on_device("aten::mm", product, a, b, {}, out);
 }
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) {
   check_matrices(a, b);
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
-  return run_on_device(product, a, b, {}, out);
+  return run_on_device("aten::mm", product, a, b, {}, out);
 }
 
 at::Tensor& addmm_out(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b,
                       const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
   check_matrices(a, b);
   resize(out, {a.size(0), b.size(1)});
-  return run_on_device(product, a, b, sum_with(self, a, beta, alpha), out);
+  return run_on_device("aten::addmm", product, a, b, sum_with(self, a, beta, alpha), out);
 }
 
 at::Tensor addmm(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b,
@@ -177,7 +181,7 @@ at::Tensor addmm(const at::Tensor& self, const at::Tensor& a, const at::Tensor& 
 at::Tensor& bmm_out(const at::Tensor& a, const at::Tensor& b, at::Tensor& out) {
   check_batches(a, b);
   resize(out, {a.size(0), a.size(1), b.size(2)});
-  return run_on_device(batched_product, a, b, {}, out);
+  return run_on_device("aten::bmm", batched_product, a, b, {}, out);
 }
 
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b) {
@@ -189,7 +193,7 @@ at::Tensor& baddbmm_out(const at::Tensor& self, const at::Tensor& a, const at::T
                         const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
   check_batches(a, b);
   resize(out, {a.size(0), a.size(1), b.size(2)});
-  return run_on_device(batched_product, a, b, sum_with(self, a, beta, alpha), out);
+  return run_on_device("aten::baddbmm", batched_product, a, b, sum_with(self, a, beta, alpha), out);
 }
 
 at::Tensor baddbmm(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b,

@@ -28,11 +28,14 @@ class Work {
 
   void begin(const Block& block, std::size_t bytes) {
     const npuSimRange range{block.address(), bytes};
-    const auto wait = [](void* self) {
+    npuSimKernel wait = {};
+    wait.name = "work of a test";
+    wait.argument = this;
+    wait.run = [](void* self) {
       while (!static_cast<Work*>(self)->ended_) std::this_thread::yield();
       return 0;
     };
-    CHECK_EQ(npuSimLaunch(stream_, wait, this, &range, 1), ACL_SUCCESS);
+    CHECK_EQ(npuSimLaunch(stream_, &wait, &range, 1), ACL_SUCCESS);
   }
 
   void end() {

@@ -162,7 +162,8 @@ def streams_left() -> int:
     return count.value
 
 
-def event(flags: int = 8) -> int:
+def event(flags: int = 1 | 8) -> int:
+    """One that streams can wait for (1) and that tells its time (8)."""
     handle = c_void_p()
     ok("aclrtCreateEventExWithFlag", byref(handle), c_uint32(flags))
     return handle.value or 0

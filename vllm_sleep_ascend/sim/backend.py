@@ -18,9 +18,9 @@ def load_operators() -> None:
     from . import absent_modules, camem, imports, npu, triton_kernels
 
     torch.ops.load_library(str(library))
-    npu.register()
+    npu.register(library)
     if importlib.util.find_spec("vllm_ascend") is not None:
-        npu.define_vllm_ascend()
+        npu.define_vllm_ascend(library)
         absent_modules.install()
         imports.hook(
             {
