@@ -168,11 +168,6 @@ void Graph::execute(const std::shared_ptr<Stream>& stream) {
   lock.unlock();
   for (size_t i = 0; i < tasks.size(); ++i) require_memory(*tasks[i]->work(), i);
 
-  struct Execution {
-    std::shared_ptr<Graph> graph;
-    std::shared_ptr<Stream> stream;
-    bool is_refused = false;
-  };
   auto execution = std::make_shared<Execution>();
   execution->graph = shared_from_this();
   execution->stream = stream;
@@ -194,7 +189,7 @@ void Graph::execute(const std::shared_ptr<Stream>& stream) {
     execution.is_refused = true;
     execution.stream->failure = ACL_ERROR_RT_TS_ERROR;
   });
-  for (const auto& task : tasks) task->submit(*stream, ACL_ERROR_RT_MODEL_EXECUTE);
+  for (const auto& task : tasks) task->submit(*stream, execution);
   uint64_t ticket = submit([](Execution& execution) {
     if (!execution.is_refused) execution.graph->is_running_ = false;
     --execution.graph->executions_;

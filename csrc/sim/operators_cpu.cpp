@@ -37,6 +37,7 @@ struct Shape {
     }
     returns = !schema.returns().empty();
     waits = op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape);
+    indexes = name == "aten::index" || name.find("index_put") != std::string::npos;
     // Indices and the sources of copies may lie elsewhere than the tensor itself.
     mixes_devices = name.find("index") != std::string::npos || name == "aten::where";
   }
@@ -44,7 +45,8 @@ struct Shape {
   std::string name;
   bool writes = false;
   bool returns = false;
-  bool waits = false;  // for the device, since what it computed decides what is returned
+  bool waits = false;    // for the device, since what it computed decides what is returned,
+  bool indexes = false;  // which of indices only masks do
   bool mixes_devices = false;
   int generator = -1;
   int device = -1;
@@ -127,7 +129,7 @@ class Call {
 
   // Results are what the meta kernel says; the kernel of the CPU runs when the graph does.
   void run_in_graph() {
-    if (shape_.waits || needs_host_memory()) drain(*device_);  // which a capture refuses
+    if (waits()) drain(*device_);  // which a capture refuses
     Stack results = results_of_graph();
     replace_tensors(stack_, keep_number);
     Aliases aliases(DispatchKey::CPU, false);
@@ -174,17 +176,22 @@ class Call {
     return stack;
   }
 
-  bool needs_host_memory() const {
-    bool needed = false;
+  // Whether it has to wait for the device: what comes out depends on what was computed, or host
+  // memory would have to be copied.
+  bool waits() const {
+    bool has_mask = false;
+    bool has_host_memory = false;
     auto note = [&](const at::Tensor& tensor) {
-      needed = needed || (tensor.defined() && tensor.is_cpu() && tensor.dim() > 0);
+      if (!tensor.defined()) return;
+      has_mask = has_mask || tensor.scalar_type() == at::kBool;
+      has_host_memory = has_host_memory || (tensor.is_cpu() && tensor.dim() > 0);
     };
     for (const IValue& value : stack_) {
       each_tensor(value, note);
       if (!value.isList() || value.isTensorList()) continue;
       for (const IValue& element : value.toListRef()) each_tensor(element, note);
     }
-    return needed;
+    return has_host_memory || (shape_.indexes ? has_mask : shape_.waits);
   }
 
   // A number of the host is an argument of the kernel, which the graph keeps.

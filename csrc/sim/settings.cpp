@@ -23,6 +23,7 @@ constexpr Chip kChips[] = {
 constexpr const char* kNotOn310P[] = {
     "aclrtHostGetDevicePointer", "aclrtHostRegister", "aclrtHostRegisterV2",
     "aclrtHostUnregister",       "aclrtMemcpyBatch",  "aclrtMemcpyBatchAsync",
+    "aclrtValueWait",            "aclrtValueWrite",
 };
 
 Chip chip() {

@@ -17,22 +17,25 @@ void Task::replace(std::shared_ptr<const Work> work) {
   work_ = std::move(work);
 }
 
-uint64_t Task::submit(Stream& stream, aclError failure) {
+uint64_t Task::submit(Stream& stream, std::shared_ptr<const Execution> execution) {
   struct Run {
     std::shared_ptr<Task> task;
     Context* context;
-    aclError failure;
+    std::shared_ptr<const Execution> execution;
   };
   auto run = [](void* argument) {
     std::unique_ptr<Run> run(static_cast<Run*>(argument));
+    if (run->execution != nullptr && run->execution->is_refused) return;
     int code = run->task->work()->run();
-    if (code != 0) run->context->fail(run->failure != ACL_SUCCESS ? run->failure : code);
+    if (code == ACL_SUCCESS) return;
+    run->context->fail(run->execution != nullptr ? ACL_ERROR_RT_MODEL_EXECUTE : code);
   };
   std::shared_ptr<const Work> work = this->work();
   std::lock_guard<std::mutex> lock(stream.launch_mutex);
   if (work->submit) return work->submit(stream);
   if (work->launched) work->launched();
-  return device::submit_call(stream.queue, run, new Run{shared_from_this(), stream.context, failure});
+  return device::submit_call(stream.queue, run,
+                             new Run{shared_from_this(), stream.context, std::move(execution)});
 }
 
 void note_uses(Stream& stream, uint64_t ticket, const Work& work) {

@@ -6,6 +6,7 @@
 
 #include <acl/acl_rt.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -34,6 +35,13 @@ struct Work {
   bool is_kernel = false;          // of the device's own cores: what a task group takes
 };
 
+// One execution of a graph.
+struct Execution {
+  std::shared_ptr<Graph> graph;
+  std::shared_ptr<Stream> stream;
+  std::atomic<bool> is_refused{false};  // by the device, which executes the graph elsewhere
+};
+
 // Work that is given to streams, by a graph many times. What runs is looked up when its turn comes,
 // so that an update reaches what waits.
 class Task : public std::enable_shared_from_this<Task> {
@@ -43,8 +51,9 @@ class Task : public std::enable_shared_from_this<Task> {
   std::shared_ptr<const Work> work() const;
   void replace(std::shared_ptr<const Work> work);
 
-  // Without noting its ranges. The context's error, if it fails, is `failure`; 0: what it answers.
-  uint64_t submit(Stream& stream, aclError failure = ACL_SUCCESS);
+  // Without noting its ranges. The context's error, if it fails, is that of its graph; without one,
+  // what it answers.
+  uint64_t submit(Stream& stream, std::shared_ptr<const Execution> execution = nullptr);
 
  private:
   mutable std::mutex mutex_;

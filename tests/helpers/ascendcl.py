@@ -144,7 +144,7 @@ def memcpy(to: int, source: int, count: int, kind: int, room: int | None = None)
 
 
 def memcpy_async(
-    to: int, source: int, count: int, kind: int, stream: int, room: int | None = None
+    to: int, source: int, count: int, kind: int, stream: int | None, room: int | None = None
 ) -> int:
     room = count if room is None else room
     return call("aclrtMemcpyAsync", to, c_size_t(room), source, c_size_t(count), kind, stream)

@@ -177,6 +177,41 @@ class Rank:
             torch.npu.current_stream().wait_stream(side)
         assert torch.equal(x.cpu(), torch.full((1000,), 101.0)), x[:4]
 
+    def in_a_graph(self) -> None:
+        """A graph with collectives between products gives each time what it would give without."""
+        weight = values(self.rank, 64 * 64, torch.float32).view(64, 64).npu()
+        x = torch.empty(4, 64, device="npu")
+
+        def step() -> torch.Tensor:
+            y = x @ weight
+            dist.all_reduce(y)
+            parts = [torch.empty_like(y) for _ in range(self.world)]
+            dist.all_gather(parts, y * (self.rank + 1))
+            return torch.stack(parts).sum(0)
+
+        x.fill_(0)
+        step()
+        torch.npu.synchronize()
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            result = step()
+        for seed in range(3):
+            x.copy_(values(self.rank, 4 * 64, torch.float32, seed).view(4, 64))
+            graph.replay()
+            captured = result.clone()
+            assert torch.equal(captured, step()), seed
+
+    def in_a_graph_of_a_destroyed_group(self) -> None:
+        x = torch.ones(4, device="npu")
+        dist.all_reduce(x)
+        torch.npu.synchronize()
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            dist.all_reduce(x)
+        dist.destroy_process_group()
+        print("destroyed", flush=True)
+        graph.replay()
+
     def groups_split(self) -> None:
         """Groups of half the ranks, with communicators of their own."""
         world, rank = self.world, self.rank

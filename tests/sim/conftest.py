@@ -9,8 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers.ascendcl import Mapped
 
 HERE = Path(__file__).parent
 MACHINE = {
@@ -65,3 +69,52 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
     control.set_faults("")
     ascendcl.ok("aclrtSetDevice", 0)
     assert control.counters() == before
+
+
+# The library is there under `npu-sim` alone, so what needs it is imported by the fixtures.
+
+
+@pytest.fixture
+def queue() -> Iterator[int]:
+    """A stream. What it still captures is ended, and no stream of the device may be lost."""
+    from helpers import ascendcl, captures
+
+    left = ascendcl.streams_left()
+    handle = ascendcl.stream()
+    yield handle
+    captures.exchange(captures.GLOBAL)
+    if captures.info(handle)[0] != captures.NONE and (graph := captures.end(handle)[1]):
+        captures.destroy(graph)
+    ascendcl.ok("aclrtDestroyStream", handle)
+    assert ascendcl.streams_left() == left
+
+
+@pytest.fixture
+def other() -> Iterator[int]:
+    """A stream that captures nothing by itself."""
+    from helpers import ascendcl
+
+    handle = ascendcl.stream()
+    yield handle
+    ascendcl.ok("aclrtSynchronizeStream", handle)
+    ascendcl.ok("aclrtDestroyStream", handle)
+
+
+@pytest.fixture
+def memory() -> "Iterator[Mapped]":
+    """Device memory. Tests name it before the streams that use it, which then end first."""
+    from helpers import ascendcl
+
+    block = ascendcl.mapped()
+    yield block
+    block.free()
+
+
+@pytest.fixture
+def host() -> Iterator[int]:
+    """Page-locked memory."""
+    from helpers import ascendcl
+
+    address = ascendcl.malloc_host(ascendcl.HUGE)
+    yield address
+    ascendcl.ok("aclrtFreeHost", address)

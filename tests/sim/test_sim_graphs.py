@@ -1,480 +1,322 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams that capture a graph, and what is refused meanwhile.
+"""Graphs through AscendCL: what is recorded, executed, exchanged and destroyed."""
 
-Nothing is recorded yet, so a capture that ends well is empty.
-"""
-
-import os
+import json
 import threading
-from collections.abc import Callable, Iterator
-from ctypes import (
-    addressof,
-    byref,
-    c_int32,
-    c_size_t,
-    c_uint32,
-    c_uint64,
-    c_void_p,
-    create_string_buffer,
-)
-from typing import TypeVar
+from ctypes import c_size_t, memset
+from pathlib import Path
 
-import pytest
 from helpers.ascendcl import (
+    DEVICE_TO_DEVICE,
     DEVICE_TO_HOST,
     HANDLE,
     HOST_TO_DEVICE,
     HUGE,
     INVALID_PARAM,
-    NO_CONTEXT,
-    NO_RESOURCE,
     OTHER_CONTEXT,
     RT_PARAM,
     SUCCESS,
     SYNC_TIMEOUT,
-    UNSUPPORTED,
     HostFunction,
     Mapped,
     bytes_at,
     call,
-    elapsed_ms,
-    event,
     held,
-    malloc_host,
-    mapped,
-    memcpy,
     memcpy_async,
     message,
     ok,
     run_python,
-    stream,
-    stream_is_idle,
     streams_left,
 )
+from helpers.captures import (
+    DEFAULT_STREAM,
+    GRAPH_BUSY,
+    GRAPH_CAPTURED,
+    GRAPH_EXECUTED,
+    GROUP_STATUS,
+    NO_KERNEL,
+    NOT_CAPTURED,
+    SPOILED,
+    STREAM_CAPTURED,
+    begin,
+    begin_group,
+    captured,
+    destroy,
+    end,
+    end_group,
+    execute,
+    info,
+)
+from helpers.patience import wait_for
 
 from vllm_sleep_ascend.sim import control
 
-OTHER_CONTEXTS_GRAPH = 107004
-OTHER_GRAPH = 107024
-GRAPH_CAPTURED = 107026
-STREAM_CAPTURED = 107027
-EVENT_CAPTURED = 107028
-NOT_CAPTURED = 107029
-MODE_FORBIDS = 107030
-DEFAULT_STREAM = 107031
-WRONG_THREAD = 107038
-MODE_FORBIDS_ASYNC = 107041
-RT_INTERNAL = 507000
-SPOILED = 507903
-
-GLOBAL, THREAD_LOCAL, RELAXED = range(3)
-NONE, ACTIVE, INVALIDATED = range(3)
-
-T = TypeVar("T")
+HALF = HUGE // 2
 
 
-def begin(queue: int | None, mode: int = GLOBAL) -> int:
-    return call("aclmdlRICaptureBegin", queue, mode)
+def fill(address: int, value: int, queue: int, size: int = HUGE) -> int:
+    return call("aclrtMemsetAsync", address, c_size_t(size), value, c_size_t(size), queue)
 
 
-def end(queue: int | None) -> tuple[int, int]:
-    graph = c_void_p()
-    return call("aclmdlRICaptureEnd", queue, byref(graph)), graph.value or 0
-
-
-def info(queue: int) -> tuple[int, int]:
-    status, graph = c_int32(-1), c_void_p()
-    ok("aclmdlRICaptureGetInfo", queue, byref(status), byref(graph))
-    return status.value, graph.value or 0
-
-
-def exchange(mode: int) -> int:
-    before = c_int32(mode)
-    ok("aclmdlRICaptureThreadExchangeMode", byref(before))
-    return before.value
-
-
-def in_a_thread(function: Callable[[], T]) -> T:
-    results: list[T] = []
-
-    def use() -> None:
-        ok("aclrtSetDevice", 0)
-        results.append(function())
-
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-@pytest.fixture
-def queue() -> Iterator[int]:
-    """A stream. What it still captures is ended, and no stream of the device may be lost."""
-    left = streams_left()
-    handle = stream()
-    yield handle
-    exchange(GLOBAL)
-    if info(handle)[0] != NONE and (graph := end(handle)[1]):
-        ok("aclmdlRIDestroy", graph)
-    ok("aclrtDestroyStream", handle)
-    assert streams_left() == left
-
-
-@pytest.fixture
-def other() -> Iterator[int]:
-    """A stream that captures nothing."""
-    handle = stream()
-    yield handle
-    ok("aclrtSynchronizeStream", handle)
-    ok("aclrtDestroyStream", handle)
-
-
-@pytest.fixture
-def memory() -> Iterator[Mapped]:
-    """Device memory. Tests name it before the streams that use it, which then end first."""
-    block = mapped()
-    yield block
-    block.free()
-
-
-@pytest.fixture
-def host() -> Iterator[int]:
-    """Page-locked memory."""
-    address = malloc_host(HUGE)
-    yield address
-    ok("aclrtFreeHost", address)
-
-
-def test_an_empty_capture(queue: int) -> None:
-    left = streams_left()
-    assert info(queue) == (NONE, 0)
-    assert begin(queue) == SUCCESS
-    assert streams_left() == left - 1, "a capture takes one more stream"
-    status, graph = info(queue)
-    assert status == ACTIVE
-    assert call("aclmdlRIDestroy", graph) == GRAPH_CAPTURED
-    assert end(queue) == (SUCCESS, graph)
-    assert info(queue) == (NONE, 0)
-    assert streams_left() == left - 1, "the graph keeps it"
-    ok("aclmdlRIDestroy", graph)
-    assert streams_left() == left
-    assert call("aclmdlRIDestroy", graph) == HANDLE
-    ok("aclrtSynchronizeStream", queue)
-
-
-def test_what_a_capture_refuses_at_its_begin_and_end(queue: int) -> None:
-    assert begin(None) == INVALID_PARAM, "the default stream"
-    assert end(None)[0] == INVALID_PARAM
-    assert begin(queue, 3) == begin(queue, -1) == RT_PARAM
-    assert end(queue) == (NOT_CAPTURED, 0)
-    assert begin(queue) == SUCCESS
-    assert begin(queue) == begin(queue, RELAXED) == STREAM_CAPTURED
-    assert call("aclmdlRICaptureEnd", queue, None) == RT_PARAM
-    code, graph = end(queue)
-    assert code == SUCCESS
-    assert end(queue)[0] == NOT_CAPTURED
-    ok("aclmdlRIDestroy", graph)
-    assert call("aclmdlRIDestroy", None) == INVALID_PARAM
-    assert call("aclmdlRIDestroy", queue) == HANDLE
-    for invalid in (
-        call("aclmdlRICaptureGetInfo", None, byref(c_int32()), None),
-        call("aclmdlRICaptureGetInfo", queue, None, None),
-        call("aclmdlRICaptureThreadExchangeMode", None),
-    ):
-        assert invalid == INVALID_PARAM
-    assert call("aclmdlRICaptureThreadExchangeMode", byref(c_int32(3))) == RT_PARAM
-    assert call("aclmdlRICaptureGetInfo", graph, byref(c_int32()), None) == HANDLE
-
-
-@pytest.mark.parametrize(
-    ("flags", "code"), [(1 | 2 | 8, SUCCESS), (4, SUCCESS), (16, RT_INTERNAL), (32, RT_INTERNAL)]
-)
-def test_which_streams_can_capture(flags: int, code: int) -> None:
-    queue = c_void_p()
-    ok("aclrtCreateStreamWithConfig", byref(queue), c_uint32(0), c_uint32(flags))
-    assert begin(queue.value) == code
-    if code == SUCCESS:
-        # Of streams that are not waited for, the device's synchronising takes no notice.
-        expected = SUCCESS if flags == 4 else STREAM_CAPTURED
-        assert call("aclrtSynchronizeDevice") == expected
-        ok("aclmdlRIDestroy", end(queue.value)[1])
-    ok("aclrtDestroyStream", queue)
-
-
-def test_a_capture_needs_a_stream_of_the_device() -> None:
-    result = run_python(
-        "queues = [stream() for _ in range(4)]\n"
-        f"assert call('aclmdlRICaptureBegin', queues[0], 0) == {NO_RESOURCE}\n"
-        "assert 'Alloc sq cq fail' in message()\n"
-        "ok('aclrtDestroyStream', queues.pop())\n"
-        "ok('aclmdlRICaptureBegin', queues[0], 0)\n"
-        f"assert call('aclrtCreateStream', byref(c_void_p())) == {NO_RESOURCE}\n"
-        "ok('aclrtResetDevice', 0)\n"
-        "ok('aclrtSetDevice', 0)\n"
-        "assert streams_left() == 4, 'a device that is reset gives all back'\n",
-        NPU_SIM_MACHINE=f"graphs-{os.getpid()}",
-        NPU_SIM_STREAMS="5",
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_capturing_stream_is_not_waited_for(queue: int, other: int) -> None:
-    assert begin(queue, RELAXED) == SUCCESS
-    for _ in range(2):
-        assert call("aclrtSynchronizeStream", queue) == STREAM_CAPTURED
-        assert call("aclrtSynchronizeStreamWithTimeout", queue, 100) == STREAM_CAPTURED
-        assert call("aclrtStreamQuery", queue, byref(c_int32())) == STREAM_CAPTURED
-        assert call("aclrtDestroyStream", queue) == STREAM_CAPTURED
-        assert call("aclrtDestroyStreamForce", queue) == STREAM_CAPTURED
-        assert call("aclrtSynchronizeDevice") == STREAM_CAPTURED
-        assert in_a_thread(lambda: call("aclrtSynchronizeDevice")) == STREAM_CAPTURED
-        with held(other):
-            assert call("aclrtSynchronizeDeviceWithTimeout", 20) == STREAM_CAPTURED, "at once"
-            assert call("aclrtSynchronizeStreamWithTimeout", other, 20) == SYNC_TIMEOUT
-        ok("aclrtSynchronizeStream", other)
-        ok("aclrtSynchronizeStream", None)
-        assert stream_is_idle(other)
-    assert info(queue)[0] == ACTIVE, "the capture goes on"
-    code, graph = end(queue)
-    assert code == SUCCESS
-    ok("aclrtSynchronizeDevice")
-    ok("aclmdlRIDestroy", graph)
-
-
-def test_other_contexts_do_not_notice() -> None:
-    result = run_python(
-        "ours, other, graph = c_void_p(), c_void_p(), c_void_p()\n"
-        "queue, (_, memory), host = stream(), malloc(HUGE), malloc_host(HUGE)\n"
-        "ok('aclrtGetCurrentContext', byref(ours))\n"
-        "ok('aclmdlRICaptureBegin', queue, 0)\n"
-        "ok('aclrtCreateContext', byref(other), 0)\n"
-        "ok('aclrtSynchronizeDevice')\n"
-        "assert memcpy(memory, host, HUGE, HOST_TO_DEVICE) == 0, message()\n"
-        "assert memcpy_async(memory, host, HUGE, HOST_TO_DEVICE, stream()) == 0, message()\n"
-        "ok('aclrtSynchronizeDevice')\n"
-        f"assert call('aclmdlRICaptureEnd', queue, byref(graph)) == {OTHER_CONTEXT}\n"
-        f"assert call('aclmdlRICaptureBegin', queue, 0) == {OTHER_CONTEXT}\n"
-        "ok('aclrtSetCurrentContext', ours)\n"
-        "ok('aclmdlRICaptureEnd', queue, byref(graph))\n"
-        "ok('aclrtSetCurrentContext', other)\n"
-        f"assert call('aclmdlRIDestroy', graph) == {OTHER_CONTEXTS_GRAPH}\n"
-        "left = streams_left()\n"
-        "theirs = stream()\n"
-        "ok('aclmdlRICaptureBegin', theirs, 0)\n"
-        "ok('aclrtDestroyContext', other)\n"
-        f"assert call('aclmdlRIDestroy', graph) == {NO_CONTEXT}\n"
-        "ok('aclrtSetCurrentContext', ours)\n"
-        "ok('aclrtSynchronizeDevice')\n"
-        "ok('aclmdlRIDestroy', graph)\n"
-        "assert streams_left() == left + 3, 'the default stream, stream() and the graph'\n"
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def waiting_copies(memory: int, host: int) -> list[int]:
-    size = c_size_t(HUGE)
-    return [
-        memcpy(memory, host, HUGE, HOST_TO_DEVICE),
-        memcpy(host, memory, HUGE, DEVICE_TO_HOST),
-        call("aclrtMemset", memory, size, 1, size),
-        call("aclrtMemcpy2d", memory, size, host, size, size, c_size_t(1), HOST_TO_DEVICE),
-        batch(memory, host),
-    ]
-
-
-def batch(memory: int, host: int) -> int:
-    one = c_size_t * 1
-    attributes = (c_uint64 * 64)()
-    return call(
-        "aclrtMemcpyBatch",
-        (c_void_p * 1)(memory),
-        one(HUGE),
-        (c_void_p * 1)(host),
-        one(HUGE),
-        c_size_t(1),
-        attributes,
-        one(0),
-        c_size_t(1),
-        byref(c_size_t()),
-    )
-
-
-@pytest.mark.parametrize(
-    ("captures", "exchanged", "elsewhere", "allowed"),
-    [
-        (GLOBAL, GLOBAL, False, False),
-        (GLOBAL, GLOBAL, True, False),
-        (GLOBAL, THREAD_LOCAL, False, False),
-        (GLOBAL, THREAD_LOCAL, True, True),
-        (GLOBAL, RELAXED, False, True),
-        (GLOBAL, RELAXED, True, True),
-        (THREAD_LOCAL, GLOBAL, False, False),
-        (THREAD_LOCAL, GLOBAL, True, True),
-        (THREAD_LOCAL, THREAD_LOCAL, False, False),
-        (THREAD_LOCAL, RELAXED, False, True),
-        (RELAXED, GLOBAL, False, True),
-        (RELAXED, THREAD_LOCAL, True, True),
-    ],
-)
-def test_copies_that_wait_are_refused_by_mode_and_spoil_the_capture(
-    memory: Mapped,
-    host: int,
-    queue: int,
-    captures: int,
-    exchanged: int,
-    elsewhere: bool,
-    allowed: bool,
-) -> None:
-    def copy() -> list[int]:
-        assert exchange(exchanged) == GLOBAL, "of a new thread"
-        codes = waiting_copies(memory.address, host)
-        assert exchange(GLOBAL) == exchanged
-        return codes
-
-    assert waiting_copies(memory.address, host) == [SUCCESS] * 5
-    assert begin(queue, captures) == SUCCESS
-    codes = in_a_thread(copy) if elsewhere else copy()
-    assert codes == [SUCCESS if allowed else MODE_FORBIDS] * 5
-    assert info(queue)[0] == (ACTIVE if allowed else INVALIDATED)
-    code, graph = end(queue)
-    assert code == (SUCCESS if allowed else SPOILED)
-    assert bool(graph) == allowed
-    if allowed:
-        ok("aclmdlRIDestroy", graph)
-    assert waiting_copies(memory.address, host) == [SUCCESS] * 5, "the capture is over"
-
-
-def test_a_refused_copy_moves_nothing_and_spoils_captures_that_forbid_it_alone(
+def test_work_is_recorded_and_done_at_each_execution(
     memory: Mapped, host: int, queue: int, other: int
 ) -> None:
-    ok("aclrtMemset", memory.address, c_size_t(HUGE), 7, c_size_t(HUGE))
-    assert begin(queue) == begin(other, RELAXED) == SUCCESS
-    assert memcpy(memory.address, host, HUGE, HOST_TO_DEVICE) == MODE_FORBIDS
-    assert "aclmdlRICaptureThreadExchangeMode" in message()
-    assert (info(queue)[0], info(other)[0]) == (INVALIDATED, ACTIVE)
-    assert call("aclrtSynchronizeStream", queue) == STREAM_CAPTURED, "until its end"
-    assert call("aclrtSynchronizeDevice") == STREAM_CAPTURED
-    assert begin(queue) == STREAM_CAPTURED
-    spoiled = info(queue)[1]
-    assert end(queue) == (SPOILED, 0)
-    assert call("aclmdlRIDestroy", spoiled) == HANDLE
-    assert memcpy(host, memory.address, HUGE, DEVICE_TO_HOST) == SUCCESS, "RELAXED alone is left"
-    assert bytes_at(host, HUGE) == b"\x07" * HUGE
-    ok("aclmdlRIDestroy", end(other)[1])
-
-
-def test_copies_of_memory_that_is_not_page_locked(memory: Mapped, queue: int, other: int) -> None:
-    pageable = create_string_buffer(1024)
-
-    def copy(target: int) -> int:
-        return memcpy_async(memory.address, addressof(pageable), 1024, HOST_TO_DEVICE, target)
-
-    assert begin(queue) == SUCCESS
-    assert copy(queue) == RT_PARAM
-    assert info(queue)[0] == ACTIVE
-    exchange(RELAXED)
-    assert copy(queue) == RT_PARAM, "in no mode"
-    assert copy(other) == SUCCESS
-    assert info(queue)[0] == ACTIVE
-    exchange(GLOBAL)
-    assert copy(other) == MODE_FORBIDS_ASYNC, "it is a copy that waits"
-    assert info(queue)[0] == INVALIDATED
-    assert end(queue)[0] == SPOILED
-    assert copy(queue) == copy(other) == SUCCESS
-
-
-NOTHING = HostFunction(lambda _: None)
-
-
-@pytest.mark.parametrize("kind", ["copy", "fill", "function", "record", "reset", "wait"])
-def test_work_is_not_recorded_yet(
-    memory: Mapped, host: int, queue: int, other: int, kind: str
-) -> None:
-    mark = event()
-
-    def launch(target: int | None) -> int:
-        if kind == "copy":
-            arguments = (memory.address, c_size_t(HUGE), host, c_size_t(HUGE), HOST_TO_DEVICE)
-            return call("aclrtMemcpyAsync", *arguments, target)
-        if kind == "fill":
-            size = c_size_t(HUGE)
-            return call("aclrtMemsetAsync", memory.address, size, 0, size, target)
-        if kind == "function":
-            return call("aclrtLaunchHostFunc", target, NOTHING, None)
-        if kind == "wait":
-            return call("aclrtStreamWaitEvent", target, mark)
-        return call("aclrtRecordEvent" if kind == "record" else "aclrtResetEvent", mark, target)
-
-    assert begin(queue, RELAXED) == SUCCESS
-    assert launch(other) == SUCCESS, "streams that do not capture work as ever"
-    assert launch(None) == DEFAULT_STREAM, "but for the default stream"
-    assert info(queue)[0] == ACTIVE
-    assert launch(queue) == UNSUPPORTED
-    assert "does not record work yet" in message()
-    assert end(queue) == (SPOILED, 0)
-    assert launch(None) == launch(queue) == SUCCESS
-    for target in (queue, None, other):
+    calls: list[int] = []
+    note = HostFunction(lambda _: calls.append(bytes_at(memory.address, 1)[0]))
+    memset(host, 1, HUGE)
+    assert fill(memory.address, 9, queue) == SUCCESS
+    with captured(queue) as graph:
+        assert memcpy_async(memory.address, host, HALF, HOST_TO_DEVICE, queue) == SUCCESS
+        ok("aclrtLaunchHostFunc", queue, note, None)
+        second = memory.address + HALF
+        assert memcpy_async(second, memory.address, HALF, DEVICE_TO_DEVICE, queue) == SUCCESS
+        assert fill(memory.address, 4, queue, HALF) == SUCCESS
+        assert memcpy_async(host, second, HALF, DEVICE_TO_HOST, queue) == SUCCESS
+    ok("aclrtSynchronizeStream", queue)
+    assert bytes_at(memory.address, HUGE) == b"\x09" * HUGE, "nothing is done while it captures"
+    assert calls == []
+    for value, target in enumerate((queue, other, None), start=2):
+        memset(host, value, HUGE)
+        assert execute(graph.handle, target) == SUCCESS
         ok("aclrtSynchronizeStream", target)
-    ok("aclrtDestroyEvent", mark)
+        assert bytes_at(memory.address, HUGE) == b"\x04" * HALF + bytes([value]) * HALF
+        assert bytes_at(host, HALF) == bytes([value]) * HALF
+    assert calls == [2, 3, 4]
+    destroy(graph.handle)
 
 
-def test_events_of_a_capture(queue: int, other: int) -> None:
-    mark, before = event(), event()
-    ok("aclrtRecordEvent", before, other)
-    assert begin(queue, RELAXED) == SUCCESS
-    assert call("aclrtStreamWaitEvent", queue, before) == OTHER_GRAPH
-    assert info(queue)[0] == ACTIVE
-    ok("aclrtSynchronizeEvent", before)
-    ok("aclrtStreamWaitEvent", other, before)
-    assert call("aclrtRecordEvent", mark, queue) == UNSUPPORTED
-    assert call("aclrtSynchronizeEvent", mark) == EVENT_CAPTURED
-    assert call("aclrtSynchronizeEventWithTimeout", mark, 10) == EVENT_CAPTURED
-    for ask in ("aclrtQueryEvent", "aclrtQueryEventStatus", "aclrtQueryEventWaitStatus"):
-        assert call(ask, mark, byref(c_int32())) == EVENT_CAPTURED
-    assert call("aclrtEventGetTimestamp", mark, byref(c_uint64())) == EVENT_CAPTURED
-    assert elapsed_ms(before, mark)[0] == EVENT_CAPTURED
-    assert call("aclrtStreamWaitEvent", other, mark) == UNSUPPORTED, "it would join the capture"
-    assert call("aclrtStreamWaitEvent", None, mark) == DEFAULT_STREAM
-    assert info(other)[0] == NONE
-    assert end(queue)[0] == SPOILED
-    ok("aclrtSynchronizeEvent", mark)
-    for done in (mark, before):
-        ok("aclrtDestroyEvent", done)
+def test_executing_is_asynchronous_and_in_the_order_of_the_stream(
+    memory: Mapped, queue: int
+) -> None:
+    with captured(queue) as graph:
+        assert fill(memory.address, 3, queue) == SUCCESS
+    with held(queue):
+        assert execute(graph.handle, queue) == SUCCESS
+        assert fill(memory.address, 5, queue, HALF) == SUCCESS
+        assert execute(graph.handle, queue) == SUCCESS
+        assert fill(memory.address, 6, queue, HALF) == SUCCESS
+        assert call("aclrtSynchronizeStreamWithTimeout", queue, 20) == SYNC_TIMEOUT
+        assert bytes_at(memory.address, 1) != b"\x03"
+    ok("aclrtSynchronizeStream", queue)
+    assert bytes_at(memory.address, HUGE) == b"\x06" * HALF + b"\x03" * HALF
+    destroy(graph.handle)
 
 
-@pytest.mark.parametrize("mode", [GLOBAL, THREAD_LOCAL])
-def test_another_thread_ends_no_capture(queue: int, mode: int) -> None:
-    left = streams_left()
-    assert begin(queue, mode) == SUCCESS
+def test_what_executing_refuses(queue: int, other: int) -> None:
+    assert execute(0, queue) == INVALID_PARAM
+    assert execute(queue, queue) == HANDLE
+    assert begin(queue) == SUCCESS
     graph = info(queue)[1]
-    assert in_a_thread(lambda: end(queue)) == (WRONG_THREAD, 0)
-    assert info(queue) == (NONE, 0), "it is dropped"
-    assert end(queue)[0] == NOT_CAPTURED
-    ok("aclrtSynchronizeDevice")
-    assert streams_left() == left - 1, "its graph is not"
-    ok("aclmdlRIDestroy", graph)
+    assert execute(graph, other) == GRAPH_CAPTURED
+    with captured(other) as second:
+        pass
+    assert execute(second.handle, queue) == STREAM_CAPTURED
+    assert execute(second.handle, other) == SUCCESS, "a stream that does not capture"
+    assert execute(second.handle, None) == DEFAULT_STREAM
+    assert end(queue) == (SUCCESS, graph), "nothing of it spoiled the capture"
+    ok("aclrtSynchronizeStream", other)
+    for timeout, code in ((0, RT_PARAM), (-1, RT_PARAM), (100, RT_PARAM)):
+        assert call("aclmdlRIExecute", graph, timeout) == code
+    assert "aclmdlRIExecuteAsync alone" in message()
+    assert call("aclmdlRIExecute", None, -1) == INVALID_PARAM
+    assert call("aclmdlRIExecute", queue, -1) == HANDLE
+    for handle in (graph, second.handle):
+        destroy(handle)
+    assert execute(graph, queue) == HANDLE
 
 
-def test_another_thread_ends_a_relaxed_capture(queue: int) -> None:
-    assert begin(queue, RELAXED) == SUCCESS
-    code, graph = in_a_thread(lambda: end(queue))
-    assert code == SUCCESS
-    ok("aclmdlRIDestroy", graph)
+def test_a_graph_is_executed_in_its_context() -> None:
+    result = run_python(
+        "from helpers.captures import *\n"
+        "ours, other, queue = c_void_p(), c_void_p(), stream()\n"
+        "ok('aclrtGetCurrentContext', byref(ours))\n"
+        "with captured(queue) as graph: pass\n"
+        "ok('aclrtCreateContext', byref(other), 0)\n"
+        "theirs = stream()\n"
+        "assert execute(graph.handle, theirs) == OTHER_CONTEXTS_GRAPH\n"
+        "ok('aclrtSetCurrentContext', ours)\n"
+        f"assert execute(graph.handle, theirs) == {OTHER_CONTEXT}\n"
+        "assert execute(graph.handle, queue) == 0\n"
+        "ok('aclrtSynchronizeStream', queue)\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_one_graph_on_two_streams_at_once_fails_on_the_second(queue: int, other: int) -> None:
+    calls: list[int] = []
+    started, release = threading.Event(), threading.Event()
+
+    def block(_: object) -> None:
+        calls.append(1)
+        started.set()
+        release.wait()
+
+    function = HostFunction(block)
+    with captured(queue) as graph:
+        ok("aclrtLaunchHostFunc", queue, function, None)
+    try:
+        assert execute(graph.handle, queue) == SUCCESS
+        wait_for(started.is_set, "the graph to start")
+        assert execute(graph.handle, other) == SUCCESS, "the host cannot know"
+        assert call("aclrtSynchronizeStream", other) == GRAPH_BUSY
+    finally:
+        release.set()
+    ok("aclrtSynchronizeStream", queue)
+    assert execute(graph.handle, other) == SUCCESS, "one after the other is fine"
+    ok("aclrtSynchronizeStream", other)
+    assert len(calls) == 2
+    destroy(graph.handle)
+
+
+def test_a_graph_that_executes_is_not_destroyed(queue: int) -> None:
+    with captured(queue) as graph:
+        pass
+    with held(queue):
+        assert execute(graph.handle, queue) == SUCCESS
+        assert call("aclmdlRIDestroy", graph.handle) == GRAPH_EXECUTED, "after ten seconds"
+    ok("aclrtSynchronizeStream", queue)
+    destroy(graph.handle)
+
+
+def test_a_graph_needs_its_memory_where_it_was() -> None:
+    """Memory that is there again at its address keeps a graph right: so sleep may take it."""
+    script = (
+        "from helpers.captures import *\n"
+        "queue, block = stream(), mapped()\n"
+        "size = c_size_t(HUGE)\n"
+        "with captured(queue) as graph:\n"
+        "    ok('aclrtMemsetAsync', block.address, size, 7, size, queue)\n"
+        "ok('aclrtUnmapMem', block.address)\n"
+        "{}"
+        "print('executing', flush=True)\n"
+        "ok('aclmdlRIExecuteAsync', graph.handle, queue)\n"
+        "ok('aclrtSynchronizeStream', queue)\n"
+        "assert bytes_at(block.address, HUGE) == bytes([7]) * HUGE\n"
+    )
+    gone = run_python(script.format(""))
+    assert gone.stdout == "executing\n"
+    assert gone.returncode < 0
+    assert "device fault: graph" in gone.stderr
+    assert "aclrtMemsetAsync" in gone.stderr
+    assert "is no mapped device memory any more" in gone.stderr
+    back = run_python(script.format("assert map_mem(block.address, HUGE, block.handle) == 0\n"))
+    assert back.returncode == 0, back.stderr
+
+
+def test_memory_of_a_graph_in_flight_is_not_taken() -> None:
+    result = run_python(
+        "from helpers.captures import *\n"
+        "queue, block = stream(), mapped()\n"
+        "size = c_size_t(HUGE)\n"
+        "with captured(queue) as graph:\n"
+        "    ok('aclrtMemsetAsync', block.address, size, 7, size, queue)\n"
+        "with held(queue):\n"
+        "    ok('aclmdlRIExecuteAsync', graph.handle, queue)\n"
+        "    call('aclrtUnmapMem', block.address)\n"
+    )
+    assert "device fault" in result.stderr
+    assert "work of stream" in result.stderr
+
+
+def test_a_graph_needs_its_host_memory() -> None:
+    result = run_python(
+        "from helpers.captures import *\n"
+        "queue, block, host = stream(), mapped(), malloc_host(HUGE)\n"
+        "with captured(queue) as graph:\n"
+        "    assert memcpy_async(block.address, host, HUGE, HOST_TO_DEVICE, queue) == 0\n"
+        "ok('aclrtFreeHost', host)\n"
+        "ok('aclmdlRIExecuteAsync', graph.handle, queue)\n"
+    )
+    assert "is no page-locked memory any more" in result.stderr
+
+
+def test_task_groups_take_kernels_alone(memory: Mapped, queue: int) -> None:
+    assert begin_group(None) == INVALID_PARAM
+    assert begin_group(queue) == NOT_CAPTURED
+    assert begin(queue) == SUCCESS
+    assert end_group(queue)[0] == GROUP_STATUS
+    assert begin_group(queue) == SUCCESS
+    assert begin_group(queue) == GROUP_STATUS
+    code, empty = end_group(queue)
+    assert code == SUCCESS and empty
+    assert begin_group(queue) == SUCCESS
+    assert fill(memory.address, 1, queue) == NO_KERNEL
+    assert end_group(queue) == (NO_KERNEL, 0)
+    assert end(queue) == (SPOILED, 0)
+
+
+def test_a_group_that_is_not_ended_fails_the_capture(queue: int) -> None:
+    assert begin(queue) == SUCCESS
+    graph = info(queue)[1]
+    assert begin_group(queue) == SUCCESS
+    assert end(queue) == (GROUP_STATUS, 0)
+    assert call("aclmdlRIDestroy", graph) == HANDLE
+
+
+def test_what_an_update_refuses(memory: Mapped, queue: int, other: int) -> None:
+    update_begin, update_end = "aclmdlRICaptureTaskUpdateBegin", "aclmdlRICaptureTaskUpdateEnd"
+    with captured(queue) as graph:
+        assert begin_group(queue) == SUCCESS
+        group = end_group(queue)[1]
+        assert call(update_begin, queue, group) == STREAM_CAPTURED
+    assert call(update_begin, None, group) == call(update_begin, other, None) == INVALID_PARAM
+    assert call(update_end, other) == GROUP_STATUS
+    ok(update_begin, other, group)
+    assert call(update_begin, other, group) == GROUP_STATUS
+    assert call(update_begin, queue, group) == GROUP_STATUS, "one stream at a time"
+    assert fill(memory.address, 1, other) == NO_KERNEL
+    assert execute(graph.handle, other) == NO_KERNEL
+    ok(update_end, other)
+    assert fill(memory.address, 1, other) == SUCCESS
+    destroy(graph.handle)
+
+
+def test_groups_of_destroyed_graphs_are_not_noticed_by_cann() -> None:
+    result = run_python(
+        "from helpers.captures import *\n"
+        "queue = stream()\n"
+        "with captured(queue) as graph:\n"
+        "    begin_group(queue)\n"
+        "    group = end_group(queue)[1]\n"
+        "destroy(graph.handle)\n"
+        "call('aclmdlRICaptureTaskUpdateBegin', queue, group)\n"
+    )
+    assert "is not a task group of a captured graph" in result.stderr
+
+
+def test_graphs_are_described(memory: Mapped, queue: int, tmp_path: Path) -> None:
+    with captured(queue) as graph:
+        assert fill(memory.address, 1, queue) == SUCCESS
+        assert memcpy_async(memory.address + HALF, memory.address, 8, 3, queue) == SUCCESS
+    path = tmp_path / "graph.json"
+    ok("aclmdlRIDebugPrint", graph.handle)
+    ok("aclmdlRIDebugJsonPrint", graph.handle, str(path).encode(), 1)
+    tasks = json.loads(path.read_text())
+    assert [task["name"] for task in tasks] == ["aclrtMemsetAsync", "aclrtMemcpyAsync"]
+    nowhere = str(tmp_path / "none" / "graph.json").encode()
+    assert call("aclmdlRIDebugJsonPrint", graph.handle, nowhere, 0) == RT_PARAM
+    assert call("aclmdlRIDebugJsonPrint", graph.handle, None, 0) == INVALID_PARAM
+    assert call("aclmdlRIDebugPrint", None) == INVALID_PARAM
+    destroy(graph.handle)
+    assert call("aclmdlRIDebugPrint", graph.handle) == HANDLE
+
+
+def test_graphs_keep_a_stream_for_each_that_they_capture(queue: int, other: int) -> None:
+    left = streams_left()
+    with captured(queue) as first, captured(other) as second:
+        assert streams_left() == left - 2
+    destroy(first.handle)
+    assert streams_left() == left - 1
+    destroy(second.handle)
+    assert streams_left() == left
 
 
 def test_each_call_can_fail(queue: int) -> None:
-    rule = "aclmdlRI{}:1:507899".format
-    control.set_faults(rule("CaptureBegin"))
-    assert begin(queue) == 507899
-    assert info(queue)[0] == NONE
-    ok("aclmdlRICaptureBegin", queue, RELAXED)
-    control.set_faults(",".join(map(rule, ("CaptureGetInfo", "CaptureEnd", "Destroy"))))
-    assert call("aclmdlRICaptureGetInfo", queue, byref(c_int32()), None) == 507899
-    assert end(queue)[0] == 507899
-    code, graph = end(queue)
-    assert code == SUCCESS
-    assert call("aclmdlRIDestroy", graph) == 507899
-    ok("aclmdlRIDestroy", graph)
-    control.set_faults(rule("CaptureThreadExchangeMode"))
-    assert call("aclmdlRICaptureThreadExchangeMode", byref(c_int32(RELAXED))) == 507899
-    assert exchange(GLOBAL) == GLOBAL
+    with captured(queue) as graph:
+        pass
+    control.set_faults("aclmdlRIExecuteAsync:1:507899,aclmdlRIDestroy:1:507899")
+    assert execute(graph.handle, queue) == 507899
+    assert execute(graph.handle, queue) == SUCCESS
+    ok("aclrtSynchronizeStream", queue)
+    assert call("aclmdlRIDestroy", graph.handle) == 507899
+    destroy(graph.handle)

@@ -2,6 +2,7 @@
 """Communication between the processes of a simulated machine, through torch_npu and directly."""
 
 import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,13 +59,20 @@ def run(tmp_path: Path, check: str, world: int, **options) -> list[tuple[int, st
 @pytest.mark.parametrize(
     ("check", "world"),
     [
-        ("results_equal_gloo,streams_order_the_work", 2),
+        ("results_equal_gloo,streams_order_the_work,in_a_graph", 2),
         ("results_equal_gloo,groups_split,sub_communicators", 4),
     ],
 )
 def test_between_processes(tmp_path, check: str, world: int) -> None:
     for code, _, errors in run(tmp_path, check, world):
         assert code == 0, errors
+
+
+def test_a_graph_does_not_outlive_its_communicator(tmp_path: Path) -> None:
+    for code, output, errors in run(tmp_path, "in_a_graph_of_a_destroyed_group", 2):
+        assert (code, output) == (-signal.SIGABRT, "destroyed\n"), errors
+        assert "device fault: a graph executes HcclAllReduce over communicator" in errors
+        assert "which was destroyed" in errors
 
 
 @pytest.mark.parametrize("check", ["counts_differ", "types_differ", "calls_differ"])
