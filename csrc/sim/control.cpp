@@ -10,6 +10,7 @@
 
 #include "captures.h"
 #include "context.h"
+#include "costs.h"
 #include "error.h"
 #include "faults.h"
 #include "machine.h"
@@ -54,7 +55,10 @@ int npuSimSetFaults(const char* rules) { return sim::faults::set(rules) ? 0 : 1;
 uint64_t npuSimFaultHits(void) { return sim::faults::hits(); }
 
 uint64_t npuSimCallCount(const char* name) { return sim::faults::count(name); }
-void npuSimResetCounters() { sim::faults::reset_counts(); }
+void npuSimResetCounters() {
+  sim::faults::reset_counts();
+  sim::costs::reset();
+}
 
 void npuSimKeepCallLog(int on) { sim::faults::keep_log(on != 0); }
 

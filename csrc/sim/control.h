@@ -91,6 +91,28 @@ NPU_SIM_EXPORT void npuSimFault(const char* message);
 // Of the current device, unlike that of any other device of any simulated machine; 0: none.
 NPU_SIM_EXPORT uint64_t npuSimDeviceKey(void);
 
+// What operators of the device cost, since the counters were last reset.
+typedef struct {
+  uint64_t launches;         // operators, whoever's: each also counts under its name
+  uint64_t onAiCpu;          // of them, those that a 910B runs on its AI CPU
+  uint64_t hiddenCopyBytes;  // of arguments that were made contiguous, there and back
+  uint64_t waits;            // calls of aclrtSynchronize*: of a stream, an event or a device
+} npuSimCosts;
+
+NPU_SIM_EXPORT void npuSimGetCosts(npuSimCosts* costs);
+
+// An operator's counter, the same for the same name. It is never freed.
+typedef struct npuSimOperator npuSimOperator;
+NPU_SIM_EXPORT npuSimOperator* npuSimFindOperator(const char* name);
+
+// Around the kernel of an operator. Not 0: no other operator's kernel runs in this thread, so that
+// this launch is to be counted.
+NPU_SIM_EXPORT int npuSimEnterKernel(void);
+NPU_SIM_EXPORT void npuSimLeaveKernel(void);
+
+// What the launch must fail with, 0 to go on.
+NPU_SIM_EXPORT int npuSimCountLaunch(npuSimOperator* op, int on_ai_cpu, uint64_t hidden_copy_bytes);
+
 // What a communicator's buffer of this size takes: NPU_SIM_HCCL_BUFFER_MIB if it is set.
 NPU_SIM_EXPORT size_t npuSimCommunicatorBufferBytes(size_t bytes);
 

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -42,9 +43,16 @@ bool parse_number(const std::string& text, uint64_t* value) {
   return !text.empty() && *end == '\0';
 }
 
+// Up to the first colon that is not one of a pair, as in `aten::mm`.
+std::string call_in(const std::string& rule) {
+  size_t end = rule.find(':');
+  while (end != std::string::npos && rule.compare(end, 2, "::") == 0) end = rule.find(':', end + 2);
+  return rule.substr(0, end);
+}
+
 bool parse_rule(const std::string& text, Rule* rule) {
-  std::vector<std::string> fields;
-  std::stringstream stream(text);
+  std::vector<std::string> fields = {call_in(text)};
+  std::stringstream stream(text.substr(std::min(text.size(), fields[0].size() + 1)));
   for (std::string field; std::getline(stream, field, ':');) fields.push_back(field);
   if (fields.size() != 3 && fields.size() != 4) return false;
   rule->call = fields[0];
@@ -124,7 +132,7 @@ class Watch {
     Hit hit;
     std::lock_guard<std::mutex> lock(mutex_);
     hit.rules = changes_;
-    if (keeps_log_) log_ += call + "\n";
+    if (keeps_log_ && call.find("::") == std::string::npos) log_ += call + "\n";
     for (Rule& rule : rules_) {
       if (rule.call != call) continue;
       ++rule.seen;

@@ -37,10 +37,10 @@ class Call {
   std::atomic<uint64_t> count_{0};
 };
 
-// The form is `call:nth:code[:times]` or `call:nth:delay_ms=N[:times]`, comma separated. The nth
-// call, counted from 1 and from now on, and the `times - 1` after it are hit; `*` is for ever.
-// Replaces all earlier rules, and ends the delays of calls that are under way. False: not
-// understood, nothing changed.
+// Of AscendCL by its name, of an operator like `aten::mm`. The form is `call:nth:code[:times]` or
+// `call:nth:delay_ms=N[:times]`, comma separated. The nth call, counted from 1 and from now on, and
+// the `times - 1` after it are hit; `*` is for ever. Replaces all earlier rules, and ends the
+// delays of calls that are under way. False: not understood, nothing changed.
 bool set(const char* rules);
 
 uint64_t hits();  // calls that the rules have hit since they were set
@@ -49,7 +49,7 @@ uint64_t count(const char* name);
 void reset_counts();
 
 void keep_log(bool on);  // starts empty
-std::string log();       // names of the calls since then, one a line
+std::string log();       // names of the calls since then, operators left out, one a line
 
 void refuse_after_fork();  // from now on every call in this process is answered with an error
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/_to_copy_native.h>
 
 #include "operators.h"
+#include "operators_cost.h"
 
 namespace sim::operators {
 namespace {
@@ -68,10 +69,14 @@ void record_copy_across(at::Tensor& to, const at::Tensor& from, bool non_blockin
 
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (to.numel() == 0 || to.is_same(from)) return to;
-  if (is_on_device(to) && is_on_device(from)) {
-    copy_on_device(to, from);
-  } else if (is_plain(to, from)) {
+  const bool crosses = is_on_device(to) != is_on_device(from);
+  if (crosses && is_plain(to, from)) {
     copy_with_framework(to, from, non_blocking);
+    return to;
+  }
+  const CopyLaunch launch(to, from, non_blocking);
+  if (!crosses) {
+    copy_on_device(to, from);
   } else if (is_recording(is_on_device(to) ? to.device() : from.device())) {
     record_copy_across(to, from, non_blocking);
   } else {

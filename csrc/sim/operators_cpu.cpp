@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "operators_aliases.h"
+#include "operators_cost.h"
 
 extern "C" int omp_get_max_threads();
 extern "C" void omp_set_num_threads(int);
@@ -25,8 +26,7 @@ using torch::jit::Stack;
 
 // What an operator's schema says about its arguments.
 struct Shape {
-  explicit Shape(const c10::OperatorHandle& op) {
-    const c10::FunctionSchema& schema = op.schema();
+  explicit Shape(const c10::FunctionSchema& schema) {
     name = schema.operator_name().name;
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const c10::Argument& argument = schema.arguments()[i];
@@ -36,8 +36,6 @@ struct Shape {
       if (argument.name() == "device") device = static_cast<int>(i);
     }
     returns = !schema.returns().empty();
-    waits = op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape);
-    indexes = name == "aten::index" || name.find("index_put") != std::string::npos;
     // Indices and the sources of copies may lie elsewhere than the tensor itself.
     mixes_devices = name.find("index") != std::string::npos || name == "aten::where";
   }
@@ -45,8 +43,6 @@ struct Shape {
   std::string name;
   bool writes = false;
   bool returns = false;
-  bool waits = false;    // for the device, since what it computed decides what is returned,
-  bool indexes = false;  // which of indices only masks do
   bool mixes_devices = false;
   int generator = -1;
   int device = -1;
@@ -90,15 +86,18 @@ void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
 
 class Call {
  public:
-  Call(const c10::OperatorHandle& op, const Shape& shape, Stack& stack)
-      : op_(op), shape_(shape), stack_(stack) {
+  Call(const c10::OperatorHandle& op, const Shape& shape, const Launch& launch, Stack& stack)
+      : op_(op), shape_(shape), launch_(launch), stack_(stack) {
     find_device();
   }
 
   void run() {
     if (!device_.has_value()) {
       run_on_cpu(op_, stack_, is_large());
-    } else if (is_recording(*device_)) {
+      return;
+    }
+    launch_.start(*device_, stack_);
+    if (is_recording(*device_)) {
       run_in_graph();
     } else {
       run_now();
@@ -129,7 +128,7 @@ class Call {
 
   // Results are what the meta kernel says; the kernel of the CPU runs when the graph does.
   void run_in_graph() {
-    if (waits()) drain(*device_);  // which a capture refuses
+    if (needs_host_memory()) drain(*device_);  // for a copy, which a capture refuses
     Stack results = results_of_graph();
     replace_tensors(stack_, keep_number);
     Aliases aliases(DispatchKey::CPU, false);
@@ -176,22 +175,17 @@ class Call {
     return stack;
   }
 
-  // Whether it has to wait for the device: what comes out depends on what was computed, or host
-  // memory would have to be copied.
-  bool waits() const {
-    bool has_mask = false;
-    bool has_host_memory = false;
+  bool needs_host_memory() const {
+    bool needed = false;
     auto note = [&](const at::Tensor& tensor) {
-      if (!tensor.defined()) return;
-      has_mask = has_mask || tensor.scalar_type() == at::kBool;
-      has_host_memory = has_host_memory || (tensor.is_cpu() && tensor.dim() > 0);
+      needed = needed || (tensor.defined() && tensor.is_cpu() && tensor.dim() > 0);
     };
     for (const IValue& value : stack_) {
       each_tensor(value, note);
       if (!value.isList() || value.isTensorList()) continue;
       for (const IValue& element : value.toListRef()) each_tensor(element, note);
     }
-    return has_host_memory || (shape_.indexes ? has_mask : shape_.waits);
+    return needed;
   }
 
   // A number of the host is an argument of the kernel, which the graph keeps.
@@ -296,6 +290,7 @@ class Call {
 
   const c10::OperatorHandle& op_;
   const Shape& shape_;
+  const Launch& launch_;
   Stack& stack_;
   std::optional<c10::Device> device_;
   at::Tensor on_cpu_;
@@ -306,7 +301,7 @@ class Call {
 class CpuKernel final : public c10::OperatorKernel {
  public:
   explicit CpuKernel(const c10::OperatorHandle& op)
-      : shape_(op), arguments_(op.schema().arguments().size()) {}
+      : shape_(op.schema()), cost_(op), arguments_(op.schema().arguments().size()) {}
 
   void operator()(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
     size_t base = stack->size() - arguments_;
@@ -314,12 +309,14 @@ class CpuKernel final : public c10::OperatorKernel {
     Stack own(std::make_move_iterator(stack->begin() + base),
               std::make_move_iterator(stack->end()));
     stack->resize(base);
-    Call(op, shape_, own).run();
+    const Launch launch(cost_);
+    Call(op, shape_, launch, own).run();
     for (IValue& value : own) stack->push_back(std::move(value));
   }
 
  private:
   const Shape shape_;
+  const Cost cost_;
   const size_t arguments_;
 };
 

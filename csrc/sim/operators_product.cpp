@@ -3,6 +3,7 @@
 // Matrix products. CPUs without instructions for a 16-bit type are several times faster in fp32, so
 // products of such a type are computed in fp32 and rounded once.
 #include "operators.h"
+#include "operators_cost.h"
 #include "operators_narrow.h"
 
 namespace sim::operators {
@@ -216,7 +217,7 @@ template <typename Function>
 void install_kernel(const char* name, const char* overload, Function function) {
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
   install(op, c10::DispatchKey::PrivateUse1,
-          c10::KernelFunction::makeFromUnboxedFunction(function));
+          counted(op, c10::KernelFunction::makeFromUnboxedFunction(function)));
 }
 
 }  // namespace

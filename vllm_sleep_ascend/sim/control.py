@@ -38,12 +38,34 @@ class Counters:
     events: int
 
 
+class _Costs(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64) for name in ("launches", "onAiCpu", "hiddenCopyBytes", "waits")
+    ]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What operators of this process cost, since the counters were reset.
+
+    `waits` are the calls of `aclrtSynchronize*`, whoever made them.
+    """
+
+    launches: int
+    on_ai_cpu: int
+    hidden_copy_bytes: int
+    waits: int
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libascendcl.so")
     library.npuSimFaultHits.restype = ctypes.c_uint64
     library.npuSimCallCount.restype = ctypes.c_uint64
     library.npuSimCallLog.restype = ctypes.c_size_t
+    library.npuSimFindOperator.restype = ctypes.c_void_p
+    library.npuSimCountLaunch.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
     return library
 
 
@@ -52,6 +74,13 @@ def counters() -> Counters:
     figures = _Counters()
     _library().npuSimGetCounters(ctypes.byref(figures))
     return Counters(*(getattr(figures, field[0]) for field in figures._fields_))
+
+
+def costs() -> Costs:
+    """The figures since the counters were reset."""
+    figures = _Costs()
+    _library().npuSimGetCosts(ctypes.byref(figures))
+    return Costs(*(getattr(figures, field[0]) for field in figures._fields_))
 
 
 def set_faults(rules: str) -> None:
@@ -70,7 +99,7 @@ def fault_hits() -> int:
 
 
 def call_count(name: str) -> int:
-    """How often this AscendCL function was called since the last reset."""
+    """How often this AscendCL function, or operator like `aten::mm`, was called since the reset."""
     return _library().npuSimCallCount(name.encode())
 
 
@@ -85,7 +114,7 @@ def keep_call_log(on: bool) -> None:
 
 
 def call_log() -> list[str]:
-    """The names of the calls since the log was started, in order."""
+    """The names of AscendCL's calls since the log was started, in order."""
     room = _library().npuSimCallLog(None, ctypes.c_size_t(0)) + 1
     text = ctypes.create_string_buffer(room)
     _library().npuSimCallLog(text, ctypes.c_size_t(room))

@@ -4,6 +4,7 @@
 Rows are (token, choice) pairs, numbered token by token: ``token * choices + choice``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ KERNELS = {
     "npu::npu_grouped_matmul": grouped_matmul,
 }
 
-VLLM_ASCEND_SCHEMAS = {
+VLLM_ASCEND_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "_C_ascend::moe_gating_top_k": (
         "(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, "
         "int norm_type, bool out_flag, float routed_scaling_factor, float eps, "
