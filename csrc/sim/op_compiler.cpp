@@ -166,31 +166,6 @@ Tensors tensors(int count, const aclTensorDesc* const* descriptions, Buffer* con
   return tensors;
 }
 
-// One call of an operator, which a graph may run again and again.
-struct Execution {
-  const char* type;
-  const Operator& op;
-  Tensors inputs;
-  Tensors outputs;
-
-  int run() const { return op.run(inputs, outputs); }
-};
-
-aclError leave_to_graph(const Execution& execution, aclrtStream stream) {
-  std::vector<npuSimRange> ranges;
-  for (const Tensors* tensors : {&execution.inputs, &execution.outputs}) {
-    for (const Tensor& tensor : *tensors) ranges.push_back({tensor.data, tensor.bytes});
-  }
-  const npuSimKernel kernel = {
-      .name = execution.type,
-      .argument = new Execution(execution),
-      .run = [](void* execution) { return static_cast<Execution*>(execution)->run(); },
-      .launched = nullptr,
-      .release = [](void* execution) { delete static_cast<Execution*>(execution); },
-  };
-  return npuSimLaunch(stream, &kernel, ranges.data(), ranges.size());
-}
-
 }  // namespace
 
 extern "C" {
@@ -231,10 +206,8 @@ aclError aclopCompileAndExecute(const char* type, int input_count,
   if (from.size() != found->second.inputs || to.size() != found->second.outputs) {
     return refuse(std::string(type) + ": wrong number of tensors");
   }
-  const Execution execution = {found->first.c_str(), found->second, from, to};
-  if (npuSimKeepsWork(stream)) return leave_to_graph(execution, stream);
   if (aclError error = npuSimDrain(stream)) return error;
-  return execution.run();
+  return found->second.run(from, to);
 }
 
 aclGraphDumpOption* aclCreateGraphDumpOpt() { return new aclGraphDumpOption; }

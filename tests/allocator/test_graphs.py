@@ -2,13 +2,15 @@
 """Graphs over memory that sleeps: they hold addresses, and memory comes back at its own."""
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import MIB, ROOT
+from helpers import ROOT
+from helpers.allocator import configure
 from helpers.machine import LAUNCHER, USUAL_MACHINE
 
 from vllm_sleep_ascend import _camem, pool
@@ -48,7 +50,7 @@ class Captured:
 def captured() -> Iterator[Captured]:
     torch.npu.init()
     torch.npu.empty_cache()
-    _camem.configure(chunk_bytes=4 * MIB, keep_host_backup=True, copy_threads=2, host_threads=2)
+    configure()
     before = control.counters().device_bytes
     held = Captured()
     yield held
@@ -119,9 +121,10 @@ def test_executing_a_graph_over_memory_that_sleeps_is_a_fault() -> None:
             *LAUNCHER,
             sys.executable,
             "-c",
-            "from allocator.test_graphs import *\n"
+            "import torch\n"
+            "from allocator.test_graphs import LEVEL_1, Captured, _camem, configure\n"
             "torch.npu.init()\n"
-            "_camem.configure(chunk_bytes=4 * MIB)\n"
+            "configure()\n"
             "captured = Captured()\n"
             "_camem.sleep(LEVEL_1)\n"
             "print('asleep', flush=True)\n"
@@ -129,7 +132,7 @@ def test_executing_a_graph_over_memory_that_sleeps_is_a_fault() -> None:
             "torch.npu.synchronize()\n",
         ],
         cwd=ROOT / "tests",
-        env=USUAL_MACHINE,
+        env={**os.environ, **USUAL_MACHINE},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch_npu's own operators on the simulated device.
 
-Each is written in PyTorch's operators for tensors of the CPU, after torch_npu's documentation of it,
-in float32 inside. The simulator lets it serve the device, now or in a graph. What is documented and
-not simulated is refused by name.
+Each is written in PyTorch's operators for tensors of the CPU, after torch_npu's documentation of
+it, in float32 inside. The simulator lets it serve the device, at once or in a graph. What is
+documented and not simulated is refused by name.
 """
 
 import ctypes

@@ -195,10 +195,14 @@ def numbers() -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def made_before() -> None:
+def made_before() -> Iterator[None]:
     """What operations take besides is not measured."""
     for tensor_of in (rows, mask, two_rows, numbers):
         tensor_of()
+    yield
+    for tensor_of in (rows, mask, two_rows, numbers):
+        tensor_of.cache_clear()
+    torch.npu.empty_cache()
 
 
 def put(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
