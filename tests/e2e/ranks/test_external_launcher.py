@@ -4,11 +4,9 @@ of their own."""
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, warm
 from helpers.models import other_weights
 from helpers.patience import patience
 from helpers.reference import hf_few
@@ -32,12 +30,14 @@ def test_weights_come_from_a_trainer_in_the_same_process(tiny_model, tmp_path, a
     )
     machine = {"NPU_SIM_MACHINE": f"launched-{alone}-{os.getpid()}"}
     program = ROOT / "tests" / "helpers" / "launched.py"
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    run = subprocess.run(
-        [sys.executable, *launcher, program, case],
-        env={**os.environ, **machine},
-        capture_output=True,
-        text=True,
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    if not alone:
+        launcher.append("--run-path")  # ranks by multiprocessing, which start warm
+    run = warm.run(
+        [*launcher, program, case],
+        tmp_path / "log",
         timeout=120 * patience(),
+        env={**os.environ, **machine},
+        cold=alone,
     )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+    assert run.returncode == 0, run.stdout[-8000:]

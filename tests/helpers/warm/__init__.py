@@ -87,10 +87,14 @@ if importlib.util.find_spec("vllm_ascend") is not None:
 
 
 def run(
-    command: Sequence[str | Path], log: Path, timeout: float, env: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    log: Path,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    cold: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
     """Run the command to its end; its two outputs are one. All that it left running is killed."""
-    process = WarmProcess(command, log, env)
+    process = (ColdProcess if cold else WarmProcess)(command, log, env)
     try:
         code = process.wait(timeout)
     finally:
