@@ -2,12 +2,14 @@
 """The seeded models of the tests, and other checkpoints of the same architecture."""
 
 import fcntl
+import os
+import runpy
 import shutil
-import subprocess
-import sys
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from helpers import ROOT
 
@@ -21,8 +23,16 @@ def make_model(name: str) -> Path:
     MODELS.mkdir(parents=True, exist_ok=True)
     with (MODELS / f".{name}.lock").open("w") as lock:  # another process may want it too
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run([sys.executable, ROOT / "examples" / "make_model.py", name, out], check=True)
+        _maker()["make_model"](name, out)
     return out
+
+
+@cache
+def _maker() -> dict[str, Any]:
+    import torch  # noqa: F401  with torch_npu, which the program does without
+
+    with mock.patch.dict(os.environ):
+        return runpy.run_path(str(ROOT / "examples" / "make_model.py"))
 
 
 def other_weights(model: Path, out: Path) -> Path:

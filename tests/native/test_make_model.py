@@ -29,13 +29,19 @@ def test_the_same_name_gives_the_same_model(tmp_path):
         assert weights.get_tensor("model.embed_tokens.weight").shape == (2048, 128)
 
 
-def test_a_complete_model_is_reused(tmp_path):
+def test_a_complete_model_is_reused(tmp_path, capsys):
+    from make_model import make_model
+
+    def said(name):
+        make_model(name, out)
+        return capsys.readouterr().out
+
     out = tmp_path / "m"
     assert "made tiny-llama" in run("tiny-llama", out).stdout
     before = (out / "model.safetensors").stat().st_mtime_ns
-    assert "is there already" in run("tiny-llama", out).stdout
+    assert "is there already" in said("tiny-llama")
     assert (out / "model.safetensors").stat().st_mtime_ns == before
-    assert "made tiny-qwen2" in run("tiny-qwen2", out).stdout
+    assert "made tiny-qwen2" in said("tiny-qwen2")
 
 
 def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
@@ -50,14 +56,16 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_name_the_remedy(tmp_path):
+def test_errors_name_the_remedy(tmp_path, monkeypatch):
+    from make_model import main
+
     done = run("tiny-qwen", tmp_path / "m")
     assert done.returncode == 1
     assert "no model 'tiny-qwen'; there are tiny-qwen2, " in done.stderr
     (tmp_path / "mine").write_text("x")
-    done = run("tiny-qwen2", tmp_path)
-    assert done.returncode == 1
-    assert "holds something else; name a new folder" in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "tiny-qwen2", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds something else; name a new folder"):
+        main()
     assert (tmp_path / "mine").read_text() == "x"
 
 
