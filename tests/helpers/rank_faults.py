@@ -8,14 +8,16 @@ background, and ends the process if it fails.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from helpers.faults import DRIVER_ERROR, HCCL_ERROR
-from helpers.ranks import assert_all, fail_on
+from helpers.ranks import assert_all, brief_meetings, fail_on
 from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.sim import control
 
+MEETINGS = ("HcclGetRootInfo", "HcclCommInitRootInfoConfig")
 BACKGROUND = ("HcclGetCommAsyncError",)
 NEVER, TRIES = "did not happen", 5
 
@@ -26,6 +28,11 @@ class Fault:
     rank: int
     call: str
     nth: int
+
+    @property
+    def leaves_others_waiting(self) -> bool:
+        """For this rank, to make the first communicator."""
+        return self.call in MEETINGS and self.nth == 1
 
     @property
     def rules(self) -> str:
@@ -99,8 +106,10 @@ class Sweep:
                 fail_on(self.llm, fault.rank, fault.rules)
             failures = hits = 0
             while True:
+                alone = fault.leaves_others_waiting and name == fault.operation and not failures
                 try:
-                    operation()
+                    with brief_meetings(self.llm) if alone else nullcontext():
+                        operation()
                     hits = hits or self.llm.collective_rpc(fault_hits)[fault.rank]
                     break
                 except RuntimeError as error:

@@ -3,6 +3,8 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,26 @@ def fail_on(llm: Any, rank: int, rules: str) -> None:
 @safe_while_asleep
 def _set_faults(worker: Any, rank: int, rules: str) -> None:
     control.set_faults(rules if worker.rank == rank else "")
+
+
+@contextmanager
+def brief_meetings(llm: Any) -> Iterator[None]:
+    """A rank waits a second for one that does not come to make a communicator.
+
+    For what fails on one rank in any case: else a busy machine makes others late as well."""
+    before = llm.collective_rpc(_connect_timeout, args=("1",))[0]
+    try:
+        yield
+    finally:
+        llm.collective_rpc(_connect_timeout, args=(before,))
+
+
+@safe_while_asleep
+def _connect_timeout(worker: Any, seconds: str) -> str:
+    """The one before; HCCL reads it for each communicator."""
+    before = os.environ["HCCL_CONNECT_TIMEOUT"]
+    os.environ["HCCL_CONNECT_TIMEOUT"] = seconds
+    return before
 
 
 def assert_all(llm: Any, state: str) -> None:

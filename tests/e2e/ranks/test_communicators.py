@@ -9,7 +9,14 @@ from helpers import MIB
 from helpers.control_group import control_group
 from helpers.engine import engine, few
 from helpers.logs import warnings_of
-from helpers.ranks import assert_all, assert_cycles_leave_nothing, fail_on, process_id, status
+from helpers.ranks import (
+    assert_all,
+    assert_cycles_leave_nothing,
+    brief_meetings,
+    fail_on,
+    process_id,
+    status,
+)
 from helpers.reference import hf_few
 from torch.distributed import distributed_c10d
 
@@ -124,7 +131,8 @@ def test_a_wake_that_fails_leaves_all_ranks_asleep(ranks, tiny_model) -> None:
             if rank == 1 and call == "HcclGetRootInfo":
                 continue  # rank 0 makes it
             fail_on(ranks, rank, f"{call}:1:4")
-            with pytest.raises(RuntimeError, match=rf"rank {rank}, device {rank}: .*{call[4:8]}"):
+            named = rf"rank {rank}, device {rank}: .*{call[4:8]}"
+            with brief_meetings(ranks), pytest.raises(RuntimeError, match=named):
                 ranks.wake_up()
             fail_on(ranks, rank, "")
             assert_all(ranks, "SUSPENDED")
