@@ -31,8 +31,8 @@ class StorageOnCpu {
   StorageOnCpu(const at::Tensor& over, bool resizable);
 
   const c10::Storage& storage() const { return storage_; }
-  void read() const;   // of tiles, before a kernel
-  void write() const;  // to tiles, behind a kernel that wrote
+  void read() const;                                // of tiles, before a kernel
+  void write() const;                               // to tiles, behind a kernel that wrote
   npuSimRange range(const at::Tensor& over) const;  // of the device, that the tensor touches
 
  private:
@@ -100,5 +100,6 @@ void install_casts();
 
 }  // namespace sim::operators
 
-// Lets the operator's kernel of the CPU serve its calls on the device. Not 0: it has none.
-extern "C" NPU_SIM_EXPORT int npuSimServeOnCpu(const char* name);
+// Lets the operator's kernel of the CPU serve its calls on the device. The name may end with a dot
+// and an overload. Not 0: it has none.
+extern "C" NPU_SIM_EXPORT int npuSimServeOnCpu(const char* full_name);

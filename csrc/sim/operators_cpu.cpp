@@ -336,8 +336,11 @@ void install_cpu_kernel(const c10::OperatorHandle& op) {
 
 }  // namespace sim::operators
 
-extern "C" int npuSimServeOnCpu(const char* name) {
-  auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+extern "C" int npuSimServeOnCpu(const char* full_name) {
+  std::string name = full_name;
+  size_t dot = name.find('.');
+  std::string overload = dot == std::string::npos ? "" : name.substr(dot + 1);
+  auto op = c10::Dispatcher::singleton().findSchema({name.substr(0, dot), overload});
   if (!op.has_value() || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return 1;
   sim::operators::install_cpu_kernel(*op);
   return 0;

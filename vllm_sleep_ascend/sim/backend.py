@@ -15,16 +15,12 @@ def load_operators() -> None:
     import torch
     import torch_npu  # noqa: F401  registers the device that the library adds operators to
 
-    from . import absent_modules, camem, imports, npu, triton_kernels
+    from . import absent_modules, imports, npu, triton_kernels, vllm_ascend_library
 
     torch.ops.load_library(str(library))
     npu.register(library)
     if importlib.util.find_spec("vllm_ascend") is not None:
         npu.define_vllm_ascend(library)
         absent_modules.install()
-        imports.hook(
-            {
-                "vllm_ascend.device_allocator.camem": camem.with_its_library,
-                "vllm_ascend.worker.block_table": triton_kernels.slot_mapping,
-            }
-        )
+        vllm_ascend_library.install()
+        imports.hook({"vllm_ascend.worker.block_table": triton_kernels.slot_mapping})

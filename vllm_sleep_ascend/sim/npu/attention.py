@@ -97,6 +97,46 @@ def fused_infer_attention_score(
     return output, lse if softmax_lse_flag else lse.new_zeros(1)
 
 
+def fused_infer_attention_score_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    workspace: torch.Tensor | None = None,
+    out: list[torch.Tensor],
+    **arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Into ``out``: the output, and what ``softmax_lse_flag`` asks for. The workspace is spoiled."""
+    if workspace is not None:
+        _require(workspace.nbytes >= _workspace_bytes(query), f"a workspace of {workspace.nbytes}")
+        workspace.view(torch.uint8).fill_(0xFF)
+    output, lse = fused_infer_attention_score(query, key, value, **arguments)
+    _require(out[0].shape == output.shape and out[0].dtype == output.dtype, "out is unlike query")
+    out[0].copy_(output)
+    if arguments.get("softmax_lse_flag", False):
+        out[1].copy_(lse)
+    return out[0], out[1]
+
+
+def fused_infer_attention_score_out_meta(
+    *_: Any, out: list[torch.Tensor], **__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return out[0], out[1]
+
+
+def fused_infer_attention_score_get_max_workspace(
+    query: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    """Memory that a call with such arguments can work in: as many elements of the query's type as
+    it takes bytes."""
+    return query.new_empty(_workspace_bytes(query))
+
+
+def _workspace_bytes(query: torch.Tensor) -> int:
+    """CANN's own figure is not public: the output, in float32."""
+    return max(512, 4 * query.numel())
+
+
 @cache
 def _types() -> tuple[torch.dtype, ...]:
     """What NPU attention takes; float32 too, by NPU_SIM_FLOAT32_ATTENTION=1, so that tokens can be
@@ -140,8 +180,9 @@ def _paged(
 
 
 def _per_query_head(tokens: torch.Tensor, kv_heads: int, heads: int) -> torch.Tensor:
-    """(heads, tokens, size), float32, of (tokens, …)."""
-    by_head = tokens.reshape(len(tokens), kv_heads, -1).transpose(0, 1).float()
+    """(heads, tokens, size), float32, of (tokens, …). There may be no token: the output is 0 then."""
+    size = tokens.shape[1:].numel() // kv_heads
+    by_head = tokens.reshape(len(tokens), kv_heads, size).transpose(0, 1).float()
     return by_head.repeat_interleave(heads // kv_heads, 0)
 
 
@@ -157,4 +198,15 @@ def _hidden(queries: int, keys: int, mode: int, pre_tokens: int, next_tokens: in
 KERNELS = {
     "atb::_npu_reshape_and_cache": reshape_and_cache,
     "npu::npu_fused_infer_attention_score": fused_infer_attention_score,
+    "npu::npu_fused_infer_attention_score.out": fused_infer_attention_score_out,
 }
+
+METAS = {"npu::npu_fused_infer_attention_score.out": fused_infer_attention_score_out_meta}
+"""Where torch_npu has none: kernels for tensors without content."""
+
+ON_HOST = {
+    "npu::_npu_fused_infer_attention_score_get_max_workspace": (
+        fused_infer_attention_score_get_max_workspace
+    )
+}
+"""Functions that run no kernel, and so are never recorded."""

@@ -23,6 +23,18 @@ def add_rms_norm(
     return *rms_norm(x, gamma, epsilon), x
 
 
+def add_rms_norm_bias(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm of ``x1 + x2`` plus ``beta``, ``1 / rms``, and the sum."""
+    y, rstd, x = add_rms_norm(x1, x2, gamma, epsilon)
+    return y if beta is None else y + beta, rstd, x
+
+
 def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """``silu(a) * b`` of the two halves along ``dim``."""
     a, b = input.float().chunk(2, dim)
@@ -61,3 +73,13 @@ KERNELS = {
     "atb::_npu_rotary_embedding": rotary_embedding,
     "atb::_npu_matmul_add_fp32": matmul_add_fp32,
 }
+
+VLLM_ASCEND = {
+    "_C_ascend::npu_add_rms_norm_bias": (
+        "(Tensor x1, Tensor x2, Tensor gamma, Tensor? beta=None, float epsilon=1e-6) -> "
+        "(Tensor y, Tensor rstd, Tensor x)",
+        add_rms_norm_bias,
+        add_rms_norm_bias,
+    ),
+}
+"""Of vllm-ascend's own library: schema, kernel, and kernel for tensors without content."""

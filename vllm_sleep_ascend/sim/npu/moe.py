@@ -82,6 +82,24 @@ def init_routing(
     return expanded, index.int(), counts, x.new_empty(rows, dtype=torch.float32)
 
 
+def init_routing_meta(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    *,
+    expert_num: int = -1,
+    active_expert_range: list[int] | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = expert_idx.numel()
+    first, last = active_expert_range or (0, expert_num)
+    return (
+        x.new_empty(rows, x.shape[1]),
+        x.new_empty(rows, dtype=torch.int32),
+        x.new_empty(last - first, dtype=torch.int64),
+        x.new_empty(rows, dtype=torch.float32),
+    )
+
+
 def token_unpermute(
     permuted_tokens: torch.Tensor,
     sorted_indices: torch.Tensor,
@@ -147,11 +165,12 @@ KERNELS = {
     "npu::npu_grouped_matmul": grouped_matmul,
 }
 
-VLLM_ASCEND_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+VLLM_ASCEND = {
     "_C_ascend::moe_gating_top_k": (
         "(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, "
         "int norm_type, bool out_flag, float routed_scaling_factor, float eps, "
         "Tensor? bias_opt=None) -> (Tensor, Tensor, Tensor)",
+        gating_top_k,
         gating_top_k,
     ),
     "_C_ascend::npu_moe_init_routing_custom": (
@@ -160,6 +179,7 @@ VLLM_ASCEND_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=0, "
         "int[2] active_expert_range=[], int row_idx_type=0) -> (Tensor, Tensor, Tensor, Tensor)",
         init_routing,
+        init_routing_meta,
     ),
 }
-"""Of vllm-ascend's own library: what a mixture of experts calls even without that library."""
+"""Of vllm-ascend's own library: schema, kernel, and kernel for tensors without content."""
