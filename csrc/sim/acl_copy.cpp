@@ -158,7 +158,8 @@ aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
   if (host != nullptr && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
   sim::Work work;
   work.name = call;
-  work.ranges = {{copy.to, copy.bytes, copy.to != host}, {copy.from, copy.bytes, copy.from != host}};
+  work.ranges = {{copy.to, copy.bytes, copy.to != host},
+                 {copy.from, copy.bytes, copy.from != host}};
   work.submit = [copy](sim::Stream& stream) { return submit_to_device(copy, stream); };
   return sim::give(call, stream, std::move(work));
 }

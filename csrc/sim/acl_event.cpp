@@ -19,9 +19,10 @@ aclError create_event(const char* call, aclrtEvent* handle, uint32_t flags,
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null event", call);
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
-  SIM_REQUIRE((flags & ACL_EVENT_EXTERNAL) == 0 || (flags == ACL_EVENT_EXTERNAL && !can_be_captured),
-              ACL_ERROR_RT_PARAM_INVALID,
-              "%s: ACL_EVENT_EXTERNAL is for aclrtCreateEventWithFlag, and alone", call);
+  SIM_REQUIRE(
+      (flags & ACL_EVENT_EXTERNAL) == 0 || (flags == ACL_EVENT_EXTERNAL && !can_be_captured),
+      ACL_ERROR_RT_PARAM_INVALID,
+      "%s: ACL_EVENT_EXTERNAL is for aclrtCreateEventWithFlag, and alone", call);
   *handle = sim::events().add(std::make_shared<Event>(flags, can_be_captured));
   return ACL_SUCCESS;
 }

@@ -102,8 +102,7 @@ namespace {
 aclError replace(const char* call, Stream& stream, TaskGroup& group, Work work) {
   if (!work.is_kernel) return refuse_updating(call, stream);
   SIM_REQUIRE(stream.updates < group.tasks.size(), ACL_ERROR_RT_INTERNAL_ERROR,
-              "%s: the task group has %zu kernels, and this is one more", call,
-              group.tasks.size());
+              "%s: the task group has %zu kernels, and this is one more", call, group.tasks.size());
   struct Exchange {
     std::shared_ptr<Task> task;
     std::shared_ptr<const Work> work;

@@ -95,7 +95,7 @@ struct Event {
   const uint32_t flags;
   const bool can_be_captured;  // made by aclrtCreateEventExWithFlag
   std::mutex mutex;
-  std::shared_ptr<device::Marker> marker;   // of the last record, null: not recorded
+  std::shared_ptr<device::Marker> marker;    // of the last record, null: not recorded
   std::shared_ptr<CapturedRecord> in_graph;  // of the last record in a capture, null: none
 
   // Of an external event (ACL_EVENT_EXTERNAL): streams set it, wait until it is set, and reset it.

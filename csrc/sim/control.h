@@ -73,7 +73,7 @@ typedef struct {
   // Each time that it is given to a stream; null: nothing to do. Work that has it is none of the
   // device's own cores, and no part of a task group.
   void (*launched)(void* argument);
-  void (*release)(void* argument);   // when it will not run any more; null: nothing to do
+  void (*release)(void* argument);  // when it will not run any more; null: nothing to do
 } npuSimKernel;
 
 // Runs the kernel on the stream, behind the work before it, or leaves it to the graph that the

@@ -152,13 +152,14 @@ aclError Graph::check_joined(const char* call) const {
 
 void Graph::require_memory(const Work& work, size_t position) const {
   for (const Range& range : work.ranges) {
-    bool is_there = range.on_device ? is_device_range(range.begin, range.bytes)
-                                    : is_known_host(range.begin);
+    bool is_there =
+        range.on_device ? is_device_range(range.begin, range.bytes) : is_known_host(range.begin);
     if (is_there) continue;
-    fault("graph %p, task %zu, %s: [%p, +%zu) is no %s any more; what a graph uses has to stay "
-          "where it was captured",
-          handle, position, work.name.c_str(), range.begin, range.bytes,
-          range.on_device ? "mapped device memory" : "page-locked memory");
+    fault(
+        "graph %p, task %zu, %s: [%p, +%zu) is no %s any more; what a graph uses has to stay "
+        "where it was captured",
+        handle, position, work.name.c_str(), range.begin, range.bytes,
+        range.on_device ? "mapped device memory" : "page-locked memory");
   }
 }
 

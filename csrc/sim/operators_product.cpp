@@ -130,8 +130,8 @@ void check_batches(const at::Tensor& a, const at::Tensor& b) {
               ")");
 }
 
-at::Tensor& run_on_device(const char* name, Kernel kernel, const at::Tensor& a,
-                          const at::Tensor& b, const Sum& sum, at::Tensor& out) {
+at::Tensor& run_on_device(const char* name, Kernel kernel, const at::Tensor& a, const at::Tensor& b,
+                          const Sum& sum, at::Tensor& out) {
   std::vector<Operand> read = {Operand(a), Operand(b)};
   if (sum.self.defined()) read.push_back(Operand(sum.self));
   const Operand written(out);

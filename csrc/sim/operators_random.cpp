@@ -19,8 +19,7 @@ GeneratorForCall generator_for_call(std::optional<at::Generator> generator, c10:
     return at::make_generator<at::CPUGeneratorImpl>(seed + offset * 0x9e3779b97f4a7c15u);
   };
   std::lock_guard<std::mutex> lock(source.mutex());
-  at_npu::PhiloxNpuState state =
-      source.get<at_npu::NPUGeneratorImpl>()->philox_npu_state(kAdvance);
+  at_npu::PhiloxNpuState state = source.get<at_npu::NPUGeneratorImpl>()->philox_npu_state(kAdvance);
   if (!state.captured_) {
     return [=] { return seeded(state.seed_.val, state.offset_.val); };
   }

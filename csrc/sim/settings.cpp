@@ -21,9 +21,14 @@ constexpr Chip kChips[] = {
 };
 
 constexpr const char* kNotOn310P[] = {
-    "aclrtHostGetDevicePointer", "aclrtHostRegister", "aclrtHostRegisterV2",
-    "aclrtHostUnregister",       "aclrtMemcpyBatch",  "aclrtMemcpyBatchAsync",
-    "aclrtValueWait",            "aclrtValueWrite",
+    "aclrtHostGetDevicePointer",
+    "aclrtHostRegister",
+    "aclrtHostRegisterV2",
+    "aclrtHostUnregister",
+    "aclrtMemcpyBatch",
+    "aclrtMemcpyBatchAsync",
+    "aclrtValueWait",
+    "aclrtValueWrite",
 };
 
 Chip chip() {

@@ -106,7 +106,7 @@ def fused_infer_attention_score_out(
     out: list[torch.Tensor],
     **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Into ``out``: the output, and what ``softmax_lse_flag`` asks for. The workspace is spoiled."""
+    """Into ``out``: the output, and what ``softmax_lse_flag`` asks for. Spoils the workspace."""
     if workspace is not None:
         _require(workspace.nbytes >= _workspace_bytes(query), f"a workspace of {workspace.nbytes}")
         workspace.view(torch.uint8).fill_(0xFF)
@@ -180,7 +180,7 @@ def _paged(
 
 
 def _per_query_head(tokens: torch.Tensor, kv_heads: int, heads: int) -> torch.Tensor:
-    """(heads, tokens, size), float32, of (tokens, …). There may be no token: the output is 0 then."""
+    """(heads, tokens, size), float32, of (tokens, …). Without a token the output is 0."""
     size = tokens.shape[1:].numel() // kv_heads
     by_head = tokens.reshape(len(tokens), kv_heads, size).transpose(0, 1).float()
     return by_head.repeat_interleave(heads // kv_heads, 0)

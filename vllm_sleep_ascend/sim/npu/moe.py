@@ -4,7 +4,6 @@
 Rows are (token, choice) pairs, numbered token by token: ``token * choices + choice``.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
