@@ -2,6 +2,7 @@
 #include <acl/acl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -116,7 +117,7 @@ aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
               "page-locked",
               call, stream.id);
   if (aclError error = sim::refuse_updating(call, stream)) return error;
-  sim::device::synchronize(stream.queue, -1);
+  sim::wait(stream, -1);
   if (aclError error = sim::take_failure(call, stream)) return error;
   aclError refused =
       sim::refuse_waiting_copy(call, *stream.context, ACL_ERROR_RT_CAPTURE_MODE_BLOCK_ASYNC);
@@ -135,9 +136,13 @@ void delay(sim::Stream& stream, const sim::faults::Hit& hit) {
 
 // A fault of "aclrtMemcpyAsync.work" lets the launch succeed and the copy fail, of which an event
 // behind it says nothing. A delay of it holds the copy up on the device.
-uint64_t submit_to_device(const Copy& copy, sim::Stream& stream) {
+sim::faults::Hit hit_of_work() {
   static sim::faults::Call work("aclrtMemcpyAsync.work");
-  sim::faults::Hit hit = work.hit();
+  return work.hit();
+}
+
+uint64_t submit_to_device(const Copy& copy, sim::Stream& stream) {
+  sim::faults::Hit hit = hit_of_work();
   if (hit.delay_ms > 0) delay(stream, hit);
   if (hit.code != 0) {
     stream.failure = hit.code;
@@ -152,6 +157,20 @@ uint64_t submit_to_device(const Copy& copy, sim::Stream& stream) {
   return ticket;
 }
 
+// In a graph.
+int copy_on_device(const Copy& copy, int device) {
+  sim::faults::Hit hit = hit_of_work();
+  hit.wait();
+  if (hit.code != 0) return hit.code;
+  sim::device::copy(device, copy.to, copy.from, copy.bytes, copy.direction);
+  const void* host = copy.host();
+  const size_t locked = host == nullptr ? copy.bytes : sim::locked_bytes(host, copy.bytes);
+  if (locked == copy.bytes) return ACL_SUCCESS;
+  auto* page = static_cast<char*>(copy.to) + locked;
+  std::memset(page, kOfAnotherPage, std::min(kPage, copy.bytes - locked));
+  return ACL_SUCCESS;
+}
+
 aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
   // As the runtime does, by the address of the first byte alone.
   const void* host = copy.host();
@@ -161,6 +180,7 @@ aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
   work.ranges = {{copy.to, copy.bytes, copy.to != host},
                  {copy.from, copy.bytes, copy.from != host}};
   work.submit = [copy](sim::Stream& stream) { return submit_to_device(copy, stream); };
+  work.run = [copy, device = stream.context->physical] { return copy_on_device(copy, device); };
   return sim::give(call, stream, std::move(work));
 }
 
@@ -334,6 +354,10 @@ aclError aclrtMemsetAsync(void* address, size_t room, int32_t value, size_t byte
   work.ranges = {{address, bytes, true}};
   work.submit = [=](sim::Stream& stream) {
     return sim::device::submit_fill(stream.queue, address, value, bytes);
+  };
+  work.run = [=, device = stream->context->physical] {
+    sim::device::fill(device, address, value, bytes);
+    return ACL_SUCCESS;
   };
   return sim::give(__func__, *stream, std::move(work));
 }

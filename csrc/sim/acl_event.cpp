@@ -40,7 +40,7 @@ aclError synchronize(const char* call, aclrtEvent handle, int32_t timeout_ms) {
   if (aclError error = sim::refuse_captured(call, *event)) return error;
   auto marker = event->recorded();
   if (marker == nullptr) return ACL_SUCCESS;
-  SIM_REQUIRE(sim::device::synchronize(*marker, timeout_ms), ACL_ERROR_RT_EVENT_SYNC_TIMEOUT,
+  SIM_REQUIRE(sim::wait(*marker, timeout_ms), ACL_ERROR_RT_EVENT_SYNC_TIMEOUT,
               "%s: the event is not reached after %d ms", call, timeout_ms);
   sim::Context* context = sim::current_context();
   return context == nullptr ? ACL_SUCCESS : context->failure(call);
@@ -83,10 +83,15 @@ aclError use_external(const char* call, Stream& stream, const std::shared_ptr<Ev
 }
 
 aclError record_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {
-  return use_external(call, stream, event, [](Event& event, std::unique_lock<std::mutex>&) {
+  auto set = [](Event& event, std::unique_lock<std::mutex>&) {
     event.is_set = true;
     event.changed.notify_all();
-  });
+  };
+  if (aclError error = use_external(call, stream, event, set)) return error;
+  if (stream.captured() != nullptr) return ACL_SUCCESS;
+  std::lock_guard<std::mutex> lock(event->mutex);
+  event->marker = sim::device::record(stream.queue);
+  return ACL_SUCCESS;
 }
 
 aclError wait_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event) {

@@ -15,7 +15,6 @@
 
 using sim::Graph;
 using sim::Stream;
-using sim::TaskGroup;
 
 namespace {
 
@@ -92,6 +91,7 @@ aclError check_complete(const char* call, const Graph& graph) {
 bool wait_until_executed(const Graph& graph) {
   constexpr int kPatienceMs = 10000;
   constexpr timespec kPause = {0, 1000000};
+  sim::Waiting waiting;
   for (int waited = 0; graph.is_executed(); ++waited) {
     if (waited >= kPatienceMs) return false;
     nanosleep(&kPause, nullptr);
@@ -223,10 +223,7 @@ aclError aclmdlRICaptureTaskGrpEnd(aclrtStream handle, aclrtTaskGrp* group_handl
   std::shared_ptr<Stream> stream;
   std::shared_ptr<Graph> graph;
   if (aclError error = find_graph_of(__func__, handle, &stream, &graph)) return error;
-  std::shared_ptr<TaskGroup> group;
-  if (aclError error = graph->end_group(__func__, *stream, &group)) return error;
-  *group_handle = sim::task_groups().add(group);
-  return ACL_SUCCESS;
+  return graph->end_group(__func__, *stream, group_handle);
 }
 
 // CANN takes the group's handle as it is: one of a graph that is captured, or gone, is not noticed.

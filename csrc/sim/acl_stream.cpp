@@ -32,7 +32,7 @@ aclError destroy_stream(const char* call, aclrtStream handle, bool wait) {
   SIM_REQUIRE(stream != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
               "%s: %p is not a stream, or was destroyed", call, handle);
   if (aclError error = sim::refuse_captured(call, *stream)) return error;
-  if (wait) sim::device::synchronize(stream->queue, -1);
+  if (wait) sim::wait(*stream, -1);
   if (sim::streams().remove(handle) == nullptr) return ACL_SUCCESS;
   sim::device::destroy_stream(stream->queue);
   sim::machine::give_stream(stream->context->physical);
@@ -44,7 +44,7 @@ aclError synchronize(const char* call, aclrtStream handle, int32_t timeout_ms) {
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
   if (aclError error = sim::refuse_captured(call, *stream)) return error;
   if (!stream->can_be_waited_for()) return ACL_SUCCESS;
-  SIM_REQUIRE(sim::device::synchronize(stream->queue, timeout_ms), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+  SIM_REQUIRE(sim::wait(*stream, timeout_ms), ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
               "%s: stream %d is busy after %d ms", call, stream->id, timeout_ms);
   return sim::take_failure(call, *stream);
 }

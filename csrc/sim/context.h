@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "control.h"
 #include "device.h"
 #include "handles.h"
 
@@ -60,7 +61,7 @@ struct Stream {
     const char* begin;
     const char* end;
   };
-  std::mutex launch_mutex;  // held while work is given to the queue
+  std::recursive_mutex launch_mutex;  // held while work, or a graph's, is given to the queue
   std::mutex uses_mutex;
   std::deque<Use> uses;
 
@@ -120,6 +121,23 @@ Handles<Event>& events();
 Handles<Context>& contexts();
 
 Context* current_context();  // of this thread, null: none
+
+// Wait, a negative timeout for ever; false: timed out. What holds up others meanwhile, as the GIL
+// does a kernel written in Python, is let go (npuSimSetWaitHooks).
+bool wait(const Stream& stream, int64_t timeout_ms);
+bool wait(const device::Marker& marker, int64_t timeout_ms);
+
+class Waiting {
+ public:
+  Waiting();
+  ~Waiting();
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  const npuSimWaitHooks* const hooks_;
+  void* const held_;
+};
 
 // Takes one of the device's streams.
 aclError take_stream(const char* call, const Context& context);

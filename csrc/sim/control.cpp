@@ -76,7 +76,7 @@ aclError npuSimDrain(aclrtStream handle) {
   if (aclError error = find_any_stream(handle, &stream)) return error;
   if (aclError error = sim::refuse_captured("simulated operator", *stream)) return error;
   if (aclError error = sim::refuse_implicit("simulated operator", *stream)) return error;
-  sim::device::synchronize(stream->queue, -1);
+  sim::wait(*stream, -1);
   return ACL_SUCCESS;
 }
 
@@ -112,6 +112,9 @@ aclError npuSimLaunch(aclrtStream handle, const npuSimKernel* kernel, const npuS
   work.is_kernel = kernel->launched == nullptr;
   if (kernel->launched != nullptr) {
     work.launched = [argument, launched = kernel->launched] { launched(argument.get()); };
+  }
+  if (kernel->skip != nullptr) {
+    work.skip = [argument, skip = kernel->skip] { skip(argument.get()); };
   }
   return sim::give(kernel->name, *stream, std::move(work));
 }

@@ -73,6 +73,8 @@ typedef struct {
   // Each time that it is given to a stream; null: nothing to do. Work that has it is none of the
   // device's own cores, and no part of a task group.
   void (*launched)(void* argument);
+  // Instead of running, where the device refuses to execute the graph; null: nothing to do.
+  void (*skip)(void* argument);
   void (*release)(void* argument);  // when it will not run any more; null: nothing to do
 } npuSimKernel;
 
@@ -84,6 +86,14 @@ NPU_SIM_EXPORT aclError npuSimLaunch(aclrtStream stream, const npuSimKernel* ker
 
 // 1 if the stream, of any context, leaves its work to a graph.
 NPU_SIM_EXPORT int npuSimKeepsWork(aclrtStream stream);
+
+// Around whatever a call of AscendCL waits for: `begin` lets go of what its thread holds, and `end`
+// takes it again.
+typedef struct {
+  void* (*begin)(void);
+  void (*end)(void* held);
+} npuSimWaitHooks;
+NPU_SIM_EXPORT void npuSimSetWaitHooks(const npuSimWaitHooks* hooks);  // which stay there
 
 // Ends the process as a fault of the device does.
 NPU_SIM_EXPORT void npuSimFault(const char* message);

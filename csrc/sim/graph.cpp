@@ -27,6 +27,7 @@ Graph::Graph(const std::shared_ptr<Stream>& origin, aclmdlRICaptureMode mode)
 }
 
 Graph::~Graph() {
+  for (aclrtTaskGrp group : groups_) task_groups().remove(group);
   for (size_t i = 0; i < streams_; ++i) machine::give_stream(context->physical);
 }
 
@@ -41,6 +42,7 @@ Graph::Branch& Graph::branch_of(const Stream& stream) {
 }
 
 aclError Graph::check_groups(const char* call, const Stream& stream, bool is_kernel) {
+  SIM_REQUIRE(!is_closed_, ACL_ERROR_RT_STREAM_NOT_CAPTURED, "%s: the capture is over", call);
   for (const Branch& branch : branches_) {
     if (branch.group == nullptr) continue;
     const bool is_own = branch.stream.get() == &stream;
@@ -86,8 +88,11 @@ aclError Graph::keep_wait(const char* call, const Stream& stream, CapturedRecord
 
 aclError Graph::join(const char* call, const std::shared_ptr<Stream>& stream) {
   std::lock_guard<std::mutex> lock(mutex_);
-  SIM_REQUIRE(status == ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE, ACL_ERROR_RT_INTERNAL_ERROR,
-              "%s: the capture is spoiled, and stream %d cannot join it", call, stream->id);
+  SIM_REQUIRE(!is_closed_ && status == ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE,
+              ACL_ERROR_RT_INTERNAL_ERROR,
+              "%s: the capture is spoiled or over, and stream %d cannot join it", call, stream->id);
+  SIM_REQUIRE(stream->context == context, ACL_ERROR_RT_STREAM_CONTEXT,
+              "%s: stream %d belongs to another context than the capture", call, stream->id);
   if (aclError error = take_stream(call, *context)) {
     spoil();
     return error;
@@ -110,8 +115,7 @@ aclError Graph::begin_group(const char* call, const Stream& stream) {
   return ACL_SUCCESS;
 }
 
-aclError Graph::end_group(const char* call, const Stream& stream,
-                          std::shared_ptr<TaskGroup>* group) {
+aclError Graph::end_group(const char* call, const Stream& stream, aclrtTaskGrp* group) {
   std::lock_guard<std::mutex> lock(mutex_);
   Branch& own = branch_of(stream);
   SIM_REQUIRE(own.group != nullptr, ACL_ERROR_STREAM_TASK_GROUP_STATUS,
@@ -123,12 +127,14 @@ aclError Graph::end_group(const char* call, const Stream& stream,
                                                 : ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED;
     return fail(code, "%s: the capture is spoiled", call);
   }
-  *group = std::move(ended);
+  *group = task_groups().add(std::move(ended));
+  groups_.push_back(*group);
   return ACL_SUCCESS;
 }
 
 void Graph::leave() {
   std::lock_guard<std::mutex> lock(mutex_);
+  is_closed_ = true;
   for (Branch& branch : branches_) branch.stream->capture(nullptr);
 }
 
@@ -150,24 +156,11 @@ aclError Graph::check_joined(const char* call) const {
   return ACL_SUCCESS;
 }
 
-void Graph::require_memory(const Work& work, size_t position) const {
-  for (const Range& range : work.ranges) {
-    bool is_there =
-        range.on_device ? is_device_range(range.begin, range.bytes) : is_known_host(range.begin);
-    if (is_there) continue;
-    fault(
-        "graph %p, task %zu, %s: [%p, +%zu) is no %s any more; what a graph uses has to stay "
-        "where it was captured",
-        handle, position, work.name.c_str(), range.begin, range.bytes,
-        range.on_device ? "mapped device memory" : "page-locked memory");
-  }
-}
-
 void Graph::execute(const std::shared_ptr<Stream>& stream) {
   std::unique_lock<std::mutex> lock(mutex_);
   const std::vector<std::shared_ptr<Task>> tasks = tasks_;
   lock.unlock();
-  for (size_t i = 0; i < tasks.size(); ++i) require_memory(*tasks[i]->work(), i);
+  for (const auto& task : tasks) require_memory(*task->work());
 
   auto execution = std::make_shared<Execution>();
   execution->graph = shared_from_this();
@@ -184,6 +177,7 @@ void Graph::execute(const std::shared_ptr<Stream>& stream) {
     return device::submit_call(stream->queue, run, new Step{execution, function});
   };
 
+  std::lock_guard<std::recursive_mutex> in_one_piece(stream->launch_mutex);
   ++executions_;
   submit([](Execution& execution) {
     if (!execution.graph->is_running_.exchange(true)) return;

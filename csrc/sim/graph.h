@@ -60,12 +60,12 @@ class Graph : public std::enable_shared_from_this<Graph> {
   aclError join(const char* call, const std::shared_ptr<Stream>& stream);
 
   aclError begin_group(const char* call, const Stream& stream);
-  aclError end_group(const char* call, const Stream& stream, std::shared_ptr<TaskGroup>* group);
+  aclError end_group(const char* call, const Stream& stream, aclrtTaskGrp* group);
 
   void leave();  // all streams do
   aclError check_joined(const char* call) const;
 
-  // Gives all tasks to the stream. Ends the process if memory that they use is not there.
+  // Gives all tasks to the stream.
   void execute(const std::shared_ptr<Stream>& stream);
   bool is_executed() const { return executions_ > 0; }
 
@@ -82,12 +82,13 @@ class Graph : public std::enable_shared_from_this<Graph> {
   Graph(const std::shared_ptr<Stream>& origin, aclmdlRICaptureMode mode);
   Branch& branch_of(const Stream& stream);
   aclError check_groups(const char* call, const Stream& stream, bool is_kernel);
-  void require_memory(const Work& work, size_t position) const;
 
   mutable std::mutex mutex_;
   std::vector<Branch> branches_;
   size_t streams_ = 1;  // of the device
   std::vector<std::shared_ptr<Task>> tasks_;
+  std::vector<aclrtTaskGrp> groups_;
+  bool is_closed_ = false;  // nothing is added any more
   aclError group_error_ = ACL_SUCCESS;
   std::atomic<int> executions_{0};
   std::atomic<bool> is_running_{false};

@@ -222,12 +222,18 @@ struct Communicator::Turns {
     waiting.push_back({alive, alive->launched_++});
   }
 
-  int run() {
+  int run() { return finish(work); }
+  void skip() {
+    finish([](Communicator&) {});
+  }
+
+ private:
+  int finish(const Work& next) {
     std::unique_lock<std::mutex> lock(mutex);
     Turn turn = std::move(waiting.front());
     waiting.pop_front();
     lock.unlock();
-    return turn.communicator->run(turn.number, call, work);
+    return turn.communicator->run(turn.number, call, next);
   }
 };
 
@@ -245,6 +251,7 @@ HcclResult Communicator::launch(const char* call, aclrtStream stream,
       .argument = turns.release(),
       .run = [](void* turns) { return static_cast<Turns*>(turns)->run(); },
       .launched = [](void* turns) { static_cast<Turns*>(turns)->take(); },
+      .skip = [](void* turns) { static_cast<Turns*>(turns)->skip(); },
       .release = [](void* turns) { delete static_cast<Turns*>(turns); },
   };
   aclError error = npuSimLaunch(stream, &kernel, touched.data(), touched.size());

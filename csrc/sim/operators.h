@@ -85,7 +85,10 @@ constexpr int64_t kParallelElements = 1 << 15;
 
 // Makes the CPU generator that stands for the device's in one call of an operator, by which the
 // device's advances. Of a call that is recorded, it makes another one each time.
-using GeneratorForCall = std::function<at::Generator()>;
+struct GeneratorForCall {
+  std::function<at::Generator()> make;
+  std::vector<npuSimRange> ranges;  // of device memory, where a graph finds its state
+};
 GeneratorForCall generator_for_call(std::optional<at::Generator> generator, c10::Device device);
 
 // Makes the CPU serve the operator's calls on the device.

@@ -36,6 +36,7 @@ void copy_on_cpu(const at::Tensor& to, const at::Tensor& from) {
 }
 
 void copy_on_device(const at::Tensor& to, const at::Tensor& from) {
+  if (from.device() != to.device()) drain(from.device());
   const Operand target(to), source(from);
   launch("aten::copy_", to.device(), {source}, {target},
          [target, source] { copy_on_cpu(target.on_cpu(), source.on_cpu()); });

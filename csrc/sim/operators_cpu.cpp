@@ -114,7 +114,7 @@ class Call {
     aliases.read();
     name_device(c10::kCPU);
     if (has_generator_of_device()) {
-      stack_[shape_.generator] = generator_for_call(given_generator(), *device_)();
+      stack_[shape_.generator] = generator_for_call(given_generator(), *device_).make();
     }
     run_on_cpu(op_, stack_, is_large());
     if (shape_.writes) {
@@ -142,9 +142,10 @@ class Call {
     outputs.replace(written);
     std::vector<npuSimRange> ranges = aliases.ranges();
     for (const npuSimRange& range : outputs.ranges()) ranges.push_back(range);
+    for (const npuSimRange& range : generator.ranges) ranges.push_back(range);
     record(shape_.name, *device_, ranges,
            [op = op_, shape = shape_, arguments = stack_, storages = aliases.storages(), written,
-            generator, is_large = is_large()] {
+            generator = generator.make, is_large = is_large()] {
              Stack stack = arguments;
              for (const StorageOnCpu& storage : storages) storage.read();
              if (generator) stack[shape.generator] = generator();
@@ -183,7 +184,9 @@ class Call {
     for (const IValue& value : stack_) {
       each_tensor(value, note);
       if (!value.isList() || value.isTensorList()) continue;
-      for (const IValue& element : value.toListRef()) each_tensor(element, note);
+      for (const IValue& element : value.toListRef()) {
+        needed = needed || (element.isTensor() && element.toTensor().is_cpu());
+      }
     }
     return needed;
   }
@@ -203,6 +206,8 @@ class Call {
       std::vector<at::Tensor> from, to;
       each_tensor(results[i], [&](const at::Tensor& tensor) { from.push_back(tensor); });
       each_tensor(written[i], [&](const at::Tensor& tensor) { to.push_back(tensor); });
+      TORCH_CHECK(from.size() == to.size(), "as many results as the meta kernel said, not ",
+                  from.size());
       for (size_t j = 0; j < to.size(); ++j) {
         if (!to[j].defined() || to[j].numel() == 0 || to[j].data_ptr() == from[j].data_ptr()) {
           continue;

@@ -2,6 +2,7 @@
 //
 // When a kernel runs: at once, in the thread that launches it, or in a graph.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <Python.h>
 #include <acl/acl.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 
@@ -38,6 +39,19 @@ int run_kernel(void* argument) {
   }
 }
 
+// Kernels written in Python need the GIL, which a thread that waits for them may hold: on hardware
+// no kernel needs it.
+void* release_gil() {
+  return Py_IsInitialized() != 0 && PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr;
+}
+
+void take_gil(void* held) {
+  if (held != nullptr) PyEval_RestoreThread(static_cast<PyThreadState*>(held));
+}
+
+constexpr npuSimWaitHooks kHooks = {release_gil, take_gil};
+const bool hooked = (npuSimSetWaitHooks(&kHooks), true);
+
 }  // namespace
 
 void drain(c10::Device device) {
@@ -54,6 +68,7 @@ void record(const std::string& name, c10::Device device, const std::vector<npuSi
       .argument = new Kernel{name, std::move(kernel)},
       .run = run_kernel,
       .launched = nullptr,
+      .skip = nullptr,
       .release = release,
   };
   aclError error = npuSimLaunch(current_stream(device), &launched, ranges.data(), ranges.size());

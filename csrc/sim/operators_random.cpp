@@ -21,11 +21,12 @@ GeneratorForCall generator_for_call(std::optional<at::Generator> generator, c10:
   std::lock_guard<std::mutex> lock(source.mutex());
   at_npu::PhiloxNpuState state = source.get<at_npu::NPUGeneratorImpl>()->philox_npu_state(kAdvance);
   if (!state.captured_) {
-    return [=] { return seeded(state.seed_.val, state.offset_.val); };
+    return {[=] { return seeded(state.seed_.val, state.offset_.val); }, {}};
   }
   auto* seed = static_cast<const uint64_t*>(state.seed_.ptr->const_data_ptr());
   auto* offset = static_cast<const uint64_t*>(state.offset_.ptr->const_data_ptr());
-  return [=] { return seeded(*seed, *offset + state.offset_intragraph_); };
+  return {[=] { return seeded(*seed, *offset + state.offset_intragraph_); },
+          {{seed, sizeof(*seed)}, {offset, sizeof(*offset)}}};
 }
 
 }  // namespace sim::operators

@@ -27,11 +27,13 @@ struct Work {
   std::string name;           // of the call, for messages
   std::vector<Range> ranges;  // in use until the work is done
 
-  // Either one gives it to the device, in an order of the device's own, and answers with a ticket;
-  std::function<uint64_t(Stream&)> submit;
-  // or the stream's own thread runs it. What it answers, if not 0, is an error of the context.
+  // The stream's own thread runs it. What it answers, if not 0, is an error of the context.
   std::function<int()> run;
+  // Instead, outside graphs: gives it to the device and answers with a ticket. Null: there is no
+  // way.
+  std::function<uint64_t(Stream&)> submit;
   std::function<void()> launched;  // null: nothing to do when it is given to a stream
+  std::function<void()> skip;      // null: nothing to do where its turn is passed over
   bool is_kernel = false;          // of the device's own cores: what a task group takes
 };
 
@@ -59,6 +61,9 @@ class Task : public std::enable_shared_from_this<Task> {
   mutable std::mutex mutex_;
   std::shared_ptr<const Work> work_;
 };
+
+// Ends the process, as a fault of the device does, if memory that the work uses is not there.
+void require_memory(const Work& work);
 
 // Notes the ranges of the work as in use until the ticket.
 void note_uses(Stream& stream, uint64_t ticket, const Work& work);

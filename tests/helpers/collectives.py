@@ -201,6 +201,35 @@ class Rank:
             captured = result.clone()
             assert torch.equal(captured, step()), seed
 
+    def in_a_graph_that_is_refused(self) -> None:
+        """A graph on two streams at once fails on the second; the group goes on."""
+        x = torch.ones(4, device="npu")
+        dist.all_reduce(x)
+        gate, graph = torch.npu.ExternalEvent(), torch.npu.NPUGraph()
+        first, second = torch.npu.Stream(), torch.npu.Stream()
+        with torch.npu.stream(first):
+            torch.npu.synchronize()
+            graph.capture_begin()
+            gate.wait(first)
+            gate.reset(first)
+            dist.all_reduce(x)
+            graph.capture_end()
+            graph.replay()
+        with torch.npu.stream(second):
+            graph.replay()
+            try:
+                second.synchronize()
+            except RuntimeError as error:
+                assert "507001" in str(error), error
+            else:
+                raise AssertionError("both ran")
+        with torch.npu.stream(second):
+            gate.record(second)
+        first.synchronize()
+        y = torch.ones(4, device="npu")
+        dist.all_reduce(y)
+        assert y.tolist() == [float(self.world)] * 4
+
     def in_a_graph_of_a_destroyed_group(self) -> None:
         x = torch.ones(4, device="npu")
         dist.all_reduce(x)

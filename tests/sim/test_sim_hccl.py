@@ -59,7 +59,7 @@ def run(tmp_path: Path, check: str, world: int, **options) -> list[tuple[int, st
 @pytest.mark.parametrize(
     ("check", "world"),
     [
-        ("results_equal_gloo,streams_order_the_work,in_a_graph", 2),
+        ("results_equal_gloo,streams_order_the_work,in_a_graph,in_a_graph_that_is_refused", 2),
         ("results_equal_gloo,groups_split,sub_communicators", 4),
     ],
 )

@@ -46,6 +46,7 @@ from helpers.captures import (
 )
 
 EXTERNAL = 0x20
+EVENT_TIMEOUT = 507047
 
 
 def record(mark: int, queue: int | None) -> int:
@@ -214,6 +215,10 @@ def test_external_events_are_tasks_of_a_graph(queue: int, other: int) -> None:
         ok("aclrtSynchronizeStream", queue)
         assert len(calls) == times
     destroy(graph.handle)
+    with held(other):
+        ok("aclrtRecordEvent", gate, other)
+        assert call("aclrtSynchronizeEventWithTimeout", gate, 20) == EVENT_TIMEOUT
+    ok("aclrtSynchronizeEvent", gate)
     ok("aclrtDestroyEvent", gate)
     assert call("aclrtCreateEventWithFlag", byref(c_void_p()), c_uint32(EXTERNAL | 1)) == RT_PARAM
     assert call("aclrtCreateEventExWithFlag", byref(c_void_p()), c_uint32(EXTERNAL)) == RT_PARAM

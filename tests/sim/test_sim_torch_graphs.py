@@ -278,6 +278,42 @@ def test_operators_of_torch_npu_in_a_graph() -> None:
         assert torch.equal(activated, torch_npu.npu_swiglu(normed))
 
 
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "torch.npu.empty_cache()",
+        "graph.reset()",
+        "torch.npu.current_stream().synchronize()",
+        "",
+    ],
+)
+def test_kernels_in_python_run_while_somebody_waits(ending: str) -> None:
+    """On hardware no kernel needs the GIL, which torch_npu keeps in some of these."""
+    result = run_python(
+        "import torch, torch_npu\n"
+        "x, gamma = torch.randn(64, 64, device='npu'), torch.ones(64, device='npu')\n"
+        "graph = torch.npu.NPUGraph()\n"
+        "with torch.npu.graph(graph):\n"
+        "    y = x\n"
+        "    for _ in range(50):\n"
+        "        y, _ = torch_npu.npu_rms_norm(y @ x, gamma, 1e-6)\n"
+        "for _ in range(20):\n"
+        "    graph.replay()\n" + ending,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_other_devices_wait_for_what_they_copy() -> None:
+    x = torch.ones(256, 256, device="npu:0")
+    with graph() as captured:
+        y = x
+        for _ in range(40):
+            y = (y @ x) / 256
+    captured.replay()
+    assert torch.equal(y.to("npu:1").cpu(), torch.ones(256, 256))
+
+
 def test_a_kernel_that_fails_in_a_graph_fails_its_context() -> None:
     result = run_python(
         "import torch, torch_npu\n"
