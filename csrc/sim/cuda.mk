@@ -12,8 +12,8 @@ CXXFLAGS := -std=c++17 -O2 -fPIC -pthread -MMD -MP -Wall -Wextra -fvisibility=hi
 LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
 
 # The AscendCL layer is the same source as for the other device.
-SOURCES := device_cuda device_cuda_stream settings machine error faults context memory captures control \
-  page_locks \
+SOURCES := device_cuda device_cuda_stream settings machine error faults context memory captures graph \
+  work control costs page_locks \
   $(filter-out acl_absent,$(patsubst %.cpp,%,$(wildcard acl_*.cpp)))
 
 $(PREFIX)/lib64/libascendcl.so: $(SOURCES:%=$(BUILD)/%.o)
