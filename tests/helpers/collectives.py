@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from helpers.patience import wait_for
+
 TYPES = {
     torch.int8: (1, 3),
     torch.int16: (-100, 100),
@@ -203,18 +205,20 @@ class Rank:
 
     def in_a_graph_that_is_refused(self) -> None:
         """A graph on two streams at once fails on the second; the group goes on."""
-        x = torch.ones(4, device="npu")
+        x, begun = torch.ones(4, device="npu"), torch.zeros(4).pin_memory()
         dist.all_reduce(x)
         gate, graph = torch.npu.ExternalEvent(), torch.npu.NPUGraph()
         first, second = torch.npu.Stream(), torch.npu.Stream()
         with torch.npu.stream(first):
             torch.npu.synchronize()
             graph.capture_begin()
+            begun.copy_(x, non_blocking=True)
             gate.wait(first)
             gate.reset(first)
             dist.all_reduce(x)
             graph.capture_end()
             graph.replay()
+        wait_for(begun.any, "the first stream to execute the graph")
         with torch.npu.stream(second):
             graph.replay()
             try:

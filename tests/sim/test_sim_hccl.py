@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from helpers.ascendcl import MIB, message, ok, subprocess_environment
+from helpers.patience import patience
 
 RANK = ROOT / "tests" / "helpers" / "collectives.py"
 SUCCESS, PARAMETER, POINTER, UNSUPPORTED, TIMEOUT, OUT_OF_MEMORY = 0, 1, 2, 5, 9, 24
@@ -51,7 +52,7 @@ def run(tmp_path: Path, check: str, world: int, **options) -> list[tuple[int, st
     with ranks(tmp_path, check, world, **options) as processes:
         results = []
         for process in processes:
-            output, errors = process.communicate(timeout=90)
+            output, errors = process.communicate(timeout=90 * patience())
             results.append((process.returncode, output, errors))
         return results
 
