@@ -103,11 +103,16 @@ constexpr size_t kPage = 4096;
 constexpr int kOfAnotherPage = 0x7f;
 
 // The device reaches a host page that is not locked where it was, so it copies what is there now.
-// Nothing tells: one page of the destination is wrong.
-uint64_t submit_with_moved_page(const Copy& copy, sim::Stream& stream, size_t locked) {
-  size_t bytes = std::min(kPage, copy.bytes - locked);
-  auto* page = static_cast<char*>(copy.to) + locked;
-  return sim::device::submit_fill(stream.queue, page, kOfAnotherPage, bytes);
+// Nothing tells: one page of the destination is wrong. No bytes: all pages are locked.
+struct MovedPage {
+  void* address;
+  size_t bytes;
+};
+
+MovedPage moved_page(const Copy& copy) {
+  const void* host = copy.host();
+  const size_t locked = host == nullptr ? copy.bytes : sim::locked_bytes(host, copy.bytes);
+  return {static_cast<char*>(copy.to) + locked, std::min(kPage, copy.bytes - locked)};
 }
 
 // Pageable memory: all that the stream has to do, then a synchronous copy.
@@ -150,11 +155,9 @@ uint64_t submit_to_device(const Copy& copy, sim::Stream& stream) {
   }
   uint64_t ticket =
       sim::device::submit_copy(stream.queue, copy.to, copy.from, copy.bytes, copy.direction);
-  if (const void* host = copy.host()) {
-    size_t locked = sim::locked_bytes(host, copy.bytes);
-    if (locked < copy.bytes) ticket = submit_with_moved_page(copy, stream, locked);
-  }
-  return ticket;
+  const MovedPage page = moved_page(copy);
+  if (page.bytes == 0) return ticket;
+  return sim::device::submit_fill(stream.queue, page.address, kOfAnotherPage, page.bytes);
 }
 
 // In a graph.
@@ -163,11 +166,8 @@ int copy_on_device(const Copy& copy, int device) {
   hit.wait();
   if (hit.code != 0) return hit.code;
   sim::device::copy(device, copy.to, copy.from, copy.bytes, copy.direction);
-  const void* host = copy.host();
-  const size_t locked = host == nullptr ? copy.bytes : sim::locked_bytes(host, copy.bytes);
-  if (locked == copy.bytes) return ACL_SUCCESS;
-  auto* page = static_cast<char*>(copy.to) + locked;
-  std::memset(page, kOfAnotherPage, std::min(kPage, copy.bytes - locked));
+  const MovedPage page = moved_page(copy);
+  std::memset(page.address, kOfAnotherPage, page.bytes);
   return ACL_SUCCESS;
 }
 
@@ -176,7 +176,6 @@ aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
   const void* host = copy.host();
   if (host != nullptr && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
   sim::Work work;
-  work.name = call;
   work.ranges = {{copy.to, copy.bytes, copy.to != host},
                  {copy.from, copy.bytes, copy.from != host}};
   work.submit = [copy](sim::Stream& stream) { return submit_to_device(copy, stream); };
@@ -350,7 +349,6 @@ aclError aclrtMemsetAsync(void* address, size_t room, int32_t value, size_t byte
   if (aclError error = sim::find_stream("aclrtMemsetAsync", handle, &stream)) return error;
   if (aclError error = check_fill("aclrtMemsetAsync", address, room, bytes)) return error;
   sim::Work work;
-  work.name = __func__;
   work.ranges = {{address, bytes, true}};
   work.submit = [=](sim::Stream& stream) {
     return sim::device::submit_fill(stream.queue, address, value, bytes);

@@ -69,11 +69,21 @@ aclError timestamp(const char* call, aclrtEvent handle, uint64_t* nanoseconds) {
   return ACL_SUCCESS;
 }
 
+void mark(Event& event, const Stream& stream) {
+  std::lock_guard<std::mutex> lock(event.mutex);
+  event.marker = sim::device::record(stream.queue);
+}
+
+aclError require_capturable(const char* call, const Event& event) {
+  SIM_REQUIRE(event.can_be_captured, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: only events of aclrtCreateEventExWithFlag are captured", call);
+  return ACL_SUCCESS;
+}
+
 // What a stream does with an external event: a task like others, in a graph too.
 aclError use_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event,
                       void (*use)(Event& event, std::unique_lock<std::mutex>& lock)) {
   sim::Work work;
-  work.name = call;
   work.run = [=] {
     std::unique_lock<std::mutex> lock(event->mutex);
     use(*event, lock);
@@ -88,9 +98,7 @@ aclError record_external(const char* call, Stream& stream, const std::shared_ptr
     event.changed.notify_all();
   };
   if (aclError error = use_external(call, stream, event, set)) return error;
-  if (stream.captured() != nullptr) return ACL_SUCCESS;
-  std::lock_guard<std::mutex> lock(event->mutex);
-  event->marker = sim::device::record(stream.queue);
+  if (stream.captured() == nullptr) mark(*event, stream);
   return ACL_SUCCESS;
 }
 
@@ -107,8 +115,7 @@ aclError reset_external(const char* call, Stream& stream, const std::shared_ptr<
 
 // The event itself stays as it is: the graph has one of its own for it.
 aclError record_in_graph(const char* call, sim::Graph& graph, Stream& stream, Event& event) {
-  SIM_REQUIRE(event.can_be_captured, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
-              "%s: only events of aclrtCreateEventExWithFlag are captured", call);
+  if (aclError error = require_capturable(call, event)) return error;
   if (!event.is_known_to_streams()) return ACL_SUCCESS;
   std::shared_ptr<sim::CapturedRecord> record;
   if (aclError error = graph.keep_record(call, stream, &record)) return error;
@@ -122,8 +129,7 @@ aclError record(const char* call, Stream& stream, const std::shared_ptr<Event>& 
   if (event->is_external()) return record_external(call, stream, event);
   if (auto graph = stream.captured()) return record_in_graph(call, *graph, stream, *event);
   if (aclError error = sim::refuse_implicit(call, stream)) return error;
-  std::lock_guard<std::mutex> lock(event->mutex);
-  event->marker = sim::device::record(stream.queue);
+  mark(*event, stream);
   return ACL_SUCCESS;
 }
 
@@ -132,8 +138,7 @@ aclError wait_in_graph(const char* call, sim::Graph& graph, const std::shared_pt
                        sim::CapturedRecord& record) {
   SIM_REQUIRE(!stream->is_default(), ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT,
               "%s: the default stream cannot capture, and so not wait for a captured event", call);
-  SIM_REQUIRE(stream->can_capture(), ACL_ERROR_RT_INTERNAL_ERROR,
-              "%s: streams with the flags 0x%x cannot capture", call, stream->flags);
+  if (aclError error = sim::refuse_flags(call, *stream)) return error;
   auto own = stream->captured();
   if (own != nullptr && own.get() != &graph) {
     own->spoil();
@@ -161,8 +166,7 @@ aclError wait(const char* call, const std::shared_ptr<Stream>& stream,
   }
   auto marker = event->recorded();
   if (stream->captured() != nullptr) {
-    SIM_REQUIRE(event->can_be_captured, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
-                "%s: only events of aclrtCreateEventExWithFlag are captured", call);
+    if (aclError error = require_capturable(call, *event)) return error;
     SIM_REQUIRE(marker == nullptr, ACL_ERROR_RT_CAPTURE_DEPENDENCY,
                 "%s: stream %d captures a graph, in which the event was not recorded", call,
                 stream->id);

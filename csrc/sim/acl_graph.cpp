@@ -37,9 +37,7 @@ aclError find_capturing_stream(const char* call, aclrtStream handle,
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM,
               "%s: null stream; the default stream cannot capture", call);
   if (aclError error = sim::find_stream(call, handle, stream)) return error;
-  SIM_REQUIRE((*stream)->can_capture(), ACL_ERROR_RT_INTERNAL_ERROR,
-              "%s: streams with the flags 0x%x cannot capture", call, (*stream)->flags);
-  return ACL_SUCCESS;
+  return sim::refuse_flags(call, **stream);
 }
 
 // Of this thread's context.
@@ -144,21 +142,20 @@ aclError aclmdlRICaptureEnd(aclrtStream handle, aclmdlRI* graph_handle) {
               stream->id);
   graph->leave();
   // CANN leaves such a graph to its context: only a handle from aclmdlRICaptureGetInfo frees it.
-  if (graph->mode != ACL_MODEL_RI_CAPTURE_MODE_RELAXED &&
-      graph->thread != std::this_thread::get_id()) {
-    graph->status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
-    return sim::fail(ACL_ERROR_RT_STREAM_CAPTURE_WRONG_THREAD,
-                     "%s: another thread began the capture of stream %d, which is dropped",
-                     __func__, stream->id);
-  }
-  if (aclError error = check_complete(__func__, *graph)) {
+  const bool may_end = graph->mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED ||
+                       graph->thread == std::this_thread::get_id();
+  const aclError error =
+      may_end ? check_complete(__func__, *graph)
+              : sim::fail(ACL_ERROR_RT_STREAM_CAPTURE_WRONG_THREAD,
+                          "%s: another thread began the capture of stream %d, which is dropped",
+                          __func__, stream->id);
+  if (error == ACL_SUCCESS) {
+    *graph_handle = graph->handle;
+  } else if (may_end) {
     sim::graphs().remove(graph->handle);
-    graph->status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
-    return error;
   }
   graph->status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
-  *graph_handle = graph->handle;
-  return ACL_SUCCESS;
+  return error;
 }
 
 aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode* mode) {

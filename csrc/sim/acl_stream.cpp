@@ -54,7 +54,6 @@ aclError launch(const char* call, aclrtStream handle, void (*function)(void*), v
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
   sim::Work work;
-  work.name = call;
   work.run = [=] {
     function(argument);
     return ACL_SUCCESS;

@@ -44,7 +44,6 @@ aclError give(const char* call, aclrtStream handle, void* address, std::function
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream(call, handle, &stream)) return error;
   sim::Work work;
-  work.name = call;
   work.ranges = {{address, sizeof(uint64_t), true}};
   work.run = std::move(run);
   return sim::give(call, *stream, std::move(work));

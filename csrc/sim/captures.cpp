@@ -41,6 +41,13 @@ aclmdlRICaptureMode& exchanged_capture_mode() {
   return mode;
 }
 
+aclError refuse_flags(const char* call, const Stream& stream) {
+  constexpr uint32_t kCannotCapture = ACL_STREAM_CPU_SCHEDULE | ACL_STREAM_DEVICE_USE_ONLY;
+  SIM_REQUIRE((stream.flags & kCannotCapture) == 0, ACL_ERROR_RT_INTERNAL_ERROR,
+              "%s: streams with the flags 0x%x cannot capture", call, stream.flags);
+  return ACL_SUCCESS;
+}
+
 aclError refuse_captured(const char* call, const Stream& stream) {
   SIM_REQUIRE(stream.captured() == nullptr, ACL_ERROR_RT_STREAM_CAPTURED,
               "%s: stream %d captures a graph; call aclmdlRICaptureEnd first", call, stream.id);

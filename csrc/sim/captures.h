@@ -20,6 +20,9 @@ std::shared_ptr<Graph> capture_of(Event& event, std::shared_ptr<CapturedRecord>*
 // Of this thread, what the copies that wait are checked against.
 aclmdlRICaptureMode& exchanged_capture_mode();
 
+// For streams that would capture.
+aclError refuse_flags(const char* call, const Stream& stream);
+
 // For calls that wait for the stream, the device or the event, or ask for their state.
 aclError refuse_captured(const char* call, const Stream& stream);
 aclError refuse_captured(const char* call, const Context& context);

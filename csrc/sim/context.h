@@ -41,11 +41,6 @@ struct Stream {
 
   bool is_default() const;
 
-  bool can_capture() const {
-    constexpr uint32_t kCannot = ACL_STREAM_CPU_SCHEDULE | ACL_STREAM_DEVICE_USE_ONLY;
-    return (flags & kCannot) == 0;
-  }
-
   // The graph that it captures, null: none.
   std::shared_ptr<Graph> captured() const { return std::atomic_load(&captured_); }
   void capture(std::shared_ptr<Graph> graph) { std::atomic_store(&captured_, std::move(graph)); }

@@ -100,7 +100,6 @@ aclError npuSimLaunch(aclrtStream handle, const npuSimKernel* kernel, const npuS
   std::shared_ptr<sim::Stream> stream;
   if (aclError error = sim::find_stream(kernel->name, handle, &stream)) return error;
   sim::Work work;
-  work.name = kernel->name;
   for (size_t i = 0; i < count; ++i) {
     if (ranges[i].bytes == 0) continue;
     SIM_REQUIRE(sim::is_device_range(ranges[i].begin, ranges[i].bytes), ACL_ERROR_RT_PARAM_INVALID,

@@ -8,7 +8,6 @@
 
 #include "error.h"
 #include "machine.h"
-#include "memory.h"
 
 namespace sim {
 

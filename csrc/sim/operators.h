@@ -18,6 +18,10 @@ namespace sim::operators {
 
 constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 
+inline bool is_on_device(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.device().type() == kDevice;
+}
+
 // Waits for the device work that an operator called now is ordered after: what the framework has
 // queued for the current stream, and the stream.
 void drain(c10::Device device);
@@ -68,16 +72,17 @@ void record(const std::string& name, c10::Device device, const std::vector<npuSi
 void launch(const std::string& name, c10::Device device, const std::vector<Operand>& read,
             const std::vector<Operand>& written, std::function<void()> kernel);
 
-// Lets parallel regions of this thread use all cores, whatever the thread count is set to.
+// Lets parallel regions of this thread use all cores, if wanted, whatever the thread count is set
+// to.
 class AllCores {
  public:
-  AllCores();
+  explicit AllCores(bool wanted = true);
   ~AllCores();
   AllCores(const AllCores&) = delete;
   AllCores& operator=(const AllCores&) = delete;
 
  private:
-  int before_;
+  int before_;  // threads, 0: nothing was changed
 };
 
 // Below this many elements more threads do not pay.

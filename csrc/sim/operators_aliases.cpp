@@ -5,10 +5,6 @@ namespace sim::operators {
 
 using c10::IValue;
 
-bool is_on_device(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.device().type() == kDevice;
-}
-
 void Aliases::replace(torch::jit::Stack& stack) {
   for (IValue& value : stack) {
     if (value.isTensor()) {

@@ -12,8 +12,6 @@
 
 namespace sim::operators {
 
-bool is_on_device(const at::Tensor& tensor);
-
 // Tensors of the device as tensors of the CPU over the same memory, or of `meta`, which have none.
 // Those that share a storage share one here.
 class Aliases {

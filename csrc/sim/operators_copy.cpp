@@ -12,8 +12,6 @@ namespace {
 
 const c10::SafeKernelFunction* framework_copy = nullptr;
 
-bool is_on_device(const at::Tensor& tensor) { return tensor.device().type() == kDevice; }
-
 bool is_plain(const at::Tensor& to, const at::Tensor& from) {
   return to.scalar_type() == from.scalar_type() && to.sizes().equals(from.sizes()) &&
          to.is_contiguous() && from.is_contiguous() && to.is_conj() == from.is_conj() &&
@@ -27,12 +25,8 @@ void copy_with_framework(at::Tensor& to, const at::Tensor& from, bool non_blocki
 }
 
 void copy_on_cpu(const at::Tensor& to, const at::Tensor& from) {
-  if (to.numel() >= kParallelElements) {
-    AllCores cores;
-    to.copy_(from);
-  } else {
-    to.copy_(from);
-  }
+  AllCores cores(to.numel() >= kParallelElements);
+  to.copy_(from);
 }
 
 void copy_on_device(const at::Tensor& to, const at::Tensor& from) {

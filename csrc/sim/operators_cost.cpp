@@ -267,8 +267,6 @@ void count(npuSimOperator* counter, bool on_ai_cpu, uint64_t hidden_copy_bytes) 
   TORCH_CHECK(code == 0, aclGetRecentErrMsg());
 }
 
-bool is_on_device(const at::Tensor& tensor) { return tensor.device().type() == kDevice; }
-
 // math/cast: what one type is cast to on the AI Core.
 Types cast_from(ScalarType type) {
   switch (type) {
@@ -420,7 +418,7 @@ int Cost::waits(const Stack& arguments) const {
 }
 
 void Launch::start(c10::Device device, const Stack& arguments) const {
-  if (!outermost_) return;
+  if (!kernel_.outermost) return;
   if (cost_.counter_ != nullptr) {
     count(cost_.counter_, cost_.on_ai_cpu(arguments), cost_.hidden_copy_bytes(arguments));
   }
@@ -430,20 +428,12 @@ void Launch::start(c10::Device device, const Stack& arguments) const {
 
 CopyLaunch::CopyLaunch(const at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   static npuSimOperator* counter = npuSimFindOperator("aten::copy_");
-  struct Leave {  // a refused launch has no kernel that runs
-    bool armed = true;
-    ~Leave() {
-      if (armed) npuSimLeaveKernel();
-    }
-  } leave;
-  if (npuSimEnterKernel() != 0) {
-    bool crosses = is_on_device(to) != is_on_device(from);
-    const at::Tensor& on_device = is_on_device(to) ? to : from;
-    bool in_order = on_device.is_contiguous() && on_device.numel() == to.numel();
-    if (!crosses || !in_order) count(counter, copies_on_ai_cpu(to, from), 0);
-    if (crosses && !non_blocking) wait(on_device.device());
-  }
-  leave.armed = false;
+  if (!kernel_.outermost) return;
+  bool crosses = is_on_device(to) != is_on_device(from);
+  const at::Tensor& on_device = is_on_device(to) ? to : from;
+  bool in_order = on_device.is_contiguous() && on_device.numel() == to.numel();
+  if (!crosses || !in_order) count(counter, copies_on_ai_cpu(to, from), 0);
+  if (crosses && !non_blocking) wait(on_device.device());
 }
 
 c10::KernelFunction counted(const c10::OperatorHandle& op, c10::KernelFunction kernel) {

@@ -59,30 +59,37 @@ class Cost {
   Waits waits_ = Waits::kNever;
 };
 
+// The kernel of an operator, for as long as it runs.
+struct RunningKernel {
+  const bool outermost = npuSimEnterKernel() != 0;
+
+  RunningKernel() = default;
+  ~RunningKernel() { npuSimLeaveKernel(); }
+  RunningKernel(const RunningKernel&) = delete;
+  RunningKernel& operator=(const RunningKernel&) = delete;
+};
+
 // A call of an operator on the device, for as long as its kernel runs. Nothing is counted that
 // another operator's kernel calls.
 class Launch {
  public:
-  explicit Launch(const Cost& cost) : cost_(cost), outermost_(npuSimEnterKernel() != 0) {}
-  ~Launch() { npuSimLeaveKernel(); }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
+  explicit Launch(const Cost& cost) : cost_(cost) {}
 
   // Counts it, and waits where the framework waits for the result. Throws what AscendCL refuses.
   void start(c10::Device device, const torch::jit::Stack& arguments) const;
 
  private:
   const Cost& cost_;
-  const bool outermost_;
+  const RunningKernel kernel_;
 };
 
 // Of a copy that the framework would not leave to AscendCL alone.
 class CopyLaunch {
  public:
   CopyLaunch(const at::Tensor& to, const at::Tensor& from, bool non_blocking);
-  ~CopyLaunch() { npuSimLeaveKernel(); }
-  CopyLaunch(const CopyLaunch&) = delete;
-  CopyLaunch& operator=(const CopyLaunch&) = delete;
+
+ private:
+  const RunningKernel kernel_;
 };
 
 // The kernel, with its launches counted.

@@ -71,12 +71,8 @@ void replace_tensors(Stack& stack, Function function) {
 }
 
 void run_on_cpu(const c10::OperatorHandle& op, Stack& stack, bool is_large) {
-  if (is_large) {
-    AllCores cores;
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
-  } else {
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
-  }
+  AllCores cores(is_large);
+  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &stack);
 }
 
 void copy_bytes(const at::Tensor& to, const at::Tensor& from) {
@@ -327,12 +323,14 @@ class CpuKernel final : public c10::OperatorKernel {
 
 }  // namespace
 
-AllCores::AllCores() : before_(omp_get_max_threads()) {
+AllCores::AllCores(bool wanted) : before_(wanted ? omp_get_max_threads() : 0) {
   static const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  if (before_ != all) omp_set_num_threads(all);
+  if (wanted && before_ != all) omp_set_num_threads(all);
 }
 
-AllCores::~AllCores() { omp_set_num_threads(before_); }
+AllCores::~AllCores() {
+  if (before_ != 0) omp_set_num_threads(before_);
+}
 
 void install_cpu_kernel(const c10::OperatorHandle& op) {
   install(op, DispatchKey::PrivateUse1,

@@ -65,6 +65,7 @@ void note_uses(Stream& stream, uint64_t ticket, const Work& work) {
 }
 
 aclError give(const char* call, Stream& stream, Work work) {
+  work.name = call;
   bool is_kept = false;
   if (aclError error = keep(call, stream, &work, &is_kept)) return error;
   if (is_kept) return ACL_SUCCESS;

@@ -24,7 +24,6 @@ struct Range {
 };
 
 struct Work {
-  std::string name;           // of the call, for messages
   std::vector<Range> ranges;  // in use until the work is done
 
   // The stream's own thread runs it. What it answers, if not 0, is an error of the context.
@@ -35,6 +34,8 @@ struct Work {
   std::function<void()> launched;  // null: nothing to do when it is given to a stream
   std::function<void()> skip;      // null: nothing to do where its turn is passed over
   bool is_kernel = false;          // of the device's own cores: what a task group takes
+
+  std::string name;  // of the call that gave it, for messages
 };
 
 // One execution of a graph.
