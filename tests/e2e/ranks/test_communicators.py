@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Communicators of sleeping ranks: HCCL's device memory comes back, and so do they."""
 
+import gc
 import os
 import re
 
@@ -65,6 +66,9 @@ def drop(worker) -> None:
 
 
 def needed(worker) -> int:
+    # A sleep drops these first: what a cycle of Python's still holds, and memory without tensors.
+    gc.collect()
+    trim()
     return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
 
 
