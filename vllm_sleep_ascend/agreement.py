@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vllm_sleep_ascend import errors
+from vllm_sleep_ascend.error_text import type_named
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 
 
@@ -135,9 +135,7 @@ class Agreement:
 
     def _agreed(self, name: str, failed: list[dict], troubles: list[str]) -> Exception:
         first = failed[0]
-        kind: Any = getattr(errors, first["type"], SleepModeError)
-        if first["type"] == "ValueError":
-            kind = ValueError
+        kind = type_named(first["type"]) or SleepModeError
         texts = dict.fromkeys(report["text"] for report in failed)
         error = kind(
             f"{name} failed on {len(failed)} of {self.size} ranks, and happened on none: "

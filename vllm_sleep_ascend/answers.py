@@ -7,7 +7,6 @@ it is with a call whose ``timeout`` passes: its answers come later. And it waits
 rank that hangs, though the others have said so.
 """
 
-import re
 import time
 from collections.abc import Callable
 from math import inf
@@ -15,13 +14,12 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend import errors
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.errors import RankGoneError
 
 logger = init_logger(f"vllm.{__name__}")
 
-_FROM_WORKER = re.compile(r"Worker failed with error '(\w+): (.*)', please check .*", re.DOTALL)
 # Of sleep and wake, in which all ranks do the same. What a user calls may take one rank long.
 _OURS = (
     *("sleep_refusal", "synchronize_device", "sleep", "wake_up", "discard"),
@@ -240,21 +238,15 @@ def reads_every_answer(stock: Callable) -> Callable:
             _give_up(self, error)
             raise
         except RuntimeError as error:
-            _raise_as_it_was(error)
-            raise
+            raised = restored(error)
+            if raised is error:
+                raise
+            raise raised from error
         finally:
             if self.response_mqs is answers:  # else the executor was shut down
                 self.response_mqs = queues
 
     return collective_rpc
-
-
-def _raise_as_it_was(error: RuntimeError) -> None:
-    """Only its text comes from a worker's process; ours begin with their type."""
-    crossed = _FROM_WORKER.fullmatch(str(error))
-    kind = getattr(errors, crossed[1], None) if crossed else None
-    if crossed and kind:
-        raise kind(crossed[2]) from error
 
 
 def _give_up(executor: Any, error: RankGoneError) -> None:

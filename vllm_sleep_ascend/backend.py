@@ -21,6 +21,7 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.page_locked import page_locked_source
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
 from vllm_sleep_ascend.progress import logged
+from vllm_sleep_ascend.status import HostMemoryStatus, LastOperation, TagUsage
 
 try:
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
@@ -39,7 +40,7 @@ class CamemBackend(SleepModeBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last_operation: dict[str, Any] | None = None
+        self.last_operation: LastOperation | None = None
         # With several ranks an operation is held until commit() or abort().
         self.holds = False
         self._held = ""
@@ -168,28 +169,23 @@ class CamemBackend(SleepModeBackend):
         """The states in which allocations of this tag are: see ``_camem.AllocationInfo``."""
         return {a["state"] for a in _camem.allocations() if a["tag"] == tag}
 
-    def usage(self) -> dict[str, dict[str, int]]:
-        """Bytes by tag: ``mapped``, ``offloaded``, ``discarded`` (addresses that sleep),
-        ``device`` (memory held now), ``host`` (backup held now), ``page_locked`` (of it), and
-        ``allocations``."""
-        tags: dict[str, dict[str, int]] = {}
+    def usage(self) -> dict[str, TagUsage]:
+        """By tag, what its allocations are and hold now."""
+        tags: dict[str, TagUsage] = {}
         for allocation in _camem.allocations():
             if allocation["state"] == "trimmed":
                 continue
             usage = tags.setdefault(
                 allocation["tag"],
-                dict.fromkeys(
-                    (
-                        "allocations",
-                        "mapped",
-                        "offloaded",
-                        "discarded",
-                        "device",
-                        "host",
-                        "page_locked",
-                    ),
-                    0,
-                ),
+                {
+                    "mapped": 0,
+                    "offloaded": 0,
+                    "discarded": 0,
+                    "device": 0,
+                    "host": 0,
+                    "page_locked": 0,
+                    "allocations": 0,
+                },
             )
             usage["allocations"] += 1
             usage[allocation["state"]] += allocation["bytes"]
@@ -198,10 +194,16 @@ class CamemBackend(SleepModeBackend):
             usage["page_locked"] += allocation["page_locked_bytes"]
         return tags
 
-    def host_memory(self) -> dict[str, Any]:
+    def host_memory(self) -> HostMemoryStatus:
         """Where page-locked memory comes from, and bytes of it that are held beside backups."""
         memory = _camem.host_memory()
-        return {key: memory[key] for key in ("source", "why", "prepared", "staging", "failure")}
+        return {
+            "source": memory["source"],
+            "why": memory["why"],
+            "prepared": memory["prepared"],
+            "staging": memory["staging"],
+            "failure": memory["failure"],
+        }
 
     def component_bytes(self, device: int) -> dict[str, int] | None:
         """Device memory of this process by component of CANN, by AscendCL's own account; None where

@@ -13,6 +13,7 @@ from vllm.v1.serial_utils import run_method
 
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import KEY, SleepModeConfig
+from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError
 
 
@@ -85,8 +86,10 @@ def asleep_error(worker: Any, name: str, tags: Iterable[str]) -> SleepModeError:
 
 
 def _refusal(worker: Any, text: str) -> SleepModeError:
-    several = worker.parallel_config.world_size > 1
-    return SleepModeError(f"SleepModeError: {text}" if several else text)  # see answers.py
+    error = SleepModeError(text)
+    if worker.parallel_config.world_size > 1:
+        write_type(error)
+    return error
 
 
 def _listed(tags: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from vllm_sleep_ascend.calls import CallFailed, Calls
-from vllm_sleep_ascend.weights_source import in_no_checkpoint
+from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
 
 Progress = Callable[[str], None]
 
@@ -127,21 +127,12 @@ class SleepClient:
             await self.wake()
 
     async def level(self, otherwise: int | None = None) -> int:
-        """The level at which the weights sleep (0: they are awake), from what the ranks say.
-
-        Weights that level 2 discarded and nobody loaded count as 2, awake or not.
-        """
+        """The level at which the weights sleep, as ``status.level_of``; ``otherwise`` for a server
+        that sleeps and does not tell."""
         ranks = await self._ranks()
         if ranks is None:
             return (otherwise or 1) if await self.is_sleeping() else 0
-        if any(rank.get("parameters_without_content") for rank in ranks):
-            return 2
-        levels = {"discarded": 2, "offloaded": 1}
-        weights = [rank.get("tags", {}).get("weights", {}) for rank in ranks]
-        return max(
-            (level for state, level in levels.items() if any(w.get(state) for w in weights)),
-            default=0,
-        )
+        return level_of(ranks)
 
     async def check_sleep(self, level: int) -> None:
         """
@@ -207,6 +198,6 @@ class SleepClient:
         """Whether its memory is awake, and what holds it is a pause of the user's (/pause)."""
         return await self._calls.get("/sleep_status", "state", optional=True) == "paused"
 
-    async def _ranks(self) -> list[dict[str, Any]] | None:
+    async def _ranks(self) -> list[RankStatus] | None:
         """What /sleep_status says of each rank; None: there is no such endpoint (stock vLLM)."""
         return await self._calls.get("/sleep_status", "ranks", optional=True)

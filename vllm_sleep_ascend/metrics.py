@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus gauges of what sleeps, from what the ranks say, in the process of the front end."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prometheus_client import REGISTRY, Gauge
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_sleep_ascend.guards.replicas import rank_status
+from vllm_sleep_ascend.status import RankStatus, level_of
 
 logger = init_logger(f"vllm.{__name__}")
 
-_STATES = ("mapped", "offloaded", "discarded")
-_LOCATIONS = ("device", "host")
+_State = Literal["mapped", "offloaded", "discarded"]
+_Location = Literal["device", "host"]
+_STATES: tuple[_State, ...] = get_args(_State)
+_LOCATIONS: tuple[_Location, ...] = get_args(_Location)
 _LABELS = ("model_name", "engine", "rank", "tag")
 
 
@@ -35,7 +38,7 @@ class SleepModeGauges:
             (*_LABELS, "location"),
         )
 
-    def set(self, ranks: Iterable[Mapping[str, Any]]) -> None:
+    def set(self, ranks: Iterable[RankStatus]) -> None:
         """Take the figures of ``sleep_status``."""
         for rank in ranks:
             for tag, usage in rank.get("tags", {}).items():
@@ -61,7 +64,7 @@ def record(engine: Any) -> None:
             _publish(engine, engine.collective_rpc("sleep_status"), engine.is_sleeping())
 
 
-async def record_async(engine: Any) -> list[dict[str, Any]]:
+async def record_async(engine: Any) -> list[RankStatus]:
     """The same of an AsyncLLM; returns what the ranks say."""
     if _is_dead(engine):
         return []
@@ -83,13 +86,7 @@ def has_metrics(engine: Any) -> bool:
     return engine.logger_manager is not None and engine.model_config.enable_sleep_mode
 
 
-def _publish(engine: Any, ranks: list[dict[str, Any]], is_sleeping: bool) -> None:
+def _publish(engine: Any, ranks: list[RankStatus], is_sleeping: bool) -> None:
     SleepModeGauges(engine.model_config.served_model_name).set(ranks)
-    # vLLM's own gauge, which follows what was asked: by what its level says of the weights.
-    weights = [rank["tags"]["weights"] for rank in ranks if "weights" in rank.get("tags", {})]
-    level = 0
-    if any(usage["discarded"] for usage in weights):
-        level = 2
-    elif any(usage["offloaded"] for usage in weights):
-        level = 1
-    engine.logger_manager.record_sleep_state(int(is_sleeping), level)
+    # vLLM's own gauge, which in stock vLLM follows what was asked.
+    engine.logger_manager.record_sleep_state(int(is_sleeping), level_of(ranks))

@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.backend import CamemBackend
+    from vllm_sleep_ascend.status import TagUsage
 
 _APPLICATION, _HCCL = "APP", "HCCL"  # components in AscendCL's account
 _GRAPHS = "cudagraph"  # vLLM's tag
@@ -15,7 +16,7 @@ _MIB = 1 << 20
 
 
 def resident_bytes(
-    components: Mapping[str, int] | None, tags: Mapping[str, Mapping[str, int]]
+    components: Mapping[str, int] | None, tags: Mapping[str, "TagUsage"]
 ) -> dict[str, int]:
     """Bytes of device memory of this process, by cause; those of other processes do not count.
 

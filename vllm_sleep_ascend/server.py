@@ -14,6 +14,7 @@ from vllm_sleep_ascend import metrics, policy
 from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.replicas import rank_status
 from vllm_sleep_ascend.middleware import SleepModeMiddleware, answer_not_serving
+from vllm_sleep_ascend.status import state_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -79,12 +80,8 @@ def attach_router(app: "FastAPI") -> None:
 
 
 async def _status(client: Any) -> "JSONResponse":
-    """What the engine is doing: ``state``, ``is_sleeping`` and ``ranks``.
-
-    States: ``awake``; ``paused`` (level 0, or by /pause); ``partly_asleep``; ``asleep``;
-    ``awake_without_weights`` (discarded by level 2 and not loaded since); ``dead``, with status 503
-    and without ranks.
-    """
+    """What the engine is doing: ``state`` (``status.State``), ``is_sleeping`` and ``ranks``. One
+    that is ``dead`` has no ranks, and answers with status 503."""
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -102,19 +99,8 @@ async def _status(client: Any) -> "JSONResponse":
             },
             503,
         )
-    state = _state(ranks, is_sleeping)
+    state = state_of(ranks, is_sleeping)
     return JSONResponse({"state": state, "is_sleeping": is_sleeping, "ranks": ranks})
-
-
-def _state(ranks: list[dict[str, Any]], is_sleeping: bool) -> str:
-    usages = [rank.get("tags", {}).get(tag) for rank in ranks for tag in policy.DEFERRABLE_TAGS]
-    # A model without a KV cache, such as an encoder, has no such tag.
-    asleep = [usage["offloaded"] + usage["discarded"] > 0 for usage in usages if usage]
-    if any(asleep):
-        return "asleep" if all(asleep) else "partly_asleep"
-    if any(rank.get("parameters_without_content") for rank in ranks):
-        return "awake_without_weights"
-    return "paused" if is_sleeping else "awake"
 
 
 async def _answer(operation: Any, parse: Any, request: "Request") -> "JSONResponse":

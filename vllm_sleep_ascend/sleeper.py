@@ -26,8 +26,8 @@ from vllm_sleep_ascend.policy import (
 from vllm_sleep_ascend.resident import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.saved import SavedContent
 from vllm_sleep_ascend.source_worker import SourceWorker
+from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint
 from vllm_sleep_ascend.transacting import TransactingWorker
-from vllm_sleep_ascend.weights_source import in_no_checkpoint
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -230,24 +230,24 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             return {"weights"}  # other memory could not be mapped again, and any wake does it
         return tags
 
-    def sleep_status(self) -> dict[str, Any]:
+    def sleep_status(self) -> RankStatus:
         """What this rank holds: bytes by tag and state, the last operation and the last error."""
         worker: Any = self
         free, total = torch_npu.npu.mem_get_info()
-        status = {
+        status: RankStatus = {
             "rank": worker.rank,
             "engine": worker.parallel_config.data_parallel_index,
             "device": worker.device.index,
             "free": free,
             "total": total,
+            "enabled": worker.model_config.enable_sleep_mode,
         }
-        if not worker.model_config.enable_sleep_mode:
-            return {**status, "enabled": False}
+        if not status["enabled"]:
+            return status
         backend = self.sleep_mode_backend
         tags = backend.usage()
         return {
             **status,
-            "enabled": True,
             "state": backend.state(),
             "tags": tags,
             "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),

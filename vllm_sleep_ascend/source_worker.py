@@ -8,8 +8,9 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS
+from vllm_sleep_ascend.status import WeightsOrigin, in_no_checkpoint
 from vllm_sleep_ascend.weights import LoadingWorker, Named
-from vllm_sleep_ascend.weights_source import WeightsSource, in_no_checkpoint
+from vllm_sleep_ascend.weights_source import WeightsSource
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -35,11 +36,10 @@ class SourceWorker(LoadingWorker):
             path = worker.speculative_config.draft_model_config.model
             self._draft_source = source_of(draft, path)
 
-    def weights_status(self) -> dict[str, Any]:
-        """``source``, ``path`` and ``version`` of the weights, and of a ``draft`` model source and
-        path: level 2 keeps it."""
+    def weights_status(self) -> WeightsOrigin:
+        """Where the weights came from, and a ``draft`` model, which level 2 keeps."""
         source, draft = self._source, self._draft_source
-        status: dict[str, Any] = {
+        status: WeightsOrigin = {
             "source": source.kind,
             "path": source.path,
             "version": source.version,

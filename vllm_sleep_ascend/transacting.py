@@ -12,9 +12,11 @@ import torch_npu
 from vllm_sleep_ascend.agreement import Agreement, Operation
 from vllm_sleep_ascend.communicators import Communicators, trouble_of
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.host_memory import check_together, host_need
 from vllm_sleep_ascend.policy import Action
 from vllm_sleep_ascend.resident import communicator_bytes
+from vllm_sleep_ascend.status import LastError
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.backend import CamemBackend
@@ -28,7 +30,7 @@ class TransactingWorker:
     sleep_mode_backend: "CamemBackend"
     agreement: Agreement
     communicators: Communicators
-    _last_error: dict[str, str] | None = None
+    _last_error: LastError | None = None
 
     def _join_ranks(self) -> None:
         """From here on operate together with the other ranks of the engine, which have met."""
@@ -70,7 +72,7 @@ class TransactingWorker:
                 # A call that failed may have kept torch from coming back from another device.
                 torch_npu.npu.set_device(worker.device)
             if self.agreement.size > 1:
-                error.args = (f"{type(error).__name__}: {error}",)  # see answers.py
+                write_type(error)
             elif isinstance(error, RuntimeError):
                 error.args = (f"rank {worker.rank}: {error}",)
             raise

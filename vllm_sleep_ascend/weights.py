@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend.agreement import Agreement, Operation
 from vllm_sleep_ascend.content import DRAFT, WeightsContent, of_model
+from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.host_memory import available_bytes
 from vllm_sleep_ascend.layerwise import unwrap_loaders
@@ -316,7 +317,7 @@ class LoadingWorker:
         try:
             self.agreement.carry_out(operation)
         except Exception as error:
-            error.args = (f"{type(error).__name__}: {error}",)  # see answers.py
+            write_type(error)
             raise
 
     def _way_back(self) -> Callable[[], str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where weights came from. A checkpoint can bring back what level 2 discards, a trainer has to send
-it again. Imports no vLLM: the operator's side reads it too."""
+it again."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal
@@ -78,14 +78,3 @@ class WeightsSource:
             return names
 
         return load_weights
-
-
-def in_no_checkpoint(weights: Mapping[str, Any]) -> str | None:
-    """What level 2 discards and no checkpoint brings back, in words; None: nothing.
-
-    Args:
-        weights: as a rank's status has them.
-    """
-    if weights["source"] != "checkpoint":
-        return f"the weights (source: {weights['source']}, version: {weights['version']})"
-    return None

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.answers import reads_every_answer
 from vllm_sleep_ascend.calls_while_asleep import GuardedCall, guards_calls
+from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate, is_pending, serve_on
@@ -337,11 +338,9 @@ def _refusal(self: Any) -> str | None:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Put the error's type in front of its text: only the text reaches the front end's process."""
+    """Errors in here keep their type on the way to the front end's process."""
     try:
         yield
-    except SleepModeError as error:
-        name = type(error).__name__
-        if not str(error).startswith(name):
-            error.args = (f"{name}: {error}",)
+    except Exception as error:
+        write_type(error)
         raise

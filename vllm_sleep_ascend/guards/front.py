@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of ``LLM``, ``LLMEngine`` and ``AsyncLLM``: checked input, typed errors, metrics."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +8,14 @@ from typing import Any
 
 from vllm_sleep_ascend import metrics
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.error_text import restored
+from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.replicas import call_all
 from vllm_sleep_ascend.guards.wrap import wrap
 
-_FROM_ENGINE = re.compile(r"Call to \w+ method failed: ((?:(\w+): )?.*)", re.DOTALL)
 # Methods of LLM that step its engine until all answers are there.
 _STEPPING = (
     *("generate", "chat", "encode", "embed", "classify", "score", "beam_search"),
@@ -160,16 +160,14 @@ def _call_core(client: Any, method: str) -> Any:
 
 @contextmanager
 def _typed() -> Iterator[None]:
-    """Give an error that crossed from the engine's process its type again."""
-    from vllm_sleep_ascend import errors
-
+    """Errors of the engine's process get their type again."""
     try:
         yield
     except Exception as error:
-        crossed = _FROM_ENGINE.fullmatch(str(error))
-        if crossed is None:
+        raised = restored(error, otherwise=SleepModeError)
+        if raised is error:
             raise
-        raise getattr(errors, crossed[2] or "", errors.SleepModeError)(crossed[1]) from None
+        raise raised from None
 
 
 def _checked(check: Callable) -> Callable:

@@ -3,13 +3,12 @@
 and nothing is answered before every engine has."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import Any
 
+from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.guards.wrap import wrap
-
-_FAILED = re.compile(r"(Call to \w+ method failed: (?:\w+: )?)(.*)", re.DOTALL)
+from vllm_sleep_ascend.status import RankStatus
 
 
 def install() -> None:
@@ -38,7 +37,7 @@ async def call_all(core: Any, method: str, *args: Any) -> list[Any]:
     return results
 
 
-async def rank_status(client: Any) -> list[dict[str, Any]]:
+async def rank_status(client: Any) -> list[RankStatus]:
     """``sleep_status`` of every rank of every engine.
 
     Args:
@@ -57,23 +56,18 @@ def _of_the_first(stock: Callable) -> Callable:
 
 
 def _raise(method: str, failed: dict[int, BaseException], engines: list[int]) -> None:
-    """One error for all that failed, in the form of vLLM's: its type is that of the first."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    first, *_ = failed.values()
-    known = {n: _FAILED.fullmatch(str(error)) for n, error in failed.items()}
-    head = known[next(iter(failed))]
-    if isinstance(first, EngineDeadError) or head is None:
-        raise first
-    texts = [
-        f"engine {engines[n]}: {match[2] if match else failed[n]}" for n, match in known.items()
-    ]
+    """One error for all that failed, of the type of the first."""
+    raised = {n: restored(error, otherwise=RuntimeError) for n, error in failed.items()}
+    first, *_ = failed
+    if raised[first] is failed[first]:  # not an error of the engine's, but that it is gone
+        raise failed[first]
+    texts = [f"engine {engines[n]}: {error}" for n, error in raised.items()]
     done = [str(engine) for n, engine in enumerate(engines) if n not in failed]
     others = f". Engines that did it: {', '.join(done)}" if done else ""
-    raise RuntimeError(
-        f"{head[1]}{method} failed on {len(failed)} of {len(engines)} data-parallel engines: "
+    raise type(raised[first])(
+        f"{method} failed on {len(failed)} of {len(engines)} data-parallel engines: "
         f"{'; '.join(texts)}{others}. Repeat the call: engines that did it stay as they are"
-    ) from first
+    ) from failed[first]
 
 
 def _number(engine: bytes) -> int:

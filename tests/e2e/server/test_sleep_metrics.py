@@ -62,6 +62,9 @@ def test_gauges_are_there_before_the_first_sleep_and_follow_partial_wakes(server
     assert sleep_state(server) == {"discard_all"}
     server.post("/sleep?level=1")
     assert sleep_state(server) == {"discard_all"}
+    server.post("/wake_up?tags=weights")
+    server.post("/sleep?level=1")  # what nobody has loaded is still lost
+    assert sleep_state(server) == {"discard_all"}
     server.post("/wake_up")
     server.post("/collective_rpc", json={"method": "reload_weights"})
     assert sleep_state(server) == {"awake"}
