@@ -286,6 +286,9 @@ PYBIND11_MODULE(_camem, module) {
   module.def("step_begins", [] { Pool::instance().step_begins(); });
   module.def("step_ends", [] { Pool::instance().step_ends(); });
   module.def("copied_bytes", [] { return Pool::instance().copied_bytes(); });
+  module.def(
+      "wait_for_devices", [] { Pool::instance().wait_for_devices(); },
+      py::call_guard<WithoutGil>());
   module.def("trim", [](const std::set<std::uintptr_t>& addresses) {
     const WithoutGil released;
     return Pool::instance().trim(addresses);

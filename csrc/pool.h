@@ -153,6 +153,10 @@ class Pool {
   Report commit();
   std::string abort();
 
+  // Waits for all that was launched on the devices in use, no longer than for `device_timeout`.
+  // Throws AclError.
+  void wait_for_devices();
+
   // Gives back for good the memory of segments of which torch uses nothing. Returns bytes.
   std::size_t trim(const std::set<std::uintptr_t>& addresses);
 
@@ -215,6 +219,7 @@ class Pool {
   void return_backup(const Allocation& allocation, Chunk& chunk) noexcept;
   void unpark() noexcept;
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted);
+  std::set<aclrtContext> contexts_in_use();
   void synchronize();
   std::size_t chunk_bytes(TagId tag) const;
   std::size_t missing_host_bytes(Tasks::const_iterator first, Tasks::const_iterator last);

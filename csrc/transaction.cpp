@@ -53,21 +53,10 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-}  // namespace
-
-// Waits for everything that was launched on the devices in use, in torch's contexts and in that of
-// this thread. What torch has queued but not yet launched is the caller's to flush.
-void Pool::synchronize() {
-  std::set<aclrtContext> contexts;
-  for (auto& [address, allocation] : allocations_) {
-    contexts.insert(default_context(allocation->device));
-  }
-  for (auto& doomed : doomed_) contexts.insert(default_context(doomed.allocation->device));
-  const aclrtContext own = current_context();
-  if (own != nullptr && !contexts.empty()) contexts.insert(own);
+void wait_for(const std::set<aclrtContext>& contexts, std::chrono::milliseconds limit) {
   for (const aclrtContext context : contexts) {
     const ContextGuard guard(context);
-    const auto timeout_ms = static_cast<std::int32_t>(settings_.device_timeout.count());
+    const auto timeout_ms = static_cast<std::int32_t>(limit.count());
     const aclError code = aclrtSynchronizeDeviceWithTimeout(timeout_ms);
     if (code == kStreamSyncTimeout) {
       throw AclError("aclrtSynchronizeDeviceWithTimeout", code, 0,
@@ -80,6 +69,37 @@ void Pool::synchronize() {
     }
     check(code, "aclrtSynchronizeDeviceWithTimeout", 0, __FILE__, __LINE__);
   }
+}
+
+}  // namespace
+
+// Torch's contexts of the devices in use, and that of this thread.
+std::set<aclrtContext> Pool::contexts_in_use() {
+  std::set<aclrtContext> contexts;
+  for (auto& [address, allocation] : allocations_) {
+    contexts.insert(default_context(allocation->device));
+  }
+  for (auto& doomed : doomed_) contexts.insert(default_context(doomed.allocation->device));
+  const aclrtContext own = current_context();
+  if (own != nullptr && !contexts.empty()) contexts.insert(own);
+  return contexts;
+}
+
+// Waits for everything that was launched on the devices in use. What torch has queued but not yet
+// launched is the caller's to flush.
+void Pool::synchronize() { wait_for(contexts_in_use(), settings_.device_timeout); }
+
+void Pool::wait_for_devices() {
+  require_alive();
+  std::set<aclrtContext> contexts;
+  std::chrono::milliseconds limit;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_alive();
+    contexts = contexts_in_use();
+    limit = settings_.device_timeout;
+  }
+  wait_for(contexts, limit);  // without the lock: torch may allocate and free meanwhile
 }
 
 // A copy that has not ended in time may still use memory that an operation would unmap or free.

@@ -62,8 +62,8 @@ def register_general() -> None:
             "camem", "vllm_sleep_ascend.backend", "CamemBackend"
         )
     if type(current_platform).__module__ == "vllm_sleep_ascend.platform":
-        from vllm_sleep_ascend import guards, server, weight_transfer
+        from vllm_sleep_ascend import weight_transfer
+        from vllm_sleep_ascend.guards import patches
 
-        guards.install()
-        server.install()
+        patches.install_all()
         weight_transfer.register()

@@ -117,6 +117,13 @@ def wait_prepared(timeout_s: float) -> bool:
 def copied_bytes() -> int:
     """Bytes that the current operation has copied so far. Does not wait for it."""
 
+def wait_for_devices() -> None:
+    """Wait for all that was launched on the devices in use, in torch's contexts and the caller's.
+
+    Raises:
+        AclError: it has not ended after ``device_timeout_s``, or a stream captures a graph.
+    """
+
 def trim(addresses: set[int]) -> int:
     """Give back for good the memory of segments that torch does not use. Returns bytes."""
 

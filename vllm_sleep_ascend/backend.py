@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend import _camem, pool
 from vllm_sleep_ascend.checksum import checksums, memory_at
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.device_wait import wait_for_device
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.page_locked import page_locked_source
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
@@ -136,6 +137,7 @@ class CamemBackend(SleepModeBackend):
     def wake(self, tags: list[str]) -> None:
         """Bring back these tags and no other."""
         gc.collect()
+        wait_for_device()  # as torch does next, without a limit
         torch.accelerator.empty_cache()
         asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
         with logged("wake"):

@@ -75,8 +75,7 @@ class SleepModeConfig(BaseModel):
 
     device_timeout_s: float = Field(default=60.0, ge=0.001, le=86400, allow_inf_nan=False)
     """Seconds that a copy may take beyond what the slowest link needs, and that a sleep waits for
-    work of contexts beside torch's: torch waits for its own. Then the operation fails, and
-    everything is as it was."""
+    what runs on the device. Then the operation fails, and everything is as it was."""
 
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 import torch_npu
 
 from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.device_wait import wait_for_device
 from vllm_sleep_ascend.errors import SleepModeError
 
 # Each entry into a tag gets its own torch MemPool, and none is entered twice: memory of a segment
@@ -57,7 +57,7 @@ def use_pool(tag: str) -> Iterator[None]:
 
 def trim() -> int:
     """Give back the memory of segments in which torch holds no tensor. Returns bytes."""
-    torch.accelerator.synchronize()
+    wait_for_device()
     unused = {
         segment["address"]
         for segment in _segments()

@@ -23,21 +23,7 @@ if TYPE_CHECKING:
 Call = Callable[[], Awaitable[dict[str, Any]]]
 
 
-def install() -> None:
-    """Have vLLM attach these endpoints in place of its own. Repeating it changes nothing."""
-    from vllm import envs
-    from vllm.entrypoints.serve import instrumentator
-
-    stock = instrumentator.register_instrumentator_api_routers
-    if stock.__module__ != __name__:
-        instrumentator.register_instrumentator_api_routers = _with_middleware(stock)
-    if envs.VLLM_SERVER_DEV_MODE:
-        from vllm.entrypoints.serve.dev.sleep import api_router
-
-        api_router.attach_router = attach_router
-
-
-def _with_middleware(stock: Callable) -> Callable:
+def with_middleware(stock: Callable) -> Callable:
     def register_instrumentator_api_routers(app: "FastAPI") -> None:
         stock(app)
         app.add_middleware(SleepModeMiddleware)

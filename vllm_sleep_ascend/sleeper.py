@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend.calls_while_asleep import asleep_error
 from vllm_sleep_ascend.content import DRAFT
+from vllm_sleep_ascend.device_wait import wait_for_device
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.policy import (
     DEFERRABLE_TAGS,
@@ -116,7 +117,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             if reason is not None:
                 raise SleepModeError(f"sleep refused: {reason}")
             self._before_sleep()
-            torch.accelerator.synchronize()
+            wait_for_device()
             held_before = held_bytes(worker.device)
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
             if (level == 2 or self.sleep_mode_backend.verifies) and not self._saved.saved:
@@ -182,7 +183,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
                 self._content.found_corrupt(spoilt, changed[0].beyond_loading)
             elif awake and self.sleep_mode_backend.reloads_after_level_2 and self._missing():
                 self._reload_or_sleep_again()
-            torch.accelerator.synchronize()
+            wait_for_device()
 
         was_unfinished, knowledge = self._wake_unfinished, self._content.knowledge()
         try:
@@ -202,10 +203,13 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             raise changed[0]
 
     def synchronize_device(self) -> None:
-        """Of vLLM's pause before a sleep: an error says whose it is."""
+        """Of vLLM's pause before a sleep: it has a limit, and an error says whose it is."""
         worker: Any = self
+        wait = wait_for_device
+        if not worker.model_config.enable_sleep_mode:
+            wait = super().synchronize_device  # type: ignore[misc]
         try:
-            super().synchronize_device()  # type: ignore[misc]
+            wait()
         except RuntimeError as error:
             where = f"rank {worker.rank}, device {worker.device.index}"
             error.args = (f"{where}: {error}",)
@@ -215,7 +219,7 @@ class SleepingWorker(SourceWorker, TransactingWorker):
         """Free the device memory of these tags and forget its content."""
 
         def prepare() -> None:
-            torch.accelerator.synchronize()
+            wait_for_device()
             self.sleep_mode_backend.discard(tags)
 
         self._together(f"discard {', '.join(tags)}", prepare)

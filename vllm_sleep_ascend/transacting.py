@@ -12,6 +12,7 @@ import torch_npu
 from vllm_sleep_ascend.agreement import Agreement, Operation
 from vllm_sleep_ascend.communicators import Communicators, trouble_of
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.device_wait import wait_for_device
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.host_memory import check_together, host_need
 from vllm_sleep_ascend.policy import Action
@@ -106,7 +107,7 @@ class TransactingWorker:
         def abort() -> str:
             with suppress(RuntimeError):  # nothing may run on what is unmapped now
                 torch_npu.npu.set_device(worker.device)
-                torch_npu.npu.synchronize()
+                wait_for_device()
             trouble = backend.abort()
             if not release:
                 trouble = "; ".join(filter(None, (trouble, trouble_of(communicators.destroy))))

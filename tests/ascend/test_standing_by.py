@@ -192,6 +192,13 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):
         beside.switched_off()
 
 
+def test_this_vllm_has_all_that_is_replaced_of_it():
+    from vllm_sleep_ascend.guards import patches
+
+    every = (*patches.EVERYWHERE, *patches.DEVELOPMENT, *patches.OFFLINE)
+    assert patches.problems(every) == []
+
+
 def test_a_changed_seam_is_an_error_that_names_all_of_it_and_changes_nothing(tiny_model, tmp_path):
     """vllm-ascend as it is installed, but for its worker and its allocator."""
     origin = importlib.metadata.distribution("vllm_ascend").locate_file("vllm_ascend")

@@ -147,17 +147,31 @@ def test_a_newer_kernel_has_registered_memory(driver):
     assert statuses(found)["given_back"] == "pass"
 
 
+@pytest.mark.parametrize("kernel", ["5.10", "6.1"])
 @pytest.mark.parametrize(
-    ("machine", "soc", "version", "left"),
+    ("machine", "soc", "version", "left", "lacks", "remedy"),
     [
-        ({"NPU_SIM_CANN": "8.1"}, "Ascend910B2", "8.1.0", None),
-        ({"NPU_SIM_SOC": "310P"}, "Ascend310P3", "8.5.0", 1023),
+        (
+            *({"NPU_SIM_CANN": "8.1"}, "Ascend910B2", "8.1.0", None),
+            *("this CANN has no aclrtHostRegisterV2", "CANN has it from 8.5 on"),
+        ),
+        (
+            *({"NPU_SIM_SOC": "310P"}, "Ascend310P3", "8.5.0", 1023),
+            *("this chip has none: aclrtHostRegisterV2 failed with 207000", "No kernel brings it"),
+        ),
     ],
     ids=["CANN 8.1", "310P"],
 )
-def test_where_nothing_can_be_registered_the_rest_holds(machine, soc, version, left):
-    found = report(python=(*LAUNCHER, "python"), NPU_SIM_KERNEL="6.1", **machine)
+def test_where_nothing_can_be_registered_the_rest_holds(
+    kernel, machine, soc, version, left, lacks, remedy
+):
+    """What a newer kernel does not bring, the doctor does not say that it does."""
+    found = report(python=(*LAUNCHER, "python"), NPU_SIM_KERNEL=kernel, **machine)
     assert statuses(found) == {**ALL_PASS, "registered": "degraded"}
+    registered = found["probes"]["registered"]
+    assert registered["found"].startswith(lacks)
+    assert "Nothing has to be done" in registered["remedy"] and remedy in registered["remedy"]
+    assert "host with kernel" not in registered["remedy"]
     assert found["soc"] == soc
     assert found["surroundings"]["cann"]["figures"]["version"] == version
     assert found["probes"]["streams"]["figures"] == {"left": left, "made": 6}

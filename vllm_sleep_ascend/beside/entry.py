@@ -96,7 +96,6 @@ def check_graphs(vllm_config: Any) -> None:
 @cache
 def guard() -> None:
     """Put our checks in front of the engine's calls, and our endpoints in the server."""
-    from vllm_sleep_ascend import guards, server
+    from vllm_sleep_ascend.guards import patches
 
-    guards.install()
-    server.install()
+    patches.install_all()

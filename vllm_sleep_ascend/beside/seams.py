@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of vllm-ascend and vLLM this package replaces or calls, checked before anything is changed.
+"""What of vllm-ascend this package replaces, and what of it and of vLLM it calls, checked before
+anything is changed; what it replaces of vLLM is in ``guards.patches``.
 
 The source is read and not imported: the check changes nothing, and vllm-ascend's worker may not be
 imported in the process of a front end.
@@ -63,26 +64,9 @@ SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "vllm.v1.executor.abstract": {
         "Executor": {"sleep": ("level",), "wake_up": ("tags",), "collective_rpc": ("method",)}
     },
-    "vllm.v1.engine.core": {
-        "EngineCore": {
-            "sleep": ("level", "mode"),
-            "wake_up": ("tags",),
-            "pause_scheduler": ("mode", "clear_cache"),
-            "resume_scheduler": (),
-            "is_scheduler_paused": (),
-            "is_sleeping": (),
-            "collective_rpc": ("method",),
-            "add_request": ("request",),
-            "step": (),
-            "step_with_batch_queue": (),
-        }
-    },
-    "vllm.v1.engine.llm_engine": {
-        "LLMEngine": {"sleep": ("level", "mode"), "wake_up": ("tags",), "is_sleeping": ()}
-    },
-    "vllm.v1.engine.async_llm": {
-        "AsyncLLM": {"sleep": ("level", "mode"), "wake_up": ("tags",), "is_sleeping": ()}
-    },
+    "vllm.v1.engine.core": {"EngineCore": {"is_scheduler_paused": ()}},
+    "vllm.v1.engine.llm_engine": {"LLMEngine": {"is_sleeping": ()}},
+    "vllm.v1.engine.async_llm": {"AsyncLLM": {"is_sleeping": ()}},
 }
 
 
@@ -98,8 +82,11 @@ def check_seams() -> None:
     Raises:
         SeamError: something is missing or has other parameters; names all of it.
     """
+    from vllm_sleep_ascend.guards import patches
+
     installed = {package: version(package) for package in TESTED}
     wrong = [problem for module, classes in SEAMS.items() for problem in _compare(module, classes)]
+    wrong += patches.problems()
     found = ", ".join(f"{package} {number}" for package, number in installed.items())
     tested = ", ".join(f"{package} {number}" for package, number in TESTED.items())
     if wrong:
@@ -110,12 +97,11 @@ def check_seams() -> None:
         )
     if installed != TESTED:
         logger.warning(
-            "vllm_sleep_ascend was tested with %s, and this is %s. All %d classes that it takes "
-            "hold of are there, with the methods and parameters that it knows; what they do was "
-            "not compared. %s=0 leaves sleep mode to vllm-ascend.",
+            "vllm_sleep_ascend was tested with %s, and this is %s. All that it replaces or calls "
+            "is there, with the parameters that it knows; what it does was not compared. %s=0 "
+            "leaves sleep mode to vllm-ascend.",
             tested,
             found,
-            sum(len(classes) for classes in SEAMS.values()),
             SWITCH,
         )
 

@@ -164,8 +164,8 @@ def memlock(weights: int = 0) -> Finding:
     if weights > soft and not why_registered_pages_move():
         return degraded(
             f"{soft} bytes, and {_gib(weights)} of weights",
-            "Backups are registered memory up to the limit, and beyond it memory from "
-            "aclrtMallocHost, which takes longer to get.",
+            "Where memory can be registered (see the probe), backups are such memory up to the "
+            "limit, and beyond it memory from aclrtMallocHost, which takes longer to get.",
             "Raise ulimit -l; in a container, --ulimit memlock=-1.",
             bytes=soft,
         )

@@ -9,24 +9,3 @@ wrappers here refuse bad input before anything is touched (``checks``), in the f
 when the user lets it (``pauses``), answer requests that come too late (``refusals``), and name the
 weights that it serves (``version``).
 """
-
-
-def install() -> None:
-    """Wrap the sleep calls of the engine and of its front ends. Repeating it changes nothing."""
-    from vllm_sleep_ascend.guards import (
-        core,
-        front,
-        launched,
-        pauses,
-        refusals,
-        replicas,
-        version,
-    )
-
-    pauses.install()
-    refusals.install()
-    core.install()
-    launched.install()
-    front.install()
-    replicas.install()
-    version.install()

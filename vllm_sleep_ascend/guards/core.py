@@ -10,13 +10,11 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend import policy
-from vllm_sleep_ascend.answers import reads_every_answer
 from vllm_sleep_ascend.calls_while_asleep import GuardedCall, guards_calls
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
 from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate, is_pending, serve_on
-from vllm_sleep_ascend.guards.kv_cache import with_copies
 from vllm_sleep_ascend.guards.launched import on_any_rank
 from vllm_sleep_ascend.guards.pauses import call_off_sleep, pausing_to_sleep
 from vllm_sleep_ascend.guards.refusals import refuse_new, refuse_waiting
@@ -25,31 +23,6 @@ from vllm_sleep_ascend.guards.wrap import wrap
 logger = init_logger(f"vllm.{__name__}")
 
 _MOVES = ("sleep", "discard", "wake_up")  # the worker's methods that move memory
-
-
-def install() -> None:
-    """Wrap the engine's calls, and add one that says why it does not serve."""
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    wrap(
-        MultiprocExecutor,
-        "collective_rpc",
-        lambda stock: reads_every_answer(guards_calls(stock)),
-    )
-    wrap(UniProcExecutor, "collective_rpc", guards_calls)
-    wrap(EngineCore, "sleep", _sleep)
-    wrap(EngineCore, "wake_up", _wake_up)
-    wrap(EngineCore, "release_kv_cache_memory", _release_kv_cache_memory)
-    wrap(EngineCore, "resume_scheduler", _resume_scheduler)
-    wrap(EngineCore, "reset_prefix_cache", with_copies)
-    wrap(EngineCore, "is_sleeping", _is_sleeping)
-    wrap(EngineCore, "collective_rpc", _collective_rpc)
-    wrap(EngineCore, "add_request", _add_request)
-    wrap(EngineCore, "step", _step)
-    wrap(EngineCore, "step_with_batch_queue", _step)
-    EngineCore.sleep_mode_refusal = _refusal  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -77,7 +50,7 @@ def _settle(core: Any, was_paused: bool, failed: bool) -> None:
         serve_on(core)
 
 
-def _sleep(stock: Callable) -> Callable:
+def sleep(stock: Callable) -> Callable:
     def sleep(self: Any, level: int = 1, mode: str = "abort") -> Any:
         check_sleep(self.vllm_config, level, mode)
         if is_pending(self):
@@ -139,7 +112,7 @@ def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
     _settle(core, was_paused, failed=error is not None)
 
 
-def _wake_up(stock: Callable) -> Callable:
+def wake_up(stock: Callable) -> Callable:
     def wake_up(self: Any, tags: list[str] | None = None) -> bool | Future:
         check_wake_up(self.vllm_config, tags)
         call_off_sleep(self, "wake_up()")
@@ -186,7 +159,7 @@ def _afterwards(pending: Future, call: Callable) -> Future:
     return result
 
 
-def _release_kv_cache_memory(stock: Callable) -> Callable:
+def release_kv_cache_memory(stock: Callable) -> Callable:
     def release_kv_cache_memory(self: Any) -> None:
         check_enabled(self.vllm_config)
         with _named(), _truth(self):
@@ -214,7 +187,7 @@ def _finish_steps(core: Any) -> None:
         core.step_fn()
 
 
-def _resume_scheduler(stock: Callable) -> Callable:
+def resume_scheduler(stock: Callable) -> Callable:
     """The one way back to serving: not before memory and weights are there. Only the user's own
     call ends the user's own pause."""
 
@@ -249,7 +222,7 @@ def _resume_scheduler(stock: Callable) -> Callable:
     return resume_scheduler
 
 
-def _is_sleeping(stock: Callable) -> Callable:
+def is_sleeping(stock: Callable) -> Callable:
     """An engine that waits for its weights has its memory: it does not sleep, unless at level 0."""
 
     def is_sleeping(self: Any) -> bool:
@@ -261,7 +234,7 @@ def _is_sleeping(stock: Callable) -> Callable:
     return is_sleeping
 
 
-def _collective_rpc(stock: Callable) -> Callable:
+def collective_rpc(stock: Callable) -> Callable:
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         gate = ServingGate.of(self)
         if gate is None:
@@ -305,7 +278,7 @@ def _moved(core: Any) -> Iterator[None]:
             serve_on(core)
 
 
-def _add_request(stock: Callable) -> Callable:
+def add_request(stock: Callable) -> Callable:
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         if refuse_new(self, request):
             return None
@@ -317,7 +290,7 @@ def _add_request(stock: Callable) -> Callable:
     return add_request
 
 
-def _step(stock: Callable) -> Callable:
+def step(stock: Callable) -> Callable:
     """The last line: nothing runs on memory that sleeps, whichever way the scheduler was paused."""
 
     def step(self: Any) -> Any:
@@ -330,7 +303,7 @@ def _step(stock: Callable) -> Callable:
     return step
 
 
-def _refusal(self: Any) -> str | None:
+def refusal(self: Any) -> str | None:
     """Why a new request is not taken now; None if it is."""
     gate = ServingGate.of(self)
     return None if gate is None else on_any_rank(self, gate.look_and_refuse())

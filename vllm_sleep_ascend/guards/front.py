@@ -10,41 +10,11 @@ from vllm_sleep_ascend import metrics
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.errors import SleepModeError
-from vllm_sleep_ascend.guards.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.replicas import call_all
-from vllm_sleep_ascend.guards.wrap import wrap
-
-# Methods of LLM that step its engine until all answers are there.
-_STEPPING = (
-    *("generate", "chat", "encode", "embed", "classify", "score", "beam_search"),
-    "wait_for_completion",
-)
-_CHECKS = (
-    ("sleep", check_sleep),
-    ("wake_up", check_wake_up),
-    ("release_kv_cache_memory", check_enabled),
-)
-
 
 _MAY_REFUSE = "sleep_mode_may_refuse"  # of an AsyncLLM: whether its engine has to be asked
-
-
-def install() -> None:
-    """Wrap the front ends' calls. Repeating it changes nothing."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    for name, check in _CHECKS:
-        wrap(LLMEngine, name, _checked(check))
-        wrap(AsyncLLM, name, _checked_async(check))
-    wrap(LLMEngine, "__init__", _with_guarded_llm)
-    wrap(LLMEngine, "add_request", _admitted_in_process)
-    wrap(AsyncLLM, "add_request", _admitted)
-    wrap(AsyncLLM, "resume_generation", _resume_generation)
-    for name in ("collective_rpc", "pause_generation"):
-        wrap(AsyncLLM, name, _noted)
 
 
 async def refusal(client: Any) -> str | None:
@@ -69,7 +39,7 @@ async def refusal(client: Any) -> str | None:
     return reason
 
 
-def _noted(stock: Callable) -> Callable:
+def noted(stock: Callable) -> Callable:
     """A call after which the engine may refuse requests."""
 
     async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +52,7 @@ def _noted(stock: Callable) -> Callable:
     return call
 
 
-def _admitted(stock: Callable) -> Callable:
+def admitted(stock: Callable) -> Callable:
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         reason = await refusal(self)
         if reason is not None:
@@ -92,7 +62,7 @@ def _admitted(stock: Callable) -> Callable:
     return add_request
 
 
-def _admitted_in_process(stock: Callable) -> Callable:
+def admitted_in_process(stock: Callable) -> Callable:
     """An engine in a process of its own answers a request that it refuses with "abort": to ask it
     first would take a step of it for each request."""
 
@@ -107,7 +77,7 @@ def _admitted_in_process(stock: Callable) -> Callable:
     return add_request
 
 
-def _resume_generation(stock: Callable) -> Callable:
+def resume_generation(stock: Callable) -> Callable:
     """While a sleep waits for requests on one engine, others may sleep already: all of it is called
     off."""
 
@@ -120,21 +90,20 @@ def _resume_generation(stock: Callable) -> Callable:
     return resume_generation
 
 
-def _with_guarded_llm(stock: Callable) -> Callable:
-    """``LLM`` is wrapped when it makes its engine: other processes never load its module."""
+def with_guarded_llm(stock: Callable) -> Callable:
+    """``LLM`` is patched when it makes its engine: other processes never load its module."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        offline = sys.modules.get("vllm.entrypoints.llm")
-        if offline is not None:
-            for name in _STEPPING:
-                if hasattr(offline.LLM, name):
-                    wrap(offline.LLM, name, _serving)
+        from vllm_sleep_ascend.guards import patches
+
+        if "vllm.entrypoints.llm" in sys.modules:
+            patches.install(patches.OFFLINE)
         stock(self, *args, **kwargs)
 
     return init
 
 
-def _serving(stock: Callable) -> Callable:
+def serving(stock: Callable) -> Callable:
     """An engine that sleeps would be stepped for ever."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +139,7 @@ def _typed() -> Iterator[None]:
         raise raised from None
 
 
-def _checked(check: Callable) -> Callable:
+def checked(check: Callable) -> Callable:
     def wrapper(stock: Callable) -> Callable:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             check(self.vllm_config, *args, **kwargs)
@@ -185,15 +154,15 @@ def _checked(check: Callable) -> Callable:
     return wrapper
 
 
-def _checked_async(check: Callable) -> Callable:
+def checked_async(check: Callable) -> Callable:
     def wrapper(stock: Callable) -> Callable:
-        noted = _noted(stock)
+        with_note = noted(stock)
 
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             check(self.vllm_config, *args, **kwargs)
             try:
                 with _typed():
-                    return await noted(self, *args, **kwargs)
+                    return await with_note(self, *args, **kwargs)
             finally:
                 if metrics.has_metrics(self):
                     await metrics.record_async(self)

@@ -11,17 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_sleep_ascend.errors import SleepModeError
-from vllm_sleep_ascend.guards.wrap import wrap
 
 # The worker's methods that an engine calls before a sleep to find out whether it may go on.
 _BEFORE_A_SLEEP = ("synchronize_device", "sleep_refusal")
-
-
-def install() -> None:
-    """Wrap the executor's calls. Repeating it changes nothing."""
-    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
-
-    wrap(ExecutorWithExternalLauncher, "collective_rpc", _together)
 
 
 def on_any_rank(core: Any, mine: str | None) -> str | None:
@@ -37,7 +29,7 @@ def _exchange(executor: Any, mine: Any) -> list[Any]:
     return executor.driver_worker.worker.agreement.exchange(mine)
 
 
-def _together(stock: Callable) -> Callable:
+def together(stock: Callable) -> Callable:
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         sleeps = self.vllm_config.model_config.enable_sleep_mode
         if method not in _BEFORE_A_SLEEP or not sleeps:

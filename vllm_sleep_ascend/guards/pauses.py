@@ -13,19 +13,6 @@ from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.guards.gate import ServingGate, is_pending
-from vllm_sleep_ascend.guards.wrap import wrap
-
-
-def install() -> None:
-    """Wrap the engine's pauses, and its client in the caller's process."""
-    from vllm.v1.engine.core import EngineCore, EngineCoreProc
-    from vllm.v1.engine.core_client import InprocClient
-
-    wrap(EngineCore, "pause_scheduler", lambda stock: _pause_scheduler(_draining(stock)))
-    wrap(EngineCoreProc, "pause_scheduler", _pause_scheduler)
-    wrap(InprocClient, "sleep", lambda _: _sleep_in_process)
-    wrap(InprocClient, "get_output", _get_output)
-    EngineCore.sleep_mode_pending = is_pending  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -85,7 +72,7 @@ class _Wait:
             self.done.set_exception(error)
 
 
-def _pause_scheduler(stock: Callable) -> Callable:
+def pause_scheduler(stock: Callable) -> Callable:
     def pause_scheduler(self: Any, mode: str = "abort", clear_cache: bool = True) -> Future | None:
         if not getattr(self, "pauses_to_sleep", False):
             result = stock(self, mode, clear_cache)
@@ -109,7 +96,7 @@ def _in_step(core: Any) -> bool:
     return hasattr(core, "pending_pause")
 
 
-def _draining(stock: Callable) -> Callable:
+def draining(stock: Callable) -> Callable:
     """ "wait" in the caller's process, where nobody else steps the engine."""
 
     def pause_scheduler(self: Any, mode: str = "abort", clear_cache: bool = True) -> Future | None:
@@ -140,12 +127,12 @@ def undelivered(core: Any) -> deque:
     return core.undelivered_outputs
 
 
-def _sleep_in_process(self: Any, level: int = 1, mode: str = "abort") -> None:
+def sleep_in_process(self: Any, level: int = 1, mode: str = "abort") -> None:
     result = self.engine_core.sleep(level, mode)
     assert result is None
 
 
-def _get_output(stock: Callable) -> Callable:
+def get_output(stock: Callable) -> Callable:
     def get_output(self: Any) -> Any:
         waiting = undelivered(self.engine_core)
         return waiting.popleft() if waiting else stock(self)

@@ -9,17 +9,9 @@ from typing import Any
 from vllm_sleep_ascend.guards.gate import ServingGate
 from vllm_sleep_ascend.guards.not_serving import NotServingError
 from vllm_sleep_ascend.guards.pauses import undelivered
-from vllm_sleep_ascend.guards.wrap import wrap
 
 # In front of a stop_reason of vLLM's, which the engine itself leaves to numbers of tokens.
 _MARK = f"{NotServingError.__name__}: "
-
-
-def install() -> None:
-    """Wrap the front end's handling of outputs. Repeating it changes nothing."""
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    wrap(OutputProcessor, "process_outputs", _process_outputs)
 
 
 def refuse_new(core: Any, request: Any) -> bool:
@@ -77,10 +69,13 @@ def _answer(core: Any, requests: Iterable[Any], reason: str) -> None:
             undelivered(core).append(answer)
 
 
-def _process_outputs(stock: Callable) -> Callable:
+def process_outputs(stock: Callable) -> Callable:
     """All outputs of one message are refusals, or none. ``LLM`` gets them as they are: aborted."""
 
-    def process_outputs(self: Any, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def process_outputs(
+        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        outputs = engine_core_outputs
         if not outputs or not str(outputs[0].stop_reason).startswith(_MARK):
             return stock(self, outputs, *args, **kwargs)
         states = [self.request_states.get(output.request_id) for output in outputs]

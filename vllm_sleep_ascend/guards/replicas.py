@@ -7,27 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_sleep_ascend.error_text import restored
-from vllm_sleep_ascend.guards.wrap import wrap
 from vllm_sleep_ascend.status import RankStatus
 
 
-def install() -> None:
-    """Wrap the client's calls. Repeating it changes nothing."""
-    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
-
-    wrap(AsyncMPClient, "call_utility_all_async", lambda _: call_all)  # not in vLLM 0.23
-    wrap(DPLBAsyncMPClient, "call_utility_async", _of_the_first)
-    wrap(AsyncMPClient, "is_sleeping_async", _is_sleeping)
-
-
-async def call_all(core: Any, method: str, *args: Any) -> list[Any]:
+async def call_all(self: Any, method: str, *args: Any) -> list[Any]:
     """A method of every engine of vLLM's AsyncMPClient: what each answers, once all have.
 
     Raises:
         Exception: engines failed; names them where there are several.
     """
-    engines = core.core_engines
-    calls = [core._call_utility_async(method, *args, engine=engine) for engine in engines]
+    engines = self.core_engines
+    calls = [self._call_utility_async(method, *args, engine=engine) for engine in engines]
     if len(engines) == 1:
         return [await calls[0]]
     results = await asyncio.gather(*calls, return_exceptions=True)
@@ -48,7 +38,7 @@ async def rank_status(client: Any) -> list[RankStatus]:
     return [rank for ranks in engines for rank in ranks]
 
 
-def _of_the_first(stock: Callable) -> Callable:
+def of_the_first(stock: Callable) -> Callable:
     async def call_utility_async(self: Any, method: str, *args: Any) -> Any:
         return (await call_all(self, method, *args))[0]
 
@@ -74,7 +64,7 @@ def _number(engine: bytes) -> int:
     return int.from_bytes(engine, "little")
 
 
-def _is_sleeping(stock: Callable) -> Callable:
+def is_sleeping(stock: Callable) -> Callable:
     """Where engines differ, after a failure, stock vLLM knows no answer."""
 
     async def is_sleeping_async(self: Any) -> bool:

@@ -7,17 +7,7 @@ Stock vLLM keeps the last version that it was given, whatever is loaded afterwar
 from collections.abc import Callable
 from typing import Any
 
-from vllm_sleep_ascend.guards.wrap import wrap
-
 _UNKNOWN = "unknown"
-
-
-def install() -> None:
-    """Wrap the engine's calls, in a vLLM that has them (0.23 does not)."""
-    from vllm.v1.engine.core import EngineCore
-
-    wrap(EngineCore, "set_weight_version", _set)
-    wrap(EngineCore, "get_weight_version", _get)
 
 
 def follow(core: Any, contents: list[dict[str, Any]]) -> None:
@@ -27,7 +17,7 @@ def follow(core: Any, contents: list[dict[str, Any]]) -> None:
         core._weight_version = versions.pop() if len(versions) == 1 else _UNKNOWN
 
 
-def _set(stock: Callable) -> Callable:
+def set_weight_version(stock: Callable) -> Callable:
     def set_weight_version(self: Any, weight_version: str) -> None:
         if _sleeps(self):
             self.model_executor.collective_rpc("give_weight_version", args=(weight_version,))
@@ -36,7 +26,7 @@ def _set(stock: Callable) -> Callable:
     return set_weight_version
 
 
-def _get(stock: Callable) -> Callable:
+def get_weight_version(stock: Callable) -> Callable:
     def get_weight_version(self: Any) -> str:
         if _sleeps(self):
             follow(self, self.model_executor.collective_rpc("weights_content"))

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a method of vLLM's gets a check in front of it."""
+"""How a callable of vLLM's is replaced."""
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 _MARK = "guarded_by_camem"
 
 
-def wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace the method by ``wrapper(method)``, once for each class, in a vLLM that has it."""
-    stock = getattr(owner, name, None)
-    if stock is None:
-        return
+def wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace the callable by ``wrapper`` of it, once for each class or module."""
+    stock = getattr(owner, name)
     if not hasattr(vars(owner).get(name), _MARK):
         wrapped = wraps(stock)(wrapper(stock))
         setattr(wrapped, _MARK, True)

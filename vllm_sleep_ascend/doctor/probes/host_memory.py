@@ -13,6 +13,8 @@ from vllm_sleep_ascend.doctor.acl import (
     DEVICE_TO_HOST,
     HOST_TO_DEVICE,
     MIB,
+    NOT_SUPPORTED,
+    AclError,
     plain_memory,
 )
 from vllm_sleep_ascend.doctor.content import content, wrong_pages
@@ -75,24 +77,27 @@ def page_locked(device: Device) -> Finding:
 def registered(device: Device) -> Finding:
     acl, size = device.acl, device.block
     release = os.uname().release
+
+    def not_used(found: str, remedy: str) -> Finding:
+        return degraded(found, USES_ACL, remedy, kernel=release, used=False)
+
+    if not acl.has("aclrtHostRegisterV2"):
+        remedy = "Nothing has to be done. CANN has it from 8.5 on, and not for Ascend 310P."
+        return not_used("this CANN has no aclrtHostRegisterV2", remedy)
     reason = why_registered_pages_move()
+    try:
+        with plain_memory(size) as host, acl.registered(host, size):
+            pass  # whether the chip has it: without a copy, it is safe on every kernel
+    except AclError as error:
+        if error.code in NOT_SUPPORTED:
+            remedy = "Nothing has to be done. No kernel brings it; Ascend 310P, for one, lacks it."
+            return not_used(f"this chip has none: {error}", remedy)
+        if not reason:
+            raise
     if reason:
         wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
-        return degraded(
-            f"not used: {reason}",
-            USES_ACL,
-            f"Nothing has to be done. A host with kernel {wanted} or newer can have it.",
-            kernel=release,
-            used=False,
-        )
-    if not acl.has("aclrtHostRegisterV2"):
-        return degraded(
-            "this CANN has no aclrtHostRegisterV2",
-            USES_ACL,
-            "Nothing has to be done. CANN has it from 8.5 on, and not for Ascend 310P.",
-            kernel=release,
-            used=False,
-        )
+        remedy = f"Nothing has to be done. A host with kernel {wanted} or newer can have it."
+        return not_used(f"not used: {reason}", remedy)
     try:
         with (
             device.memory(size) as address,
@@ -103,13 +108,7 @@ def registered(device: Device) -> Finding:
         ):
             copies = copies_of(device, address, host, size, stream)
     except OSError as error:
-        return degraded(
-            str(error),
-            USES_ACL,
-            "Raise ulimit -l; in a container, --ulimit memlock=-1.",
-            kernel=release,
-            used=False,
-        )
+        return not_used(str(error), "Raise ulimit -l; in a container, --ulimit memlock=-1.")
     used = copies.wrong == 0 and copies.asynchronous
     figures = {"kernel": release, "bytes": size, "used": used, **copies.figures()}
     if not used:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work of torch's that does not end: nothing waits for it longer than ``device_timeout_s``."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import MIB
+from helpers.engine import engine, few, mapped
+
+from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.sim import control
+
+HELD_COPY = "aclrtMemcpyAsync.work:1:delay_ms=3600000"  # or until there are other rules
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model) -> Iterator[object]:
+    options = {"sleep_mode": {"device_timeout_s": 0.5}}
+    with engine(tiny_model, enable_sleep_mode=True, additional_config=options) as llm:
+        yield llm
+
+
+@pytest.fixture
+def stuck() -> Iterator[Callable[[], None]]:
+    """Launches a copy of torch's that ends with the test, or when it is let go."""
+    source, target = torch.ones(MIB).pin_memory(), torch.zeros(MIB, device="npu")
+    torch.npu.synchronize()
+
+    def launch() -> None:
+        control.set_faults(HELD_COPY)
+        target.copy_(source, non_blocking=True)
+
+    yield launch
+    control.set_faults("")
+    torch.npu.synchronize()
+    assert torch.equal(target.cpu(), source)
+
+
+def let_go() -> None:
+    control.set_faults("")
+    torch.npu.synchronize()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleep_gives_up_and_can_be_repeated(llm, stuck, expected, level: int) -> None:
+    awake = mapped()
+    stuck()
+    with pytest.raises(SleepModeError, match=r"has not ended after 500 ms \(device_timeout_s\)"):
+        llm.sleep(level=level)
+    assert mapped() == awake
+    assert not llm.llm_engine.is_sleeping()
+    let_go()
+    assert few(llm) == expected
+    llm.sleep(level=level)
+    assert mapped() == 0
+    llm.wake_up(tags=["weights"])
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    llm.wake_up()
+    assert few(llm) == expected
+
+
+def test_a_wake_gives_up_and_can_be_repeated(llm, stuck, expected) -> None:
+    llm.sleep(level=1)
+    stuck()
+    with pytest.raises(SleepModeError, match="device_timeout_s"):
+        llm.wake_up()
+    assert mapped() == 0
+    assert llm.llm_engine.is_sleeping()
+    let_go()
+    llm.wake_up()
+    assert few(llm) == expected
+
+
+def test_a_release_of_the_kv_cache_gives_up_and_can_be_repeated(llm, stuck, expected) -> None:
+    cache = mapped("kv_cache")
+    llm.sleep(level=0)  # it wants a pause
+    stuck()
+    with pytest.raises(SleepModeError, match="device_timeout_s"):
+        llm.llm_engine.release_kv_cache_memory()
+    assert mapped("kv_cache") == cache
+    let_go()
+    llm.llm_engine.release_kv_cache_memory()
+    assert mapped("kv_cache") == 0
+    llm.wake_up()
+    assert few(llm) == expected
