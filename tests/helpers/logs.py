@@ -7,14 +7,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def warnings_of(module: str) -> Iterator[list[str]]:
-    """The warnings that a module of ``vllm_sleep_ascend`` logs inside, as they come."""
+def messages_of(module: str, level: int = logging.WARNING) -> Iterator[list[str]]:
+    """What a module of ``vllm_sleep_ascend`` logs inside at this level or above, as it comes."""
     messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger(f"vllm.vllm_sleep_ascend.{module}")
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(level)
     try:
         yield messages
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)

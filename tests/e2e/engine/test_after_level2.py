@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 from helpers.engine import driver_worker, engine, few
-from helpers.logs import warnings_of
+from helpers.logs import messages_of
 from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend import _camem
@@ -28,7 +28,7 @@ def without_content(llm) -> int:
 
 
 def test_warn_says_so_once_when_it_serves_and_not_before(tiny_model, expected):
-    with engine_with(tiny_model, "warn") as llm, warnings_of("guards.gate") as warnings:
+    with engine_with(tiny_model, "warn") as llm, messages_of("guards.gate") as warnings:
         assert without_content(llm) == 0
         llm.sleep(level=2)
         llm.wake_up()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 from helpers.engine import engine, few, mapped
-from helpers.logs import warnings_of
+from helpers.logs import messages_of
 from helpers.models import make_model
 from helpers.ranks import status
 from helpers.reference import hf_few
@@ -170,7 +170,7 @@ def test_an_explicit_reload_is_done_with_a_warning_and_another_version(
     llm.wake_up(tags=["weights"])  # awake, and nothing is served
     with pytest.raises(SleepModeError, match="have not been loaded since"):
         few(llm)
-    with warnings_of("source_worker") as warnings:
+    with messages_of("source_worker") as warnings:
         llm.collective_rpc("reload_weights")
     (warning,) = warnings
     assert f"loaded {tiny_model} in place of" in warning and "step-1" in warning

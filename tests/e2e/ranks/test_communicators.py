@@ -10,7 +10,7 @@ import torch
 from helpers import MIB
 from helpers.control_group import control_group
 from helpers.engine import engine, few
-from helpers.logs import warnings_of
+from helpers.logs import messages_of
 from helpers.ranks import (
     assert_all,
     assert_cycles_leave_nothing,
@@ -204,7 +204,7 @@ def test_a_release_that_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -
 
 @safe_while_asleep
 def listen(worker) -> None:
-    worker.listener = warnings_of("communicators")
+    worker.listener = messages_of("communicators")
     worker.heard = worker.listener.__enter__()
 
 
