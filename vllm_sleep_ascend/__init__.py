@@ -41,7 +41,7 @@ def register_platform() -> str | None:
         return None
     if torch_npu.npu.device_count() == 0:
         return None
-    return "vllm_sleep_ascend.platform.NPUPlatform"
+    return "vllm_sleep_ascend.native.platform.NPUPlatform"
 
 
 def register_general() -> None:
@@ -59,11 +59,10 @@ def register_general() -> None:
 
     if "camem" not in SleepModeBackendFactory._registry:
         SleepModeBackendFactory.register_backend(
-            "camem", "vllm_sleep_ascend.backend", "CamemBackend"
+            "camem", "vllm_sleep_ascend.memory.backend", "CamemBackend"
         )
-    if type(current_platform).__module__ == "vllm_sleep_ascend.platform":
-        from vllm_sleep_ascend import weight_transfer
-        from vllm_sleep_ascend.guards import patches
+    if type(current_platform).__module__ == "vllm_sleep_ascend.native.platform":
+        from vllm_sleep_ascend import patches, weight_transfer
 
         patches.install_all()
         weight_transfer.register()

@@ -67,7 +67,7 @@ class Ours:
     @contextmanager
     def use_pool(self, tag: str) -> Iterator[None]:
         if self._hooks is None:
-            from vllm_sleep_ascend import pool
+            from vllm_sleep_ascend.memory import pool
 
             with pool.use_pool(tag):
                 yield
@@ -105,7 +105,7 @@ class Ours:
         return {**figures, "checksums_s": summary(self._checksum_s)} if self._skip else figures
 
     def _checksums(self) -> dict[int, int]:
-        from vllm_sleep_ascend.checksum import checksums
+        from vllm_sleep_ascend.memory.checksum import checksums
 
         start = self._machine.now()
         ranges = [

@@ -21,8 +21,8 @@ from options import chosen, models, parser, serve_options
 from recorder import Recorder
 from servers import ExperimentFailed, Model
 
-from vllm_sleep_ascend.calls import CallFailed
-from vllm_sleep_ascend.client import SleepClient
+from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.client.sleep_client import SleepClient
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from helpers import MIB
 
-from vllm_sleep_ascend import _camem, pool
-from vllm_sleep_ascend.checksum import checksums, mix
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.memory import pool
+from vllm_sleep_ascend.memory.checksum import checksums, mix
 
 WORDS = 2 * MIB // 8
 DEVICE = torch.device("npu", 0)

@@ -152,7 +152,8 @@ def test_the_interpreter_exits(name):
 
 TORCH = """
 import torch, torch_npu
-from vllm_sleep_ascend import _camem, pool
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.memory import pool
 with pool.use_pool("weights"):
     weights = torch.ones(4 << 20, dtype=torch.uint8, device="npu")
 with pool.use_pool("kv_cache"):

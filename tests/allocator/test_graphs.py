@@ -13,7 +13,8 @@ from helpers import ROOT
 from helpers.allocator import configure
 from helpers.machine import LAUNCHER, USUAL_MACHINE
 
-from vllm_sleep_ascend import _camem, pool
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.memory import pool
 from vllm_sleep_ascend.sim import control
 
 TAGS = ["weights", "cudagraph"]

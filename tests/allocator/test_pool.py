@@ -12,8 +12,9 @@ import torch
 from helpers import MIB, ROOT
 from helpers.machine import LAUNCHER, USUAL_MACHINE
 
-from vllm_sleep_ascend import _camem, pool
+from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
+from vllm_sleep_ascend.memory import pool
 from vllm_sleep_ascend.sim import control
 
 OFFLOAD = {"weights": "offload", "kv_cache": "discard"}

@@ -11,15 +11,15 @@ from helpers.allocator import Block
 from helpers.logs import messages_of
 
 from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.backend import CamemBackend
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.memory.backend import CamemBackend
 
 SIZE = 8 * MIB
 
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    with messages_of("backend", logging.INFO) as messages:
+    with messages_of("memory.backend", logging.INFO) as messages:
         yield messages
 
 

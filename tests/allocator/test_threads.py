@@ -185,7 +185,7 @@ def test_what_waits_for_a_sleep_waits_without_the_gil(wait):
 def test_torch_allocates_in_several_threads_while_another_sleeps_and_wakes():
     import torch
 
-    from vllm_sleep_ascend import pool
+    from vllm_sleep_ascend.memory import pool
 
     torch.npu.init()
 
@@ -225,7 +225,7 @@ def test_torch_neither_deadlocks_with_the_gil_nor_with_its_own_lock():
     pools (the GIL, torch's lock, then ours)."""
     import torch
 
-    from vllm_sleep_ascend import pool
+    from vllm_sleep_ascend.memory import pool
 
     torch.npu.init()
     with pool.use_pool("weights"):

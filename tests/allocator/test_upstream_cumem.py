@@ -13,9 +13,10 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepMode
 from vllm.v1.worker.workspace import WorkspaceManager
 
 import vllm_sleep_ascend
-from vllm_sleep_ascend import _camem, pool
-from vllm_sleep_ascend.backend import CamemBackend
+from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
+from vllm_sleep_ascend.memory import pool
+from vllm_sleep_ascend.memory.backend import CamemBackend
 
 SEGMENT = 32 * MIB - 4096  # torch_npu pads what it asks for: a segment of exactly 32 MiB
 

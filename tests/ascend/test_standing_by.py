@@ -193,7 +193,7 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):
 
 
 def test_this_vllm_has_all_that_is_replaced_of_it():
-    from vllm_sleep_ascend.guards import patches
+    from vllm_sleep_ascend import patches
 
     every = (*patches.EVERYWHERE, *patches.DEVELOPMENT, *patches.OFFLINE)
     assert patches.problems(every) == []

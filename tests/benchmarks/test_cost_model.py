@@ -10,7 +10,8 @@ from helpers import ROOT
 LINK_GBPS = 0.1
 CODE = """
 import sys, time, torch, torch_npu
-from vllm_sleep_ascend import _camem, pool
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.memory import pool
 torch.npu.set_device(0)
 _camem.configure(chunk_bytes=8 << 20, keep_host_backup=True, copy_threads=2, host_threads=2)
 with pool.use_pool("weights"):

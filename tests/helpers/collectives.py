@@ -294,7 +294,7 @@ class Rank:
     def stages_share_a_communicator(self) -> None:
         """As in vLLM's pipeline, a stage receives once the one before it has sent it word. Their
         communicator is released before anything was sent, and later."""
-        from vllm_sleep_ascend.communicators import Communicators, meet
+        from vllm_sleep_ascend.rank.communicators import Communicators, meet
 
         group = dist.new_group(backend="hccl")
         meet(group)

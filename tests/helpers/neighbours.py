@@ -78,7 +78,7 @@ def wrap_start(hook: Callable[[str], None], replace: Callable[[Any, str, Any], N
         from vllm_sleep_ascend.beside.worker import SleepingNPUWorker as NPUWorker
     else:
         from vllm_sleep_ascend.native.model_runner import NPUModelRunner
-        from vllm_sleep_ascend.worker import NPUWorker
+        from vllm_sleep_ascend.native.worker import NPUWorker
 
     def wrapped(name: str, stock: Callable) -> Callable:
         @wraps(stock)

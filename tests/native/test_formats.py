@@ -7,9 +7,9 @@ import torch
 
 torch_npu = pytest.importorskip("torch_npu", exc_type=ImportError, reason="needs CANN")
 
-from vllm_sleep_ascend.checksum import memory_at  # noqa: E402
-from vllm_sleep_ascend.formats import as_it_lies, is_tiled  # noqa: E402
-from vllm_sleep_ascend.unwritten import mark, unwritten, unwritten_at_start  # noqa: E402
+from vllm_sleep_ascend.memory.checksum import memory_at  # noqa: E402
+from vllm_sleep_ascend.memory.formats import as_it_lies, is_tiled  # noqa: E402
+from vllm_sleep_ascend.rank.weights.unwritten import mark, unwritten, unwritten_at_start  # noqa: E402
 
 NZ = 29
 

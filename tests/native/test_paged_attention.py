@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from vllm_sleep_ascend.native import tiles as tiles_module
-from vllm_sleep_ascend.native.kv_cache import read_kv, write_kv
-from vllm_sleep_ascend.native.paged_attention import Rules, dense_attention, paged_attention
-from vllm_sleep_ascend.native.tiles import make_tile, plan_tiles
+from vllm_sleep_ascend.native.attention import tiles as tiles_module
+from vllm_sleep_ascend.native.attention.kv_cache import read_kv, write_kv
+from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
+from vllm_sleep_ascend.native.attention.tiles import make_tile, plan_tiles
 
 NAN = float("nan")
 

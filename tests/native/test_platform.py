@@ -41,7 +41,7 @@ def test_defaults(model):
     from vllm.config import CompilationMode, CUDAGraphMode
 
     config = config_of(model)
-    assert config.parallel_config.worker_cls == "vllm_sleep_ascend.worker.NPUWorker"
+    assert config.parallel_config.worker_cls == "vllm_sleep_ascend.native.worker.NPUWorker"
     assert config.use_v2_model_runner is False
     assert config.compilation_config.mode == CompilationMode.NONE
     assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
@@ -87,7 +87,7 @@ def test_other_kv_cache_layouts_are_refused_by_name(model, monkeypatch, layout):
 def test_the_contiguous_kv_cache_layout_is_the_only_one(model, monkeypatch):
     from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
-    from vllm_sleep_ascend.native.attention import NPUAttentionBackend
+    from vllm_sleep_ascend.native.attention.backend import NPUAttentionBackend
 
     (layout,) = get_supported_kv_cache_layouts([NPUAttentionBackend])
     assert layout.name == "LBNHC"
@@ -174,7 +174,7 @@ def test_attention_backends(model):
     plain = {"head_size": 80, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 3}
     config = AttentionSelectorConfig(**plain, has_sink=True, has_sliding_window=True)
     path = current_platform.get_attn_backend_cls(None, config)
-    assert path == "vllm_sleep_ascend.native.attention.NPUAttentionBackend"
+    assert path == "vllm_sleep_ascend.native.attention.backend.NPUAttentionBackend"
     with pytest.raises(ValueError, match="FLASH_ATTN is not available; leave out"):
         current_platform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, config)
     for option in ("use_mla", "use_sparse", "use_mm_prefix", "use_rswa", "use_dcp"):

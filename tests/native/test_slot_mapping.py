@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_sleep_ascend.native.slot_mapping import compute_slot_mapping
+from vllm_sleep_ascend.native.attention.slot_mapping import compute_slot_mapping
 
 PAD = -1
 

@@ -3,8 +3,8 @@
 
 import pytest
 
-from vllm_sleep_ascend.agreement import Agreement, Operation
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 
 
 @pytest.mark.parametrize(

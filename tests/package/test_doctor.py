@@ -50,7 +50,7 @@ def doctor(
 ) -> subprocess.CompletedProcess[str]:
     """What it printed; it must end with this exit code, None: with any."""
     done = subprocess.run(
-        [*python, "-m", "vllm_sleep_ascend.cli", "doctor", *OPTIONS, *arguments],
+        [*python, "-m", "vllm_sleep_ascend.client.cli", "doctor", *OPTIONS, *arguments],
         cwd=folder,
         preexec_fn=before,
         env=environment(**variables),

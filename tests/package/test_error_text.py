@@ -7,9 +7,9 @@ from typing import NoReturn
 import pytest
 from vllm.v1.engine.core import EngineCoreProc
 
+from vllm_sleep_ascend.engine.not_serving import NotServingError
 from vllm_sleep_ascend.error_text import restored, write_type
 from vllm_sleep_ascend.errors import HostOutOfMemoryError, RankGoneError, SleepModeError
-from vllm_sleep_ascend.guards.not_serving import NotServingError
 
 
 def from_engine(error: Exception) -> Exception:

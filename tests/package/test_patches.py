@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT
 
-from vllm_sleep_ascend.guards import patches
-from vllm_sleep_ascend.guards.patches import DEVELOPMENT, EVERYWHERE, OFFLINE, Patch, PatchError
+from vllm_sleep_ascend import patches
+from vllm_sleep_ascend.patches import DEVELOPMENT, EVERYWHERE, OFFLINE, Patch, PatchError
 
 ALL = (*EVERYWHERE, *DEVELOPMENT, *OFFLINE)
 

@@ -64,7 +64,7 @@ def test_states_and_levels(ranks, sleeps: bool, state: str, level: int) -> None:
 
 def test_clients_need_neither_vllm_nor_torch() -> None:
     program = (
-        "import sys; import vllm_sleep_ascend.client, vllm_sleep_ascend.status; "
+        "import sys; import vllm_sleep_ascend.client.sleep_client, vllm_sleep_ascend.status; "
         "print(sorted({'torch', 'vllm'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", program]

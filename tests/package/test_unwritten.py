@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_sleep_ascend.shards import shards_of
-from vllm_sleep_ascend.unwritten import mark, unwritten, unwritten_at_start
+from vllm_sleep_ascend.rank.weights.shards import shards_of
+from vllm_sleep_ascend.rank.weights.unwritten import mark, unwritten, unwritten_at_start
 
 FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import ClassVar, Self
 
 from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.backend import CamemBackend
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.memory.backend import CamemBackend
+from vllm_sleep_ascend.memory.pool import use_pool
 from vllm_sleep_ascend.policy import Action
-from vllm_sleep_ascend.pool import use_pool
 
 _WORKER = "vllm_ascend.worker.worker"
 

@@ -11,8 +11,8 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend.beside import IN_USE, SWITCH, WORKER
 from vllm_sleep_ascend.beside.seams import check_seams
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.guards.checks import check_engines
-from vllm_sleep_ascend.guards.kv_cache import check_connector
+from vllm_sleep_ascend.engine.checks import check_engines
+from vllm_sleep_ascend.engine.kv_cache import check_connector
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -96,6 +96,6 @@ def check_graphs(vllm_config: Any) -> None:
 @cache
 def guard() -> None:
     """Put our checks in front of the engine's calls, and our endpoints in the server."""
-    from vllm_sleep_ascend.guards import patches
+    from vllm_sleep_ascend import patches
 
     patches.install_all()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of vllm-ascend this package replaces, and what of it and of vLLM it calls, checked before
-anything is changed; what it replaces of vLLM is in ``guards.patches``.
+anything is changed; what it replaces of vLLM is in ``patches``.
 
 The source is read and not imported: the check changes nothing, and vllm-ascend's worker may not be
 imported in the process of a front end.
@@ -82,7 +82,7 @@ def check_seams() -> None:
     Raises:
         SeamError: something is missing or has other parameters; names all of it.
     """
-    from vllm_sleep_ascend.guards import patches
+    from vllm_sleep_ascend import patches
 
     installed = {package: version(package) for package in TESTED}
     wrong = [problem for module, classes in SEAMS.items() for problem in _compare(module, classes)]

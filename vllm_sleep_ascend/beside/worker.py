@@ -12,17 +12,17 @@ import torch_npu
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.beside import allocator
-from vllm_sleep_ascend.beside.moe import ExpertLayouts
-from vllm_sleep_ascend.communicators import meet
+from vllm_sleep_ascend.beside.expert_layouts import ExpertLayouts
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.content import DRAFT
 from vllm_sleep_ascend.errors import SleepModeError
-from vllm_sleep_ascend.formats import is_tiled
-from vllm_sleep_ascend.host_memory import ranks_of_this_host
-from vllm_sleep_ascend.sleeper import SleepingWorker, needs_weights_awake
-from vllm_sleep_ascend.start_memory import StartMemory, least_kv_cache
+from vllm_sleep_ascend.memory.formats import is_tiled
+from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
+from vllm_sleep_ascend.rank.communicators import meet
+from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
+from vllm_sleep_ascend.rank.sleeping import SleepingWorker, needs_weights_awake
+from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
+from vllm_sleep_ascend.rank.weights.content import DRAFT
 
 allocator.install()
 

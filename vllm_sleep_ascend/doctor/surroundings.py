@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, info, passed
-from vllm_sleep_ascend.page_locked import why_registered_pages_move
+from vllm_sleep_ascend.memory.page_locked import why_registered_pages_move
 
 MIB, GIB = 1 << 20, 1 << 30
 _CAP_IPC_LOCK = 14

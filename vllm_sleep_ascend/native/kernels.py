@@ -8,7 +8,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.triton_utils.dispatcher import register_kernels
 
 from vllm_sleep_ascend.native import drafting, rejection
-from vllm_sleep_ascend.native.slot_mapping import compute_slot_mapping
+from vllm_sleep_ascend.native.attention.slot_mapping import compute_slot_mapping
 
 _REJECTION = "vllm.v1.sample.rejection_sampler"
 _DRAFTING = "vllm.v1.spec_decode.utils"

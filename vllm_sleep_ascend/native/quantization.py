@@ -79,7 +79,7 @@ for _key in INT8_FOR:
 def compact(model: nn.Module) -> None:
     """Move the parameters into sleep mode's memory anew, out of segments that they share with what
     was quantised: those come free when loading ends."""
-    from vllm_sleep_ascend.pool import use_pool
+    from vllm_sleep_ascend.memory.pool import use_pool
 
     with use_pool("weights"):
         for parameter in model.parameters():

@@ -16,7 +16,7 @@ from typing import Any
 
 import uvicorn
 
-from vllm_sleep_ascend.client import SleepClient
+from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.admin import Admin
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.public import Public

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from vllm_sleep_ascend.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Server
 

@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vllm_sleep_ascend.calls import CallFailed
-from vllm_sleep_ascend.proxy.answers import CLIENT_LEFT, PassedOn, Refused, end_to_end
+from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.proxy.responses import CLIENT_LEFT, PassedOn, Refused, end_to_end
 from vllm_sleep_ascend.proxy.schedule import Schedule
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import QueueFull, Turns

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from vllm_sleep_ascend.calls import CallFailed
+from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
 

@@ -9,8 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vllm_sleep_ascend.calls import CallFailed
-from vllm_sleep_ascend.client import SleepClient
+from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.client.sleep_client import SleepClient
 
 State = Literal["awake", "asleep", "unknown"]
 

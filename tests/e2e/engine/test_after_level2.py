@@ -28,7 +28,7 @@ def without_content(llm) -> int:
 
 
 def test_warn_says_so_once_when_it_serves_and_not_before(tiny_model, expected):
-    with engine_with(tiny_model, "warn") as llm, messages_of("guards.gate") as warnings:
+    with engine_with(tiny_model, "warn") as llm, messages_of("engine.serving_gate") as warnings:
         assert without_content(llm) == 0
         llm.sleep(level=2)
         llm.wake_up()

@@ -147,7 +147,7 @@ def test_what_a_rank_knew_of_its_weights_is_taken_back_with_the_wake(tiny_model)
 
 
 def test_a_long_transfer_says_how_far_it_is(llm, monkeypatch, caplog):
-    from vllm_sleep_ascend import progress
+    from vllm_sleep_ascend.memory import progress
     from vllm_sleep_ascend.sim import control
 
     monkeypatch.setattr(progress, "EVERY_S", 0.1)

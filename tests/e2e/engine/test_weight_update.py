@@ -144,7 +144,10 @@ def test_a_trainer_updates_a_server_between_the_wakes(tiny_model, other_model, t
     """vLLM's own trainer interface and HTTP routes, with the engine in a process of its own."""
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource
 
-    from vllm_sleep_ascend.weight_transfer import SafetensorsTrainer, SafetensorsTrainerInitInfo
+    from vllm_sleep_ascend.weight_transfer import (
+        SafetensorsTrainer,
+        SafetensorsTrainerInitInfo,
+    )
 
     env = {
         "VLLM_SERVER_DEV_MODE": "1",

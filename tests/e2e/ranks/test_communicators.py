@@ -23,9 +23,9 @@ from helpers.reference import hf_few
 from torch.distributed import distributed_c10d
 
 from vllm_sleep_ascend import _camem, safe_while_asleep
-from vllm_sleep_ascend.host_memory import host_need
+from vllm_sleep_ascend.memory.pool import trim, use_pool
 from vllm_sleep_ascend.policy import POLICY
-from vllm_sleep_ascend.pool import trim, use_pool
+from vllm_sleep_ascend.rank.host_budget import host_need
 
 # Of one communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair of pipeline stages by
 # P2P_HCCL_BUFFSIZE.
@@ -204,7 +204,7 @@ def test_a_release_that_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -
 
 @safe_while_asleep
 def listen(worker) -> None:
-    worker.listener = messages_of("communicators")
+    worker.listener = messages_of("rank.communicators")
     worker.heard = worker.listener.__enter__()
 
 

@@ -165,7 +165,7 @@ def test_a_stock_server(pair, a_is_awake, tiny_model, tmp_path):
     a, *_ = pair
     a.post("/sleep")
     (tmp_path / "sitecustomize.py").write_text(
-        "import vllm_sleep_ascend.server as ours\nours.install = lambda: None\n"
+        "import vllm_sleep_ascend.front_end.endpoints as ours\nours.install = lambda: None\n"
     )
     env = {**pair.env, "PYTHONPATH": str(tmp_path)}
     with Server(tiny_model, *OPTIONS, log=tmp_path / "stock", env=env, cold=True) as stock:

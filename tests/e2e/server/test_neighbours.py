@@ -16,9 +16,9 @@ from helpers.neighbours import Neighbour, wrap_start
 from helpers.patience import patience, wait_for
 from helpers.server import SMALL, Server
 
-from vllm_sleep_ascend.backend import CamemBackend
 from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
-from vllm_sleep_ascend.pool import release_pools
+from vllm_sleep_ascend.memory.backend import CamemBackend
+from vllm_sleep_ascend.memory.pool import release_pools
 from vllm_sleep_ascend.sim import control
 
 DEVICE = 2048  # MiB
@@ -58,7 +58,7 @@ def sleep_log() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.vllm_sleep_ascend.sleeper")
+    logger = logging.getLogger("vllm.vllm_sleep_ascend.rank.sleeping")
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)

@@ -10,7 +10,7 @@ import pytest
 from helpers.patience import wait_for
 from helpers.server import InBackground
 
-from vllm_sleep_ascend.client import SleepClient
+from vllm_sleep_ascend.client.sleep_client import SleepClient
 
 pytestmark = pytest.mark.usefixtures("left_awake")
 

@@ -16,7 +16,7 @@ import torch_npu
 import vllm.platforms
 
 from helpers.warm import spawning
-from vllm_sleep_ascend.platform import NPUPlatform
+from vllm_sleep_ascend.native.platform import NPUPlatform
 
 _MODULES = (
     "vllm.entrypoints.cli.main",
@@ -31,11 +31,11 @@ _MODULES = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
-    "vllm_sleep_ascend.guards",
-    "vllm_sleep_ascend.native.attention",
+    "vllm_sleep_ascend.engine",
+    "vllm_sleep_ascend.native.attention.backend",
     "vllm_sleep_ascend.native.model_runner",
-    "vllm_sleep_ascend.server",
-    "vllm_sleep_ascend.worker",
+    "vllm_sleep_ascend.front_end.endpoints",
+    "vllm_sleep_ascend.native.worker",
     "helpers.warm.command",
 )
 

@@ -27,7 +27,7 @@ from vllm_sleep_ascend.doctor.probes.base import (
     copies_of,
     mib,
 )
-from vllm_sleep_ascend.page_locked import KERNEL_THAT_KEEPS_PAGES, why_registered_pages_move
+from vllm_sleep_ascend.memory.page_locked import KERNEL_THAT_KEEPS_PAGES, why_registered_pages_move
 
 USES_ACL = (
     'Backups are in memory from aclrtMallocHost (host_memory="acl"), which is right on every '

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-sleep``: status, sleep, wake and switch of vLLM servers, and a doctor for the machine.
+
+Exit codes: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 a server is
+unreachable. The doctor has its own. Progress goes to stderr, the summary to stdout: one line, or
+with --json one object. Servers that ask for an API key (--api-key) get that of the environment,
+VLLM_API_KEY.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from vllm_sleep_ascend.doctor import command as doctor
+from vllm_sleep_ascend.policy import LEVELS
+
+if TYPE_CHECKING:  # they need more than the standard library, which is all that the doctor needs
+    from vllm_sleep_ascend.client.sleep_client import SleepClient
+
+DONE, FAILED, USAGE, UNREACHABLE = range(4)
+MODES = ("abort", "wait", "keep")  # vLLM's PauseMode, without importing vLLM
+
+Clients = list["SleepClient"]
+Result = tuple[str, dict[str, Any]]
+
+
+async def _status(args: argparse.Namespace, clients: Clients) -> Result:
+    servers = [await client.status() for client in clients]
+    return "\n".join(_describe(server) for server in servers), {"servers": servers}
+
+
+async def _sleep(args: argparse.Namespace, clients: Clients) -> Result:
+    await clients[0].sleep(args.level, args.mode, args.discard_trained)
+    return f"{args.url} sleeps at level {args.level}", {"level": args.level}
+
+
+async def _wake(args: argparse.Namespace, clients: Clients) -> Result:
+    if args.tags:
+        await clients[0].wake(args.tags)
+        return f"{args.url} woke {' and '.join(args.tags)}", {"tags": args.tags}
+    await clients[0].wake_to_serve(args.level, args.discard_trained)
+    return f"{args.url} is awake", {}
+
+
+async def _switch(args: argparse.Namespace, clients: Clients) -> Result:
+    from vllm_sleep_ascend.client.switch import switch
+
+    old, new = clients
+    await switch(old, new, args.level, args.mode, args.overlap, args.discard_trained)
+    text = f"switched from {args.from_url} to {args.to_url}"
+    return text, {"level": args.level, "overlap": args.overlap}
+
+
+def _describe(server: dict[str, Any]) -> str:
+    state = "asleep" if server["is_sleeping"] else "awake"
+    parts = [f"{server['url']}: {state}", ", ".join(server["models"])]
+    for rank in server["ranks"] or ():
+        memory = [
+            f"{tag} {usage['device'] / 2**20:.0f} MiB on the device and "
+            f"{usage['host'] / 2**20:.0f} MiB on the host"
+            for tag, usage in rank.get("tags", {}).items()
+        ]
+        memory.append(f"{rank['free'] / 2**20:.0f} of {rank['total'] / 2**20:.0f} MiB free")
+        if weights := rank.get("weights"):
+            path = f" {weights['path']}" if weights["path"] else ""
+            origin = f"weights from {weights['source']}{path}, version {weights['version']}"
+            memory.append(origin)
+        parts.append(f"rank {rank['rank']}: " + ", ".join(memory))
+    return "; ".join(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="vllm-sleep", description=description, epilog=rest)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print one JSON object")
+        made.add_argument("--quiet", action="store_true", help="no progress on stderr")
+        made.add_argument(
+            "--timeout", type=float, default=600, metavar="S", help="seconds a call may take (600)"
+        )
+        return made
+
+    def level(made: argparse.ArgumentParser, default: int | None, help: str) -> None:
+        made.add_argument("--level", type=int, choices=LEVELS, default=default, help=help)
+
+    def mode(made: argparse.ArgumentParser) -> None:
+        help = "what becomes of running requests (abort)"
+        made.add_argument("--mode", choices=MODES, default="abort", help=help)
+
+    def discard_trained(made: argparse.ArgumentParser) -> None:
+        help = "lose weights that a trainer sent and no checkpoint has (else refused at level 2)"
+        made.add_argument("--discard-trained", action="store_true", help=help)
+
+    made = command("status", _status, "what servers hold, and whether they sleep")
+    made.add_argument("urls", nargs="+", metavar="URL")
+    made = command("sleep", _sleep, "put a server to sleep")
+    made.add_argument("url", metavar="URL")
+    level(made, 1, "1: weights go to host memory; 2: weights are forgotten (1)")
+    mode(made)
+    discard_trained(made)
+    made = command("wake", _wake, "wake a server; after level 2, load its weights again")
+    made.add_argument("url", metavar="URL")
+    help = "wake only these (weights, kv_cache), and load nothing"
+    made.add_argument("--tags", nargs="+", metavar="TAG", help=help)
+    level(made, None, "the level at which it sleeps, where the server does not say (stock vLLM)")
+    discard_trained(made)
+    made = command("switch", _switch, "put one server to sleep and wake another")
+    made.add_argument("from_url", metavar="FROM_URL")
+    made.add_argument("to_url", metavar="TO_URL")
+    level(made, 1, "of the sleep; stock vLLM is taken to have slept at it as well (1)")
+    mode(made)
+    discard_trained(made)
+    made.add_argument("--overlap", action="store_true", help="sleep and wake at the same time")
+    doctor.add_arguments(commands.add_parser("doctor", help=doctor.HELP))
+    return parser
+
+
+async def _run(args: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
+    from vllm_sleep_ascend.client.calls import CallFailed, Unreachable
+    from vllm_sleep_ascend.client.sleep_client import SleepClient
+
+    def progress(text: str) -> None:
+        if not args.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    addresses = getattr(args, "urls", None) or [
+        value for name in ("url", "from_url", "to_url") if (value := getattr(args, name, None))
+    ]
+    key = os.environ.get("VLLM_API_KEY")
+    started = time.perf_counter()
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(SleepClient(address, args.timeout, progress, key))
+            for address in addresses
+        ]
+        run: Callable[[argparse.Namespace, Clients], Awaitable[Result]] = args.run
+        try:
+            text, details = await run(args, clients)
+            code = DONE
+        except CallFailed as error:
+            text, details = str(error), {"error": str(error)}
+            code = UNREACHABLE if isinstance(error, Unreachable) else FAILED
+        seconds = time.perf_counter() - started
+        steps = [step for client in clients for step in client.steps]
+    if code == DONE and steps:
+        text += f" in {seconds:.3f} s"
+    report = {"command": args.command, "ok": code == DONE, "seconds": round(seconds, 4), **details}
+    return code, text, {**report, "steps": steps} if steps else report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "doctor":
+        return doctor.run(args)
+    try:
+        code, text, report = asyncio.run(_run(args))
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return FAILED
+    if args.json:
+        print(json.dumps(report))
+    if code != DONE:
+        print(f"vllm-sleep: {text}", file=sys.stderr)
+    elif not args.json:
+        print(text)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

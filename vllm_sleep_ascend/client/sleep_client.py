@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client of the development endpoints of one vLLM server, this package's or stock."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+from vllm_sleep_ascend.client.calls import CallFailed, Calls
+from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
+
+Progress = Callable[[str], None]
+
+
+class SleepClient:
+    """Sleep, wake and status of the server at ``url``. Use as an async context manager.
+
+    Args:
+        url: such as ``http://127.0.0.1:8001``.
+        timeout_s: seconds that one call may take.
+        progress: is told of each finished step, in words.
+        api_key: of servers that ask for one (``vllm serve --api-key``).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 600.0,
+        progress: Progress = lambda text: None,
+        api_key: str | None = None,
+    ) -> None:
+        self._calls = Calls(url, timeout_s, api_key)
+        self.url = self._calls.url
+        self.steps: list[dict[str, Any]] = []
+        self._progress = progress
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._calls.close()
+
+    async def status(self) -> dict[str, Any]:
+        """``is_sleeping``, ``models``, and ``ranks`` as /sleep_status gives them (None: stock).
+
+        Raises:
+            CallFailed: the server is unreachable or has no development endpoints.
+        """
+        ranks = await self._ranks()
+        return {
+            "url": self.url,
+            "is_sleeping": await self.is_sleeping(),
+            "models": await self.models(),
+            "ranks": ranks,
+        }
+
+    async def is_sleeping(self, timeout_s: float | None = None) -> bool:
+        """Whether any memory of the server sleeps."""
+        return await self._calls.get("/is_sleeping", "is_sleeping", timeout_s)
+
+    async def models(self, timeout_s: float | None = None) -> list[str]:
+        """Names of what it serves."""
+        models = await self._calls.get("/v1/models", "data", timeout_s)
+        try:
+            return [model["id"] for model in models]
+        except (KeyError, TypeError):
+            raise CallFailed(f"{self.url}: /v1/models lists no ids; is it vLLM?") from None
+
+    async def reports_memory(self) -> bool:
+        """Whether it is a server of this package, which wakes as a transaction."""
+        return await self._ranks() is not None
+
+    async def is_gone(self, timeout_s: float) -> bool:
+        """As ``Calls.is_gone``."""
+        return await self._calls.is_gone(timeout_s)
+
+    async def sleep(
+        self, level: int = 1, mode: str = "abort", discard_trained: bool = False
+    ) -> None:
+        """Put the server to sleep, and see that it sleeps.
+
+        Args:
+            discard_trained: level 2 may lose weights that are in no checkpoint.
+
+        Raises:
+            CallFailed: it did not fall asleep.
+        """
+        if not discard_trained:
+            await self.check_sleep(level)
+        # In the query: stock servers ignore a body.
+        await self._step("sleep", "POST", "/sleep", params={"level": level, "mode": mode})
+        if level > 0 and not await self.is_sleeping():
+            raise CallFailed(f"{self.url}: /sleep succeeded, but the server is not asleep")
+
+    async def wake(self, tags: list[str] | None = None) -> None:
+        """Wake these tags, or all.
+
+        Raises:
+            OutOfMemory: too little device memory is free.
+            CallFailed: it did not wake.
+        """
+        name = f"wake {' '.join(tags)}" if tags else "wake"
+        await self._step(name, "POST", "/wake_up", params={"tags": tags} if tags else {})
+        if not tags and await self.is_sleeping() and not await self._is_paused():
+            raise CallFailed(f"{self.url}: /wake_up succeeded, but the server still sleeps")
+
+    async def wake_to_serve(
+        self, slept_at: int | None = None, discard_trained: bool = False
+    ) -> None:
+        """Wake everything; after level 2, load the weights before the KV cache comes back.
+
+        Args:
+            slept_at: the level at which the server sleeps, for a server that does not tell.
+            discard_trained: load the checkpoint also where other weights were discarded.
+
+        Raises:
+            OutOfMemory: too little device memory is free.
+            CallFailed: it did not wake, or other weights than the checkpoint's were discarded.
+        """
+        if not discard_trained:
+            await self.check_wake()
+        if await self.level(slept_at) == 2:
+            await self.wake(["weights"])
+            await self.reload_weights()
+            await self.wake()
+            await self.reset_prefix_cache()
+        else:
+            await self.wake()
+
+    async def level(self, otherwise: int | None = None) -> int:
+        """The level at which the weights sleep, as ``status.level_of``; ``otherwise`` for a server
+        that sleeps and does not tell."""
+        ranks = await self._ranks()
+        if ranks is None:
+            return (otherwise or 1) if await self.is_sleeping() else 0
+        return level_of(ranks)
+
+    async def check_sleep(self, level: int) -> None:
+        """
+        Raises:
+            CallFailed: level 2 would lose weights that are in no checkpoint.
+        """
+        lost = await self.would_lose(level)
+        if lost:
+            raise CallFailed(
+                f"{self.url}: {lost} are in no checkpoint that the server knows, and level 2 would "
+                "lose them; sleep at level 1, or with --discard-trained"
+            )
+
+    async def check_wake(self) -> None:
+        """
+        Raises:
+            CallFailed: weights were lost that are in no checkpoint.
+        """
+        lost = await self._in_no_checkpoint()
+        if lost and await self.level() == 2:
+            raise CallFailed(
+                f"{self.url}: {lost} were lost, and are in no checkpoint that the server knows. "
+                "Wake the tag weights alone, send them again from where they came, and wake the "
+                "rest; or load the checkpoint with vllm-sleep wake --discard-trained"
+            )
+
+    async def would_lose(self, level: int) -> str | None:
+        """Which weights a sleep at this level would lose for good, in words; None: none, or the
+        server does not say."""
+        lost = await self._in_no_checkpoint() if level == 2 else None
+        return lost if lost and await self.level() != 2 else None
+
+    async def _in_no_checkpoint(self) -> str | None:
+        for rank in await self._ranks() or ():
+            if "weights" in rank and (words := in_no_checkpoint(rank["weights"])):
+                return words
+        return None
+
+    async def reload_weights(self) -> None:
+        """Load the weights from disk into awake memory."""
+        body = {"method": "reload_weights"}
+        await self._step("reload_weights", "POST", "/collective_rpc", json=body)
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget the prefix cache: its blocks are of weights that are gone."""
+        answer = await self._step("reset_prefix_cache", "POST", "/reset_prefix_cache")
+        if answer is not None and answer.get("success") is False:
+            raise CallFailed(f"{self.url}: the prefix cache is in use and was not reset; repeat it")
+
+    def say(self, text: str) -> None:
+        """Tell whoever follows the progress."""
+        self._progress(f"{self.url}: {text}")
+
+    async def _step(self, name: str, method: str, path: str, **options: Any) -> Any:
+        started = time.perf_counter()
+        answer = await self._calls.unless_the_engine_dies(self._calls.call(method, path, **options))
+        seconds = time.perf_counter() - started
+        self.steps.append({"url": self.url, "step": name, "seconds": round(seconds, 4)})
+        self.say(f"{name} {seconds:.3f} s")
+        return answer
+
+    async def _is_paused(self) -> bool:
+        """Whether its memory is awake, and what holds it is a pause of the user's (/pause)."""
+        return await self._calls.get("/sleep_status", "state", optional=True) == "paused"
+
+    async def _ranks(self) -> list[RankStatus] | None:
+        """What /sleep_status says of each rank; None: there is no such endpoint (stock vLLM)."""
+        return await self._calls.get("/sleep_status", "ranks", optional=True)

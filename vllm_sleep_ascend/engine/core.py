@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of ``EngineCore``, in the engine's process."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+
+from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.engine.checks import check_enabled, check_sleep, check_wake_up
+from vllm_sleep_ascend.engine.launched import on_any_rank
+from vllm_sleep_ascend.engine.pauses import call_off_sleep, pausing_to_sleep
+from vllm_sleep_ascend.engine.refusals import refuse_new, refuse_waiting
+from vllm_sleep_ascend.engine.serving_gate import ServingGate, is_pending, serve_on
+from vllm_sleep_ascend.engine.wrap import wrap
+from vllm_sleep_ascend.error_text import write_type
+from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
+from vllm_sleep_ascend.rank.guarded_calls import GuardedCall, guards_calls
+
+logger = init_logger(f"vllm.{__name__}")
+
+_MOVES = ("sleep", "discard", "wake_up")  # the worker's methods that move memory
+
+
+@contextmanager
+def _truth(core: Any) -> Iterator[None]:
+    """Afterwards, note what really sleeps; after a failure, serve on if nothing does."""
+    was_paused = core.is_scheduler_paused()
+    try:
+        yield
+    except Exception:
+        _settle(core, was_paused, failed=True)
+        raise
+    _settle(core, was_paused, failed=False)
+
+
+def _settle(core: Any, was_paused: bool, failed: bool) -> None:
+    """Take the workers' word, where stock vLLM notes what was asked."""
+    executor = core.model_executor
+    if getattr(executor, "is_failed", False):  # a worker died: nobody is left to ask
+        return
+    if core.vllm_config.model_config.enable_sleep_mode:
+        executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
+        if not isinstance(getattr(type(executor), "is_sleeping", None), property):
+            executor.is_sleeping = bool(executor.sleeping_tags)  # vLLM 0.23 keeps both
+    if failed and not was_paused and not executor.is_sleeping:
+        serve_on(core)
+
+
+def sleep(stock: Callable) -> Callable:
+    def sleep(self: Any, level: int = 1, mode: str = "abort") -> Any:
+        check_sleep(self.vllm_config, level, mode)
+        if is_pending(self):
+            if mode == "abort":  # what the pending one waits for
+                with pausing_to_sleep(self):
+                    self.pause_scheduler("abort", clear_cache=False)
+            return _afterwards(self.pending_sleep, lambda: sleep(self, level, mode))
+        was_paused = self.is_scheduler_paused()
+        with _named(), _truth(self):
+            if self.model_executor.is_sleeping:
+                # Stock vLLM would do nothing if the weights sleep, though the KV cache may be
+                # awake or the level another; and to pause anew could start what is kept.
+                if level > 0:
+                    self.model_executor.collective_rpc("sleep", kwargs={"level": level})
+                return None
+            if mode == "wait":
+                _check_wait(self)
+            if level > 0:
+                _check_workers(self, level)
+            refuse_waiting(self)
+            with pausing_to_sleep(self):
+                result = stock(self, level, mode)
+        if isinstance(result, Future):  # Requests are under way: the sleep is still to come.
+            self.pending_sleep = result
+            result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused))
+        return result
+
+    return sleep
+
+
+def _check_wait(core: Any) -> None:
+    """Requests that wait for the weights do not end, and may not be stepped."""
+    gate = ServingGate.of(core)
+    if gate is None or not gate.held:
+        return
+    reason = gate.look_and_refuse()
+    # The scheduler's own count leaves out those that wait.
+    under_way = any(not request.is_finished() for request in core.scheduler.requests.values())
+    if reason is not None and under_way:
+        raise SleepModeError(
+            f"sleep(mode='wait') refused: requests are under way, and {reason}. Or use mode "
+            "'abort' or 'keep'"
+        )
+
+
+def _check_workers(core: Any, level: int) -> None:
+    """Let the workers refuse before the scheduler pauses, which aborts requests."""
+    for reason in core.model_executor.collective_rpc("sleep_refusal", args=(level,)):
+        if reason is not None:
+            raise SleepModeError(f"sleep refused: {reason}")
+
+
+def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
+    core.pending_sleep = None
+    error = done.exception()
+    if error is not None:
+        with suppress(BaseException), _named():
+            raise error
+    _settle(core, was_paused, failed=error is not None)
+
+
+def wake_up(stock: Callable) -> Callable:
+    def wake_up(self: Any, tags: list[str] | None = None) -> bool | Future:
+        check_wake_up(self.vllm_config, tags)
+        call_off_sleep(self, "wake_up()")
+        if is_pending(self):
+            return _afterwards(self.pending_sleep, lambda: wake_up(self, tags))
+        tags = policy.check_tags(tags)
+        gate = ServingGate.of(self)
+        if gate is not None and policy.SCHEDULING_TAG in (tags or ()):
+            gate.users_pause = PauseState.UNPAUSED
+        if tags is not None:
+            asleep = self.model_executor.sleeping_tags
+            awake = [tag for tag in tags if tag in policy.DEFERRABLE_TAGS and tag not in asleep]
+            if awake:
+                logger.warning("wake_up: awake already: %s.", ", ".join(awake))
+            tags = [tag for tag in tags if tag in asleep]
+        with _named(), _truth(self):
+            self.wakes = True
+            try:
+                fully_awake = stock(self, tags)
+            finally:
+                self.wakes = False
+        # vLLM 0.23 answers nothing.
+        return not self.model_executor.is_sleeping if fully_awake is None else fully_awake
+
+    return wake_up
+
+
+def _afterwards(pending: Future, call: Callable) -> Future:
+    """The result of a call that has to wait for its turn."""
+    result: Future = Future()
+
+    def resolve(get: Callable) -> None:
+        try:
+            value = get()
+        except Exception as error:
+            result.set_exception(error)
+        else:
+            if isinstance(value, Future):
+                value.add_done_callback(lambda done: resolve(done.result))
+            else:
+                result.set_result(value)
+
+    pending.add_done_callback(lambda _: resolve(call))
+    return result
+
+
+def release_kv_cache_memory(stock: Callable) -> Callable:
+    def release_kv_cache_memory(self: Any) -> None:
+        check_enabled(self.vllm_config)
+        with _named(), _truth(self):
+            asleep = ", ".join(sorted(self.model_executor.sleeping_tags))
+            if asleep:
+                raise SleepModeError(
+                    "release_kv_cache_memory() requires all executor memory to be resident; "
+                    f"asleep: {asleep}. Call wake_up() first"
+                )
+            _finish_steps(self)
+            return stock(self)
+
+    return release_kv_cache_memory
+
+
+def _finish_steps(core: Any) -> None:
+    """An engine in the caller's process is stepped only while requests run. What the last step left
+    to the next one keeps its pause from counting as completed."""
+    scheduler = core.scheduler
+    for _ in range(3):
+        if not core.is_scheduler_paused() or scheduler.has_unfinished_requests():
+            return
+        if not scheduler.has_requests() and not core.batch_queue:
+            return
+        core.step_fn()
+
+
+def resume_scheduler(stock: Callable) -> Callable:
+    """The one way back to serving: not before memory and weights are there. Only the user's own
+    call ends the user's own pause."""
+
+    def resume_scheduler(self: Any) -> None:
+        gate = ServingGate.of(self)
+        wakes = getattr(self, "wakes", False)
+        if not wakes:
+            call_off_sleep(self, "resume_scheduler()")
+        if gate is None:
+            return stock(self)
+        if self.model_executor.is_sleeping:
+            if wakes:  # vLLM 0.23 resumes after each part of a wake
+                return None
+            raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
+        if is_pending(self):
+            raise SleepModeError("a sleep waits for requests to end; wait for it, then wake_up()")
+        if not wakes:
+            gate.users_pause = PauseState.UNPAUSED
+        gate.look()
+        if gate.closed:
+            gate.hold(gate.users_pause)
+            return None
+        gate.held = False
+        if gate.users_pause != PauseState.UNPAUSED:
+            self.scheduler.set_pause_state(gate.users_pause)
+            return None
+        stock(self)
+        if self.scheduler.has_unfinished_requests():
+            gate.warn()
+        return None
+
+    return resume_scheduler
+
+
+def is_sleeping(stock: Callable) -> Callable:
+    """An engine that waits for its weights has its memory: it does not sleep, unless at level 0."""
+
+    def is_sleeping(self: Any) -> bool:
+        gate = ServingGate.of(self)
+        if gate is not None and gate.held:
+            return self.model_executor.is_sleeping or gate.was_paused
+        return stock(self)
+
+    return is_sleeping
+
+
+def collective_rpc(stock: Callable) -> Callable:
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        gate = ServingGate.of(self)
+        if gate is None:
+            return stock(self, method, *args, **kwargs)
+        wrap(type(self.model_executor), "collective_rpc", guards_calls)  # Ray's, or a user's own
+        call = GuardedCall(method) if method in policy.STEP_CALLS else method
+        try:
+            with _moved(self) if method in _MOVES else nullcontext():
+                result = stock(self, call, *args, **kwargs)
+        except (TimeoutError, RankGoneError):
+            gate.unseen = True  # to ask a rank that does not answer is to wait for it
+            raise
+        except Exception:
+            _follow_load(gate, method)
+            raise
+        _follow_load(gate, method)
+        return result
+
+    return collective_rpc
+
+
+def _follow_load(gate: ServingGate, method: Any) -> None:
+    may_load = not isinstance(method, str) or method not in policy.SAFE_CALLS
+    if may_load or gate.unseen or gate.held or not gate.clear:
+        gate.follow_load()
+
+
+@contextmanager
+def _moved(core: Any) -> Iterator[None]:
+    """A user has the workers sleep or wake, past the calls of the engine, which has to follow."""
+    executor = core.model_executor
+    before = set(executor.sleeping_tags)
+    try:
+        with _truth(core):
+            yield
+    finally:
+        asleep = executor.sleeping_tags
+        if "kv_cache" in asleep - before:  # what it held is gone; running requests start anew
+            core.reset_prefix_cache(reset_running_requests=True)
+        if before and not asleep and not is_pending(core):
+            serve_on(core)
+
+
+def add_request(stock: Callable) -> Callable:
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        if refuse_new(self, request):
+            return None
+        gate = ServingGate.of(self)
+        if gate is not None and not self.is_scheduler_paused():
+            gate.warn()
+        return stock(self, request, *args, **kwargs)
+
+    return add_request
+
+
+def step(stock: Callable) -> Callable:
+    """The last line: nothing runs on memory that sleeps, whichever way the scheduler was paused."""
+
+    def step(self: Any) -> Any:
+        if self.model_executor.sleeping_tags:
+            self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            if not self.batch_queue:
+                return {}, False
+        return stock(self)
+
+    return step
+
+
+def refusal(self: Any) -> str | None:
+    """Why a new request is not taken now; None if it is."""
+    gate = ServingGate.of(self)
+    return None if gate is None else on_any_rank(self, gate.look_and_refuse())
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors in here keep their type on the way to the front end's process."""
+    try:
+        yield
+    except Exception as error:
+        write_type(error)
+        raise

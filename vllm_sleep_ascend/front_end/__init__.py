@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of ``LLM`` or of the server: checked input, typed errors, HTTP, metrics."""

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sleep endpoints of vLLM's development mode, as the guides of vLLM and vllm-ascend write them.
+
+They take the place of stock vLLM's where ``VLLM_SERVER_DEV_MODE=1`` shows those: the level may
+also come in a JSON body, ``/is_sleeping`` also answers POST, ``/sleep_status`` says what each rank
+holds, and every refusal is a 4xx or 5xx with a reason.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.engine.not_serving import NotServingError
+from vllm_sleep_ascend.front_end import metrics
+from vllm_sleep_ascend.front_end.middleware import SleepModeMiddleware, answer_not_serving
+from vllm_sleep_ascend.front_end.replicas import rank_status
+from vllm_sleep_ascend.status import state_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+
+Call = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def with_middleware(stock: Callable) -> Callable:
+    def register_instrumentator_api_routers(app: "FastAPI") -> None:
+        stock(app)
+        app.add_middleware(SleepModeMiddleware)
+        app.add_exception_handler(NotServingError, answer_not_serving)
+
+    return register_instrumentator_api_routers
+
+
+def attach_router(app: "FastAPI") -> None:
+    """Add the endpoints to ``app``, whose ``state.engine_client`` is vLLM's."""
+    from fastapi import APIRouter, Request
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    # Handlers are annotated in this scope: FastAPI has to see the class itself.
+    router = APIRouter()
+
+    @router.post("/sleep")
+    async def sleep(request: Request) -> Any:
+        return await _answer("sleep", _sleep, request)
+
+    @router.post("/wake_up")
+    async def wake_up(request: Request) -> Any:
+        return await _answer("wake", _wake_up, request)
+
+    if hasattr(AsyncLLM, "release_kv_cache_memory"):  # not in vLLM 0.23
+
+        @router.post("/release_kv_cache_memory")
+        async def release_kv_cache_memory(request: Request) -> Any:
+            return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
+
+    @router.api_route("/is_sleeping", methods=["GET", "POST"])
+    async def is_sleeping(request: Request) -> Any:
+        return {"is_sleeping": await request.app.state.engine_client.is_sleeping()}
+
+    @router.get("/sleep_status")
+    async def sleep_status(request: Request) -> Any:
+        return await _status(request.app.state.engine_client)
+
+    app.include_router(router)
+
+
+async def _status(client: Any) -> "JSONResponse":
+    """What the engine is doing: ``state`` (``status.State``), ``is_sleeping`` and ``ranks``. One
+    that is ``dead`` has no ranks, and answers with status 503."""
+    from fastapi.responses import JSONResponse
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        if client.errored:
+            raise client.dead_error
+        is_sleeping = await client.is_sleeping()
+        ranks = await metrics.record_async(client) or await rank_status(client)
+    except EngineDeadError as error:
+        return JSONResponse(
+            {
+                "state": "dead",
+                "error": _error(error, 503)["error"],
+                "remedy": "restart the server; its log has the cause",
+            },
+            503,
+        )
+    state = state_of(ranks, is_sleeping)
+    return JSONResponse({"state": state, "is_sleeping": is_sleeping, "ranks": ranks})
+
+
+async def _answer(operation: Any, parse: Any, request: "Request") -> "JSONResponse":
+    """Bad input is refused before it counts as an operation; a failure leaves its trace in both."""
+    from fastapi.responses import JSONResponse
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        call: Call = await parse(request)
+        with _recorded(operation):
+            return JSONResponse(await call())
+    except (ValueError, RuntimeError, EngineDeadError) as error:
+        status = 400 if isinstance(error, ValueError) else 503
+        return JSONResponse(_error(error, status), status)
+
+
+def _recorded(operation: Any) -> AbstractContextManager:
+    """vLLM's own metrics of an operation, where it has them."""
+    try:
+        from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
+    except ImportError:
+        return nullcontext()
+    return sleep_mode_operation_metrics().record(operation)
+
+
+def _error(error: Exception, status: int) -> dict[str, Any]:
+    return {"error": {"type": type(error).__name__, "message": str(error), "code": status}}
+
+
+async def _sleep(request: "Request") -> Call:
+    options = await _options(request, ("level", "mode"))
+    level = _parse_level(options.get("level", 1))
+    mode = policy.check_mode(options.get("mode", "abort"))
+
+    async def call() -> dict[str, Any]:
+        await request.app.state.engine_client.sleep(level, mode)
+        return {"status": "sleeping", "level": level}
+
+    return call
+
+
+async def _wake_up(request: "Request") -> Call:
+    tags = (await _options(request, ("tags",))).get("tags")
+    wanted = policy.check_tags(tags)
+
+    async def call() -> dict[str, Any]:
+        client = request.app.state.engine_client
+        fully_awake = await client.wake_up(wanted)
+        if fully_awake is None:  # vLLM 0.23
+            fully_awake = not await client.is_sleeping()
+        return {"status": "awake" if fully_awake else "sleeping", "tags": tags}
+
+    return call
+
+
+async def _release_kv_cache_memory(request: "Request") -> Call:
+    async def call() -> dict[str, Any]:
+        await request.app.state.engine_client.release_kv_cache_memory()
+        return {"status": "kv_cache_released"}
+
+    return call
+
+
+async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, Any]:
+    """The options of a call from its JSON body and its query.
+
+    Raises:
+        ValueError: the body is not a JSON object, has another key, or contradicts the query.
+    """
+    options: dict[str, Any] = {}
+    if await request.body():
+        try:
+            options = await request.json()
+        except ValueError:
+            raise ValueError('the body is not JSON; send such as {"level": 1}, or none') from None
+        if not isinstance(options, dict):
+            raise ValueError(
+                f'the body must be a JSON object such as {{"level": 1}}, not {options!r}'
+            )
+        for name in options:
+            if name not in names:
+                raise ValueError(f"{name!r} is not an option here; use {', '.join(names)}")
+    for name in names:
+        values = request.query_params.getlist(name)
+        if not values:
+            continue
+        value: Any = values if name == "tags" else values[-1]
+        if name in options and not _same(options[name], value):
+            raise ValueError(
+                f"{name} is {value!r} in the query and {options[name]!r} in the body; send one"
+            )
+        options[name] = value
+    return options
+
+
+def _same(given: object, in_query: object) -> bool:
+    if isinstance(given, list) and isinstance(in_query, list):
+        return set(map(str, given)) == set(in_query)
+    return str(given) == in_query
+
+
+def _parse_level(value: object) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    return policy.check_level(value)

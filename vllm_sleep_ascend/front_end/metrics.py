@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus gauges of what sleeps, from what the ranks say, in the process of the front end."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Literal, get_args
+
+from prometheus_client import REGISTRY, Gauge
+from vllm.logger import init_logger
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_sleep_ascend.front_end.replicas import rank_status
+from vllm_sleep_ascend.status import RankStatus, level_of
+
+logger = init_logger(f"vllm.{__name__}")
+
+_State = Literal["mapped", "offloaded", "discarded"]
+_Location = Literal["device", "host"]
+_STATES: tuple[_State, ...] = get_args(_State)
+_LOCATIONS: tuple[_Location, ...] = get_args(_Location)
+_LABELS = ("model_name", "engine", "rank", "tag")
+
+
+class SleepModeGauges:
+    """Bytes of each rank, by tag."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self.state = _gauge(
+            "vllm:sleep_mode_bytes",
+            "Bytes of allocations that can sleep: mapped (awake), offloaded (asleep, content in "
+            "host memory) or discarded (asleep, content forgotten).",
+            (*_LABELS, "state"),
+        )
+        self.held = _gauge(
+            "vllm:sleep_mode_held_bytes",
+            "Bytes that sleep mode holds: device memory, and pinned host memory of backups.",
+            (*_LABELS, "location"),
+        )
+
+    def set(self, ranks: Iterable[RankStatus]) -> None:
+        """Take the figures of ``sleep_status``."""
+        for rank in ranks:
+            for tag, usage in rank.get("tags", {}).items():
+                labels = (self._model_name, str(rank["engine"]), str(rank["rank"]), tag)
+                for state in _STATES:
+                    self.state.labels(*labels, state).set(usage[state])
+                for location in _LOCATIONS:
+                    self.held.labels(*labels, location).set(usage[location])
+
+
+def _gauge(name: str, documentation: str, labels: tuple[str, ...]) -> Gauge:
+    """The gauge of this process: engines share it, and each new one removes it as one of vLLM's."""
+    registered = REGISTRY._names_to_collectors.get(name)
+    if isinstance(registered, Gauge):
+        return registered
+    return Gauge(name, documentation, labels, multiprocess_mode="mostrecent")
+
+
+def record(engine: Any) -> None:
+    """Bring the metrics of an LLMEngine up to date, if it has any."""
+    if has_metrics(engine) and not _is_dead(engine):
+        with suppress(EngineDeadError):
+            _publish(engine, engine.collective_rpc("sleep_status"), engine.is_sleeping())
+
+
+async def record_async(engine: Any) -> list[RankStatus]:
+    """The same of an AsyncLLM; returns what the ranks say."""
+    if _is_dead(engine):
+        return []
+    try:
+        ranks = await rank_status(engine)
+        if has_metrics(engine):
+            _publish(engine, ranks, await engine.is_sleeping())
+    except EngineDeadError:
+        return []
+    return ranks
+
+
+def _is_dead(engine: Any) -> bool:
+    return bool(getattr(engine, "errored", False))
+
+
+def has_metrics(engine: Any) -> bool:
+    """Whether anybody would see the gauges of this LLMEngine or AsyncLLM."""
+    return engine.logger_manager is not None and engine.model_config.enable_sleep_mode
+
+
+def _publish(engine: Any, ranks: list[RankStatus], is_sleeping: bool) -> None:
+    SleepModeGauges(engine.model_config.served_model_name).set(ranks)
+    # vLLM's own gauge, which in stock vLLM follows what was asked.
+    engine.logger_manager.record_sleep_state(int(is_sleeping), level_of(ranks))

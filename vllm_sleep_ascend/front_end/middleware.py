@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every request to the server passes: refusals by option, and metrics made fresh."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from vllm_sleep_ascend.front_end import metrics
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from fastapi.responses import JSONResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+_RETRY_AFTER_S = 1
+_SCRAPE_S = 1.0
+
+_CONTROL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_GENERATION = frozenset(
+    (
+        "/inference/v1/generate",
+        "/invocations",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/rerank",
+        "/v2/rerank",
+        "/v2/embed",
+        "/generative_scoring",
+    )
+)
+
+
+class SleepModeMiddleware:
+    """Answers 503 with ``Retry-After`` to generation requests that an option refuses
+    (``while_asleep``, ``after_level2``), and refreshes the gauges before ``/metrics``."""
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self._app = app
+        self._refresh: asyncio.Task | None = None
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        client = None
+        if scope["type"] == "http":
+            client = getattr(scope["app"].state, "engine_client", None)
+        if client is not None and client.model_config.enable_sleep_mode:
+            if _path(scope) == "/metrics":
+                await self._refresh_metrics(client)
+            elif _generates(scope):
+                refused = await _refused(client)
+                if refused is not None:
+                    await refused(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+    async def _refresh_metrics(self, client: Any) -> None:
+        """An engine that is busy with an operation answers after it: then the last figures stay."""
+        if self._refresh is None or self._refresh.done():
+            self._refresh = asyncio.create_task(metrics.record_async(client))
+        await asyncio.wait([self._refresh], timeout=_SCRAPE_S)
+
+
+def _path(scope: "Scope") -> str:
+    """Without ``--root-path``, as vLLM's own middleware sees it."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
+def _generates(scope: "Scope") -> bool:
+    path = _path(scope)
+    return scope["method"] == "POST" and (
+        path in _GENERATION or (path.startswith("/v1/") and path not in _CONTROL)
+    )
+
+
+async def answer_not_serving(_: "Request", error: Exception) -> "JSONResponse":
+    """For a NotServingError that came after the request had passed the middleware."""
+    return _unavailable(str(error))
+
+
+def _unavailable(reason: str) -> "JSONResponse":
+    from fastapi.responses import JSONResponse
+
+    error = {"message": reason, "type": "ServiceUnavailableError", "param": None, "code": 503}
+    return JSONResponse({"error": error}, 503, {"Retry-After": str(_RETRY_AFTER_S)})
+
+
+async def _refused(client: Any) -> "ASGIApp | None":
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from vllm_sleep_ascend.front_end.calls import refusal
+
+    try:
+        reason = await refusal(client)
+    except EngineDeadError:
+        return None  # vLLM answers as it does
+    return None if reason is None else _unavailable(reason)

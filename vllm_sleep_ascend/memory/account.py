@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank's process holds of its device besides memory that can sleep, by cause."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.memory.backend import CamemBackend
+    from vllm_sleep_ascend.status import TagUsage
+
+_APPLICATION, _HCCL = "APP", "HCCL"  # components in AscendCL's account
+_GRAPHS = "cudagraph"  # vLLM's tag
+_MIB = 1 << 20
+
+
+def resident_bytes(
+    components: Mapping[str, int] | None, tags: Mapping[str, "TagUsage"]
+) -> dict[str, int]:
+    """Bytes of device memory of this process, by cause; those of other processes do not count.
+
+    ``communicators``: HCCL's. ``context``: the runtime and other components of CANN. ``graphs``:
+    memory of captured graphs that is mapped. ``other``: what the process allocated and sleep mode
+    does not manage, such as torch's small tensors outside the pools. All but ``graphs`` are
+    AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
+
+    Args:
+        components: CamemBackend.component_bytes().
+        tags: CamemBackend.usage().
+    """
+    graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
+    if components is None:
+        return graphs
+    components = dict(components)
+    communicators = components.pop(_HCCL, 0)
+    managed = sum(tag["device"] for tag in tags.values())
+    other = max(0, components.pop(_APPLICATION, 0) - managed)
+    context = sum(components.values())
+    return {"context": context, "communicators": communicators, **graphs, "other": other}
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that this process holds, whatever other processes do: AscendCL's
+    own account, and at least what torch has taken and not put to sleep."""
+    by_torch = torch.accelerator.memory_reserved(device)
+    try:
+        from vllm_sleep_ascend import _camem
+    except ImportError:  # installed without the compiled allocator: nothing sleeps
+        return by_torch
+    asleep = sum(
+        a["bytes"] - a["device_bytes"] for a in _camem.allocations() if a["device"] == device.index
+    )
+    components = _camem.component_bytes(device.index) or {}
+    return max(sum(components.values()), by_torch - asleep)
+
+
+def communicator_bytes(backend: "CamemBackend", device: int) -> int | None:
+    """Bytes of device memory that HCCL holds in this process; None where AscendCL cannot tell."""
+    components = backend.component_bytes(device)
+    return None if components is None else components.get(_HCCL, 0)
+
+
+def describe(resident: Mapping[str, int]) -> str:
+    """The figures in MiB, for a log."""
+    return ", ".join(f"{cause} {count / _MIB:.0f} MiB" for cause, count in resident.items())

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory pools whose allocations can sleep: ``with use_pool("weights"): torch.empty(...)``.
+
+torch's caching allocator asks the compiled allocator (``_camem``) for segments inside ``use_pool``
+and nowhere else.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch_npu
+
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.memory.device_wait import wait_for_device
+
+# Each entry into a tag gets its own torch MemPool, and none is entered twice: memory of a segment
+# that torch no longer uses can then be given back behind torch's back.
+_pools: list[Any] = []
+
+_EXPANDABLE = "expandable_segments"
+
+
+@cache
+def _allocator() -> Any:
+    """The pluggable allocator. Kept for ever: pools call it when they are destroyed."""
+    return torch_npu.npu.memory.NPUPluggableAllocator(_camem.__file__, "camem_malloc", "camem_free")
+
+
+@contextmanager
+def use_pool(tag: str) -> Iterator[None]:
+    """Give device memory that this thread allocates inside to sleep mode, under ``tag``.
+
+    Pools nest, and the inner one wins. Other threads are not affected.
+
+    Raises:
+        SleepModeError: torch took memory elsewhere, which then cannot sleep.
+    """
+    torch_npu.npu.init()
+    previous_tag = _camem.set_current_tag(tag)
+    try:
+        with _expandable_segments_off():
+            pool = torch_npu.npu.MemPool(_allocator()._allocator)
+            try:
+                with torch_npu.npu.use_mem_pool(pool):
+                    yield
+            finally:
+                _pools.append(pool)  # closed from here on, so that trim() may look at it
+    finally:
+        _camem.set_current_tag(previous_tag)
+    _check_owned(pool, tag)
+    trim()
+
+
+def trim() -> int:
+    """Give back the memory of segments in which torch holds no tensor. Returns bytes."""
+    wait_for_device()
+    unused = {
+        segment["address"]
+        for segment in _segments()
+        if segment["allocated_size"] == 0 and segment["active_size"] == 0
+    }
+    return _camem.trim(unused) if unused else 0
+
+
+def blocks() -> Iterator[tuple[int, int]]:
+    """Address and bytes of each tensor storage in the pools, awake or asleep."""
+    for segment in _segments():
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated":
+                yield block["address"], block["requested_size"]
+
+
+def _segments() -> Iterator[dict[str, Any]]:
+    for pool in _pools:
+        yield from pool.snapshot()
+
+
+def release_pools() -> None:
+    """Destroy the pools: segments without tensors go back now, others with their last one."""
+    _pools.clear()
+
+
+def _check_owned(pool: Any, tag: str) -> None:
+    owned = {allocation["address"] for allocation in _camem.allocations()}
+    foreign = [segment for segment in pool.snapshot() if segment["address"] not in owned]
+    if foreign:
+        raise SleepModeError(
+            f"{sum(segment['total_size'] for segment in foreign)} bytes of tag {tag!r} were not "
+            f"allocated by sleep mode and cannot sleep; was {_EXPANDABLE} switched on at run time? "
+            f"Leave {_EXPANDABLE} out of the allocator settings"
+        )
+
+
+def _configured_settings() -> str:
+    return os.environ.get("PYTORCH_NPU_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
+
+
+@contextmanager
+def _expandable_segments_off() -> Iterator[None]:
+    """torch_npu's expandable segments bypass pools, so they pause inside one.
+
+    A setting replaces all others, so the whole string is written each time.
+    """
+    settings = _configured_settings()
+    fields = [field.strip() for field in settings.split(",") if field.strip()]
+    names = [field.partition(":")[0].strip() for field in fields]
+    if _EXPANDABLE not in names:
+        yield
+        return
+    fields[names.index(_EXPANDABLE)] = f"{_EXPANDABLE}:False"
+    torch_npu.npu.memory._set_allocator_settings(",".join(fields))
+    try:
+        yield
+    finally:
+        torch_npu.npu.memory._set_allocator_settings(settings)

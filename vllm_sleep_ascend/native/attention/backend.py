@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's attention interface over the plain-PyTorch attention of ``paged_attention``."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    EncoderOnlyAttentionSpec,
+    KVCacheLayout,
+    SlidingWindowSpec,
+)
+
+from vllm_sleep_ascend.native.attention.kv_cache import write_kv
+from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
+from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES, Tile, make_tile, plan_tiles
+
+
+@dataclass
+class NPUAttentionMetadata(AttentionMetadata):
+    """What the layers of one KV cache group need for one step."""
+
+    num_tokens: int
+    tiles: list[Tile]
+    causal: bool
+
+
+class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]):
+    """Cuts every step's batch into tiles, once for all layers of a KV cache group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.encoder = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
+        # Layers with different windows may share a group; only this kind promises one window.
+        self.window = (
+            kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else None
+        )
+        self.kv_heads = kv_cache_spec.num_kv_heads
+        self.content = kv_cache_spec.head_size + (
+            getattr(kv_cache_spec, "head_size_v", None) or kv_cache_spec.head_size
+        )
+        model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
+        self.heads = get_num_attention_heads_from_layers(
+            vllm_config, layer_names
+        ) or model_config.get_num_attention_heads(parallel_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> NPUAttentionMetadata:
+        """Cut a batch into tiles.
+
+        Raises:
+            NotImplementedError: some requests are causal and some are not.
+        """
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise NotImplementedError(
+                "NPU attention: a batch that mixes causal and non-causal requests (diffusion "
+                "decoding) is not supported; use an autoregressive model"
+            )
+        causal = bool(common.causal) and not self.encoder
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        query_lens = [end - start for start, end in pairwise(starts)]
+        if self.encoder:
+            seq_lens = query_lens
+        elif common.seq_lens_cpu_upper_bound is not None:
+            seq_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        else:
+            seq_lens = common.seq_lens[: common.num_reqs].tolist()
+        plans = plan_tiles(
+            query_lens,
+            seq_lens,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            content=self.content,
+            causal=causal,
+            window=self.window,
+        )
+        tiles = [
+            make_tile(
+                plan,
+                query_lens,
+                common.query_start_loc,
+                common.seq_lens,
+                common.block_table_tensor,
+                self.window,
+            )
+            for plan in plans
+        ]
+        return NPUAttentionMetadata(starts[-1], tiles, causal)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> NPUAttentionMetadata:
+        """As ``build``: a draft model's sequences have outgrown the lengths known on the host."""
+        common = replace(common_attn_metadata, seq_lens_cpu_upper_bound=None)
+        return self.build(0, common, fast_build=True)
+
+
+class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
+    """One layer's attention."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        if attn_type not in (AttentionType.DECODER, AttentionType.ENCODER_ONLY):
+            raise NotImplementedError(
+                f"NPU attention: attention type '{attn_type}' (encoder-decoder models) is not "
+                "supported; use a decoder-only or an encoder-only model"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.alibi_slopes = alibi_slopes
+        self.rules = Rules(
+            scale=self.scale,
+            head_size=head_size,
+            window=sliding_window,
+            soft_cap=logits_soft_cap or 0.0,
+            sinks=sinks,
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: NPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write attention into ``output``.
+
+        Args:
+            layer: the layer; its quantisation scales are not used.
+            query: ``[tokens, heads, head_size]``.
+            key: ``[tokens, kv_heads, head_size]``; already in the cache.
+            value: ``[tokens, kv_heads, head_size_v]``; already in the cache.
+            kv_cache: ``[blocks, kv_heads, block_size, head_size + head_size_v]``.
+            attn_metadata: the step's tiles; None in vLLM's profiling and warm-up runs.
+            output: ``[tokens, heads, head_size_v]``.
+            output_scale: not supported.
+            output_block_scale: not supported.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "NPU attention: fused output quantisation is not supported; "
+                "use an unquantised model"
+            )
+        if attn_metadata is None:
+            # Profiling: let vLLM see the scratch memory that a real step may need.
+            torch.empty(PEAK_BYTES, dtype=torch.uint8, device=output.device)
+            return output.zero_()
+        if self.alibi_slopes is not None and self.rules.alibi_slopes is None:
+            slopes = torch.tensor(self.alibi_slopes, dtype=torch.float32, device=query.device)
+            self.rules = replace(self.rules, alibi_slopes=slopes)
+        rules = self.rules
+        if rules.causal != attn_metadata.causal:
+            rules = replace(rules, causal=attn_metadata.causal)
+        tokens = attn_metadata.num_tokens
+        query, result = query[:tokens], output[:tokens]
+        if self.attn_type == AttentionType.ENCODER_ONLY:
+            dense_attention(query, key[:tokens], value[:tokens], result, attn_metadata.tiles, rules)
+        else:
+            paged_attention(query, kv_cache, result, attn_metadata.tiles, rules)
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store a step's keys and values; ``slot_mapping`` is ``[tokens]``, -1 for padding."""
+        if self.attn_type == AttentionType.DECODER:
+            write_kv(kv_cache, key, value, slot_mapping)
+
+
+@register_backend(AttentionBackendEnum.CUSTOM)
+class NPUAttentionBackend(AttentionBackend):
+    """Plain-PyTorch attention: any head size, any block size, one KV cache layout."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[NPUAttentionImpl]:
+        return NPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[NPUAttentionMetadataBuilder]:
+        return NPUAttentionMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """vLLM's default, in which the rows of a layer's tokens are contiguous: of a cache that is
+        not, the NPU's index operators copy all of a layer before they read or write a token."""
+        return (KVCacheLayout.LBNHC,)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_ONLY)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False

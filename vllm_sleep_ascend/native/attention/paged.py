@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over tiles, in float32, with plain PyTorch operations.
+
+Scores are ``scale * q·k``, optionally capped (``cap * tanh(score / cap)``) and shifted by ALiBi
+(``slope * (key - query)``); keys out of sight get -inf. An attention sink is one more logit per
+head that takes weight and gives nothing. Keys are walked in chunks with a running maximum and sum
+(Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), so scratch memory does
+not grow with the context. Only slots that hold a token of the request are ever read: what lies in
+the rest of a block, NaN included, has no effect.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sleep_ascend.native.attention.kv_cache import read_kv
+from vllm_sleep_ascend.native.attention.tiles import Tile, keys_per_chunk
+
+ReadKV = Callable[[torch.Tensor], torch.Tensor]
+"""Takes slots ``[R, S]``, gives keys and values ``[R, S, kv_heads, content]``."""
+
+_MASK_CACHE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a layer's attention computes, apart from its tensors."""
+
+    scale: float
+    head_size: int
+    causal: bool = True
+    window: int | None = None
+    """Keys in sight of a query row on its left, itself included (on both sides if not causal)."""
+    soft_cap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    """``[heads]`` float32."""
+    sinks: torch.Tensor | None = None
+    """``[heads]``."""
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    output: torch.Tensor,
+    tiles: list[Tile],
+    rules: Rules,
+) -> None:
+    """Attend to a paged cache.
+
+    Args:
+        query: ``[tokens, heads, head_size]``.
+        cache: see ``kv_cache``.
+        output: ``[tokens, heads, head_size_v]``, written in place.
+        tiles: cover every query row once.
+        rules: the layer's attention.
+    """
+    kv_heads, block_size, content = cache.shape[1:]
+
+    def slots_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
+        blocks = tile.block_table.gather(1, positions // block_size)
+        return blocks.long() * block_size + positions % block_size
+
+    for tile in tiles:
+        _attend(
+            query, output, tile, rules, kv_heads, content, slots_of, lambda s: read_kv(cache, s)
+        )
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    tiles: list[Tile],
+    rules: Rules,
+) -> None:
+    """Attend to the batch's own keys and values, with no cache (encoders).
+
+    Args:
+        query: ``[tokens, heads, head_size]``.
+        key: ``[tokens, kv_heads, head_size]``.
+        value: ``[tokens, kv_heads, head_size_v]``.
+        output: ``[tokens, heads, head_size_v]``, written in place.
+        tiles: cover every query row once; requests have no earlier tokens.
+        rules: the layer's attention.
+    """
+    both = torch.cat((key, value), dim=-1)
+
+    def rows_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
+        # Query row of position p: rows and positions run in step.
+        return positions + (tile.rows[:, :1] - tile.positions[:, :1])
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        return both.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+    for tile in tiles:
+        _attend(query, output, tile, rules, key.shape[1], both.shape[-1], rows_of, read)
+
+
+def _attend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    tile: Tile,
+    rules: Rules,
+    kv_heads: int,
+    content: int,
+    slots_of: Callable[[Tile, torch.Tensor], torch.Tensor],
+    read: ReadKV,
+) -> None:
+    num_requests, num_rows = tile.rows.shape
+    group = query.shape[1] // kv_heads
+    q = query.index_select(0, tile.rows.flatten()).float().mul_(rules.scale)
+    q = q.view(num_requests, num_rows, kv_heads, group, rules.head_size)
+    # [R, kv_heads, group * Q, head_size]: a group's heads share their keys without repeating them.
+    q = q.permute(0, 2, 3, 1, 4).reshape(num_requests, kv_heads, group * num_rows, rules.head_size)
+
+    step = keys_per_chunk(num_requests, kv_heads, content)
+    running: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    for first in range(0, tile.num_keys, step):
+        count = min(step, tile.num_keys - first)
+        slots, hidden, distance = _chunk(tile, rules, first, count, slots_of)
+        kv = read(slots).transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        scores = torch.matmul(q, kv[..., : rules.head_size].transpose(-1, -2))
+        scores = scores.view(num_requests, kv_heads, group, num_rows, count)
+        if rules.soft_cap:
+            scores = scores.div_(rules.soft_cap).tanh_().mul_(rules.soft_cap)
+        if distance is not None and rules.alibi_slopes is not None:
+            scores += rules.alibi_slopes.view(1, kv_heads, group, 1, 1) * distance
+        scores.masked_fill_(hidden, float("-inf"))
+        value = kv[..., rules.head_size :]
+        if tile.num_keys == count and rules.sinks is None:
+            weights = torch.softmax(scores, dim=-1).view(num_requests, kv_heads, -1, count)
+            result = torch.matmul(weights, value)
+            break
+        if running is None:
+            running = _start(scores, value, rules.sinks)
+        running = _accumulate(running, scores, value)
+    else:
+        assert running is not None
+        _, total, weighted = running
+        result = (weighted / total).flatten(2, 3)
+
+    result = result.view(num_requests, kv_heads, group, num_rows, -1).permute(0, 3, 1, 2, 4)
+    result = result.reshape(num_requests * num_rows, kv_heads * group, -1)
+    if tile.stored is not None:
+        result = result.index_select(0, tile.stored)
+    output.index_copy_(0, tile.stored_rows, result.to(output.dtype))
+
+
+def _chunk(
+    tile: Tile,
+    rules: Rules,
+    first: int,
+    count: int,
+    slots_of: Callable[[Tile, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Slots ``[R, S]``, hidden keys and key distances ``[R, 1, 1, Q, S]`` of a chunk of keys."""
+    name = (first, count, rules.causal, rules.window, rules.alibi_slopes is not None)
+    if name in tile.chunks:
+        return tile.chunks[name]
+    keys = tile.first_key + torch.arange(first, first + count, device=tile.rows.device)
+    slots = slots_of(tile, torch.minimum(keys, tile.last_key))
+    distance = (keys.unsqueeze(1) - tile.positions.unsqueeze(2))[:, None, None]
+    # Keys past the end repeat the last one; they are hidden, so it does not count twice.
+    hidden = (keys > tile.last_key)[:, None, None, None]
+    if rules.causal:
+        hidden = hidden | (distance > 0)
+    if rules.window is not None:
+        hidden = hidden | (distance <= -rules.window)
+        if not rules.causal:
+            hidden = hidden | (distance >= rules.window)
+    chunk = (slots, hidden, distance if rules.alibi_slopes is not None else None)
+    if hidden.numel() <= _MASK_CACHE_ELEMENTS:
+        tile.chunks[name] = chunk
+    return chunk
+
+
+def _start(
+    scores: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Running maximum, sum and weighted values before any key: only the sink, if there is one."""
+    shape = (*scores.shape[:-1], 1)
+    weighted = scores.new_zeros((*scores.shape[:-1], value.shape[-1]))
+    if sinks is None:
+        return scores.new_full(shape, float("-inf")), scores.new_zeros(shape), weighted
+    maximum = sinks.float().view(1, *scores.shape[1:3], 1, 1).expand(shape)
+    return maximum, scores.new_ones(shape), weighted
+
+
+def _accumulate(
+    running: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scores: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    maximum, total, weighted = running
+    new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
+    # A row that has seen no key yet has maximum -inf: shift by 0, and its weights are exp(-inf).
+    shift = new_maximum.masked_fill(new_maximum == float("-inf"), 0.0)
+    weights = torch.exp(scores - shift)
+    decay = torch.exp(maximum - shift)
+    num_requests, kv_heads = weights.shape[:2]
+    part = torch.matmul(weights.view(num_requests, kv_heads, -1, weights.shape[-1]), value)
+    total = total * decay + weights.sum(dim=-1, keepdim=True)
+    return new_maximum, total, weighted * decay + part.view_as(weighted)

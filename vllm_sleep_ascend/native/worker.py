@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker on an NPU."""
+
+import gc
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch_npu
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.platforms.interface import set_assigned_physical_gpu_ids
+from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
+from vllm.utils.mem_utils import MemorySnapshot, format_gib
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.memory.account import held_bytes
+from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
+from vllm_sleep_ascend.rank.communicators import meet
+from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
+from vllm_sleep_ascend.rank.sleeping import SleepingWorker, needs_weights_awake
+from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.native.model_runner import NPUModelRunner
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = init_logger(f"vllm.{__name__}")
+
+_sleeping_worker: "weakref.ref[NPUWorker] | None" = None  # the one with sleep mode on
+
+
+@needs_weights_awake
+class NPUWorker(SleepingWorker, Worker):
+    """The stock worker, with an NPU for its device."""
+
+    device: torch.device
+
+    def init_device(self) -> None:
+        """Take the device, join the other ranks, and see that the engine's share of it is free.
+
+        Raises:
+            ValueError: the rank has no device, or too little memory is free for
+                ``gpu_memory_utilization``, also after ``wake_timeout_s``.
+        """
+        # vLLM's start-up collects garbage a dozen times; what is imported by now is not garbage.
+        freeze_gc_heap()
+        self._choose_device()
+        finish_before_torch_npu()
+        if self.model_config.enable_sleep_mode:
+            self._require_no_other_engine()
+            self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
+        current_platform.check_if_supports_dtype(self.model_config.dtype)  # type: ignore[arg-type]
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        meet(get_pp_group().device_group)
+        self._join_ranks()
+        set_random_seed(self.model_config.seed)
+        gc.collect()
+        torch_npu.npu.empty_cache()
+        wait_s = SleepModeConfig.from_vllm_config(self.vllm_config).wake_timeout_s
+        utilization = self.cache_config.gpu_memory_utilization
+        self._start_memory = StartMemory(self.device, utilization, wait_s)
+        self._start_memory.require()
+        self.init_snapshot = MemorySnapshot(device=self.device)  # for vLLM's logs
+        self.requested_memory = self._start_memory.share
+        self._init_workspace_and_model_runner()
+
+    def _require_no_other_engine(self) -> None:
+        """Sleep puts away the tagged memory of the whole process, so one engine may have it."""
+        if _sleeping_worker is not None and _sleeping_worker() is not None:
+            raise ValueError(
+                "another engine of this process has sleep mode on, and a process can have one at a "
+                "time: shut the other down, or start this one in a process of its own"
+            )
+
+    def _choose_device(self) -> None:
+        parallel = self.parallel_config
+        assigned = parallel.assigned_physical_gpu_ids
+        # vLLM gives each replica of a data-parallel server a list of its own devices alone.
+        has_own_list = assigned is not None and len(assigned) <= parallel.local_world_size
+        if (
+            parallel.distributed_executor_backend not in ("ray", "external_launcher")
+            and parallel.data_parallel_backend != "ray"
+            and parallel.nnodes_within_dp == 1
+            and not has_own_list
+        ):
+            replica = parallel.data_parallel_rank_local
+            if replica is None:
+                replica = parallel.data_parallel_index
+            self.local_rank += replica * parallel.world_size
+        if assigned is not None:
+            set_assigned_physical_gpu_ids(assigned)
+        available = current_platform.device_count() if assigned is None else len(assigned)
+        if self.local_rank >= available:
+            raise ValueError(
+                f"NPU: rank {self.rank} needs device {self.local_rank}, but {available} "
+                f"{'is' if available == 1 else 'are'} available; make more visible with "
+                f"{current_platform.device_control_env_var} or use fewer ranks"
+            )
+        index = current_platform.logical_device_id_to_visible_device_id(self.local_rank)
+        self.device = torch.device(current_platform.device_type, index)
+        current_platform.set_device(self.device)
+
+    def _make_model_runner(self) -> "NPUModelRunner":
+        from vllm_sleep_ascend.native.model_runner import NPUModelRunner
+
+        if self.model_config.is_moe:
+            import vllm_sleep_ascend.native.moe
+        if self.vllm_config.quant_config is not None:
+            import vllm_sleep_ascend.native.quantization  # noqa: F401
+
+        return NPUModelRunner(self.vllm_config, self.device)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
+        """Where allocations of a tag go: a pool that can sleep, if sleep mode is on."""
+        if not self.model_config.enable_sleep_mode:
+            return nullcontext()
+        from vllm_sleep_ascend.memory.pool import use_pool
+
+        return use_pool(tag)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """
+        Raises:
+            DeviceOutOfMemoryError: the weights do not fit; says who holds the device's memory.
+        """
+        with self._start_memory.named("the weights"):
+            super().load_model(**kwargs)
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: this engine's share less what the process holds and a batch
+        takes. The stock method takes all memory that goes or comes for this engine's own.
+
+        Raises:
+            DeviceOutOfMemoryError: other processes leave too little; says who holds how much.
+        """
+        with self._start_memory.named("the largest batch"):
+            if self.cache_config.kv_cache_memory_bytes:
+                return super().determine_available_memory()
+            with set_current_vllm_config(self.vllm_config):
+                self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
+                    lambda: self.model_runner.profile_run(self.randomize_dummy_inputs),
+                    least=least_kv_cache(self),
+                )
+        return self.available_kv_cache_memory_bytes
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache; wait for memory that another process took since it was measured.
+
+        Raises:
+            DeviceOutOfMemoryError: it did not come back within ``wake_timeout_s``.
+        """
+        with self._start_memory.named("the KV cache"), self._start_memory.waiting_allocations():
+            super().initialize_from_config(kv_cache_config)
+
+    def checkpoint_prepare(self) -> None:
+        """
+        Raises:
+            NotImplementedError: always. The stock method would say that all is ready.
+        """
+        raise NotImplementedError(
+            "NPU: a process checkpoint is not supported, as CANN cannot save a device's state with "
+            "its process; to free the device and keep the process, use sleep(level=1)"
+        )
+
+    checkpoint_restore = checkpoint_prepare
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Make ready to serve. There is nothing to compile, and profiling has run a full batch.
+
+        The stock method is not called: its kernel warm-up imports files that need torchvision.
+        """
+        global _sleeping_worker
+        self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
+        # Sampling must not depend on how much randomness start-up used.
+        set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
+        freeze_gc_heap()
+        maybe_attach_gc_debug_callback()
+        if self.model_config.enable_sleep_mode:
+            self.sleep_mode_backend.prepare(ranks_of_this_host(self.parallel_config))
+            _sleeping_worker = weakref.ref(self)
+        logger.info(
+            "NPU %s: this process holds %s GiB after start-up; %s GiB of %s GiB are free.",
+            self.device.index,
+            format_gib(held_bytes(self.device)),
+            *(format_gib(n) for n in torch_npu.npu.mem_get_info(self.device)),
+        )
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def shutdown(self) -> None:
+        """End the worker; another engine of this process may then have sleep mode on."""
+        global _sleeping_worker
+        super().shutdown()
+        if _sleeping_worker is not None and _sleeping_worker() is self:
+            _sleeping_worker = None

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device memory while an engine starts.
+
+Other processes take and give back memory of the device at any time. So what this process uses is
+what it holds by its own account, and never a difference of two looks at what the device has free.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from vllm.logger import init_logger
+
+from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
+from vllm_sleep_ascend.memory.account import held_bytes
+
+logger = init_logger(f"vllm.{__name__}")
+
+_GIB = 1 << 30
+_POLL_S = 0.01
+_REMEDY = (
+    "put the servers that share the device to sleep or end them, lower gpu_memory_utilization, or "
+    "set wake_timeout_s to have the start wait for memory"
+)
+
+
+class StartMemory:
+    """What an engine may have of its device: its share by ``gpu_memory_utilization``, less what
+    this process holds already, and never more than is free.
+
+    Args:
+        wait_s: seconds that each step waits for memory that another process may give back.
+    """
+
+    def __init__(self, device: torch.device, utilization: float, wait_s: float) -> None:
+        self._device = device
+        self._utilization = utilization
+        self._wait_s = wait_s
+        self.share = math.ceil(self._free_and_total()[1] * utilization)
+
+    def require(self) -> None:
+        """Return once the whole share is free or held.
+
+        Raises:
+            ValueError: it is not, and no process gave it back in time.
+        """
+        self._wait()
+        free, total = self._free_and_total()
+        needed = self._not_held()
+        if free < needed:
+            raise ValueError(
+                f"device {self._device.index} has {free} bytes free and {needed} are needed to "
+                f"start, by gpu_memory_utilization={self._utilization} of {total} bytes "
+                f"({self._holders()}); {_REMEDY}"
+            )
+
+    def for_kv_cache(self, run_largest_batch: Callable[[], None], least: int) -> int:
+        """Bytes that the KV cache may take, beside what the largest batch takes for a moment.
+
+        Raises:
+            DeviceOutOfMemoryError: other processes leave less than ``least``.
+        """
+        self._wait()
+        batch = self._peak_of(run_largest_batch)
+        self._wait()
+        wanted = self._not_held() - batch
+        given = min(wanted, self._free_and_total()[0] - batch)
+        if given < least <= wanted:
+            raise DeviceOutOfMemoryError(
+                f"{max(0, given)} bytes of device memory are left for the KV cache, which needs "
+                f"{least} and may have {wanted} ({self._holders()}); {_REMEDY}"
+            )
+        if given < wanted:
+            logger.warning(
+                "The KV cache gets %d bytes, and not the %d that gpu_memory_utilization=%s allows "
+                "(%s). To change that, %s.",
+                *(given, wanted, self._utilization, self._holders(), _REMEDY),
+            )
+        logger.info(
+            "Available KV cache memory: %.2f GiB; this process holds %.2f GiB of device memory, "
+            "and a batch takes up to %.2f GiB for a moment.",
+            *(n / _GIB for n in (given, held_bytes(self._device), batch)),
+        )
+        return given
+
+    @contextmanager
+    def named(self, purpose: str) -> Iterator[None]:
+        """Have torch's error say what the memory was for, who holds it, and what to do.
+
+        Raises:
+            DeviceOutOfMemoryError: in place of torch's.
+        """
+        try:
+            yield
+        except DeviceOutOfMemoryError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise DeviceOutOfMemoryError(
+                f"no device memory for {purpose} ({self._holders()}); {_REMEDY}. {error}"
+            ) from error
+
+    def waiting_allocations(self) -> TorchFunctionMode:
+        """A context in which a new tensor waits for its memory."""
+        return _Waiting(self._wait_s)
+
+    def _peak_of(self, run: Callable[[], None]) -> int:
+        """Bytes that torch takes during the run beyond what it holds afterwards."""
+        gc.collect()
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        run()
+        gc.collect()
+        torch.accelerator.empty_cache()
+        stats = torch.accelerator.memory_stats(self._device)
+        return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+
+    def _not_held(self) -> int:
+        return self.share - held_bytes(self._device)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self._wait_s
+        while self._free_and_total()[0] < self._not_held() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _free_and_total(self) -> tuple[int, int]:
+        return torch.accelerator.get_memory_info(self._device)
+
+    def _holders(self) -> str:
+        free, total = self._free_and_total()
+        held = held_bytes(self._device)
+        return (
+            f"device {self._device.index}: {free} bytes free, {held} held by this process, "
+            f"{max(0, total - free - held)} by others"
+        )
+
+
+def least_kv_cache(worker: Any) -> int:
+    """Bytes of KV cache without which vLLM does not start this worker."""
+    from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
+
+    fits_itself = worker.model_config.original_max_model_len == -1
+    if fits_itself or worker.cache_config.num_gpu_blocks_override is not None:
+        return 1
+    return max_memory_usage_bytes(worker.vllm_config, worker.get_kv_cache_spec().values())
+
+
+class _Waiting(TorchFunctionMode):
+    def __init__(self, wait_s: float) -> None:
+        super().__init__()
+        self._wait_s = wait_s
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                return func(*args, **(kwargs or {}))
+            except torch.OutOfMemoryError:
+                # Any other function could have done half of its work.
+                if func not in (torch.empty, torch.zeros) or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_S)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank knows of its weights, and how it loads them again."""

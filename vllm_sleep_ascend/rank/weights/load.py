@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A load of a model's weights that is under way, and how it is taken back."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_sleep_ascend.errors import WeightsError
+from vllm_sleep_ascend.rank.weights import layerwise
+from vllm_sleep_ascend.rank.weights.content import WeightsContent
+from vllm_sleep_ascend.rank.weights.shards import plain
+
+Named = tuple[str, torch.Tensor]
+
+_NAMED = 8
+
+
+class Snapshot:
+    """A model's parameters on the host, while a load replaces them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._content = [(p.data, p.data.to("cpu", copy=True)) for p in model.parameters()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy them back into the memory that they were in."""
+        for parameter, content in self._content:
+            parameter.copy_(content)
+
+
+@dataclass
+class WeightLoad:
+    """A load into ``model``, whose parameters' names start with ``prefix`` in ``content``.
+
+    ``snapshot`` is there if the model had all of its content and the host has the memory.
+    ``at_once``: one call brings whole layers; ``from_checkpoint``: and all of them. ``in_wake``: if
+    it fails, the weights sleep again. ``begun``: the model is not what it was.
+    """
+
+    content: WeightsContent
+    prefix: str
+    model: nn.Module
+    model_config: Any
+    was_whole: bool
+    snapshot: Snapshot | None
+    at_once: bool = False
+    from_checkpoint: bool = False
+    in_wake: bool = False
+    begun: bool = False
+    _lacking: bool = field(default=False, init=False)
+    _taken: set[str] = field(default_factory=set, init=False)
+
+    def take(self, weights: Iterable[Named]) -> Iterator[Named]:
+        """The same weights.
+
+        Raises:
+            WeightsError: one comes twice. vLLM counts numbers, and would take it for another one.
+        """
+        for name, tensor in weights:
+            self.begun = True
+            if name in self._taken:
+                raise WeightsError(f"the load brings {name} twice{self._aftermath()}")
+            self._taken.add(name)
+            yield name, tensor
+
+    def check_layers(self) -> None:
+        """
+        Raises:
+            WeightsError: a layer was loaded in part; names the shards that are missing.
+        """
+        self._check(layerwise.missing_shards(self.model))
+
+    def check_parameters(self) -> None:
+        """After a load whose names are those of the model's parameters.
+
+        Raises:
+            WeightsError: it has brought a part of a layer's parameters; names the others.
+        """
+        taken = {plain(name) for name in self._taken}
+        missing: list[str] = []
+        for path, layer in self.model.named_modules():
+            own = {plain(f"{path}.{name}") for name, _ in layer.named_parameters(recurse=False)}
+            if own & taken:
+                missing += sorted(own - taken)
+        self._check(missing)
+
+    def check_all(self, loaded: Iterable[str] | None) -> None:
+        """``loaded``: the names that the model's ``load_weights`` gives; None if it does not say.
+
+        Raises:
+            WeightsError: a checkpoint has not brought every parameter; names those.
+        """
+        if loaded is None or not self.from_checkpoint or self.model_config.quantization:
+            return
+        names = {name for name, _ in self.model.named_parameters()}
+        self._check(sorted({plain(n) for n in names} - set(loaded)))
+
+    def take_back(self) -> None:
+        """Have the model as it was. Where that cannot be had, its weights count as lost."""
+        layerwise.call_off(self.model, self.model_config)
+        if self.snapshot is not None:
+            self.snapshot.restore()
+        elif self.begun and (self.was_whole or not self._lacking):
+            self.content.spoil(self.prefix)
+
+    def _check(self, missing: list[str]) -> None:
+        if not missing:
+            return
+        self._lacking = True
+        names = ", ".join(self.prefix + name for name in missing[:_NAMED])
+        if len(missing) > _NAMED:
+            names += f" and {len(missing) - _NAMED} more"
+        raise WeightsError(f"the load has no weights for {names}{self._aftermath()}")
+
+    def _aftermath(self) -> str:
+        if self.in_wake:
+            return ""
+        if self.snapshot is not None:
+            return "; the weights are those before it. Load them again, whole"
+        return "; the engine serves once all weights have been loaded"
