@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Self
 
-from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.memory.backend import CamemBackend
 from vllm_sleep_ascend.memory.pool import use_pool
@@ -86,12 +85,13 @@ class SleepingAllocator:
         Raises:
             SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
         """
-        known = _camem.tags()
+        known = self.backend.tags()
         self.backend.wake([tag for tag in known if tags is None or tag in tags])
 
     def get_current_usage(self) -> int:
         """Bytes of all allocations, asleep or awake."""
-        return sum(a["bytes"] for a in _camem.allocations() if a["state"] != "trimmed")
+        tags = self.backend.usage().values()
+        return sum(tag["mapped"] + tag["offloaded"] + tag["discarded"] for tag in tags)
 
 
 def install() -> None:

@@ -133,7 +133,7 @@ class CamemBackend(SleepModeBackend):
     def resume(self, tags: list[str] | None = None) -> None:
         """Bring back these tags, and every tag that cannot be deferred; None brings back all."""
         deferred = set() if tags is None else set(DEFERRABLE_TAGS) - set(tags)
-        self.wake([tag for tag in _camem.tags() if tag not in deferred])
+        self.wake([tag for tag in self.tags() if tag not in deferred])
 
     def wake(self, tags: list[str]) -> None:
         """Bring back these tags and no other."""
@@ -171,6 +171,10 @@ class CamemBackend(SleepModeBackend):
     def states(self, tag: str) -> set[str]:
         """The states in which allocations of this tag are: see ``_camem.AllocationInfo``."""
         return {a["state"] for a in _camem.allocations() if a["tag"] == tag}
+
+    def tags(self) -> list[str]:
+        """Every tag that was ever named."""
+        return _camem.tags()
 
     def usage(self) -> dict[str, TagUsage]:
         """By tag, what its allocations are and hold now."""

@@ -32,18 +32,6 @@ class HostNeed:
     available: int
 
 
-def available_bytes() -> int:
-    """What the machine or this process's control group has left; of the machine alone, where the
-    compiled allocator is not installed."""
-    try:
-        from vllm_sleep_ascend import _camem
-    except ImportError:
-        import psutil
-
-        return psutil.virtual_memory().available
-    return _camem.available_host_bytes()
-
-
 def ranks_of_this_host(parallel: "ParallelConfig") -> int:
     """Of all data-parallel engines that were started with this one."""
     return parallel.local_world_size * max(1, parallel.data_parallel_size_local)

@@ -15,7 +15,13 @@ def load_operators() -> None:
     import torch
     import torch_npu  # noqa: F401  registers the device that the library adds operators to
 
-    from . import absent_modules, imports, npu, triton_kernels, vllm_ascend_library
+    from vllm_sleep_ascend.sim import (
+        absent_modules,
+        imports,
+        npu,
+        triton_kernels,
+        vllm_ascend_library,
+    )
 
     torch.ops.load_library(str(library))
     npu.register(library)

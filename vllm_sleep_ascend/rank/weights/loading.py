@@ -15,8 +15,8 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.memory.account import available_host_bytes
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
-from vllm_sleep_ascend.rank.host_budget import available_bytes
 from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, of_model
 from vllm_sleep_ascend.rank.weights.layerwise import unwrap_loaders
 from vllm_sleep_ascend.rank.weights.load import Named, Snapshot, WeightLoad
@@ -282,7 +282,7 @@ class LoadingWorker:
             return _Facts(error)
         model = self._models().get(prefix)
         needed = sum(p.nbytes for p in model.parameters()) if model is not None else 0
-        return _Facts(None, needed, available_bytes(), not self._lost_of(prefix))
+        return _Facts(None, needed, available_host_bytes(), not self._lost_of(prefix))
 
     def _lost_of(self, prefix: str) -> list[str]:
         return [name for name in self._missing() if of_model(name, prefix)]

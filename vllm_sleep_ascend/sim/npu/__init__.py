@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import attention, dense, moe
+from vllm_sleep_ascend.sim.npu import attention, dense, moe
 
 _NOT_SIMULATED = (
     "get_masked_input_and_mask(Tensor input, int org_vocab_start_index, int org_vocab_end_index, "
