@@ -133,7 +133,7 @@ test-long: setup
 test-all: test test-slow test-profiles test-long sanitize
 
 TIMES ?= 20
-CHANCE := tests/allocator tests/sim tests/package/test_answers.py tests/package/test_doctor.py \
+CHANCE := tests/allocator tests/sim tests/package/test_rank_answers.py tests/package/test_doctor.py \
   tests/package/test_groups.py tests/e2e/engine tests/e2e/ranks \
   tests/e2e/server tests/e2e/proxy tests/benchmarks
 

@@ -83,7 +83,7 @@ class RankStatus(TypedDict):
     enabled: bool
     state: NotRequired[str]  # of vLLM's SleepModeBackend
     tags: NotRequired[dict[str, TagUsage]]
-    resident: NotRequired[dict[str, int]]  # resident.resident_bytes()
+    resident: NotRequired[dict[str, int]]  # account.resident_bytes()
     host_backup: NotRequired[int]
     host_memory: NotRequired[HostMemoryStatus]
     parameters_without_content: NotRequired[int]

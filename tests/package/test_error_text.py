@@ -24,7 +24,7 @@ def from_engine(error: Exception) -> Exception:
 
 
 def from_rank(error: Exception) -> Exception:
-    """What the engine's process gets of an error in a rank's (see test_answers.py)."""
+    """What the engine's process gets of an error in a rank's (see test_rank_answers.py)."""
     text = f"Worker failed with error '{error}', please check the stack trace above for the cause"
     return RuntimeError(text)
 
