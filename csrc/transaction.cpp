@@ -97,6 +97,7 @@ void Pool::wait_for_devices() {
     std::lock_guard<std::mutex> lock(mutex_);
     require_alive();
     contexts = contexts_in_use();
+    if (const aclrtContext own = current_context(); own != nullptr) contexts.insert(own);
     limit = settings_.device_timeout;
   }
   wait_for(contexts, limit);  // without the lock: torch may allocate and free meanwhile
@@ -113,10 +114,10 @@ void Pool::require_nothing_stuck() {
 void Pool::begin(const char* operation, bool waits) {
   require_alive();  // it may have ended while this thread waited for the lock
   reserve_.cancel();
-  take_back();
   try {
     require_nothing_stuck();
-    if (waits) synchronize();
+    if (waits || held_) synchronize();  // work may run on memory that taking back would unmap
+    take_back();
   } catch (...) {
     fail(operation, nullptr, "nothing was touched, and the same call can be repeated");
   }

@@ -25,11 +25,13 @@ def type_named(name: str) -> type[Exception] | None:
 
 def write_type(error: Exception) -> None:
     """Put the error's type in front of its text, once. A subclass counts as what it is one of; an
-    error of another type stays as it is."""
+    error of another type stays as it is, and without a text has its type for one."""
     names = (kind.__name__ for kind in type(error).__mro__)
     name = next(filter(type_named, names), None)
     if name is not None and not str(error).startswith(f"{name}: "):
         error.args = (f"{name}: {error}",)
+    elif name is None and not str(error):
+        error.args = (type(error).__name__,)
 
 
 def restored(error: BaseException, otherwise: type[Exception] | None = None) -> BaseException:

@@ -35,8 +35,8 @@ class DraftOrigin(TypedDict):
 
 
 class WeightsOrigin(TypedDict):
-    """Where the weights came from (``weights_source.Kind``), and their version in vLLM. The path is
-    a checkpoint's, else None."""
+    """Where the weights came from (``rank.weights.source.Kind``), and their version in vLLM. The
+    path is a checkpoint's, else None."""
 
     source: str
     path: str | None

@@ -19,7 +19,7 @@ SIZE = 8 * MIB
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    with messages_of("memory.backend", logging.INFO) as messages:
+    with messages_of("memory.sleeping_memory", logging.INFO) as messages:
         yield messages
 
 

@@ -60,6 +60,12 @@ def test_an_error_of_a_rank_keeps_its_type_through_the_engine() -> None:
     assert (type(arrived), str(arrived)) == (HostOutOfMemoryError, "short")
 
 
+def test_an_error_without_a_text_says_its_type() -> None:
+    error = TimeoutError()
+    write_type(error)
+    assert str(restored(from_rank(error))).startswith("Worker failed with error 'TimeoutError', ")
+
+
 def test_in_one_process_the_error_is_the_same_with_its_figures() -> None:
     error = HostOutOfMemoryError("short")
     error.needed_bytes = 3

@@ -54,8 +54,9 @@ def _raise(method: str, failed: dict[int, BaseException], engines: list[int]) ->
     texts = [f"engine {engines[n]}: {error}" for n, error in raised.items()]
     done = [str(engine) for n, engine in enumerate(engines) if n not in failed]
     others = f". Engines that did it: {', '.join(done)}" if done else ""
-    raise type(raised[first])(
-        f"{method} failed on {len(failed)} of {len(engines)} data-parallel engines: "
+    head = f"Call to {method} method failed: " if type(raised[first]) is RuntimeError else ""
+    raise type(raised[first])(  # vLLM's words, where the type did not come with it
+        f"{head}{method} failed on {len(failed)} of {len(engines)} data-parallel engines: "
         f"{'; '.join(texts)}{others}. Repeat the call: engines that did it stay as they are"
     ) from failed[first]
 

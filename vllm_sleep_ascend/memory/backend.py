@@ -4,123 +4,24 @@
 vLLM 0.23 has no such interface: there the class stands alone, and the worker calls it.
 """
 
-import gc
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch_npu
-from vllm.logger import init_logger
-
-from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.errors import SleepModeError, WeightsError
-from vllm_sleep_ascend.memory import pool
-from vllm_sleep_ascend.memory.checksum import checksums, memory_at
-from vllm_sleep_ascend.memory.device_wait import wait_for_device
-from vllm_sleep_ascend.memory.page_locked import page_locked_source
-from vllm_sleep_ascend.memory.progress import logged
-from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, SCRATCH_TAGS, Action
-from vllm_sleep_ascend.status import HostMemoryStatus, LastOperation, TagUsage
+from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY
 
 try:
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 except ImportError:
     SleepModeBackend = object  # type: ignore[assignment,misc]
 
-logger = init_logger(f"vllm.{__name__}")
 
-_GIB = 1 << 30
-_ASLEEP = ("offloaded", "discarded")
-
-
-class CamemBackend(SleepModeBackend):
-    """Frees and restores the memory of this process's allocations, each operation a transaction:
-    it either happens, or everything is as it was and the error says why."""
+class CamemBackend(SleepingMemory, SleepModeBackend):
+    """An engine's memory, by vLLM's levels and tags."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.last_operation: LastOperation | None = None
-        # With several ranks an operation is held until commit() or abort().
-        self.holds = False
-        self._held = ""
-        self._host_memory_logged = False
         self.configure(SleepModeConfig())
-
-    def configure(self, config: SleepModeConfig) -> None:
-        """Take the engine's options, before its first allocation."""
-        self._config = config
-        source, why = page_locked_source(config.host_memory)
-        _camem.configure(
-            chunk_bytes=config.chunk_mib << 20,
-            keep_host_backup=config.keep_host_backup,
-            copy_threads=3,
-            host_threads=16,
-            host_memory=source,
-            why_host_memory=why,
-            device_timeout_s=config.device_timeout_s,
-            scratch_tags=list(SCRATCH_TAGS),
-        )
-
-    @property
-    def verifies(self) -> bool:
-        """Whether a wake compares what came back with what went to sleep."""
-        return self._config.verify_wake
-
-    @property
-    def reloads_after_level_2(self) -> bool:
-        """Whether a wake loads the weights that level 2 discarded."""
-        return self._config.after_level2 == "reload"
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """While the model runs a step: what is prepared in the background makes room for it."""
-        _camem.step_begins()
-        try:
-            yield
-        finally:
-            _camem.step_ends()
-
-    def prepare(self, ranks: int = 1) -> None:
-        """Take page-locked memory for the weights in the background, as ``host_backup`` says.
-        ``ranks`` of them share the host. A sleep that needs more than it has says so when it comes.
-        """
-        when, by_itself = self._config.host_backup, self._config.host_backup == "auto"
-        if when == "on_demand" or (by_itself and not self._config.keep_host_backup):
-            return
-        needed, available = self.host_need({"weights": "offload"}, "keep")
-        if by_itself and available < 2 * ranks * needed:
-            logger.info(
-                "camem: no host memory is prepared: the host has %.2f GiB, and twice what %d ranks "
-                "need are %.2f GiB. The first sleep takes it (host_backup)",
-                available / _GIB,
-                ranks,
-                2 * ranks * needed / _GIB,
-            )
-            return
-        try:
-            _camem.prepare(["weights"], slowly=by_itself)
-        except SleepModeError as error:
-            logger.warning("camem: no host memory was prepared (host_backup): %s", error)
-            return
-        logger.info("camem: preparing %.2f GiB of page-locked host memory", needed / _GIB)
-        self._log_host_memory()
-
-    def _log_host_memory(self) -> None:
-        """Once, as soon as it is known."""
-        memory = _camem.host_memory()
-        if self._host_memory_logged or not memory["source"]:
-            return
-        self._host_memory_logged = True
-        unmet = self._config.host_memory == "registered" != memory["source"]
-        logger.log(
-            logging.WARNING if unmet else logging.INFO,
-            "camem: page-locked host memory is %s: %s",
-            "registered" if memory["source"] == "registered" else "that of aclrtMallocHost",
-            memory["why"],
-        )
 
     def suspend(self, level: int = 1) -> None:
         """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""
@@ -135,223 +36,9 @@ class CamemBackend(SleepModeBackend):
         deferred = set() if tags is None else set(DEFERRABLE_TAGS) - set(tags)
         self.wake([tag for tag in self.tags() if tag not in deferred])
 
-    def wake(self, tags: list[str]) -> None:
-        """Bring back these tags and no other."""
-        gc.collect()
-        wait_for_device()  # as torch does next, without a limit
-        torch.accelerator.empty_cache()
-        asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
-        with logged("wake"):
-            report = _camem.wake(tags, self._config.wake_timeout_s, hold=self.holds)
-        if self._config.verify_wake:
-            self._verify(asleep)
-        self._held = "wake"
-        if not self.holds:
-            self._finish(report)
-
-    def commit(self) -> None:
-        """Carry out what is held, if anything is. Cannot fail."""
-        if self._held:
-            self._finish(_camem.commit())
-
-    def abort(self) -> str:
-        """Take back what is held, if anything is; returns what failed in that, or ``""``."""
-        self._held = ""
-        return _camem.abort()
-
     def state(self) -> Literal["RUNNING", "SUSPENDED"]:
-        """SUSPENDED while anything sleeps, RUNNING otherwise."""
-        asleep = any(a["state"] in _ASLEEP for a in _camem.allocations())
-        return "SUSPENDED" if asleep else "RUNNING"
-
-    def asleep(self, tag: str) -> bool:
-        """Whether memory of this tag is unmapped."""
-        return not self.states(tag).isdisjoint(_ASLEEP)
-
-    def states(self, tag: str) -> set[str]:
-        """The states in which allocations of this tag are: see ``_camem.AllocationInfo``."""
-        return {a["state"] for a in _camem.allocations() if a["tag"] == tag}
-
-    def tags(self) -> list[str]:
-        """Every tag that was ever named."""
-        return _camem.tags()
-
-    def usage(self) -> dict[str, TagUsage]:
-        """By tag, what its allocations are and hold now."""
-        tags: dict[str, TagUsage] = {}
-        for allocation in _camem.allocations():
-            if allocation["state"] == "trimmed":
-                continue
-            usage = tags.setdefault(
-                allocation["tag"],
-                {
-                    "mapped": 0,
-                    "offloaded": 0,
-                    "discarded": 0,
-                    "device": 0,
-                    "host": 0,
-                    "page_locked": 0,
-                    "allocations": 0,
-                },
-            )
-            usage["allocations"] += 1
-            usage[allocation["state"]] += allocation["bytes"]
-            usage["device"] += allocation["device_bytes"]
-            usage["host"] += allocation["host_bytes"]
-            usage["page_locked"] += allocation["page_locked_bytes"]
-        return tags
-
-    def host_memory(self) -> HostMemoryStatus:
-        """Where page-locked memory comes from, and bytes of it that are held beside backups."""
-        memory = _camem.host_memory()
-        return {
-            "source": memory["source"],
-            "why": memory["why"],
-            "prepared": memory["prepared"],
-            "staging": memory["staging"],
-            "failure": memory["failure"],
-        }
-
-    def component_bytes(self, device: int) -> dict[str, int] | None:
-        """Device memory of this process by component of CANN, by AscendCL's own account; None where
-        it has none."""
-        return _camem.component_bytes(device)
-
-    def host_need(
-        self, actions: Mapping[str, Action], otherwise: Action = "offload"
-    ) -> tuple[int, int]:
-        """Bytes of host memory that a sleep by these actions takes beyond what is held already, and
-        bytes that the machine or this process's control group has left."""
-        needed = sum(
-            max(0, a["bytes"] - a["host_bytes"])
-            for a in _to_offload(_camem.allocations(), actions, otherwise)
-        )
-        prepared = _camem.host_memory()["prepared"]
-        return max(0, needed - prepared), _camem.available_host_bytes()
-
-    def ranges(self, tag: str) -> list[tuple[int, int]]:
-        """Address and bytes of each allocation of this tag, awake or asleep."""
-        return [(a["address"], a["bytes"]) for a in _camem.allocations() if a["tag"] == tag]
-
-    def blocks(self, tag: str) -> list[tuple[int, int]]:
-        """Address and bytes of all that torch has allocated in the memory of this tag."""
-        ranges = self.ranges(tag)
-        return [
-            (address, size)
-            for address, size in pool.blocks()
-            if any(start <= address < start + total for start, total in ranges)
-        ]
-
-    def read(self, address: int, size: int) -> torch.Tensor:
-        """A copy of memory on the host, as bytes; also of memory that sleeps in a host backup.
-
-        Raises:
-            SleepModeError: the memory sleeps, and its backup cannot be read as it is.
-        """
-        content = _camem.read_backup(address, size)
-        if content is not None:
-            return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        for a in _camem.allocations():
-            inside = a["address"] <= address < a["address"] + a["bytes"]
-            if inside and a["state"] != "mapped":
-                raise SleepModeError(
-                    f"memory of tag {a['tag']!r} sleeps and cannot be read; call wake_up() first"
-                )
-        return memory_at(address, size, torch.uint8, _device()).cpu()
-
-    def write(self, address: int, content: torch.Tensor) -> None:
-        """Copy bytes back to where ``read`` had them from; the memory is awake."""
-        memory_at(address, content.nbytes, torch.uint8, _device()).copy_(content)
-
-    def sleep(
-        self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
-    ) -> None:
-        """Do to each tag what ``actions`` says, and ``otherwise`` to all other tags."""
-        gc.collect()
-        pool.trim()
-        contents = self._checksums(actions, otherwise)
-        torch.accelerator.empty_cache()
-        # What it did stays done: nothing that can fail comes after it.
-        with logged(operation):
-            report = _camem.sleep(actions, otherwise, contents, hold=self.holds)
-        self._held = operation
-        if not self.holds:
-            self._finish(report)
-
-    def _checksums(self, actions: dict[str, Action], otherwise: Action) -> dict[int, int]:
-        """Of what will be copied, by address; empty unless an option asks for them."""
-        if not (self._config.skip_unchanged or self._config.verify_wake):
-            return {}
-        return checksums(
-            [
-                (a["address"], a["bytes"])
-                for a in _to_offload(_camem.allocations(), actions, otherwise)
-            ],
-            _device(),
-        )
-
-    def _verify(self, addresses: set[int]) -> None:
-        """Raises WeightsError if memory that just woke is not what went to sleep."""
-        woken = [
-            a
-            for a in _camem.allocations()
-            if a["address"] in addresses and a["state"] == "mapped" and a["checksum"] is not None
-        ]
-        sums = checksums([(a["address"], a["bytes"]) for a in woken], _device())
-        changed = [a for a in woken if sums[a["address"]] != a["checksum"]]
-        if not changed:
-            return
-        _camem.distrust_backups({a["address"] for a in changed})
-        beyond_loading = any(a["tag"] != "weights" for a in changed)
-        if self.holds:
-            remedy = "Repeat the wake, or " + (
-                "restart the engine"
-                if beyond_loading
-                else "sleep at level 2, wake and load the weights"
-            )
-        else:
-            remedy = "Restart the engine" if beyond_loading else "Load the weights again or restart"
-        a = changed[0]
-        error = WeightsError(
-            f"wake brought back other content than went to sleep: tag {a['tag']!r}, "
-            f"{a['bytes']} bytes at {a['address']:#x}, checksum {sums[a['address']]:#018x} "
-            f"instead of {a['checksum']:#018x}. {remedy}"
-        )
-        error.tag, error.device, error.beyond_loading = a["tag"], a["device"], beyond_loading
-        raise error
-
-    def _finish(self, report: "_camem.Report") -> None:
-        operation, self._held = self._held, ""
-        copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
-        speed = copied / 1e9 / max(report["seconds"], 1e-9)
-        self.last_operation = {
-            "operation": operation,
-            **report,
-            "copied_bytes": copied,
-            "copied_gb_per_s": round(speed, 3),
-        }
-        logger.info(
-            "camem: %s took %.3f s, copied %.2f GiB at %.1f GB/s: %s",
-            operation,
-            report["seconds"],
-            copied / _GIB,
-            speed,
-            _describe(report["tags"]) or "nothing to do",
-        )
-        self._log_host_memory()
-        weights = report["tags"].get("weights")
-        if weights and weights["discarded"] and self._config.host_backup == "auto":
-            self._release_prepared()
-
-    def _release_prepared(self) -> None:
-        """Whoever sleeps at level 2 needs no backup of the weights."""
-        prepared = _camem.host_memory()["prepared"]
-        _camem.release_prepared()
-        if prepared:
-            logger.info(
-                "camem: %.2f GiB of prepared host memory go back: level 2 does not need it",
-                prepared / _GIB,
-            )
+        """SUSPENDED while anything of the engine's sleeps, RUNNING otherwise."""
+        return "SUSPENDED" if any(map(self.asleep, self.tags())) else "RUNNING"
 
     @classmethod
     def is_supported(cls) -> bool:
@@ -364,28 +51,3 @@ class CamemBackend(SleepModeBackend):
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
         return True
-
-
-def _device() -> torch.device:
-    return torch.device("npu", torch_npu.npu.current_device())
-
-
-def _to_offload(
-    allocations: "list[_camem.AllocationInfo]", actions: Mapping[str, Action], otherwise: Action
-) -> "list[_camem.AllocationInfo]":
-    """Those that a sleep by these actions copies to the host."""
-    return [
-        a
-        for a in allocations
-        if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
-    ]
-
-
-def _describe(tags: Mapping[str, Mapping[str, Any]]) -> str:
-    def moves() -> Iterable[str]:
-        for tag, moved in tags.items():
-            for what, count in moved.items():
-                if count:
-                    yield f"{tag} {count / _GIB:.2f} GiB {what}"
-
-    return ", ".join(moves())

@@ -4,15 +4,25 @@
 import torch
 import torch_npu
 
+_SYNC_TIMEOUT = 507046  # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
+
 
 def wait_for_device() -> None:
     """Wait for all that torch has queued, and for all that anybody has launched.
 
+    Torch launches its queue first, which has no limit: a launch blocks where a stream is full.
+
     Raises:
-        AclError: it has not ended after ``device_timeout_s``. Nothing was touched.
+        AclError: it has not ended after ``device_timeout_s`` (``is_running``), or a stream captures
+            a graph. Nothing was touched.
     """
     from vllm_sleep_ascend import _camem  # not there in an installation without sleep mode
 
     torch_npu.npu.current_stream().npu_stream  # noqa: B018  torch launches all of its queue first
     _camem.wait_for_devices()
     torch.accelerator.synchronize()  # at once; raises what failed in torch's queue
+
+
+def is_running(error: Exception) -> bool:
+    """Whether a wait ended with this error because work of the device had not."""
+    return getattr(error, "code", 0) == _SYNC_TIMEOUT

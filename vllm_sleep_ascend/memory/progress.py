@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines in the log while a long transfer is under way."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vllm.logger import init_logger
-
 from vllm_sleep_ascend import _camem
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 EVERY_S = 5.0
 _GIB = 1 << 30

@@ -131,7 +131,8 @@ class Agreement:
             return None
         figures = {name: value for name, value in vars(error).items() if type(value) in (str, int)}
         where = f"rank {self.rank}, device {self.device}"
-        return {"type": type(error).__name__, "text": f"{where}: {error}", "figures": figures}
+        text = str(error) or type(error).__name__
+        return {"type": type(error).__name__, "text": f"{where}: {text}", "figures": figures}
 
     def _agreed(self, name: str, failed: list[dict], troubles: list[str]) -> Exception:
         first = failed[0]

@@ -12,7 +12,7 @@ import torch_npu
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.memory.account import communicator_bytes
-from vllm_sleep_ascend.memory.device_wait import wait_for_device
+from vllm_sleep_ascend.memory.device_wait import is_running, wait_for_device
 from vllm_sleep_ascend.policy import Action
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 from vllm_sleep_ascend.rank.communicators import Communicators, trouble_of
@@ -105,9 +105,12 @@ class TransactingWorker:
                 communicators.forget()
 
         def abort() -> str:
-            with suppress(RuntimeError):  # nothing may run on what is unmapped now
+            try:
                 torch_npu.npu.set_device(worker.device)
                 wait_for_device()
+            except RuntimeError as error:
+                if is_running(error):  # on what would be unmapped: the next operation takes it back
+                    return str(error)
             trouble = backend.abort()
             if not release:
                 trouble = "; ".join(filter(None, (trouble, trouble_of(communicators.destroy))))

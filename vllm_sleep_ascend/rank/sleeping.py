@@ -12,6 +12,7 @@ import torch
 import torch_npu
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory.account import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
@@ -203,7 +204,8 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             raise changed[0]
 
     def synchronize_device(self) -> None:
-        """Of vLLM's pause before a sleep: it has a limit, and an error says whose it is."""
+        """Called by vLLM before a sleep. It waits no longer than ``device_timeout_s``, and an error
+        names the rank."""
         worker: Any = self
         wait = wait_for_device
         if not worker.model_config.enable_sleep_mode:
@@ -213,6 +215,8 @@ class SleepingWorker(SourceWorker, TransactingWorker):
         except RuntimeError as error:
             where = f"rank {worker.rank}, device {worker.device.index}"
             error.args = (f"{where}: {error}",)
+            if self.agreement.size > 1:
+                write_type(error)
             raise
 
     def discard(self, tags: tuple[str, ...]) -> None:

@@ -85,30 +85,24 @@ def registered(device: Device) -> Finding:
         remedy = "Nothing has to be done. CANN has it from 8.5 on, and not for Ascend 310P."
         return not_used("this CANN has no aclrtHostRegisterV2", remedy)
     reason = why_registered_pages_move()
+    wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
+    newer = f"Nothing has to be done. A host with kernel {wanted} or newer can have it."
     try:
-        with plain_memory(size) as host, acl.registered(host, size):
-            pass  # whether the chip has it: without a copy, it is safe on every kernel
+        with plain_memory(size) as host, _locked(host, size), acl.registered(host, size):
+            if reason:  # the chip has it: nothing more may be done with it on this kernel
+                return not_used(f"not used: {reason}", newer)
+            with device.memory(size) as address, a_stream(acl) as stream:
+                copies = copies_of(device, address, host, size, stream)
+    except OSError as error:
+        remedy = "Raise ulimit -l; in a container, --ulimit memlock=-1."
+        return not_used(f"not used: {reason}", newer) if reason else not_used(str(error), remedy)
     except AclError as error:
         if error.code in NOT_SUPPORTED:
             remedy = "Nothing has to be done. No kernel brings it; Ascend 310P, for one, lacks it."
             return not_used(f"this chip has none: {error}", remedy)
-        if not reason:
-            raise
-    if reason:
-        wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
-        remedy = f"Nothing has to be done. A host with kernel {wanted} or newer can have it."
-        return not_used(f"not used: {reason}", remedy)
-    try:
-        with (
-            device.memory(size) as address,
-            plain_memory(size) as host,
-            _locked(host, size),
-            acl.registered(host, size),
-            a_stream(acl) as stream,
-        ):
-            copies = copies_of(device, address, host, size, stream)
-    except OSError as error:
-        return not_used(str(error), "Raise ulimit -l; in a container, --ulimit memlock=-1.")
+        if reason:
+            return not_used(f"not used: {reason}", newer)
+        raise
     used = copies.wrong == 0 and copies.asynchronous
     figures = {"kernel": release, "bytes": size, "used": used, **copies.figures()}
     if not used:
