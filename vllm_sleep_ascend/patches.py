@@ -31,7 +31,7 @@ Wrapper = Callable[[Callable], Callable]
 
 
 class PatchError(RuntimeError):
-    """vLLM is not what this package knows. Nothing was changed."""
+    """vLLM lacks what would be replaced. None of it was."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,21 @@ class Patch:
     since: str = ""
 
     def install(self) -> None:
-        owner = pkgutil.resolve_name(self.owner)
-        if hasattr(owner, self.name):
-            wrap(owner, self.name, self.wrapper)
+        """Replace it, if this vLLM has it."""
+        if self._stock() is not None:
+            wrap(pkgutil.resolve_name(self.owner), self.name, self.wrapper)
+
+    def _stock(self) -> Callable | None:
+        try:
+            return getattr(pkgutil.resolve_name(self.owner), self.name)
+        except (ImportError, AttributeError):
+            return None
 
     def problem(self) -> str:
         """How vLLM differs from what is known; "" if it does not."""
         place = f"{self.owner.replace(':', '.')}.{self.name}"
-        try:
-            stock = getattr(pkgutil.resolve_name(self.owner), self.name)
-        except (ImportError, AttributeError):
+        stock = self._stock()
+        if stock is None:
             older = self.since and Version(version("vllm")).release < Version(self.since).release
             return "" if older else f"{place} is gone"
         taken = inspect.signature(stock).parameters
@@ -72,7 +77,7 @@ class Patch:
 
 
 def _instead(ours: Callable) -> Wrapper:
-    """Of a replacement that does not call the stock one."""
+    """The wrapper of a replacement that does not call the stock one."""
     return lambda stock: ours
 
 
@@ -89,8 +94,8 @@ _ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 
 _CHECKED = "input is checked before an engine sees it, errors keep their type, gauges follow"
-_NOTED = "afterwards the engine may refuse requests, and is asked before the next one"
-_REFUSED = "an option has requests refused while the engine does not serve"
+_NOTED = "afterwards the engine may have to refuse requests: the next one asks it first"
+_REFUSED = "stock vLLM lets requests wait in an engine that does not serve; an option refuses them"
 _SEVERAL = "an error names its data-parallel engine, and comes once every engine has answered"
 _VERSION = "the version is that of the weights loaded last"
 
@@ -212,8 +217,8 @@ def install(patches: Iterable[Patch]) -> None:
         supported = next(r for r in requires("vllm_sleep_ascend") or () if r.startswith("vllm"))
         raise PatchError(
             f"vllm_sleep_ascend {version('vllm_sleep_ascend')} does not know this vLLM "
-            f"({version('vllm')}): {'; '.join(wrong)}. Nothing was changed. Install a vLLM that it "
-            f"supports ({supported}), or a newer vllm_sleep_ascend"
+            f"({version('vllm')}): {'; '.join(wrong)}. None of it was replaced. Install a vLLM "
+            f"that it supports ({supported}), or a newer vllm_sleep_ascend"
         )
     for patch in patches:
         patch.install()

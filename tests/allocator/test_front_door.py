@@ -146,7 +146,6 @@ def test_the_example_trains_on_as_if_it_had_not_slept_and_imports_no_vllm() -> N
         env={
             **os.environ,
             **USUAL_MACHINE,
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
             "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples"))),
         },
         capture_output=True,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every AscendCL and HCCL call of a sleep and of a wake fails once, on each of two ranks.
 
-Whatever fails, all ranks are awake or all sleep, the call can be repeated, and the tokens stay. One
-call of HCCL is left out: by HcclGetCommAsyncError torch_npu looks after a communicator in the
-background, and ends the process if it fails.
+Whatever fails, all ranks are awake or all sleep, the call can be repeated, and the tokens stay. Two
+calls are left out, by which a thread of torch_npu's looks after its communicators and collectives:
+if HcclGetCommAsyncError or aclrtQueryEventStatus fails there, that thread ends, and the process
+with it. When it looks is chance.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.sim import control
 
 MEETINGS = ("HcclGetRootInfo", "HcclCommInitRootInfoConfig")
-BACKGROUND = ("HcclGetCommAsyncError",)
+BACKGROUND = ("HcclGetCommAsyncError", "aclrtQueryEventStatus")
 NEVER, TRIES = "did not happen", 5
 
 

@@ -97,9 +97,9 @@ def check_seams() -> None:
         )
     if installed != TESTED:
         logger.warning(
-            "vllm_sleep_ascend was tested with %s, and this is %s. All that it replaces or calls "
-            "is there, with the parameters that it knows; what it does was not compared. %s=0 "
-            "leaves sleep mode to vllm-ascend.",
+            "vllm_sleep_ascend was tested with %s, and this is %s. The methods that it replaces or "
+            "calls are there, with the parameters that it knows; what they do was not compared. "
+            "%s=0 leaves sleep mode to vllm-ascend.",
             tested,
             found,
             SWITCH,

@@ -264,7 +264,7 @@ def _follow_load(gate: ServingGate, method: Any) -> None:
 
 @contextmanager
 def _moved(core: Any) -> Iterator[None]:
-    """A user has the workers sleep or wake, past the calls of the engine, which has to follow."""
+    """collective_rpc("sleep") or ("wake_up") bypasses the engine: bring its state in line."""
     executor = core.model_executor
     before = set(executor.sleeping_tags)
     try:

@@ -20,12 +20,13 @@ from vllm_sleep_ascend.errors import RankGoneError
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Of sleep and wake, in which all ranks do the same. What a user calls may take one rank long.
+# Our own calls: every rank does the same work, so one that lags is stuck. A user's calls have no
+# such limit.
 _OURS = (
     *("sleep_refusal", "synchronize_device", "sleep", "wake_up", "discard"),
     *("sleeping_tags", "sleep_status", "weights_content", "give_weight_version"),
 )
-# Of which each rank does its part alone, so that one that takes long after another's error does not
+# Calls in which each rank does its part alone: one that takes long after another's error does not
 # hang. If its process ends, vLLM's monitor shuts the executor down, which ends the wait.
 _ALONE = ("reload_weights", "save_sharded_state", "save_tensorized_model")
 _LOOK_S = 1.0  # how often to look at the ranks behind while one does not answer

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from helpers import MIB
-from helpers.engine import engine, few, mapped
+from helpers.engine import driver_worker, engine, few, mapped
 
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.memory import pool
 from vllm_sleep_ascend.sim import control
 
 HELD_COPY = "aclrtMemcpyAsync.work:1:delay_ms=3600000"  # or until there are other rules
@@ -71,6 +72,35 @@ def test_a_wake_gives_up_and_can_be_repeated(llm, stuck, expected) -> None:
     let_go()
     llm.wake_up()
     assert few(llm) == expected
+
+
+def test_work_that_comes_between_is_waited_for_as_long(llm, stuck, expected, monkeypatch) -> None:
+    """After vLLM's own wait, and behind memory that is awake already."""
+    worker, awake = driver_worker(llm), mapped()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_before_sleep", stuck)
+        with pytest.raises(SleepModeError, match="device_timeout_s"):
+            llm.sleep(level=1)
+    assert mapped() == awake
+    let_go()
+    llm.sleep(level=1)
+
+    resume = worker.sleep_mode_backend.resume
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.sleep_mode_backend, "resume", lambda tags: (resume(tags), stuck()))
+        with pytest.raises(SleepModeError, match="device_timeout_s"):
+            llm.wake_up()
+    assert mapped() == awake
+    assert llm.llm_engine.is_sleeping()  # not all that belongs to a wake is done
+    let_go()
+    llm.wake_up()
+    assert few(llm) == expected
+
+
+def test_trimming_gives_up(llm, stuck) -> None:
+    stuck()
+    with pytest.raises(SleepModeError, match="device_timeout_s"):
+        pool.trim()
 
 
 def test_a_release_of_the_kv_cache_gives_up_and_can_be_repeated(llm, stuck, expected) -> None:

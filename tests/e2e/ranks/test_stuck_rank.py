@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that does not end on the device of one of two ranks: both are as they were."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import MIB
+from helpers.engine import engine, few
+from helpers.ranks import assert_all
+
+from vllm_sleep_ascend import safe_while_asleep
+from vllm_sleep_ascend.errors import AclError
+from vllm_sleep_ascend.sim import control
+
+HELD_COPY = "aclrtMemcpyAsync.work:1:delay_ms=3600000"  # or until there are other rules
+STUCK_RANK = 1
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model) -> Iterator[Any]:
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        additional_config={"sleep_mode": {"device_timeout_s": 0.5}},
+        distributed_executor_backend="mp",
+        tensor_parallel_size=2,
+    ) as llm:
+        yield llm
+
+
+def launch(worker: Any) -> None:
+    worker.stuck = torch.ones(MIB).pin_memory(), torch.zeros(MIB, device="npu")
+    torch.npu.synchronize()
+    control.set_faults(HELD_COPY)
+    source, target = worker.stuck
+    target.copy_(source, non_blocking=True)
+
+
+@safe_while_asleep
+def get_stuck(worker: Any) -> None:
+    if worker.rank == STUCK_RANK:
+        launch(worker)
+
+
+@safe_while_asleep
+def get_stuck_when_awake(worker: Any) -> None:
+    """Behind the next wake's memory, before the ranks agree that all of it is done."""
+    if worker.rank != STUCK_RANK:
+        return
+    backend = worker.sleep_mode_backend
+
+    def resume(tags: list[str] | None) -> None:
+        del backend.resume
+        backend.resume(tags)
+        launch(worker)
+
+    backend.resume = resume
+
+
+@safe_while_asleep
+def let_go(worker: Any) -> None:
+    control.set_faults("")
+    torch.npu.synchronize()
+
+
+def test_no_rank_sleeps_while_work_runs_on_one(ranks, expected) -> None:
+    ranks.collective_rpc(get_stuck)
+    with pytest.raises(AclError, match=r"rank 1, device 1: .*\(device_timeout_s\)"):
+        ranks.sleep(level=1)
+    assert_all(ranks, "RUNNING")
+    ranks.collective_rpc(let_go)
+    assert few(ranks) == expected
+    ranks.sleep(level=1)
+    assert_all(ranks, "SUSPENDED")
+    ranks.wake_up()
+    assert few(ranks) == expected
+
+
+def test_nothing_is_unmapped_while_work_runs_on_it(ranks, expected) -> None:
+    """The simulator ends a process that does. What stays mapped goes with the next operation."""
+    ranks.sleep(level=1)
+    ranks.collective_rpc(get_stuck_when_awake)
+    with pytest.raises(AclError, match=r"rank 1, device 1: .*could not be taken back \(.*rank 1"):
+        ranks.wake_up()
+    with pytest.raises(AclError, match=r"rank 1, device 1: .*\(device_timeout_s\)"):
+        ranks.wake_up()
+    ranks.collective_rpc(let_go)
+    ranks.wake_up()
+    assert_all(ranks, "RUNNING")
+    assert few(ranks) == expected
