@@ -231,7 +231,7 @@ def test_an_allocation_that_does_not_fit_is_torchs_out_of_memory_error():
 def test_expandable_segments_pause_inside_a_pool(variable):
     code = (
         "import torch, torch_npu\n"
-        "from vllm_sleep_ascend import _camem, pool\n"
+        "from vllm_sleep_ascend import _camem\nfrom vllm_sleep_ascend.memory import pool\n"
         "with pool.use_pool('weights'):\n"
         "    x = torch.ones((20 << 20) - 4096, dtype=torch.uint8, device='npu')\n"
         "torch.npu.synchronize()\n"
@@ -263,7 +263,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_expandable_segments_switched_on_at_run_time_are_noticed():
     done = run(
         "import torch, torch_npu\n"
-        "from vllm_sleep_ascend import pool\n"
+        "from vllm_sleep_ascend.memory import pool\n"
         "torch.npu.set_device(0)\n"
         "torch.npu.memory._set_allocator_settings('expandable_segments:True')\n"
         "with pool.use_pool('weights'):\n"

@@ -165,7 +165,11 @@ def test_a_stock_server(pair, a_is_awake, tiny_model, tmp_path):
     a, *_ = pair
     a.post("/sleep")
     (tmp_path / "sitecustomize.py").write_text(
-        "import vllm_sleep_ascend.front_end.endpoints as ours\nours.install = lambda: None\n"
+        "from vllm_sleep_ascend import patches\n"
+        "from vllm_sleep_ascend.front_end import endpoints\n"
+        "own = [p for p in patches.EVERYWHERE if p.wrapper is endpoints.with_middleware]\n"
+        "patches.EVERYWHERE = tuple(p for p in patches.EVERYWHERE if p not in own)\n"
+        "patches.DEVELOPMENT = ()\n"
     )
     env = {**pair.env, "PYTHONPATH": str(tmp_path)}
     with Server(tiny_model, *OPTIONS, log=tmp_path / "stock", env=env, cold=True) as stock:
