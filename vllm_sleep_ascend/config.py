@@ -110,8 +110,7 @@ class SleepModeConfig(BaseModel):
         """Seconds after which a rank that did not come has to be taken for hanging."""
         connect_s = connect_timeout_s() if cls.releases_communicators(vllm_config) else 0
         config = cls.from_vllm_config(vllm_config)
-        patience_s = config.rank_timeout_s + config.device_timeout_s + config.wake_timeout_s
-        return patience_s + connect_s
+        return config.rank_timeout_s + config.wake_timeout_s + connect_s
 
     @classmethod
     def from_vllm_config(cls, vllm_config: "VllmConfig") -> "SleepModeConfig":
