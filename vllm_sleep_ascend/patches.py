@@ -50,6 +50,10 @@ class Patch:
     why: str
     since: str = ""
 
+    @property
+    def place(self) -> str:
+        return f"{self.owner.replace(':', '.')}.{self.name}"
+
     def install(self) -> None:
         """Replace it, if this vLLM has it."""
         if self._stock() is not None:
@@ -63,17 +67,16 @@ class Patch:
 
     def problem(self) -> str:
         """How vLLM differs from what is known; "" if it does not."""
-        place = f"{self.owner.replace(':', '.')}.{self.name}"
         stock = self._stock()
         if stock is None:
             older = self.since and Version(version("vllm")).release < Version(self.since).release
-            return "" if older else f"{place} is gone"
+            return "" if older else f"{self.place} is gone"
         taken = inspect.signature(stock).parameters
         actual = tuple(name for name in taken if name != "self")
         anything = any(p.kind is p.VAR_POSITIONAL for p in taken.values())
         if anything or actual[: len(self.parameters)] == self.parameters:
             return ""
-        return f"{place} takes ({', '.join(actual)}), not ({', '.join(self.parameters)})"
+        return f"{self.place} takes ({', '.join(actual)}), not ({', '.join(self.parameters)})"
 
 
 def _instead(ours: Callable) -> Wrapper:
@@ -142,10 +145,8 @@ EVERYWHERE = (
     Patch(_IN_PROCESS, "get_output", pauses.get_output, (),
           "outputs of requests that ended while the engine drained are delivered"),
     Patch(_CLIENT, "call_utility_all_async", _instead(replicas.call_all), ("method",),
-          _SEVERAL,
-          since="0.32"),
-    Patch(_CLIENT_OF_SEVERAL, "call_utility_async", replicas.of_the_first, ("method",),
-          _SEVERAL),
+          _SEVERAL, since="0.32"),
+    Patch(_CLIENT_OF_SEVERAL, "call_utility_async", replicas.of_the_first, ("method",), _SEVERAL),
     Patch(_CLIENT, "is_sleeping_async", replicas.is_sleeping, (),
           "where engines differ after a failure, some sleep"),
     Patch(_OUTPUTS, "process_outputs", refusals.process_outputs, ("engine_core_outputs",),
@@ -228,10 +229,9 @@ def table() -> str:
     """All of it in Markdown."""
     rows = ["| of vLLM | parameters | since | why |", "|---|---|---|---|"]
     for patch in EVERYWHERE + DEVELOPMENT + OFFLINE:
-        _, _, cls = patch.owner.rpartition(":")
-        owner = cls if cls != patch.owner else patch.owner.rpartition(".")[2]
+        name = ".".join(patch.place.split(".")[-2:])
         taken = ", ".join(patch.parameters)
-        rows.append(f"| `{owner}.{patch.name}` | {taken} | {patch.since} | {patch.why} |")
+        rows.append(f"| `{name}` | {taken} | {patch.since} | {patch.why} |")
     return "\n".join(rows)
 
 

@@ -75,14 +75,13 @@ def process_outputs(stock: Callable) -> Callable:
     def process_outputs(
         self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        outputs = engine_core_outputs
-        if not outputs or not str(outputs[0].stop_reason).startswith(_MARK):
-            return stock(self, outputs, *args, **kwargs)
-        states = [self.request_states.get(output.request_id) for output in outputs]
+        if not engine_core_outputs or not str(engine_core_outputs[0].stop_reason).startswith(_MARK):
+            return stock(self, engine_core_outputs, *args, **kwargs)
+        states = [self.request_states.get(output.request_id) for output in engine_core_outputs]
         if any(state is not None and state.queue is None for state in states):
-            return stock(self, outputs, *args, **kwargs)
+            return stock(self, engine_core_outputs, *args, **kwargs)
         result = stock(self, [], *args, **kwargs)
-        for output, state in zip(outputs, states, strict=True):
+        for output, state in zip(engine_core_outputs, states, strict=True):
             if output.request_id in self.request_states:  # not ended with another of its parent
                 result.reqs_to_abort += _raise_in(self, state, output)
         return result

@@ -13,7 +13,7 @@ The functions here are for a program of your own, with or without an engine besi
 See docs/memory.md.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from vllm_sleep_ascend.status import TagUsage
 
 
+PROGRAM = "program:"
+"""What tags of regions begin with. An engine in the same process leaves them alone."""
+
+
 def region(tag: str = "weights") -> AbstractContextManager[None]:
     """What this thread allocates on the device inside can sleep, under this tag.
 
@@ -31,7 +35,6 @@ def region(tag: str = "weights") -> AbstractContextManager[None]:
         SleepModeError: torch took memory elsewhere, which then cannot sleep.
     """
     from vllm_sleep_ascend.memory.pool import use_pool
-    from vllm_sleep_ascend.memory.sleeping_memory import PROGRAM
 
     _memory()
     return use_pool(f"{PROGRAM}{tag}")
@@ -48,9 +51,9 @@ def sleep(*tags: str, discard: Iterable[str] = ()) -> None:
         ValueError: no region has such a tag.
         SleepModeError: it failed, and everything is as it was.
     """
-    forgotten = _known(discard)
-    actions: dict[str, Action] = dict.fromkeys(_known(tags or status()), "offload")
-    actions.update(dict.fromkeys(forgotten, "discard"))
+    regions = status()
+    actions: dict[str, Action] = dict.fromkeys(_known(tags or regions, regions), "offload")
+    actions.update(dict.fromkeys(_known(discard, regions), "discard"))
     _memory().sleep("sleep", actions, "keep")
 
 
@@ -62,13 +65,12 @@ def wake(*tags: str) -> None:
         ValueError: no region has such a tag.
         SleepModeError: it failed; what slept sleeps, and the call can be repeated.
     """
-    _memory().wake(_known(tags or status()))
+    regions = status()
+    _memory().wake(_known(tags or regions, regions))
 
 
 def status() -> "dict[str, TagUsage]":
     """Bytes of each region, by tag: what is awake or asleep, and what is held."""
-    from vllm_sleep_ascend.memory.sleeping_memory import PROGRAM
-
     usage = _memory().usage().items()
     return {tag.removeprefix(PROGRAM): of for tag, of in usage if tag.startswith(PROGRAM)}
 
@@ -80,10 +82,9 @@ def _memory() -> "SleepingMemory":
     return SleepingMemory()
 
 
-def _known(tags: Iterable[str]) -> list[str]:
-    from vllm_sleep_ascend.memory.sleeping_memory import PROGRAM
-
-    tags, regions = list(tags), status()
+def _known(tags: Iterable[str], regions: "Mapping[str, TagUsage]") -> list[str]:
+    """The allocator's names of these tags, each of which has to be a region's."""
+    tags = list(tags)
     for tag in tags:
         if tag not in regions:
             known = ", ".join(sorted(regions)) or "none yet: allocate inside memory.region(tag)"

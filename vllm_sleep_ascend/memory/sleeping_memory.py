@@ -13,7 +13,7 @@ import torch_npu
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
-from vllm_sleep_ascend.memory import pool
+from vllm_sleep_ascend.memory import PROGRAM, pool
 from vllm_sleep_ascend.memory.checksum import checksums, memory_at
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.memory.page_locked import page_locked_source
@@ -26,9 +26,6 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 _GIB = 1 << 30
 _ASLEEP = ("offloaded", "discarded")
-
-PROGRAM = "program:"
-"""What tags of ``memory.region`` begin with. An engine in the same process leaves them alone."""
 
 
 class SleepingMemory:

@@ -4,15 +4,11 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-from helpers import MIB
 from helpers.engine import driver_worker, engine, few, mapped
+from helpers.stuck_copy import StuckCopy, let_go
 
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.memory import pool
-from vllm_sleep_ascend.sim import control
-
-HELD_COPY = "aclrtMemcpyAsync.work:1:delay_ms=3600000"  # or until there are other rules
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +21,10 @@ def llm(tiny_model) -> Iterator[object]:
 @pytest.fixture
 def stuck() -> Iterator[Callable[[], None]]:
     """Launches a copy of torch's that ends with the test, or when it is let go."""
-    source, target = torch.ones(MIB).pin_memory(), torch.zeros(MIB, device="npu")
-    torch.npu.synchronize()
-
-    def launch() -> None:
-        control.set_faults(HELD_COPY)
-        target.copy_(source, non_blocking=True)
-
-    yield launch
-    control.set_faults("")
-    torch.npu.synchronize()
-    assert torch.equal(target.cpu(), source)
-
-
-def let_go() -> None:
-    control.set_faults("")
-    torch.npu.synchronize()
+    copy = StuckCopy()
+    yield copy.launch
+    let_go()
+    assert copy.has_arrived()
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from helpers import MIB
 from helpers.engine import engine, few
 from helpers.ranks import assert_all
+from helpers.stuck_copy import StuckCopy, let_go
 
 from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.errors import AclError
-from vllm_sleep_ascend.sim import control
 
-HELD_COPY = "aclrtMemcpyAsync.work:1:delay_ms=3600000"  # or until there are other rules
 STUCK_RANK = 1
 
 
@@ -30,18 +27,11 @@ def ranks(tiny_model) -> Iterator[Any]:
         yield llm
 
 
-def launch(worker: Any) -> None:
-    worker.stuck = torch.ones(MIB).pin_memory(), torch.zeros(MIB, device="npu")
-    torch.npu.synchronize()
-    control.set_faults(HELD_COPY)
-    source, target = worker.stuck
-    target.copy_(source, non_blocking=True)
-
-
 @safe_while_asleep
 def get_stuck(worker: Any) -> None:
     if worker.rank == STUCK_RANK:
-        launch(worker)
+        worker.stuck = StuckCopy()
+        worker.stuck.launch()
 
 
 @safe_while_asleep
@@ -54,15 +44,14 @@ def get_stuck_when_awake(worker: Any) -> None:
     def resume(tags: list[str] | None) -> None:
         del backend.resume
         backend.resume(tags)
-        launch(worker)
+        get_stuck(worker)
 
     backend.resume = resume
 
 
 @safe_while_asleep
-def let_go(worker: Any) -> None:
-    control.set_faults("")
-    torch.npu.synchronize()
+def let_it_go(worker: Any) -> None:
+    let_go()
 
 
 def test_no_rank_sleeps_while_work_runs_on_one(ranks, expected) -> None:
@@ -70,7 +59,7 @@ def test_no_rank_sleeps_while_work_runs_on_one(ranks, expected) -> None:
     with pytest.raises(AclError, match=r"rank 1, device 1: .*\(device_timeout_s\)"):
         ranks.sleep(level=1)
     assert_all(ranks, "RUNNING")
-    ranks.collective_rpc(let_go)
+    ranks.collective_rpc(let_it_go)
     assert few(ranks) == expected
     ranks.sleep(level=1)
     assert_all(ranks, "SUSPENDED")
@@ -86,7 +75,7 @@ def test_nothing_is_unmapped_while_work_runs_on_it(ranks, expected) -> None:
         ranks.wake_up()
     with pytest.raises(AclError, match=r"rank 1, device 1: .*\(device_timeout_s\)"):
         ranks.wake_up()
-    ranks.collective_rpc(let_go)
+    ranks.collective_rpc(let_it_go)
     ranks.wake_up()
     assert_all(ranks, "RUNNING")
     assert few(ranks) == expected

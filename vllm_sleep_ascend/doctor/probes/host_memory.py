@@ -84,24 +84,26 @@ def registered(device: Device) -> Finding:
     if not acl.has("aclrtHostRegisterV2"):
         remedy = "Nothing has to be done. CANN has it from 8.5 on, and not for Ascend 310P."
         return not_used("this CANN has no aclrtHostRegisterV2", remedy)
-    reason = why_registered_pages_move()
-    wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
-    newer = f"Nothing has to be done. A host with kernel {wanted} or newer can have it."
+    older = None
+    if reason := why_registered_pages_move():
+        wanted = ".".join(map(str, KERNEL_THAT_KEEPS_PAGES))
+        remedy = f"Nothing has to be done. A host with kernel {wanted} or newer can have it."
+        older = not_used(f"not used: {reason}", remedy)
     try:
         with plain_memory(size) as host, _locked(host, size), acl.registered(host, size):
-            if reason:  # the chip has it: nothing more may be done with it on this kernel
-                return not_used(f"not used: {reason}", newer)
+            if older:  # the chip has it: nothing more may be done with it on this kernel
+                return older
             with device.memory(size) as address, a_stream(acl) as stream:
                 copies = copies_of(device, address, host, size, stream)
     except OSError as error:
         remedy = "Raise ulimit -l; in a container, --ulimit memlock=-1."
-        return not_used(f"not used: {reason}", newer) if reason else not_used(str(error), remedy)
+        return older or not_used(str(error), remedy)
     except AclError as error:
         if error.code in NOT_SUPPORTED:
             remedy = "Nothing has to be done. No kernel brings it; Ascend 310P, for one, lacks it."
             return not_used(f"this chip has none: {error}", remedy)
-        if reason:
-            return not_used(f"not used: {reason}", newer)
+        if older:
+            return older
         raise
     used = copies.wrong == 0 and copies.asynchronous
     figures = {"kernel": release, "bytes": size, "used": used, **copies.figures()}
