@@ -13,6 +13,16 @@ void Chunk::attach(int device) {
   if (!memory.mapped()) memory.map(address);
 }
 
+void Chunk::park() {
+  memory.unmap();
+  content = Content::kParked;
+}
+
+void Chunk::remap(int device) {
+  attach(device);
+  content = Content::kDevice;
+}
+
 void Chunk::require_not_stuck() const {
   if (is_stuck()) throw std::runtime_error("a copy that has not ended uses this memory");
 }
@@ -22,7 +32,7 @@ void Chunk::detach() {
   if (memory.mapped()) memory.unmap();
   try {
     if (memory) memory.release();
-  } catch (const AclError&) {
+  } catch (const std::exception&) {
   }
 }
 
@@ -50,8 +60,7 @@ Allocation::Allocation(int device, std::size_t bytes, TagId tag, std::size_t chu
     chunk.address = range.base() + offset;
     chunk.bytes = std::min(chunk_bytes, bytes - offset);
     offset += chunk.bytes;
-    chunk.attach(device);
-    chunk.content = Content::kDevice;
+    chunk.remap(device);
   }
 }
 

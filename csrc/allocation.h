@@ -18,7 +18,7 @@ namespace camem {
 // it is true also in the middle of a failed transaction.
 enum class Content : std::uint8_t {
   kDevice,  // mapped, usable
-  kParked,  // in device memory that is not mapped: a failed sleep could not map it again
+  kParked,  // in device memory that is not mapped: a sleep may yet be taken back, or could not be
   kHost,    // in the host backup
   kNone,    // forgotten
 };
@@ -39,6 +39,12 @@ struct Chunk {
   // Whether a copy that did not end in time may still touch its memory, on the device and the host.
   void require_not_stuck() const;  // throws
   bool is_stuck() const { return copying != nullptr && copying->is_stuck(); }
+
+  // Unmaps without giving the device memory back, so that remap() needs none. Throws.
+  void park();
+
+  // Has it on the device again: what is parked as it was, what is forgotten empty. Throws.
+  void remap(int device);
 
   // Unmaps and gives the device memory back. Throws if unmapping fails, and while it is stuck;
   // memory that is unmapped but could not be given back is left for settle().

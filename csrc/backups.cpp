@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The host memory of the pool's backups: where it comes from, and what is taken ahead of its use.
+#include "backups.h"
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -8,8 +8,6 @@
 #include <numeric>
 #include <thread>
 #include <utility>
-
-#include "pool.h"
 
 namespace camem {
 namespace {
@@ -22,41 +20,35 @@ constexpr std::chrono::seconds kQuiet{1};
 
 }  // namespace
 
-unsigned Pool::host_threads() const {
+unsigned Backups::threads() const {
   const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
   return std::max(settings_.copy_threads, std::min(settings_.host_threads, cores));
 }
 
-// Asked for when the first memory is allocated: later on, memory and streams may be scarce.
-HostSource Pool::host_source(int device) {
+HostSource Backups::source(int device) {
   transfer_.open(device);
-  if (!host_choice_) {
-    host_choice_ = settings_.host_choice;
-    if (host_choice_->source == HostSource::kRegistered) {
-      transfer_.with_stream(device, [&](CopyStream* stream) {
-        host_choice_ = try_registered_memory(device, stream);
-      });
+  if (!choice_) {
+    choice_ = settings_.host_choice;
+    if (choice_->source == HostSource::kRegistered) {
+      transfer_.with_stream(
+          device, [&](CopyStream* stream) { choice_ = try_registered_memory(device, stream); });
     }
   }
-  return host_choice_->source;
+  return choice_->source;
 }
 
-// Whether backups of so many bytes, for which nothing is ready, are better copied into plain
-// memory.
-bool Pool::stages(int device, std::size_t bytes) {
+bool Backups::stages(int device, std::size_t bytes) {
   if (bytes == 0 || settings_.unprepared == Unprepared::kLock) return false;
   if (settings_.unprepared == Unprepared::kStage) return true;
-  if (!host_speeds_) {
+  if (!speeds_) {
     if (bytes < kWorthMeasuring * settings_.chunk_bytes) return false;
-    host_speeds_ =
-        transfer_.staging().open_and_measure(device, host_threads(), host_source(device));
-    if (!host_speeds_) return false;  // each block finds out for itself what can be had
+    speeds_ = transfer_.staging().open_and_measure(device, threads(), source(device));
+    if (!speeds_) return false;  // each block finds out for itself what can be had
   }
-  return host_speeds_->copying > host_speeds_->locking;
+  return speeds_->copying > speeds_->locking;
 }
 
-// Host memory that a sleep of these has yet to take.
-std::size_t Pool::missing_host_bytes(Tasks::const_iterator first, Tasks::const_iterator last) {
+std::size_t Backups::missing(Tasks::const_iterator first, Tasks::const_iterator last) {
   std::vector<std::size_t> sizes;
   std::for_each(first, last, [&](const Task& task) {
     if (!task.chunk->backup) sizes.push_back(task.chunk->bytes);
@@ -65,50 +57,51 @@ std::size_t Pool::missing_host_bytes(Tasks::const_iterator first, Tasks::const_i
   return std::accumulate(missing.begin(), missing.end(), std::size_t{0});
 }
 
-void Pool::preflight_host(const Tasks& offloads) {
-  const std::size_t needed = missing_host_bytes(offloads.begin(), offloads.end());
+void Backups::require_host_memory(const Tasks& offloads) {
+  const std::size_t needed = missing(offloads.begin(), offloads.end());
   if (needed <= available_host_bytes()) return;
   reserve_.wait_until_idle();
   const std::size_t available = available_host_bytes();
   if (needed > available) throw_backup_does_not_fit(needed, available);
 }
 
-void Pool::prepare(const std::set<TagId>& tags, bool slowly) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
+bool Backups::take_back(const Allocation& allocation, Chunk& chunk) noexcept {
+  if (chunk.content != Content::kDevice || chunk.is_stuck()) return true;
+  if (prepared_ && prepared_->tags.count(allocation.tag) != 0 && chunk.backup.is_page_locked()) {
+    reserve_.keep(std::move(chunk.backup));
+    return true;
+  }
+  return chunk.settle(false);
+}
+
+void Backups::prepare(const std::set<TagId>& tags, bool slowly) {
   reserve_.clear();
   prepared_.reset();
-  preflight_host(select([&](const Allocation& allocation, const Chunk& chunk) {
+  require_host_memory(registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
     return chunk.content == Content::kDevice && tags.count(allocation.tag) != 0;
   }));
   prepared_ = Prepared{tags, slowly};
   order_prepared();
 }
 
-bool Pool::wait_prepared(double seconds) {
-  require_alive();
-  return reserve_.wait(seconds);
-}
-
-void Pool::release_prepared() {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
+void Backups::release_prepared() {
   prepared_.reset();
   reserve_.give_back();
 }
 
-// After a transaction, however it ended. `to_host`: what a sleep copied to the host, for which it
-// took what it needed of what was prepared.
-void Pool::go_on_in_background(const Tasks& to_host) noexcept {
+void Backups::clear() noexcept {
+  prepared_.reset();
+  reserve_.clear();
+  transfer_.staging().close();
+}
+
+void Backups::go_on(const Tasks& to_host) noexcept {
   try {
     const bool used =
         prepared_ && std::any_of(to_host.begin(), to_host.end(), [&](const Task& task) {
           return prepared_->tags.count(task.allocation->tag) != 0;
         });
-    if (used) {
-      prepared_.reset();
-      reserve_.give_back();
-    }
+    if (used) release_prepared();
     if (!order_locking_of_plain_backups() && prepared_ && !reserve_.is_working()) order_prepared();
   } catch (const std::exception&) {
     // Nothing is ahead of its use then.
@@ -116,10 +109,10 @@ void Pool::go_on_in_background(const Tasks& to_host) noexcept {
 }
 
 // Takes page-locked memory for what has no backup and would need one.
-void Pool::order_prepared() {
+void Backups::order_prepared() {
   HostReserve::Order order;
   std::vector<std::size_t> sizes;
-  const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {
+  const Tasks tasks = registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
     return chunk.content == Content::kDevice && !chunk.backup &&
            prepared_->tags.count(allocation.tag) != 0;
   });
@@ -127,17 +120,17 @@ void Pool::order_prepared() {
   for (const Task& task : tasks) sizes.push_back(task.chunk->bytes);
   order.device = tasks.front().allocation->device;
   order.sizes = reserve_.not_ready(sizes);
-  order.source = host_source(order.device);
-  order.threads = prepared_->slowly ? 1 : host_threads();
+  order.source = source(order.device);
+  order.threads = prepared_->slowly ? 1 : threads();
   order.slowly = prepared_->slowly;
   reserve_.prepare(std::move(order));
 }
 
 // Takes page-locked memory for plain backups, so that the next copy runs at the speed of the link.
 // Not for backups that go with the wake: to give it back takes longer. False: there is none.
-bool Pool::order_locking_of_plain_backups() {
+bool Backups::order_locking_of_plain_backups() {
   HostReserve::Order order;
-  for (auto& [address, allocation] : allocations_) {
+  for (auto& [address, allocation] : registry_.allocations()) {
     for (const Chunk& chunk : allocation->chunks) {
       if (!chunk.backup || chunk.backup.is_page_locked()) continue;
       order.device = allocation->device;
@@ -149,7 +142,7 @@ bool Pool::order_locking_of_plain_backups() {
     return false;
   }
   if (!settings_.keep_host_backup) return true;
-  order.source = host_source(order.device);
+  order.source = source(order.device);
   order.slowly = true;
   order.delay = kQuiet;
   order.use = [this](HostMemory& block) { return put_in_place_of_plain(block); };
@@ -158,10 +151,10 @@ bool Pool::order_locking_of_plain_backups() {
 }
 
 // False: the pool is busy.
-bool Pool::put_in_place_of_plain(HostMemory& block) {
-  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+bool Backups::put_in_place_of_plain(HostMemory& block) {
+  std::unique_lock<std::mutex> lock(lock_, std::try_to_lock);
   if (!lock.owns_lock()) return false;
-  for (auto& [address, allocation] : allocations_) {
+  for (auto& [address, allocation] : registry_.allocations()) {
     for (Chunk& chunk : allocation->chunks) {
       HostMemory& backup = chunk.backup;
       if (!backup || backup.is_page_locked() || backup.bytes() != block.bytes()) continue;
@@ -173,11 +166,8 @@ bool Pool::put_in_place_of_plain(HostMemory& block) {
   return true;
 }
 
-HostInfo Pool::host_info() {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
-  return {host_choice_, host_speeds_, reserve_.ready_bytes(), transfer_.staging().bytes(),
-          reserve_.steps()};
+HostInfo Backups::info() {
+  return {choice_, speeds_, reserve_.ready_bytes(), transfer_.staging().bytes(), reserve_.steps()};
 }
 
 }  // namespace camem

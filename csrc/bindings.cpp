@@ -83,7 +83,7 @@ py::dict to_dict(const Report& report) {
 }
 
 py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std::string& otherwise,
-                    const Sums& checksums, bool hold) {
+                    const Sums& checksums, bool commit) {
   Pool& pool = Pool::instance();
   Plan plan;
   plan.otherwise = parse_action(otherwise);
@@ -91,11 +91,7 @@ py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std
   Report report;
   {
     const WithoutGil released;
-    if (hold) {
-      pool.hold_sleep(plan, checksums);
-    } else {
-      report = pool.sleep(plan, checksums);
-    }
+    report = pool.sleep(plan, checksums, commit ? Until::kCommitted : Until::kPrepared);
   }
   return to_dict(report);
 }
@@ -125,18 +121,14 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
   Pool::instance().configure(settings);
 }
 
-py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s, bool hold) {
+py::dict wake_pool(const std::vector<std::string>& tags, double timeout_s, bool commit) {
   Pool& pool = Pool::instance();
   const std::set<TagId> ids = tag_ids(tags);
   Report report;
   {
     const WithoutGil released;
-    const std::chrono::duration<double> timeout(timeout_s);
-    if (hold) {
-      pool.hold_wake(ids, timeout);
-    } else {
-      report = pool.wake(ids, timeout);
-    }
+    report = pool.wake(ids, std::chrono::duration<double>(timeout_s),
+                       commit ? Until::kCommitted : Until::kPrepared);
   }
   return to_dict(report);
 }
@@ -264,9 +256,9 @@ PYBIND11_MODULE(_camem, module) {
     return pool.tag_name(pool.set_current_tag(pool.tag(name)));
   });
   module.def("sleep", &sleep_pool, py::arg("actions"), py::arg("otherwise") = "offload",
-             py::arg("checksums") = Sums(), py::kw_only(), py::arg("hold") = false);
+             py::arg("checksums") = Sums(), py::kw_only(), py::arg("commit") = true);
   module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0, py::kw_only(),
-             py::arg("hold") = false);
+             py::arg("commit") = true);
   module.def("commit", &commit_pool);
   module.def("abort", [] { return Pool::instance().abort(); }, py::call_guard<WithoutGil>());
   module.def(

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 
 #include "acl_check.h"
 #include "acl_newer.h"
@@ -60,6 +61,25 @@ aclrtContext default_context(int device) {
   check(code, "aclrtGetCurrentContext", 0, __FILE__, __LINE__);
   known.emplace(device, context);
   return context;
+}
+
+void wait_for(const std::set<aclrtContext>& contexts, std::chrono::milliseconds limit) {
+  const auto timeout_ms = static_cast<std::int32_t>(limit.count());
+  constexpr const char* kCall = "aclrtSynchronizeDeviceWithTimeout";
+  for (const aclrtContext context : contexts) {
+    const ContextGuard guard(context);
+    const aclError code = aclrtSynchronizeDeviceWithTimeout(timeout_ms);
+    if (code == kStreamSyncTimeout) {
+      throw AclError(kCall, code, 0,
+                     "what was launched on the device before has not ended after " +
+                         std::to_string(timeout_ms) + " ms (device_timeout_s)");
+    }
+    if (code == kStreamCaptured) {
+      throw AclError(kCall, code, 0,
+                     "a stream captures a graph: come again when the capture has ended");
+    }
+    check(code, kCall, 0, __FILE__, __LINE__);
+  }
 }
 
 DeviceGuard::DeviceGuard(int device) {

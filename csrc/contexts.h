@@ -7,7 +7,9 @@
 
 #include <acl/acl.h>
 
+#include <chrono>
 #include <optional>
+#include <set>
 
 namespace camem {
 
@@ -33,6 +35,9 @@ aclrtContext current_context();
 // The context that all threads share that chose the device by aclrtSetDevice. Asking for it the
 // first time counts as one such call, which is never taken back. Throws AclError.
 aclrtContext default_context(int device);
+
+// Waits for all that was launched in these contexts, for each no longer than this. Throws AclError.
+void wait_for(const std::set<aclrtContext>& contexts, std::chrono::milliseconds limit);
 
 // Makes `device` current on this thread, in whichever context: calls about memory need no more.
 class DeviceGuard {

@@ -216,12 +216,16 @@ HostMemory HostMemory::map_and_register(std::size_t bytes, HostSpace& space) {
   return {data, bytes, Kind::kPlain};
 }
 
+// A single failing call is made good at once: nobody asks again later.
 HostMemory::~HostMemory() {
-  try {
-    release();
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "vllm_sleep_ascend: %zu bytes of host memory stay taken: %s\n", bytes_,
-                 error.what());
+  for (int attempt = 0; attempt < 2 && data_ != nullptr; ++attempt) {
+    try {
+      release();
+    } catch (const std::exception& error) {
+      if (attempt == 0) continue;
+      std::fprintf(stderr, "vllm_sleep_ascend: %zu bytes of host memory stay taken: %s\n", bytes_,
+                   error.what());
+    }
   }
 }
 

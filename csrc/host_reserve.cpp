@@ -180,12 +180,16 @@ void HostReserve::give_back() {
   blocks->swap(ready_);
   try {
     start([this, device = device_, blocks] {
-      try {
-        DeviceGuard guard(device);
-        blocks->clear();
-      } catch (const std::exception&) {
-        blocks->clear();
+      // Without a context AscendCL takes nothing back, and this thread has none yet.
+      std::optional<DeviceGuard> guard;
+      for (int attempt = 0; attempt < 2 && !guard; ++attempt) {
+        try {
+          guard.emplace(device);
+        } catch (const std::exception&) {
+          continue;
+        }
       }
+      blocks->clear();
     });
   } catch (const std::exception&) {
     // The machine gives no more threads: they are given back on this one.

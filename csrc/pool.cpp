@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <thread>
 #include <utility>
 
 #include "acl_check.h"
-#include "acl_optional.h"
+#include "contexts.h"
 
 namespace camem {
 namespace {
@@ -19,16 +18,17 @@ thread_local TagId t_current_tag = 0;
 std::atomic<bool> g_abandoned{false};
 std::atomic<bool> g_ended{false};
 
-// Whether all is done that was launched on a stream of the current context; nothing where it cannot
-// be asked.
-std::optional<bool> is_idle(aclrtStream stream) {
-  aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
-  if (is_capturing(stream) || aclrtStreamQuery(stream, &status) != ACL_SUCCESS) return {};
-  return status == ACL_STREAM_STATUS_COMPLETE;
-}
-
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
+}
+
+// Throws where the allocator has been shut down.
+void require_alive() {
+  if (g_abandoned) {
+    throw std::runtime_error(
+        "the allocator is shut down in this process: it was forked from the one that uses the "
+        "device, or its interpreter has ended; spawn processes that use a device");
+  }
 }
 
 }  // namespace
@@ -43,19 +43,19 @@ Pool::Pool() : tag_names_{"default"} {
   pthread_atfork(nullptr, nullptr, [] { g_abandoned = true; });
 }
 
-// Before the lock is asked for: in a forked child nobody may be left to give it back.
-void Pool::require_alive() {
-  if (g_abandoned) {
-    throw std::runtime_error(
-        "the allocator is shut down in this process: it was forked from the one that uses the "
-        "device, or its interpreter has ended; spawn processes that use a device");
-  }
+// It is asked before the lock, as in a forked child nobody may be left to give that back, and after
+// it, as the process may have ended meanwhile.
+Pool::Lock Pool::lock() {
+  require_alive();
+  Lock lock(mutex_);
+  require_alive();
+  return lock;
 }
 
 void Pool::abandon() noexcept {
   g_ended = true;
   if (g_abandoned.exchange(true)) return;  // a forked child cannot join its parent's threads
-  reserve_.close();
+  backups_.close();
   // Contexts have to go before the device that torch resets. An operation that is under way, or a
   // copy that has not ended, keeps them.
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -65,9 +65,8 @@ void Pool::abandon() noexcept {
 bool Pool::has_ended() const noexcept { return g_ended; }
 
 void Pool::configure(const Settings& settings) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (settings.host_choice != settings_.host_choice) host_choice_.reset();
+  const Lock guard = lock();
+  if (settings.host_choice != settings_.host_choice) backups_.forget_source();
   settings_ = settings;
   transfer_.set_patience(settings.device_timeout);
 }
@@ -94,122 +93,198 @@ std::vector<std::string> Pool::tag_names() {
 
 TagId Pool::set_current_tag(TagId tag) { return std::exchange(t_current_tag, tag); }
 
-std::size_t Pool::chunk_bytes(TagId tag) const {
-  return settings_.scratch_tags.count(tag) != 0
-             ? std::max(settings_.chunk_bytes, settings_.scratch_chunk_bytes)
-             : settings_.chunk_bytes;
-}
-
 void* Pool::allocate(std::size_t bytes, int device) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
+  const Lock guard = lock();
   sweep();
-  DeviceGuard guard(device);
+  const DeviceGuard on_device(device);
   std::size_t& unit = granularity_[device];
   if (unit == 0) {
     unit = granularity(device);
-    host_source(device);
+    backups_.source(device);
   }
-  auto allocation =
-      std::make_unique<Allocation>(device, round_up(std::max<std::size_t>(bytes, 1), unit),
-                                   t_current_tag, round_up(chunk_bytes(t_current_tag), unit));
+  const TagId tag = t_current_tag;
+  std::size_t chunk_bytes = settings_.chunk_bytes;
+  if (settings_.scratch_tags.count(tag) != 0) {
+    chunk_bytes = std::max(chunk_bytes, settings_.scratch_chunk_bytes);
+  }
+  auto allocation = std::make_unique<Allocation>(
+      device, round_up(std::max<std::size_t>(bytes, 1), unit), tag, round_up(chunk_bytes, unit));
   void* address = allocation->range.base();
-  allocations_.emplace(reinterpret_cast<std::uintptr_t>(address), std::move(allocation));
+  registry_.add(std::move(allocation));
   return address;
 }
 
 void Pool::free(void* address, aclrtStream stream) noexcept {
   if (g_abandoned) return;
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = allocations_.find(reinterpret_cast<std::uintptr_t>(address));
-  if (found == allocations_.end()) return;
-  forget_held(found->second.get());
-  doomed_.push_back({std::move(found->second), stream});
-  allocations_.erase(found);
+  const Lock lock(mutex_);
+  const auto start = reinterpret_cast<std::uintptr_t>(address);
+  const Allocation* allocation = registry_.find(start);
+  if (allocation == nullptr) return;
+  if (prepared_) prepared_->transaction.forget(*allocation);
+  registry_.doom(start, stream);
   sweep();
-  if (allocations_.empty()) {
-    prepared_.reset();
-    reserve_.clear();
-    transfer_.staging().close();
-  }
+  if (registry_.is_empty()) backups_.clear();
 }
 
-// Gives back what is no longer needed, also what an earlier operation could not. A single failing
-// call is made good at once; after more, the next operation tries again.
 void Pool::sweep(bool synchronized) noexcept {
-  bool again = unswept_ || !doomed_.empty();
-  for (int attempt = 0; again && attempt < 2; ++attempt, again = unswept_) {
-    unswept_ = false;
-    for (auto& [allocation, stream] : doomed_) {
-      try {
-        const ContextGuard guard(default_context(allocation->device));
-        if (!is_idle(stream).value_or(synchronized)) continue;
-        allocation->release();
-        allocation.reset();
-      } catch (const std::exception&) {
-        unswept_ = true;
-      }
-    }
-    doomed_.erase(std::remove_if(doomed_.begin(), doomed_.end(),
-                                 [](const Doomed& doomed) { return !doomed.allocation; }),
-                  doomed_.end());
-    for (auto& [address, allocation] : allocations_) {
-      for (Chunk& chunk : allocation->chunks) {
-        if (!chunk.settle(settings_.keep_host_backup || held_)) unswept_ = true;
-      }
-    }
-  }
+  registry_.sweep(settings_.keep_host_backup || prepared_, synchronized);
 }
 
-Pool::Tasks Pool::select(const std::function<bool(const Allocation&, const Chunk&)>& wanted) {
-  Tasks tasks;
-  for (auto& [address, allocation] : allocations_) {
-    if (allocation->trimmed) continue;
-    for (Chunk& chunk : allocation->chunks) {
-      if (wanted(*allocation, chunk)) {
-        tasks.push_back({allocation.get(), &chunk, chunk.content, bool(chunk.backup)});
-      }
-    }
+// A copy that has not ended in time may still use memory that an operation would unmap or free.
+void Pool::require_nothing_stuck() {
+  if (!transfer_.is_stuck()) return;
+  throw std::runtime_error(
+      "a copy of an earlier operation has not ended yet; if it never does, end the process");
+}
+
+// What every transaction begins with. What torch has queued but not yet launched is the caller's to
+// flush.
+void Pool::begin(const char* operation, bool waits) {
+  backups_.pause();
+  try {
+    require_nothing_stuck();
+    // Work may run on memory that taking back would unmap.
+    if (waits || prepared_) wait_for(registry_.contexts(), settings_.device_timeout);
+    take_back();
+  } catch (...) {
+    fail(operation, "nothing was touched, and the same call can be repeated");
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
-    return a.allocation->device < b.allocation->device;
-  });
-  return tasks;
+  sweep(waits);
+  transfer_.reset_copied_bytes();
+}
+
+template <class Prepare>
+Report Pool::run(const char* operation, Time start, Until until, const Prepare& prepare) {
+  prepared_.emplace(Prepared{{settings_, registry_, backups_, steps_}, start});
+  Transaction& transaction = prepared_->transaction;
+  try {
+    prepare(transaction);
+  } catch (...) {
+    const std::string trouble = transaction.take_back();
+    const bool lost_scratch = transaction.lost_scratch();
+    prepared_.reset();
+    if (!trouble.empty()) {
+      fail(operation, "taking it back failed too (" + trouble +
+                          "); nothing is lost: what is not mapped comes back with wake_up");
+    }
+    fail(operation, std::string("everything is as it was") +
+                        (lost_scratch ? " (KV cache and workspace without content)" : "") +
+                        ", and the same call can be repeated");
+  }
+  return until == Until::kCommitted ? commit_prepared() : Report();
+}
+
+Report Pool::commit_prepared() {
+  if (!prepared_) throw std::logic_error("nothing is prepared: there is nothing to commit");
+  Prepared prepared = std::move(*prepared_);
+  prepared_.reset();
+  Report report = prepared.transaction.commit();
+  sweep();
+  backups_.go_on(prepared.transaction.to_host());
+  report.seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - prepared.start).count();
+  return report;
+}
+
+std::string Pool::take_back() noexcept {
+  if (!prepared_) return "";
+  const std::string trouble = prepared_->transaction.take_back();
+  prepared_.reset();
+  return trouble;
+}
+
+Report Pool::sleep(const Plan& plan, const Sums& sums, Until until) {
+  const Time start = std::chrono::steady_clock::now();
+  const Lock guard = lock();
+  begin("sleep", true);
+  registry_.unpark();
+  const auto release = until == Until::kCommitted ? Release::kAsItComesFree : Release::kAtCommit;
+  return run("sleep", start, until,
+             [&](Transaction& transaction) { transaction.prepare_sleep(plan, sums, release); });
+}
+
+Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout, Until until) {
+  const Time start = std::chrono::steady_clock::now();
+  const Lock guard = lock();
+  begin("wake", registry_.has_doomed());
+  std::optional<Steps::Deadline> deadline;
+  if (timeout.count() > 0) deadline = start + std::chrono::duration_cast<Time::duration>(timeout);
+  return run("wake", start, until,
+             [&](Transaction& transaction) { transaction.prepare_wake(tags, deadline); });
+}
+
+Report Pool::commit() {
+  const Lock guard = lock();
+  return commit_prepared();
+}
+
+std::string Pool::abort() {
+  const Lock guard = lock();
+  const std::string trouble = take_back();
+  backups_.go_on();
+  return trouble;
+}
+
+void Pool::wait_for_devices() {
+  std::set<aclrtContext> contexts;
+  std::chrono::milliseconds limit;
+  {
+    const Lock guard = lock();
+    contexts = registry_.contexts();
+    limit = settings_.device_timeout;
+  }
+  wait_for(contexts, limit);  // without the lock: torch may allocate and free meanwhile
+}
+
+// Called while what failed is being handled.
+void Pool::fail(const char* operation, const std::string& outcome) {
+  std::exception_ptr cause = std::current_exception();
+  backups_.go_on();
+  std::string message = std::string(operation) + " failed";
+  std::string tag;
+  int device = -1;
+  try {
+    std::rethrow_exception(cause);
+  } catch (const StepFailure& failure) {
+    cause = failure.cause;
+    tag = tag_name(failure.tag);
+    device = failure.device;
+    message += " at tag '" + tag + "' on device " + std::to_string(device);
+  } catch (...) {
+  }
+  throw TransactionError(message + ": " + message_of(cause) + ". " + outcome + ".", cause, tag,
+                         device);
 }
 
 std::size_t Pool::trim(const std::set<std::uintptr_t>& addresses) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
-  require_alive();
+  const Lock guard = lock();
   require_nothing_stuck();
-  synchronize();
+  wait_for(registry_.contexts(), settings_.device_timeout);
   std::size_t bytes = 0;
   for (const std::uintptr_t address : addresses) {
-    const auto found = allocations_.find(address);
-    if (found == allocations_.end() || found->second->trimmed) continue;
-    forget_held(found->second.get());
-    found->second->trimmed = true;
-    bytes += found->second->range.bytes();
-    for (Chunk& chunk : found->second->chunks) chunk.content = Content::kNone;
+    Allocation* allocation = registry_.find(address);
+    if (allocation == nullptr || allocation->trimmed) continue;
+    if (prepared_) prepared_->transaction.forget(*allocation);
+    allocation->trimmed = true;
+    bytes += allocation->range.bytes();
+    for (Chunk& chunk : allocation->chunks) chunk.content = Content::kNone;
   }
-  unswept_ = true;
+  registry_.needs_sweep();
   sweep(true);
   return bytes;
 }
 
 void Pool::distrust_backups(const std::set<std::uintptr_t>& addresses) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& [address, allocation] : allocations_) {
-    if (addresses.count(address) != 0) allocation->backup_distrusted = true;
+  const Lock guard = lock();
+  for (const std::uintptr_t address : addresses) {
+    if (Allocation* allocation = registry_.find(address)) allocation->backup_distrusted = true;
   }
 }
 
 std::vector<AllocationInfo> Pool::allocations() {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
+  const Lock guard = lock();
   std::vector<AllocationInfo> infos;
-  for (const auto& [address, allocation] : allocations_) {
+  for (const auto& [address, allocation] : registry_.allocations()) {
     AllocationInfo info{address,
                         allocation->range.bytes(),
                         allocation->device,
@@ -230,10 +305,9 @@ std::vector<AllocationInfo> Pool::allocations() {
 }
 
 bool Pool::read_backup(std::uintptr_t address, std::size_t bytes, std::byte* target) {
-  require_alive();
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto found = allocations_.upper_bound(address);
-  if (found == allocations_.begin()) return false;
+  const Lock guard = lock();
+  auto found = registry_.allocations().upper_bound(address);
+  if (found == registry_.allocations().begin()) return false;
   for (const Chunk& chunk : (--found)->second->chunks) {
     const auto start = reinterpret_cast<std::uintptr_t>(chunk.address);
     const auto end = start + chunk.bytes;
@@ -246,6 +320,26 @@ bool Pool::read_backup(std::uintptr_t address, std::size_t bytes, std::byte* tar
     bytes -= count;
   }
   return bytes == 0;
+}
+
+void Pool::prepare(const std::set<TagId>& tags, bool slowly) {
+  const Lock guard = lock();
+  backups_.prepare(tags, slowly);
+}
+
+bool Pool::wait_prepared(double seconds) {
+  require_alive();
+  return backups_.wait_prepared(seconds);
+}
+
+void Pool::release_prepared() {
+  const Lock guard = lock();
+  backups_.release_prepared();
+}
+
+HostInfo Pool::host_info() {
+  const Lock guard = lock();
+  return backups_.info();
 }
 
 }  // namespace camem

@@ -1,141 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The pool's transactions: sleep and wake, each of which happens as a whole or not at all.
+#include "transaction.h"
+
 #include <algorithm>
 #include <functional>
 #include <future>
-#include <mutex>
-#include <numeric>
-#include <utility>
+#include <iterator>
+#include <vector>
 
 #include "acl_check.h"
-#include "acl_newer.h"
-#include "pool.h"
+#include "contexts.h"
 
 namespace camem {
 namespace {
 
-std::string message_of(std::exception_ptr error) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const std::exception& known) {
-    return known.what();
-  }
-}
-
-// A part of a transaction: says in `current` which allocation it is at.
-using Part = std::function<void(const Allocation** current)>;
-
-// Runs the parts at the same time and waits for all. Throws the exception of the first that failed,
-// with `current` where it was.
-void together(const std::vector<Part>& parts, const Allocation** current) {
-  std::vector<const Allocation*> at(parts.size(), nullptr);
+// Runs the parts at the same time and waits for all. Throws what the first one threw that failed.
+void together(const std::vector<std::function<void()>>& parts) {
   std::vector<std::future<void>> others;
-  for (std::size_t i = 1; i < parts.size(); ++i) {
-    others.push_back(std::async([&, i] { parts[i](&at[i]); }));
-  }
+  for (std::size_t i = 1; i < parts.size(); ++i) others.push_back(std::async(parts[i]));
   std::exception_ptr error;
-  const auto finish = [&](std::size_t i, const std::function<void()>& work) {
+  const auto finish = [&](const auto& work) {
     try {
       work();
     } catch (...) {
-      if (error) return;
-      error = std::current_exception();
-      *current = at[i];
+      if (!error) error = std::current_exception();
     }
   };
-  finish(0, [&] { parts[0](&at[0]); });
-  for (std::size_t i = 1; i < parts.size(); ++i) finish(i, [&] { others[i - 1].get(); });
+  finish(parts[0]);
+  for (auto& other : others) finish([&] { other.get(); });
   if (error) std::rethrow_exception(error);
 }
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+void append(Tasks& tasks, const Tasks& more) {
+  tasks.insert(tasks.end(), more.begin(), more.end());
 }
 
-void wait_for(const std::set<aclrtContext>& contexts, std::chrono::milliseconds limit) {
-  for (const aclrtContext context : contexts) {
-    const ContextGuard guard(context);
-    const auto timeout_ms = static_cast<std::int32_t>(limit.count());
-    const aclError code = aclrtSynchronizeDeviceWithTimeout(timeout_ms);
-    if (code == kStreamSyncTimeout) {
-      throw AclError("aclrtSynchronizeDeviceWithTimeout", code, 0,
-                     "what was launched on the device before has not ended after " +
-                         std::to_string(timeout_ms) + " ms (device_timeout_s)");
-    }
-    if (code == kStreamCaptured) {
-      throw AclError("aclrtSynchronizeDeviceWithTimeout", code, 0,
-                     "a stream captures a graph: come again when the capture has ended");
-    }
-    check(code, "aclrtSynchronizeDeviceWithTimeout", 0, __FILE__, __LINE__);
-  }
+// The checksum that `sums` has for an allocation, or null.
+const std::uint64_t* sum_of(const Allocation& allocation, const Sums& sums) {
+  const auto found = sums.find(reinterpret_cast<std::uintptr_t>(allocation.range.base()));
+  return found == sums.end() ? nullptr : &found->second;
 }
 
-}  // namespace
-
-// Torch's contexts of the devices in use, and that of this thread.
-std::set<aclrtContext> Pool::contexts_in_use() {
-  std::set<aclrtContext> contexts;
-  for (auto& [address, allocation] : allocations_) {
-    contexts.insert(default_context(allocation->device));
-  }
-  for (auto& doomed : doomed_) contexts.insert(default_context(doomed.allocation->device));
-  const aclrtContext own = current_context();
-  if (own != nullptr && !contexts.empty()) contexts.insert(own);
-  return contexts;
-}
-
-// Waits for everything that was launched on the devices in use. What torch has queued but not yet
-// launched is the caller's to flush.
-void Pool::synchronize() { wait_for(contexts_in_use(), settings_.device_timeout); }
-
-void Pool::wait_for_devices() {
-  require_alive();
-  std::set<aclrtContext> contexts;
-  std::chrono::milliseconds limit;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    require_alive();
-    contexts = contexts_in_use();
-    if (const aclrtContext own = current_context(); own != nullptr) contexts.insert(own);
-    limit = settings_.device_timeout;
-  }
-  wait_for(contexts, limit);  // without the lock: torch may allocate and free meanwhile
-}
-
-// A copy that has not ended in time may still use memory that an operation would unmap or free.
-void Pool::require_nothing_stuck() {
-  if (!transfer_.is_stuck()) return;
-  throw std::runtime_error(
-      "a copy of an earlier operation has not ended yet; if it never does, end the process");
-}
-
-// What every transaction begins with.
-void Pool::begin(const char* operation, bool waits) {
-  require_alive();  // it may have ended while this thread waited for the lock
-  reserve_.cancel();
-  try {
-    require_nothing_stuck();
-    if (waits || held_) synchronize();  // work may run on memory that taking back would unmap
-    take_back();
-  } catch (...) {
-    fail(operation, nullptr, "nothing was touched, and the same call can be repeated");
-  }
-  sweep(waits);
-  transfer_.reset_copied_bytes();
-}
-
-// Takes back what a failed sleep took for a backup: it is kept if it was prepared.
-void Pool::return_backup(const Allocation& allocation, Chunk& chunk) noexcept {
-  if (chunk.content != Content::kDevice || chunk.is_stuck()) return;
-  if (prepared_ && prepared_->tags.count(allocation.tag) != 0 && chunk.backup.is_page_locked()) {
-    reserve_.keep(std::move(chunk.backup));
-  } else if (!chunk.settle(false)) {
-    unswept_ = true;
-  }
-}
-
-void Pool::preflight_device(const Tasks& tasks) {
+void require_device_memory(const Tasks& tasks) {
   std::map<int, std::size_t> needed;
   for (const Task& task : tasks) {
     if (!task.chunk->memory) needed[task.allocation->device] += task.chunk->bytes;
@@ -152,173 +57,137 @@ void Pool::preflight_device(const Tasks& tasks) {
   }
 }
 
-Report Pool::sleep(const Plan& plan, const Sums& sums) {
-  require_alive();
-  const auto start = std::chrono::steady_clock::now();
-  std::lock_guard<std::mutex> lock(mutex_);
-  begin("sleep", true);
-  unpark();
-  const auto select_mapped = [&](Action action, bool apart = false) {
-    return select([&](const Allocation& allocation, const Chunk& chunk) {
-      if (chunk.content != Content::kDevice || plan.action(allocation.tag) != action) return false;
-      if (action == Action::kDiscard)
-        return apart == (settings_.scratch_tags.count(allocation.tag) != 0);
-      const auto sum = sums.find(reinterpret_cast<std::uintptr_t>(allocation.range.base()));
-      return apart == (sum != sums.end() && allocation.backed_up(sum->second));
+}  // namespace
+
+void Transaction::count(const Tasks& tasks, std::size_t Moved::* kind) {
+  for (const Task& task : tasks) report_.tags[task.allocation->tag].*kind += task.chunk->bytes;
+}
+
+void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release release) {
+  sums_ = sums;
+  const auto select = [&](Action action, const auto& wanted) {
+    return registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
+      return plan.action(allocation.tag) == action && wanted(allocation, chunk);
     });
   };
-  const Tasks offloads = select_mapped(Action::kOffload);
-  const Tasks unchanged = select_mapped(Action::kOffload, true);
-  const Tasks discards = select_mapped(Action::kDiscard);
-  const Tasks scratch = select_mapped(Action::kDiscard, true);
-  if (!offloads.empty()) reserve_.stop();
-  Tasks unmapped = discards;
-  unmapped.insert(unmapped.end(), unchanged.begin(), unchanged.end());
-  const Tasks forgets = select([&](const Allocation& allocation, const Chunk& chunk) {
-    return (chunk.content == Content::kHost || chunk.content == Content::kParked) &&
-           plan.action(allocation.tag) == Action::kDiscard;
+  const auto select_mapped = [&](Action action, const auto& wanted) {
+    return select(action, [&](const Allocation& allocation, const Chunk& chunk) {
+      return chunk.content == Content::kDevice && wanted(allocation);
+    });
+  };
+  const auto is_unchanged = [&](const Allocation& allocation) {
+    const std::uint64_t* sum = sum_of(allocation, sums);
+    return sum != nullptr && allocation.backed_up(*sum);
+  };
+  const auto is_scratch = [&](const Allocation& allocation) {
+    return release == Release::kAsItComesFree && settings_.scratch_tags.count(allocation.tag) != 0;
+  };
+  const Tasks copied = select_mapped(Action::kOffload, std::not_fn(is_unchanged));
+  const Tasks unchanged = select_mapped(Action::kOffload, is_unchanged);
+  const Tasks discarded = select_mapped(Action::kDiscard, std::not_fn(is_scratch));
+  const Tasks scratch = select_mapped(Action::kDiscard, is_scratch);
+  const Tasks asleep = select(Action::kDiscard, [](const Allocation&, const Chunk& chunk) {
+    return chunk.content == Content::kHost || chunk.content == Content::kParked;
   });
+  for (const Tasks& tasks : {copied, unchanged}) append(to_host_, tasks);
+  for (const Tasks& tasks : {discarded, scratch, asleep}) append(to_none_, tasks);
+  count(copied, &Moved::offloaded);
+  count(unchanged, &Moved::unchanged);
+  count(to_none_, &Moved::discarded);
 
-  const Allocation* current = nullptr;
-  try {
-    preflight_host(offloads);
-    // What is only unmapped stays ours until nothing can fail any more.
-    const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
-    together({[&](const Allocation** at) { offload(offloads, at); },
-              [&](const Allocation** at) { unmap(unmapped, at); },
-              [&](const Allocation** at) { forget({scratch.begin(), half}, at); },
-              [&](const Allocation** at) { forget({half, scratch.end()}, at); }},
-             &current);
-  } catch (...) {
-    fail("sleep", current, undo_sleep(offloads, unchanged, discards, scratch));
-  }
-
-  Report report;
-  for (const Task& task : offloads) {
-    report.tags[task.allocation->tag].offloaded += task.chunk->bytes;
-    const auto sum = sums.find(reinterpret_cast<std::uintptr_t>(task.allocation->range.base()));
-    if (sum != sums.end()) task.allocation->backup_sum = sum->second;
-  }
-  for (const Task& task : unchanged) {
-    task.chunk->content = Content::kHost;
-    report.tags[task.allocation->tag].unchanged += task.chunk->bytes;
-  }
-  for (const Tasks& tasks : {discards, forgets, scratch}) {
-    for (const Task& task : tasks) {
-      task.chunk->content = Content::kNone;
-      report.tags[task.allocation->tag].discarded += task.chunk->bytes;
-    }
-  }
-  unswept_ = true;
-  sweep();
-  go_on_in_background(offloads);
-  report.seconds = seconds_since(start);
-  return report;
+  if (!copied.empty()) backups_.stop();
+  backups_.require_host_memory(copied);
+  Tasks parked = discarded;
+  append(parked, unchanged);
+  const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
+  together({[&] { steps_.offload(copied, release); }, [&] { steps_.park(parked); },
+            [&] { steps_.discard({scratch.begin(), half}); },
+            [&] { steps_.discard({half, scratch.end()}); }});
 }
 
-Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout) {
-  require_alive();
-  const auto start = std::chrono::steady_clock::now();
-  std::lock_guard<std::mutex> lock(mutex_);
-  begin("wake", !doomed_.empty());
-  const Tasks tasks = select([&](const Allocation& allocation, const Chunk& chunk) {
+void Transaction::prepare_wake(const std::set<TagId>& tags,
+                               std::optional<Steps::Deadline> deadline) {
+  to_device_ = registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
     return chunk.content != Content::kDevice && tags.count(allocation.tag) != 0;
   });
-
-  const Allocation* current = nullptr;
-  try {
-    if (timeout.count() <= 0) preflight_device(tasks);
-    const auto wait = std::chrono::duration_cast<std::chrono::steady_clock::duration>(timeout);
-    restore(tasks, start + wait, &current);
-  } catch (...) {
-    fail("wake", current, undo_wake(tasks));
+  for (const Task& task : to_device_) {
+    count({task}, task.before == Content::kHost ? &Moved::restored : &Moved::remapped);
   }
-
-  Report report;
-  for (const Task& task : tasks) {
-    Moved& moved = report.tags[task.allocation->tag];
-    (task.before == Content::kHost ? moved.restored : moved.remapped) += task.chunk->bytes;
-  }
-  unswept_ = true;
-  sweep();
-  go_on_in_background();
-  report.seconds = seconds_since(start);
-  return report;
+  if (!deadline) require_device_memory(to_device_);
+  steps_.restore(to_device_, deadline.value_or(Steps::Deadline()));
 }
 
-// Brings every chunk of a failed sleep back onto the device. Returns what is to be said of it.
-std::string Pool::undo_sleep(const Tasks& offloads, const Tasks& unchanged, const Tasks& discards,
-                             const Tasks& scratch) noexcept {
+// Memory that AscendCL does not take back now is offered again by each sweep.
+Report Transaction::commit() {
+  for (const Task& task : to_host_) {
+    task.chunk->content = Content::kHost;
+    const std::uint64_t* sum = sum_of(*task.allocation, sums_);
+    if (sum != nullptr) task.allocation->backup_sum = *sum;
+  }
+  for (const Task& task : to_none_) task.chunk->content = Content::kNone;
+  registry_.needs_sweep();
+  return report_;
+}
+
+std::string Transaction::take_back() noexcept {
   std::string trouble;
-  const auto remap = [&](const Tasks& tasks, Content otherwise) {
-    for (const Task& task : tasks) {
-      try {
-        DeviceGuard guard(task.allocation->device);
-        task.chunk->attach(task.allocation->device);
-        task.chunk->content = Content::kDevice;
-      } catch (...) {
-        task.chunk->content = otherwise;
-        trouble = message_of(std::current_exception());
-      }
+  const auto attempt = [&](const auto& work) {
+    try {
+      work();
+    } catch (const std::exception& error) {
+      trouble = error.what();
     }
   };
-  remap(unchanged, Content::kHost);
-  remap(discards, Content::kParked);
-  try {
-    const Allocation* current = nullptr;
-    restore(offloads, {}, &current);
-  } catch (...) {
-    trouble = message_of(std::current_exception());
-  }
-  remap(scratch, Content::kNone);  // last: what has content needs the memory more
-  for (const Task& task : offloads) {
-    if (!task.had_backup) return_backup(*task.allocation, *task.chunk);
-  }
-  if (trouble.empty()) {
-    return std::string("everything is mapped as it was") +
-           (scratch.empty() ? "" : " (KV cache and workspace without content)") +
-           ", and the same call can be repeated";
-  }
-  unswept_ = true;
-  return "taking it back failed too (" + trouble +
-         "); nothing is lost: what is not mapped is kept and comes back with wake_up";
-}
+  Tasks all = to_host_;
+  for (const Tasks& tasks : {to_none_, to_device_}) append(all, tasks);
+  // Those that were mapped and whose content is there now.
+  const auto mapped_before = [&](Content content) {
+    Tasks tasks;
+    std::copy_if(all.begin(), all.end(), std::back_inserter(tasks), [&](const Task& task) {
+      return task.before == Content::kDevice && task.chunk->content == content;
+    });
+    return tasks;
+  };
+  const auto remap = [&](const Task& task) {
+    attempt([&] {
+      const DeviceGuard guard(task.allocation->device);
+      task.chunk->remap(task.allocation->device);
+    });
+  };
+  // What is parked needs no memory; what comes back empty needs it least.
+  for (const Task& task : mapped_before(Content::kParked)) remap(task);
+  attempt([&] { steps_.restore(mapped_before(Content::kHost), {}); });
+  const Tasks empty = mapped_before(Content::kNone);
+  lost_scratch_ = !empty.empty();
+  for (const Task& task : empty) remap(task);
 
-// Gives back what a failed wake mapped; the host backups were never touched.
-std::string Pool::undo_wake(const Tasks& tasks) noexcept {
-  std::string trouble;
-  for (const Task& task : tasks) {
-    task.chunk->content = task.before;
-    try {
-      DeviceGuard guard(task.allocation->device);
-      if (task.before == Content::kParked) {
-        if (task.chunk->memory.mapped()) task.chunk->memory.unmap();
-      } else {
-        task.chunk->detach();
+  for (const Task& task : all) {
+    if (task.before == Content::kDevice) {
+      if (!task.had_backup && !backups_.take_back(*task.allocation, *task.chunk)) {
+        registry_.needs_sweep();
       }
-    } catch (...) {
-      trouble = message_of(std::current_exception());
+      continue;
     }
+    task.chunk->content = task.before;
+    attempt([&] {
+      const DeviceGuard guard(task.allocation->device);
+      if (task.before != Content::kParked) {
+        task.chunk->detach();
+      } else if (task.chunk->memory.mapped()) {
+        task.chunk->park();
+      }
+    });
   }
-  unswept_ = true;
-  if (trouble.empty()) return "everything sleeps as it did, and the same call can be repeated";
-  return "giving the memory back failed too (" + trouble +
-         "); nothing is lost, and the same call can be repeated";
+  registry_.needs_sweep();
+  return trouble;
 }
 
-void Pool::fail(const char* operation, const Allocation* at, const std::string& outcome) {
-  const std::exception_ptr cause = std::current_exception();
-  go_on_in_background();
-  std::string tag;
-  int device = -1;
-  std::string message = std::string(operation) + " failed";
-  if (at != nullptr) {
-    tag = tag_name(at->tag);
-    device = at->device;
-    message += " at tag '" + tag + "' on device " + std::to_string(device);
+void Transaction::forget(const Allocation& allocation) {
+  for (Tasks* tasks : {&to_host_, &to_none_, &to_device_}) {
+    tasks->erase(std::remove_if(tasks->begin(), tasks->end(),
+                                [&](const Task& task) { return task.allocation == &allocation; }),
+                 tasks->end());
   }
-  message += ": " + message_of(cause) + ". " + outcome + ".";
-  throw TransactionError(message, cause, tag, device);
 }
 
 }  // namespace camem

@@ -47,7 +47,7 @@ void Transfer::open(int device) {
       if (!stream) break;
       lanes.streams.push_back(std::move(stream));
     }
-  } catch (const AclError&) {
+  } catch (const std::exception&) {
     // Copies are synchronous, until a later operation finds a context to be had.
     if (lanes.streams.empty()) lanes.context.reset();
   }
@@ -72,7 +72,7 @@ bool Transfer::is_stuck() noexcept {
       try {
         ContextGuard guard(*lanes.context);
         stream->look_again();
-      } catch (const AclError&) {
+      } catch (const std::exception&) {
         // It is taken for stuck.
       }
       stuck = stuck || stream->is_stuck();
@@ -88,7 +88,7 @@ void Transfer::close() noexcept {
       std::optional<ContextGuard> guard;
       if (lanes.context) guard.emplace(*lanes.context);
       lanes.streams.clear();
-    } catch (const AclError&) {
+    } catch (const std::exception&) {
       // They end with the process.
     }
   }
@@ -96,8 +96,7 @@ void Transfer::close() noexcept {
 }
 
 void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& chunks,
-                   Parallelism parallelism, const Step& before, const Step& after,
-                   std::size_t* failed_index) {
+                   Parallelism parallelism, const Step& before, const Step& after) {
   if (chunks.empty()) return;
   const auto count = static_cast<unsigned>(std::min<std::size_t>(chunks.size(), 1u << 16));
   parallelism.threads = std::clamp(parallelism.threads, 1u, count);
@@ -117,7 +116,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
 
   std::atomic<std::size_t> next{0};
   std::mutex mutex;
-  std::exception_ptr error;
+  std::optional<CopyFailure> failure;
   std::atomic<bool> failed{false};
 
   const auto work = [&](unsigned thread) {
@@ -171,10 +170,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
-      if (!failed.exchange(true)) {
-        error = std::current_exception();
-        *failed_index = index;
-      }
+      if (!failed.exchange(true)) failure = CopyFailure{index, std::current_exception()};
     }
     for (const Batch& batch : batches) {
       if (!batch.indices.empty()) batch.stream->drain();
@@ -192,7 +188,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   }
   work(0);
   for (std::thread& thread : others) thread.join();
-  if (error) std::rethrow_exception(error);
+  if (failure) throw *failure;
 }
 
 }  // namespace camem

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -22,6 +23,12 @@ namespace camem {
 struct Parallelism {
   unsigned threads = 1;
   unsigned depth = 1;
+};
+
+// A chunk could not be copied. `cause` is what was thrown.
+struct CopyFailure {
+  std::size_t index;
+  std::exception_ptr cause;
 };
 
 class Transfer {
@@ -46,12 +53,11 @@ class Transfer {
 
   // For every chunk, in order of start: before(i), a copy that is waited for and checked, after(i).
   // Copies are asynchronous where the chunk's backup is page-locked after before(i). At the first
-  // exception no further chunk is started, all copies in flight are waited for, and that exception
-  // is thrown; `failed_index` is the chunk of the thread that met it. A chunk whose copy was in
-  // flight then got no after(i), and is stuck if that copy has not ended in time.
+  // exception no further chunk is started, all copies in flight are waited for, and CopyFailure is
+  // thrown for the chunk of the thread that met it. A chunk whose copy was in flight then got no
+  // after(i), and is stuck if that copy has not ended in time.
   void run(int device, Direction direction, const std::vector<Chunk*>& chunks,
-           Parallelism parallelism, const Step& before, const Step& after,
-           std::size_t* failed_index);
+           Parallelism parallelism, const Step& before, const Step& after);
 
   // Blocks for those whose backup is not page-locked.
   Staging& staging() { return staging_; }

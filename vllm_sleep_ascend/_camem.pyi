@@ -70,7 +70,7 @@ def sleep(
     otherwise: Literal["keep", "offload", "discard"] = "offload",
     checksums: dict[int, int] = ...,
     *,
-    hold: bool = False,
+    commit: bool = True,
 ) -> Report:
     """Do to every mapped allocation what its tag's action says; ``otherwise`` is for other tags.
 
@@ -79,18 +79,21 @@ def sleep(
 
     What sleeps already stays as it is, except that ``discard`` drops its host backup. The caller
     has synchronised torch's own queues. If a call fails, all is mapped again with its content.
+
+    Without ``commit``: do all that can fail, keep all that is needed to take it back, and return
+    an empty report; commit() or abort() follows. Any other sleep or wake takes it back.
     """
 
-def wake(tags: list[str], timeout_s: float = 0.0, *, hold: bool = False) -> Report:
+def wake(tags: list[str], timeout_s: float = 0.0, *, commit: bool = True) -> Report:
     """Bring back the sleeping allocations of these tags, waiting up to ``timeout_s`` for device
-    memory. If a call fails, all sleeps as before and the same wake can be repeated."""
+    memory. If a call fails, all sleeps as before and the same wake can be repeated. ``commit`` as
+    in sleep()."""
 
 def commit() -> Report:
-    """Carry out the sleep or wake that was called with ``hold``, which then did everything that can
-    fail and kept all that is needed to take it back. Any other sleep or wake takes it back."""
+    """Carry out the sleep or wake that was prepared, which cannot fail."""
 
 def abort() -> str:
-    """Take back what is held, if anything is. Returns what failed in that, ``""``: nothing."""
+    """Take back what is prepared, if anything is. Returns what failed in that, ``""``: nothing."""
 
 def prepare(tags: list[str], *, slowly: bool = False) -> None:
     """Take page-locked memory for the backups of these tags in the background, and return at once;

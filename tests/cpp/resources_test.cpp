@@ -4,6 +4,7 @@
 // asked again after a failed call, and its destructor reports instead of throwing.
 #include <optional>
 #include <type_traits>
+#include <utility>
 
 #include "acl_check.h"
 #include "check.h"
@@ -188,12 +189,25 @@ TEST(destructors_report_what_fails_and_do_not_throw) {
   std::optional<camem::HostMemory> host(RegisteredTraits::make());
   std::byte* data = host->data();
   {
-    const Faults faults("aclrtHostUnregister:1:507899");
+    const Faults faults("aclrtHostUnregister:1:507899:*");
     host.reset();
   }
   CHECK_EQ(held().registered_bytes, kBytes);
   data[kBytes - 1] = std::byte{1};  // what is still pinned is still there
   CHECK_EQ(aclrtHostUnregister(data), ACL_SUCCESS);
+}
+
+TEST(host_memory_whose_release_fails_once_is_given_back) {
+  for (const auto& [make, call] :
+       {std::pair{&RegisteredTraits::make, RegisteredTraits::kRelease},
+        std::pair{&MallocHostTraits::make, MallocHostTraits::kRelease}}) {
+    const Faults faults(once(call));
+    {
+      const camem::HostMemory block = make();
+    }
+    CHECK_EQ(faults.hits(), 1u);
+    CHECK_EQ(held().host_bytes(), 0u);
+  }
 }
 
 TEST(out_of_memory_is_its_own_error_with_figures) {

@@ -10,6 +10,7 @@
 #include "blocks.h"
 #include "check.h"
 
+using camem::Until;
 using device::CallLog;
 using device::Faults;
 using device::held;
@@ -147,12 +148,12 @@ TEST(a_thread_without_a_context_is_left_in_that_of_torch) {
   CHECK(block.intact());
 }
 
-TEST(what_was_trimmed_while_held_does_not_come_back) {
+TEST(what_was_trimmed_while_prepared_does_not_come_back) {
   configure();
   const device::Held before = held();
   {
     Block block("weights", 4 * kMiB);
-    pool().hold_sleep(level_1());
+    pool().sleep(level_1(), {}, Until::kPrepared);
     pool().trim({reinterpret_cast<std::uintptr_t>(block.address())});
     CHECK_EQ(pool().abort(), "");
     CHECK_EQ(held().device_bytes, before.device_bytes);
@@ -234,9 +235,9 @@ TEST(memory_is_taken_and_freed_while_a_stream_captures_and_a_sleep_is_refused) {
   pool().free(pool().allocate(2 * kMiB, 0), stream);
   CHECK_EQ(held().mappings, before.mappings + 2);  // the stream cannot be asked
   const device::Held during = held();
-  for (const bool hold : {false, true}) {
+  for (const Until until : {Until::kCommitted, Until::kPrepared}) {
     try {
-      hold ? pool().hold_sleep(level_1()) : (void)pool().sleep(level_1());
+      pool().sleep(level_1(), {}, until);
       CHECK(false);
     } catch (const camem::TransactionError& error) {
       CHECK(std::string(error.what()).find("captures a graph") != std::string::npos);
@@ -279,21 +280,17 @@ namespace {
 
 // A sleep with a copy that never ends fails, and the block stays as it was; nothing that the copy
 // may still use is given back, or used by anything else, until it has ended.
-void check_a_copy_out_hangs(bool prepared, bool hold) {
+void check_a_copy_out_hangs(bool prepared, Until until) {
   configure_impatient(prepared);
   const device::Held empty = held();
   {
     Block block("weights", 16 * kMiB);
     Faults faults(kHangs);
-    if (hold) {
-      CHECK_THROWS(camem::TransactionError, pool().hold_sleep(level_1()));
-    } else {
-      CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
-    }
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1(), {}, until));
     CHECK(block.intact());
     CHECK(held().host_bytes() > empty.host_bytes());
     CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
-    CHECK_THROWS(camem::TransactionError, pool().hold_wake({}, {}));
+    CHECK_THROWS(camem::TransactionError, pool().wake({}, {}, Until::kPrepared));
     CHECK(block.intact());
     block.write(2);
     npuSimSetFaults("");  // it ends
@@ -328,9 +325,11 @@ void check_a_copy_in_hangs(bool prepared) {
 
 }  // namespace
 
-TEST(a_copy_out_that_never_ends) { check_a_copy_out_hangs(true, false); }
-TEST(a_copy_out_that_never_ends_while_held) { check_a_copy_out_hangs(true, true); }
-TEST(a_copy_out_through_a_block_that_never_ends) { check_a_copy_out_hangs(false, false); }
+TEST(a_copy_out_that_never_ends) { check_a_copy_out_hangs(true, Until::kCommitted); }
+TEST(a_copy_out_that_never_ends_while_prepared) { check_a_copy_out_hangs(true, Until::kPrepared); }
+TEST(a_copy_out_through_a_block_that_never_ends) {
+  check_a_copy_out_hangs(false, Until::kCommitted);
+}
 TEST(a_copy_in_that_never_ends) { check_a_copy_in_hangs(true); }
 TEST(a_copy_in_through_a_block_that_never_ends) { check_a_copy_in_hangs(false); }
 
@@ -375,10 +374,9 @@ TEST(what_was_prepared_is_still_ready_after_a_failed_sleep) {
   CHECK(pool().wait_prepared(60));
   CHECK_EQ(pool().host_info().prepared, 16 * kMiB);
   const device::Held before = held();
-  for (const bool hold : {false, true}) {
+  for (const Until until : {Until::kCommitted, Until::kPrepared}) {
     const Faults faults("aclrtUnmapMem:3:507899");
-    CHECK_THROWS(camem::TransactionError,
-                 hold ? pool().hold_sleep(level_1()) : (void)pool().sleep(level_1()));
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1(), {}, until));
     CHECK_EQ(pool().host_info().prepared, 16 * kMiB);
     CHECK_EQ(held(), before);
   }

@@ -37,9 +37,9 @@ class SleepingMemory:
     def __init__(self) -> None:
         super().__init__()
         self.last_operation: LastOperation | None = None
-        # With several ranks an operation is held until commit() or abort().
-        self.holds = False
-        self._held = ""
+        # With several ranks an operation is only prepared, until commit() or abort().
+        self.commits_at_once = True
+        self._prepared = ""
         self._host_memory_logged = False
         self._config = SleepModeConfig()
         if not SleepingMemory._configured:
@@ -126,21 +126,21 @@ class SleepingMemory:
         torch.accelerator.empty_cache()
         asleep = {a["address"] for a in _camem.allocations() if a["state"] == "offloaded"}
         with logged("wake"):
-            report = _camem.wake(tags, self._config.wake_timeout_s, hold=self.holds)
+            report = _camem.wake(tags, self._config.wake_timeout_s, commit=self.commits_at_once)
         if self._config.verify_wake:
             self._verify(asleep)
-        self._held = "wake"
-        if not self.holds:
+        self._prepared = "wake"
+        if self.commits_at_once:
             self._finish(report)
 
     def commit(self) -> None:
-        """Carry out what is held, if anything is. Cannot fail."""
-        if self._held:
+        """Carry out what is prepared, if anything is. Cannot fail."""
+        if self._prepared:
             self._finish(_camem.commit())
 
     def abort(self) -> str:
-        """Take back what is held, if anything is; returns what failed in that, or ``""``."""
-        self._held = ""
+        """Take back what is prepared, if anything is; returns what failed in that, or ``""``."""
+        self._prepared = ""
         return _camem.abort()
 
     def asleep(self, tag: str) -> bool:
@@ -255,9 +255,9 @@ class SleepingMemory:
         torch.accelerator.empty_cache()
         # What it did stays done: nothing that can fail comes after it.
         with logged(operation):
-            report = _camem.sleep(actions, otherwise, contents, hold=self.holds)
-        self._held = operation
-        if not self.holds:
+            report = _camem.sleep(actions, otherwise, contents, commit=self.commits_at_once)
+        self._prepared = operation
+        if self.commits_at_once:
             self._finish(report)
 
     def _checksums(self, actions: dict[str, Action], otherwise: Action) -> dict[int, int]:
@@ -285,7 +285,7 @@ class SleepingMemory:
             return
         _camem.distrust_backups({a["address"] for a in changed})
         beyond_loading = any(a["tag"] != "weights" for a in changed)
-        if self.holds:
+        if not self.commits_at_once:
             remedy = "Repeat the wake, or " + (
                 "restart the engine"
                 if beyond_loading
@@ -303,7 +303,7 @@ class SleepingMemory:
         raise error
 
     def _finish(self, report: "_camem.Report") -> None:
-        operation, self._held = self._held, ""
+        operation, self._prepared = self._prepared, ""
         copied = sum(tag["offloaded"] + tag["restored"] for tag in report["tags"].values())
         speed = copied / 1e9 / max(report["seconds"], 1e-9)
         self.last_operation = {

@@ -44,7 +44,7 @@ class TransactingWorker:
         backend = self.sleep_mode_backend
         held_bytes = partial(communicator_bytes, backend, device)
         self.communicators = Communicators(held_bytes, self.agreement.members)
-        backend.holds = ranks > 1
+        backend.commits_at_once = ranks == 1
 
     def _together(
         self,

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "steps.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "acl_check.h"
+#include "contexts.h"
+
+namespace camem {
+namespace {
+
+// A short pause between two looks at device memory that another process may give back.
+constexpr std::chrono::milliseconds kPoll{1};
+
+// What this throws is of that allocation.
+template <class Work>
+void at(const Allocation& allocation, const Work& work) {
+  try {
+    work();
+  } catch (const StepFailure&) {
+    throw;
+  } catch (...) {
+    throw StepFailure(allocation, std::current_exception());
+  }
+}
+
+// With the device of the allocation current on this thread.
+template <class Work>
+void on_device(const Task& task, const Work& work) {
+  at(*task.allocation, [&] {
+    const DeviceGuard guard(task.allocation->device);
+    work(*task.chunk);
+  });
+}
+
+// The end of the tasks that are of the same device as the first.
+template <class Iterator>
+Iterator end_of_device(Iterator first, Iterator last) {
+  const int device = first->allocation->device;
+  return std::find_if(first, last,
+                      [&](const Task& task) { return task.allocation->device != device; });
+}
+
+template <class Iterator>
+bool any_plain(Iterator first, Iterator last) {
+  return std::any_of(first, last, [](const Task& task) {
+    return task.chunk->backup && !task.chunk->backup.is_page_locked();
+  });
+}
+
+}  // namespace
+
+std::string message_of(std::exception_ptr error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::exception& known) {
+    return known.what();
+  }
+}
+
+// Many copies in flight keep the link busy while other processes use the device too; a thread that
+// takes host memory, or copies in it, is slower than the link anyway.
+void Steps::copy(Iterator first, Iterator last, Direction direction, bool takes_host_memory,
+                 const Transfer::Step& before, const Transfer::Step& after) {
+  std::vector<Chunk*> chunks;
+  for (auto task = first; task != last; ++task) chunks.push_back(task->chunk);
+  const Parallelism parallelism = takes_host_memory ? Parallelism{backups_.threads(), 1}
+                                                    : Parallelism{settings_.copy_threads, 8};
+  try {
+    transfer_.run(first->allocation->device, direction, chunks, parallelism, before, after);
+  } catch (const CopyFailure& failure) {
+    at(*first[static_cast<std::ptrdiff_t>(failure.index)].allocation,
+       [&] { std::rethrow_exception(failure.cause); });
+  }
+}
+
+void Steps::offload(const Tasks& tasks, Release release) {
+  for (auto first = tasks.begin(); first != tasks.end();) {
+    const auto last = end_of_device(first, tasks.end());
+    const int device = first->allocation->device;
+    for (auto task = first; task != last; ++task) {
+      task->allocation->backup_sum.reset();
+      task->allocation->backup_distrusted = false;
+    }
+    at(*first->allocation, [&] {
+      const std::size_t missing = backups_.missing(first, last);
+      HostSpace space(missing);
+      const HostSource source = backups_.source(device);
+      const bool stage = backups_.stages(device, missing);
+      const bool plain = any_plain(first, last);
+      if (stage || plain) transfer_.staging().open(device, backups_.threads(), source);
+      const auto before = [&](std::size_t i) {
+        Chunk& chunk = *first[static_cast<std::ptrdiff_t>(i)].chunk;
+        if (chunk.backup) return;
+        if (auto ready = backups_.take(chunk.bytes)) {
+          chunk.backup = std::move(*ready);
+        } else {
+          chunk.backup = stage ? HostMemory::plain(chunk.bytes, space)
+                               : HostMemory::any(chunk.bytes, source, space);
+        }
+      };
+      const auto after = [&](std::size_t i) {
+        Chunk& chunk = *first[static_cast<std::ptrdiff_t>(i)].chunk;
+        if (release == Release::kAtCommit) return chunk.park();
+        chunk.content = Content::kHost;
+        chunk.detach();
+      };
+      copy(first, last, Direction::kDeviceToHost, missing > 0 || plain, before, after);
+    });
+    first = last;
+  }
+}
+
+// Maps chunks on a thread of its own, ahead of the copies into them: device memory that others give
+// back may come slowly, and the link must not wait for each chunk of it.
+class Steps::MapAhead {
+ public:
+  MapAhead(Tasks tasks, Deadline deadline) : tasks_(std::move(tasks)), deadline_(deadline) {
+    try {
+      thread_ = std::thread([this] { run(); });
+    } catch (const std::system_error&) {
+      run();  // the machine gives no more threads
+    }
+  }
+
+  ~MapAhead() {
+    stopped_ = true;
+    if (thread_.joinable()) thread_.join();
+  }
+
+  // Returns when the i-th is mapped. Throws what kept it or one before it from being so.
+  void wait(std::size_t i) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return mapped_ > i || error_; });
+    if (mapped_ <= i) std::rethrow_exception(error_);
+  }
+
+ private:
+  void run() noexcept {
+    for (const Task& task : tasks_) {
+      std::exception_ptr error;
+      try {
+        on_device(task, [&](Chunk& chunk) { attach(chunk, task.allocation->device); });
+      } catch (...) {
+        error = std::current_exception();
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (error) {
+        error_ = error;
+      } else {
+        ++mapped_;
+      }
+      changed_.notify_all();
+      if (error || stopped_) return;
+    }
+  }
+
+  void attach(Chunk& chunk, int device) {
+    for (;;) {
+      try {
+        chunk.attach(device);
+        return;
+      } catch (const OutOfDeviceMemory&) {
+        if (stopped_ || std::chrono::steady_clock::now() >= deadline_) throw;
+        std::this_thread::sleep_for(kPoll);
+      }
+    }
+  }
+
+  const Tasks tasks_;
+  const Deadline deadline_;
+  std::atomic<bool> stopped_{false};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::size_t mapped_ = 0;
+  std::exception_ptr error_;
+  std::thread thread_;
+};
+
+// Chunks without content are mapped last: no copy waits for them.
+void Steps::restore(Tasks tasks, Deadline deadline) {
+  const auto with_content = [](const Task& task) { return task.chunk->content == Content::kHost; };
+  for (auto first = tasks.begin(); first != tasks.end();) {
+    const auto last = end_of_device(first, tasks.end());
+    const int device = first->allocation->device;
+    const auto empty = std::stable_partition(first, last, with_content);
+    at(*first->allocation, [&] {
+      MapAhead ahead({first, last}, deadline);
+      const auto mapped = [&](std::size_t i) { ahead.wait(i); };
+      const auto copied = [&](std::size_t i) {
+        first[static_cast<std::ptrdiff_t>(i)].chunk->content = Content::kDevice;
+      };
+      if (first != empty) {
+        const bool plain = any_plain(first, empty);
+        if (plain) {
+          transfer_.staging().open(device, backups_.threads(), backups_.source(device));
+        }
+        copy(first, empty, Direction::kHostToDevice, plain, mapped, copied);
+      }
+      for (auto task = empty; task != last; ++task) {
+        mapped(static_cast<std::size_t>(task - first));
+        task->chunk->content = Content::kDevice;
+      }
+    });
+    first = last;
+  }
+}
+
+void Steps::park(const Tasks& tasks) {
+  for (const Task& task : tasks) on_device(task, [](Chunk& chunk) { chunk.park(); });
+}
+
+void Steps::discard(const Tasks& tasks) {
+  for (const Task& task : tasks) {
+    on_device(task, [](Chunk& chunk) {
+      chunk.detach();
+      chunk.content = Content::kNone;
+    });
+  }
+}
+
+}  // namespace camem
