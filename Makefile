@@ -100,9 +100,8 @@ $(ASCEND)/.installed: $(ASCEND)/.packages setup.py pyproject.toml | build
 setup-ascend: setup $(ASCEND)/.installed
 
 demo: setup
-	$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
-	NPU_SIM_HBM_GIB=4 $(SIM) python examples/offline_sleep.py $(MODELS)/qwen2.5-0.5b \
-	  --max-model-len 2048 --max-num-batched-tokens 512
+	@$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
+	@$(BIN)/python examples/demo.py $(MODELS)/qwen2.5-0.5b build/demo.log
 
 # FILE alone runs in one process, which starts sooner; everything runs in two.
 FILE :=

@@ -7,6 +7,7 @@ npu-sim python examples/offline_sleep.py MODEL             # on a simulated one
 
 import argparse
 import os
+import time
 
 import torch
 from vllm import LLM, SamplingParams
@@ -15,7 +16,7 @@ from vllm.utils.mem_constants import GiB_bytes
 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 os.environ["VLLM_ASCEND_ENABLE_NZ"] = "0"
 
-# What may stay in use beside weights and KV cache: the runtime's and the communicator's own memory.
+# What may stay in use besides weights and KV cache: memory of the runtime and of the communicator.
 REST_BYTES = 64 << 20
 
 
@@ -41,21 +42,27 @@ def main() -> None:
     llm = LLM(**options, enable_sleep_mode=True)
     sampling_params = SamplingParams(temperature=0, max_tokens=10)
     output = llm.generate(prompt, sampling_params)
-    awake_bytes = used_bytes()
-    print(f"In use awake:  {awake_bytes / GiB_bytes:.3f} GiB")
+    print(f"In use awake:  {used_bytes() / GiB_bytes:.3f} GiB")
 
+    start = time.perf_counter()
     llm.sleep(level=1)
+    sleep_seconds = time.perf_counter() - start
 
     asleep_bytes = used_bytes()
-    print(f"In use asleep: {asleep_bytes / GiB_bytes:.3f} GiB")
+    ranks = llm.collective_rpc("sleep_status")
+    backup_bytes = sum(tag["host"] for rank in ranks for tag in rank["tags"].values())
+    print(f"In use asleep: {asleep_bytes / GiB_bytes:.3f} GiB, slept in {sleep_seconds:.2f} s")
+    print(f"Host memory of the backup: {backup_bytes / GiB_bytes:.3f} GiB")
     # now the memory usage should be less than the model weights
     # (0.5B model, 1GiB weights)
     assert asleep_bytes < 1 * GiB_bytes
     # and in fact weights and KV cache should both be gone
     assert asleep_bytes < REST_BYTES
 
+    start = time.perf_counter()
     llm.wake_up()
-    print(f"In use again:  {used_bytes() / GiB_bytes:.3f} GiB")
+    wake_seconds = time.perf_counter() - start
+    print(f"In use again:  {used_bytes() / GiB_bytes:.3f} GiB, woke in {wake_seconds:.2f} s")
     output2 = llm.generate(prompt, sampling_params)
     print(f"Before sleep: {output[0].outputs[0].text!r}")
     print(f"After waking: {output2[0].outputs[0].text!r}")

@@ -3,11 +3,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
-from helpers import MIB, ROOT, warm
+from helpers import GIB, MIB, ROOT, warm
 
 
 @pytest.mark.parametrize("in_process", ["0", "1"])
@@ -25,6 +26,54 @@ def test_the_offline_example(tiny_model, in_process, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "The output after sleep is the output before it." in done.stdout
+
+
+def demo(model, log) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / "demo.py", model, log],
+        env={
+            **os.environ,
+            "NPU_SIM_MACHINE": f"demo-{os.getpid()}",
+            "NPU_SIM_HBM_GIB": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_figures_and_keeps_the_log_in_a_file(tiny_model, tmp_path):
+    log = tmp_path / "new" / "demo.log"
+    done = demo(tiny_model, log)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[0] == f"The engine's log is in {log}"
+    assert len(done.stdout.splitlines()) == 11
+    assert "The seconds are the simulator's; they say nothing about an NPU." in done.stdout
+    found = re.findall(r"^In use (\w+): +([\d.]+) GiB", done.stdout, flags=re.M)
+    in_use = {when: float(gib) for when, gib in found}
+    weights = (tiny_model / "model.safetensors").stat().st_size / GIB
+    assert weights < in_use["awake"] == in_use["again"]
+    assert in_use["asleep"] < 0.01
+    backup = re.search(r"^Host memory of the backup: ([\d.]+) GiB$", done.stdout, flags=re.M)
+    assert weights < float(backup[1]) < in_use["awake"]
+    assert len(re.findall(r"(?:slept|woke) in \d+\.\d\d s$", done.stdout, flags=re.M)) == 2
+    texts = re.findall(r"^(?:Before sleep|After waking): (.+)$", done.stdout, flags=re.M)
+    assert len(texts) == 2 and texts[0] == texts[1]
+    assert "camem: sleep level 1 took" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_demo_that_fails_shows_the_end_of_the_log(tmp_path):
+    log = tmp_path / "demo.log"
+    done = demo(tmp_path / "no_model", log)
+    assert done.returncode == 1
+    *shown, said = done.stderr.splitlines()
+    assert said == f"The demo failed. The whole log is in {log}"
+    assert any(line.startswith("Traceback") for line in shown)
+    assert shown == log.read_text().splitlines()[-30:]
 
 
 @pytest.mark.slow
