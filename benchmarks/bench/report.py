@@ -98,3 +98,146 @@ def draw_allocators(path: Path, result: dict[str, Any]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
+
+
+def timeline_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = [["phase", "seconds", "device at its end", "host", "copied"]]
+    for phase in result["phases"]:
+        seconds = f"{phase['end_s'] - phase['start_s']:.3f}"
+        last = result["samples"]["s"].index(phase["end_s"])
+        held = (result["samples"][figure][last] / GIB for figure in ("device", "host", "copied"))
+        rows.append([phase["name"], seconds, *(f"{gib:.3f} GiB" for gib in held)])
+    return rows
+
+
+_SPAN_S = 0.025
+
+
+def link_speed(result: dict[str, Any], phase: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Edges of about equal spans of the phase, and GB/s that were copied in each."""
+    import numpy
+
+    start, end = phase["start_s"], phase["end_s"]
+    within = [n for n, at in enumerate(result["samples"]["s"]) if start <= at <= end]
+    at, copied = (
+        [result["samples"][figure][number] for number in within] for figure in ("s", "copied")
+    )
+    edges = numpy.linspace(start, end, max(1, round((end - start) / _SPAN_S)) + 1)
+    bytes_by_then = numpy.interp(edges, at, copied)
+    return list(edges), list(numpy.diff(bytes_by_then) / numpy.diff(edges) / 1e9)
+
+
+_DEVICE, _HOST, _QUIET = "#1f4e8c", "#b5651d", "#555555"
+_WHERE = {
+    "cuda": "AscendCL over CUDA on one {device}, not an NPU",
+    "npu": "{device}",
+    "sim": "{device}: its seconds say nothing about an NPU",
+}
+
+
+def draw_timeline(path: Path, result: dict[str, Any]) -> None:
+    """Memory on the device, memory on the host and speed of the link over the same seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    samples, phases = result["samples"], result["phases"]
+    seconds, device_gib, host_gib = (
+        samples["s"],
+        *([size / GIB for size in samples[figure]] for figure in ("device", "host")),
+    )
+    pyplot.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (device, host, link) = pyplot.subplots(
+        3, 1, sharex=True, figsize=(8.6, 5.2), height_ratios=(1.3, 1, 1), layout="constrained"
+    )
+    device.fill_between(seconds, device_gib, color=_DEVICE, alpha=0.25, linewidth=0)
+    device.plot(seconds, device_gib, color=_DEVICE, linewidth=1.3)
+    host.plot(seconds, host_gib, color=_HOST, linewidth=1.3)
+    host.fill_between(seconds, _asleep_gib(result), color=_HOST, alpha=0.25, linewidth=0)
+
+    for phase in phases:
+        start, end, to = phase["start_s"], phase["end_s"], phase["copies_to"]
+        middle, took = (start + end) / 2, end - start
+        last = seconds.index(end)
+        works = phase["name"] in ("sleep", "wake weights", "wake KV cache")
+        if works:
+            for axes in (device, host, link):
+                axes.axvspan(start, end, color="black", alpha=0.06, linewidth=0)
+        name = phase["name"].replace(" ", "\n", 1)
+        text = f"{name}\n{took * 1e3:.0f} ms" if works else name
+        device.annotate(
+            text,
+            (middle, 1.03),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            weight="bold" if works else "normal",
+            color="black" if works else _QUIET,
+        )
+        if not works:
+            device.annotate(
+                f"{device_gib[last]:.2f} GiB",
+                (middle, device_gib[last]),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                color=_DEVICE,
+            )
+        if to is not None:
+            edges, speeds = link_speed(result, phase)
+            colour = _HOST if to == "host" else _DEVICE
+            link.stairs(speeds, edges, fill=True, color=colour, alpha=0.6)
+            peak = result["link_peak_gb_s"]["d2h" if to == "host" else "h2d"]
+            link.plot((start, end), (peak, peak), color="black", linewidth=1, linestyle=":")
+            link.annotate(f" to the {to}", (end, max(speeds) / 2), va="center", color=colour)
+    asleep = next(phase for phase in phases if phase["name"] == "asleep")
+    middle = (asleep["start_s"] + asleep["end_s"]) / 2
+    sleeping = result["weights_bytes"] / GIB
+    host.annotate("weights that sleep", (middle, sleeping / 2), ha="center", color=_HOST)
+    host.annotate(
+        f"page-locked, taken ahead: {host_gib[0]:.2f} GiB",
+        (seconds[-1], host_gib[0]),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color=_HOST,
+    )
+    link.annotate(
+        "dotted: peak of one copy",
+        (1, 0.98),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        color=_QUIET,
+    )
+    for axes, label in ((device, "Device memory\nGiB"), (host, "Host memory\nGiB")):
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1.15 * max(device_gib if axes is device else host_gib))
+    link.set_ylabel("Link\nGB/s")
+    link.set_ylim(0, 1.25 * max(result["link_peak_gb_s"].values()))
+    link.set_xlabel("Seconds")
+    link.set_xlim(seconds[0], seconds[-1])
+    weights, cache = (result[name] / GIB for name in ("weights_bytes", "kv_bytes"))
+    where = _WHERE[result["device"]].format(device=result["machine"]["device"])
+    figure.suptitle(
+        f"Sleep at level 1 and wake of {weights:.1f} GiB of weights and {cache:.1f} GiB of KV cache"
+        f"\n{where}",
+        fontsize=9.5,
+    )
+    figure.savefig(path, dpi=200)
+    print(f"wrote {path}")
+
+
+def _asleep_gib(result: dict[str, Any]) -> list[float]:
+    """By sample: what the host holds of weights that are not on the device."""
+    samples, now = result["samples"], 0.0
+    gib = [0.0] * len(samples["s"])
+    for phase in result["phases"]:
+        for number, at in enumerate(samples["s"]):
+            if phase["start_s"] <= at <= phase["end_s"]:
+                copied = samples["copied"][number] / GIB
+                gib[number] = now + copied * {"host": 1, "device": -1}.get(phase["copies_to"], 0)
+        now = gib[samples["s"].index(phase["end_s"])]
+    return gib

@@ -46,6 +46,30 @@ def test_the_switch_between_two_models_keeps_both(tmp_path):
     assert len(result["runs"]["overlapped"]) == 2
 
 
+def test_the_timeline_shows_where_memory_is_and_when(tmp_path):
+    run("timeline.py", "--device", "sim", "--out", str(tmp_path))
+    figures, picture = (tmp_path / f"timeline_sim_toy.{kind}" for kind in ("json", "png"))
+    result = json.loads(figures.read_text())
+    assert result["contents_kept"]
+    samples, weights, cache = (result[name] for name in ("samples", "weights_bytes", "kv_bytes"))
+    at_the_end = {}
+    for phase in result["phases"]:
+        number = samples["s"].index(phase["end_s"])
+        at_the_end[phase["name"]] = {name: samples[name][number] for name in samples}
+    copying = [phase["name"] for phase in result["phases"] if phase["copies_to"]]
+    assert copying == ["sleep", "wake weights"]
+    awake = at_the_end["awake"]["device"]
+    assert awake == at_the_end["awake again"]["device"] >= weights + cache
+    assert at_the_end["asleep"]["device"] == 0
+    assert weights <= at_the_end["weights awake"]["device"] <= awake - cache
+    assert at_the_end["sleep"]["copied"] == at_the_end["wake weights"]["copied"] >= weights
+    assert min(samples["host"]) >= weights
+    assert samples["s"] == sorted(samples["s"])
+    picture.unlink()
+    run("timeline.py", "--draw", str(figures))
+    assert picture.stat().st_size > 10_000
+
+
 def test_preparing_beside_a_decode_keeps_the_weights(tmp_path):
     arguments = ("--turns", "1", "--seconds", "0.3", "--out", str(tmp_path))
     run("preparing.py", "--device", "sim", *arguments)  # fails if contents were lost
