@@ -2,7 +2,7 @@
 """The guides' commands are executed as they are written, and both languages say the same.
 
 ``llm`` is the engine and ``http://127.0.0.1:8000`` the server that the tests share. Lines that
-start something of their own are run by the tests named here, but for ``make demo``.
+start something of their own are run by the tests named here; of ``make demo``, its program is.
 """
 
 import json
@@ -28,7 +28,7 @@ RUN_ELSEWHERE = {
     "vllm-sleep doctor": "tests/package/test_doctor.py",
     "vllm-sleep switch": "tests/e2e/server/test_cli.py",
     "vllm-sleep-proxy": "tests/e2e/proxy/test_proxy.py",
-    "make demo": "Makefile",
+    "make demo": "tests/e2e/guides/test_examples.py",
     "make test": ".ci/run",
 }
 
