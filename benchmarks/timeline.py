@@ -78,7 +78,7 @@ class Recorder:
     def _sample(self) -> dict[str, float]:
         free, total = self._machine.torch.mem_get_info()
         sample = {
-            "s": round(time.perf_counter() - self._start, 5),
+            "s": round(time.perf_counter() - self._start, 6),
             "device": total - free - self._context,
             "host": self._camem.pinned_host_bytes() + self._camem.plain_host_bytes(),
             "copied": self._camem.copied_bytes(),
