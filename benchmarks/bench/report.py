@@ -110,23 +110,6 @@ def timeline_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-_SPAN_S = 0.025
-
-
-def link_speed(result: dict[str, Any], phase: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Edges of about equal spans of the phase, and GB/s that were copied in each."""
-    import numpy
-
-    start, end = phase["start_s"], phase["end_s"]
-    within = [n for n, at in enumerate(result["samples"]["s"]) if start <= at <= end]
-    at, copied = (
-        [result["samples"][figure][number] for number in within] for figure in ("s", "copied")
-    )
-    edges = numpy.linspace(start, end, max(1, round((end - start) / _SPAN_S)) + 1)
-    bytes_by_then = numpy.interp(edges, at, copied)
-    return list(edges), list(numpy.diff(bytes_by_then) / numpy.diff(edges) / 1e9)
-
-
 _DEVICE, _HOST, _QUIET = "#1f4e8c", "#b5651d", "#555555"
 _WHERE = {
     "cuda": "AscendCL over CUDA on one {device}, not an NPU",
@@ -185,12 +168,14 @@ def draw_timeline(path: Path, result: dict[str, Any]) -> None:
                 color=_DEVICE,
             )
         if to is not None:
-            edges, speeds = link_speed(result, phase)
-            colour = _HOST if to == "host" else _DEVICE
-            link.stairs(speeds, edges, fill=True, color=colour, alpha=0.6)
+            speed = samples["copied"][last] / took / 1e9
             peak = result["link_peak_gb_s"]["d2h" if to == "host" else "h2d"]
+            colour = _HOST if to == "host" else _DEVICE
+            link.fill_between((start, end), speed, color=colour, alpha=0.6, linewidth=0)
             link.plot((start, end), (peak, peak), color="black", linewidth=1, linestyle=":")
-            link.annotate(f" to the {to}", (end, max(speeds) / 2), va="center", color=colour)
+            share = f"{100 * speed / peak:.0f} % of one copy's peak"
+            text = f" to the {to}\n {speed:.1f} GB/s,\n {share}"
+            link.annotate(text, (end, speed / 2), va="center", color=colour)
     asleep = next(phase for phase in phases if phase["name"] == "asleep")
     middle = (asleep["start_s"] + asleep["end_s"]) / 2
     sleeping = result["weights_bytes"] / GIB
@@ -203,14 +188,6 @@ def draw_timeline(path: Path, result: dict[str, Any]) -> None:
         ha="right",
         va="top",
         color=_HOST,
-    )
-    link.annotate(
-        "dotted: peak of one copy",
-        (1, 0.98),
-        xycoords="axes fraction",
-        ha="right",
-        va="top",
-        color=_QUIET,
     )
     for axes, label in ((device, "Device memory\nGiB"), (host, "Host memory\nGiB")):
         axes.set_ylabel(label)
