@@ -81,7 +81,7 @@ $(ASCEND)/.packages: tests/ascend/constraints.txt
 toolkit: $(VENV)/.packages
 	@$(MAKE) --no-print-directory -C csrc/sim PREFIX=$(TOOLKIT) PYTHON=$(BIN)/python
 
-$(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h) | toolkit
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard $(addprefix csrc/,*.cpp */*.cpp */*.h)) | toolkit
 	source $(TOOLKIT)/set_env.sh && COMPILE_CUSTOM_KERNELS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	  $(BIN)/pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
 	touch $@

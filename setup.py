@@ -24,6 +24,12 @@ def toolkit() -> Path:
     return Path(home)
 
 
+def sources(kind: str) -> list[str]:
+    """The files of the allocator; csrc/sim is the simulator's."""
+    files = Path("csrc").rglob(f"*.{kind}")
+    return sorted(str(file) for file in files if file.parts[1] != "sim")
+
+
 def extensions() -> list:
     choice = os.environ.get("COMPILE_CUSTOM_KERNELS", "1")
     if choice == "0":
@@ -37,11 +43,11 @@ def extensions() -> list:
     return [
         Pybind11Extension(
             "vllm_sleep_ascend._camem",
-            sorted(str(source) for source in Path("csrc").glob("*.cpp")),
+            sources("cpp"),
             include_dirs=["csrc", str(home / "include")],
             library_dirs=[str(home / "lib64")],
             libraries=["ascendcl"],
-            depends=sorted(str(header) for header in Path("csrc").glob("*.h")),
+            depends=sources("h"),
             cxx_std=17,
             extra_compile_args=["-O2", "-g1", "-Wall", "-Wextra"],
         )

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <optional>
 
-#include "acl_check.h"
-#include "acl_optional.h"
-#include "pool.h"
+#include "ascendcl/check.h"
+#include "ascendcl/optional.h"
+#include "pool/pool.h"
 
 namespace py = pybind11;
 using namespace camem;

@@ -7,8 +7,8 @@
 
 #include <cstdio>
 
-#include "acl_check.h"
-#include "pool.h"
+#include "ascendcl/check.h"
+#include "pool/pool.h"
 
 #define CAMEM_EXPORT extern "C" __attribute__((visibility("default")))
 

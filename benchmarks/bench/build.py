@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPENDENCIES = ROOT / "build" / "bench-deps"  # made by fetch.py
 PEERS = DEPENDENCIES / "peers"
 OUT = ROOT / "build" / "bench-cuda"
+PARTS = ("ascendcl", "host", "pool")  # of the allocator, in csrc
 
 
 def build() -> None:
@@ -23,23 +24,25 @@ def build() -> None:
     import pybind11
 
     module = _module()
-    sources = sorted((ROOT / "csrc").glob("*.cpp"))
+    csrc = ROOT / "csrc"
+    sources = [csrc / "bindings.cpp", csrc / "torch_hooks.cpp"]
+    sources += sorted(path for part in PARTS for path in (csrc / part).glob("*.cpp"))
     acl = _acl_include()
-    make = ["make", "-s", "-j8", "-C", str(ROOT / "csrc" / "sim"), "-f", "cuda.mk"]
+    make = ["make", "-s", "-j8", "-C", str(csrc / "sim"), "-f", "cuda.mk"]
     subprocess.run([*make, f"PREFIX={OUT}", f"ACL_INCLUDE={acl}"], check=True)
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("*.*"))
+    newest = max(path.stat().st_mtime for path in csrc.rglob("*.*"))
     if module.exists() and module.stat().st_mtime > newest:
         return
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(acl)]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{csrc}"]
     flags += [f"-isystem{include}" for include in includes]
-    jobs = []
-    for source in sources:
-        command = ["g++", *flags, "-c", str(source), "-o", str(OUT / f"{source.stem}.o")]
-        jobs.append(subprocess.Popen(command))
+    objects = [str(OUT / f"{source.parent.name}_{source.stem}.o") for source in sources]
+    jobs = [
+        subprocess.Popen(["g++", *flags, "-c", str(source), "-o", object_])
+        for source, object_ in zip(sources, objects, strict=True)
+    ]
     if any(job.wait() != 0 for job in jobs):
         raise SystemExit("the allocator cannot be compiled")
-    objects = [str(OUT / f"{source.stem}.o") for source in sources]
     lib = OUT / "lib64"
     link = ["g++", "-shared", "-o", str(module), *objects, f"-L{lib}", "-lascendcl"]
     subprocess.run([*link, f"-Wl,-rpath,{lib}"], check=True)

@@ -2,14 +2,14 @@
 //
 // Chunks and allocations: what they are follows from where the content is, and every verb can be
 // repeated after any of its calls has failed.
-#include "allocation.h"
+#include "pool/allocation.h"
 
 #include <algorithm>
 #include <functional>
 #include <optional>
 #include <vector>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
 #include "check.h"
 #include "device.h"
 

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "device.h"
-#include "pool.h"
+#include "pool/pool.h"
 
 inline camem::Pool& pool() { return camem::Pool::instance(); }
 

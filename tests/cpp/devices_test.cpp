@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Two devices in one process: NPU_SIM_DEVICES=2.
-#include "acl_check.h"
+#include "ascendcl/check.h"
+#include "ascendcl/vmm.h"
 #include "blocks.h"
 #include "check.h"
-#include "pool.h"
-#include "vmm.h"
+#include "pool/pool.h"
 
 using camem::Action;
 using device::kMiB;

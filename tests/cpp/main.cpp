@@ -10,7 +10,7 @@
 
 #include "check.h"
 #include "device.h"
-#include "pool.h"
+#include "pool/pool.h"
 
 namespace {
 

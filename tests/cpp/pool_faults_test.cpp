@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Each AscendCL call of each operation fails once; then the operation is repeated.
-// tests/allocator/test_faults.py does the same through Python with more operations; here the
+// tests/allocator/test_faults.py does the same through Python; here the
 // sanitizers watch.
 #include <algorithm>
 #include <chrono>
@@ -10,13 +10,13 @@
 #include <set>
 #include <thread>
 
-#include "acl_check.h"
-#include "acl_codes.h"
-#include "acl_newer.h"
+#include "ascendcl/check.h"
+#include "ascendcl/codes.h"
+#include "ascendcl/contexts.h"
+#include "ascendcl/newer.h"
 #include "blocks.h"
 #include "check.h"
-#include "contexts.h"
-#include "pool.h"
+#include "pool/pool.h"
 
 using camem::Action;
 using camem::Until;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What each operation of the pool makes of an allocation in each state, and what it reports.
-#include "pool.h"
+#include "pool/pool.h"
 
 #include <memory>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
 #include "blocks.h"
 #include "check.h"
 

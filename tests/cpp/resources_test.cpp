@@ -6,11 +6,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
+#include "ascendcl/vmm.h"
 #include "check.h"
 #include "device.h"
-#include "host_memory.h"
-#include "vmm.h"
+#include "host/memory.h"
 
 using device::Faults;
 using device::held;

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <thread>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
 #include "blocks.h"
 #include "check.h"
 

@@ -9,10 +9,10 @@
 #include <thread>
 #include <vector>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
 #include "blocks.h"
 #include "check.h"
-#include "pool.h"
+#include "pool/pool.h"
 
 using camem::Action;
 using device::kMiB;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "copy_stream.h"
+#include "ascendcl/copy_stream.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "acl_check.h"
-#include "acl_newer.h"
+#include "ascendcl/check.h"
+#include "ascendcl/newer.h"
 
 namespace camem {
 namespace {

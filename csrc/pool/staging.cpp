@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "staging.h"
+#include "pool/staging.h"
 
 #include <sys/mman.h>
 
@@ -11,8 +11,8 @@
 #include <thread>
 #include <utility>
 
-#include "acl_check.h"
-#include "contexts.h"
+#include "ascendcl/check.h"
+#include "ascendcl/contexts.h"
 
 namespace camem {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "copy_stream.h"
-#include "host_memory.h"
+#include "ascendcl/copy_stream.h"
+#include "host/memory.h"
 
 namespace camem {
 

@@ -11,9 +11,9 @@
 #include <optional>
 #include <vector>
 
-#include "allocation.h"
-#include "copy_stream.h"
-#include "host_source.h"
+#include "ascendcl/copy_stream.h"
+#include "host/source.h"
+#include "pool/allocation.h"
 
 namespace camem {
 

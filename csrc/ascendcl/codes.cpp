@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "acl_codes.h"
+#include "ascendcl/codes.h"
 
 #include <algorithm>
 
-#include "acl_newer.h"
+#include "ascendcl/newer.h"
 
 namespace camem {
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "host_source.h"
+#include "host/source.h"
 
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <vector>
 
-#include "acl_check.h"
-#include "vmm.h"
+#include "ascendcl/check.h"
+#include "ascendcl/vmm.h"
 
 namespace camem {
 namespace {

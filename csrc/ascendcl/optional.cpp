@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "acl_optional.h"
+#include "ascendcl/optional.h"
 
 #include <dlfcn.h>
 
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "acl_newer.h"
+#include "ascendcl/newer.h"
 
 namespace camem {
 namespace {

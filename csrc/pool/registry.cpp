@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "registry.h"
+#include "pool/registry.h"
 
 #include <algorithm>
 #include <exception>
 #include <optional>
 #include <utility>
 
-#include "acl_optional.h"
-#include "contexts.h"
+#include "ascendcl/contexts.h"
+#include "ascendcl/optional.h"
 
 namespace camem {
 namespace {

@@ -12,7 +12,7 @@
 #include <set>
 #include <vector>
 
-#include "allocation.h"
+#include "pool/allocation.h"
 
 namespace camem {
 

@@ -11,10 +11,10 @@
 #include <set>
 #include <string>
 
-#include "backups.h"
-#include "registry.h"
-#include "settings.h"
-#include "steps.h"
+#include "pool/backups.h"
+#include "pool/registry.h"
+#include "pool/settings.h"
+#include "pool/steps.h"
 
 namespace camem {
 

@@ -8,11 +8,11 @@
 #include <optional>
 #include <set>
 
-#include "host_reserve.h"
-#include "host_source.h"
-#include "registry.h"
-#include "settings.h"
-#include "transfer.h"
+#include "host/reserve.h"
+#include "host/source.h"
+#include "pool/registry.h"
+#include "pool/settings.h"
+#include "pool/transfer.h"
 
 namespace camem {
 

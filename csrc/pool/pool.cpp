@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pool.h"
+#include "pool/pool.h"
 
 #include <pthread.h>
 
@@ -8,8 +8,8 @@
 #include <cstring>
 #include <utility>
 
-#include "acl_check.h"
-#include "contexts.h"
+#include "ascendcl/check.h"
+#include "ascendcl/contexts.h"
 
 namespace camem {
 namespace {

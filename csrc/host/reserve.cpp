@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "host_reserve.h"
+#include "host/reserve.h"
 
 #include <algorithm>
 #include <exception>
@@ -8,7 +8,7 @@
 #include <thread>
 #include <utility>
 
-#include "contexts.h"
+#include "ascendcl/contexts.h"
 
 namespace camem {
 namespace {

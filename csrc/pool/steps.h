@@ -8,10 +8,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "backups.h"
-#include "registry.h"
-#include "settings.h"
-#include "transfer.h"
+#include "pool/backups.h"
+#include "pool/registry.h"
+#include "pool/settings.h"
+#include "pool/transfer.h"
 
 namespace camem {
 

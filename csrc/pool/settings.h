@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <set>
 
-#include "allocation.h"
-#include "host_source.h"
+#include "host/source.h"
+#include "pool/allocation.h"
 
 namespace camem {
 

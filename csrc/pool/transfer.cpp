@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "transfer.h"
+#include "pool/transfer.h"
 
 #include <algorithm>
 #include <array>
@@ -11,8 +11,8 @@
 #include <thread>
 #include <utility>
 
-#include "acl_check.h"
-#include "acl_optional.h"
+#include "ascendcl/check.h"
+#include "ascendcl/optional.h"
 
 namespace camem {
 namespace {

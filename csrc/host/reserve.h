@@ -16,7 +16,7 @@
 #include <optional>
 #include <vector>
 
-#include "host_memory.h"
+#include "host/memory.h"
 
 namespace camem {
 

@@ -15,12 +15,12 @@
 #include <string>
 #include <vector>
 
-#include "backups.h"
-#include "registry.h"
-#include "settings.h"
-#include "steps.h"
-#include "transaction.h"
-#include "transfer.h"
+#include "pool/backups.h"
+#include "pool/registry.h"
+#include "pool/settings.h"
+#include "pool/steps.h"
+#include "pool/transaction.h"
+#include "pool/transfer.h"
 
 namespace camem {
 

@@ -2,7 +2,7 @@
 //
 // What headers older than those of CANN 8.5 lack, or are not known to have, under names of our own,
 // so that this project compiles with either. The functions are looked up at run time
-// (acl_optional.h).
+// (optional.h).
 #pragma once
 
 #include <acl/acl.h>

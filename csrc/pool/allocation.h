@@ -8,9 +8,9 @@
 #include <optional>
 #include <vector>
 
-#include "copy_stream.h"
-#include "host_memory.h"
-#include "vmm.h"
+#include "ascendcl/copy_stream.h"
+#include "ascendcl/vmm.h"
+#include "host/memory.h"
 
 namespace camem {
 

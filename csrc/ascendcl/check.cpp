@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "acl_check.h"
+#include "ascendcl/check.h"
 
 #include <cstdio>
 #include <cstring>
 #include <sstream>
 
-#include "acl_codes.h"
-#include "acl_optional.h"
+#include "ascendcl/codes.h"
+#include "ascendcl/optional.h"
 
 namespace camem {
 namespace {

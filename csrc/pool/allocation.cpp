@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "allocation.h"
+#include "pool/allocation.h"
 
 #include <algorithm>
 #include <stdexcept>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
 
 namespace camem {
 

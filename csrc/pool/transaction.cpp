@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "transaction.h"
+#include "pool/transaction.h"
 
 #include <algorithm>
 #include <functional>
@@ -7,8 +7,8 @@
 #include <iterator>
 #include <vector>
 
-#include "acl_check.h"
-#include "contexts.h"
+#include "ascendcl/check.h"
+#include "ascendcl/contexts.h"
 
 namespace camem {
 namespace {

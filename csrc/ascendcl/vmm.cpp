@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vmm.h"
+#include "ascendcl/vmm.h"
 
 #include <utility>
 
-#include "acl_check.h"
+#include "ascendcl/check.h"
 
 namespace camem {
 namespace {

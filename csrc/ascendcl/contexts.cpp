@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "contexts.h"
+#include "ascendcl/contexts.h"
 
 #include <map>
 #include <mutex>
 #include <string>
 
-#include "acl_check.h"
-#include "acl_newer.h"
+#include "ascendcl/check.h"
+#include "ascendcl/newer.h"
 
 namespace camem {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "backups.h"
+#include "pool/backups.h"
 
 #include <algorithm>
 #include <chrono>

@@ -13,8 +13,8 @@
 #include <optional>
 #include <vector>
 
-#include "contexts.h"
-#include "staging.h"
+#include "ascendcl/contexts.h"
+#include "pool/staging.h"
 
 namespace camem {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "host_memory.h"
+#include "host/memory.h"
 
 #include <acl/acl.h>
 #include <sys/mman.h>
@@ -18,9 +18,9 @@
 #include <string>
 #include <utility>
 
-#include "acl_check.h"
-#include "acl_codes.h"
-#include "acl_optional.h"
+#include "ascendcl/check.h"
+#include "ascendcl/codes.h"
+#include "ascendcl/optional.h"
 
 namespace camem {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "steps.h"
+#include "pool/steps.h"
 
 #include <algorithm>
 #include <atomic>
@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "acl_check.h"
-#include "contexts.h"
+#include "ascendcl/check.h"
+#include "ascendcl/contexts.h"
 
 namespace camem {
 namespace {
