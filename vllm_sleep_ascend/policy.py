@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 Action = Literal["keep", "offload", "discard"]
 PauseMode = Literal["abort", "wait", "keep"]
+MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 
 # (level, tag) -> action. vLLM's contract: runtime state and graph pools survive every level,
 # scratch and KV cache none, weights level 1 alone. A tag that is not here is offloaded.
@@ -90,17 +91,16 @@ def check_level(level: object) -> int:
     return level
 
 
-def check_mode(mode: object) -> str:
+def check_mode(mode: object) -> PauseMode:
     """``mode`` as it is.
 
     Raises:
         ValueError: it is not one of vLLM's pause modes.
     """
-    if mode not in get_args(PauseMode):
-        raise ValueError(
-            f"pause mode {mode!r} does not exist; use one of {', '.join(get_args(PauseMode))}"
-        )
-    return str(mode)
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ValueError(f"pause mode {mode!r} does not exist; use one of {', '.join(MODES)}")
 
 
 def check_tags(tags: Iterable[str] | None) -> list[str] | None:

@@ -2,10 +2,11 @@
 """HTTP calls to one vLLM server, and the ways in which they fail."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx
+
+_T = TypeVar("_T")
 
 HEALTH_S = 1.0
 """Seconds between two looks at whether an engine that works on a call is still alive."""
@@ -29,6 +30,14 @@ class NobodyListens(Unreachable):
     """The connection was refused: there is no server process."""
 
 
+class Options(TypedDict, total=False):
+    """What a request has besides its path: as httpx takes it."""
+
+    params: dict[str, str | int | list[str]]
+    json: dict[str, str]
+    timeout: float
+
+
 class Calls:
     """Calls to the server at ``url``; each may take ``timeout_s`` seconds."""
 
@@ -50,7 +59,9 @@ class Calls:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def call(self, method: str, path: str, optional: bool = False, **options: Any) -> Any:
+    async def call(
+        self, method: str, path: str, optional: bool = False, **options: Unpack[Options]
+    ) -> object:
         """The JSON answer, None if it is empty or an ``optional`` path is missing.
 
         Raises:
@@ -90,7 +101,7 @@ class Calls:
         self, path: str, field: str, timeout_s: float | None = None, optional: bool = False
     ) -> Any:
         """A field of the JSON object that ``path`` answers; None if an optional path is missing."""
-        options = {"timeout": timeout_s} if timeout_s else {}
+        options: Options = {"timeout": timeout_s} if timeout_s else {}
         answer = await self.call("GET", path, optional, **options)
         if answer is None and optional:
             return None
@@ -109,21 +120,21 @@ class Calls:
             except httpx.TimeoutException:
                 return False
             except httpx.TransportError:
-                continue  # A connection of old, which broke as well.
+                continue  # an idle connection, which broke as well
             return answer.status_code == 503
         return False
 
-    async def unless_the_engine_dies(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """What the call gives. vLLM may leave it without an answer when its engine dies."""
-        working = asyncio.create_task(call)
+    async def unless_the_engine_dies(self, call: asyncio.Task[_T]) -> _T:
+        """What the call gives. vLLM may leave it without an answer when its engine dies; then it
+        is cancelled."""
         try:
-            while not (await asyncio.wait({working}, timeout=HEALTH_S))[0]:
-                if await self.is_gone(HEALTH_S) and not working.done():
+            while not (await asyncio.wait({call}, timeout=HEALTH_S))[0]:
+                if await self.is_gone(HEALTH_S) and not call.done():
                     raise CallFailed(f"{self.url}: its engine died; restart the server")
-            return working.result()
+            return call.result()
         finally:
-            working.cancel()
-            await asyncio.wait({working})
+            call.cancel()
+            await asyncio.wait({call})
 
 
 def _reason(answer: httpx.Response) -> tuple[str, str]:

@@ -13,21 +13,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend.doctor import command as doctor
-from vllm_sleep_ascend.policy import LEVELS
+from vllm_sleep_ascend.policy import LEVELS, MODES
 
 if TYPE_CHECKING:  # they need more than the standard library, which is all that the doctor needs
-    from vllm_sleep_ascend.client.sleep_client import SleepClient
+    from vllm_sleep_ascend.client.sleep_client import ServerStatus, SleepClient
 
 DONE, FAILED, USAGE, UNREACHABLE = range(4)
-MODES = ("abort", "wait", "keep")  # vLLM's PauseMode, without importing vLLM
 
 Clients = list["SleepClient"]
-Result = tuple[str, dict[str, Any]]
+Result = tuple[str, Mapping[str, object]]  # in words, and what --json prints
+Command = Callable[[argparse.Namespace, Clients], Awaitable[Result]]
 
 
 async def _status(args: argparse.Namespace, clients: Clients) -> Result:
@@ -57,7 +57,7 @@ async def _switch(args: argparse.Namespace, clients: Clients) -> Result:
     return text, {"level": args.level, "overlap": args.overlap}
 
 
-def _describe(server: dict[str, Any]) -> str:
+def _describe(server: "ServerStatus") -> str:
     state = "asleep" if server["is_sleeping"] else "awake"
     parts = [f"{server['url']}: {state}", ", ".join(server["models"])]
     for rank in server["ranks"] or ():
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-sleep", description=description, epilog=rest)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Command, help: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="print one JSON object")
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _run(args: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
+async def _run(args: argparse.Namespace) -> tuple[int, str, Mapping[str, object]]:
     from vllm_sleep_ascend.client.calls import CallFailed, Unreachable
     from vllm_sleep_ascend.client.sleep_client import SleepClient
 
@@ -143,7 +143,7 @@ async def _run(args: argparse.Namespace) -> tuple[int, str, dict[str, Any]]:
             await stack.enter_async_context(SleepClient(address, args.timeout, progress, key))
             for address in addresses
         ]
-        run: Callable[[argparse.Namespace, Clients], Awaitable[Result]] = args.run
+        run: Command = args.run
         try:
             text, details = await run(args, clients)
             code = DONE

@@ -1,14 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client of the development endpoints of one vLLM server, this package's or stock."""
 
+import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self, TypedDict, Unpack
 
-from vllm_sleep_ascend.client.calls import CallFailed, Calls
+from vllm_sleep_ascend.client.calls import CallFailed, Calls, Options
 from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
 
 Progress = Callable[[str], None]
+
+
+class Step(TypedDict):
+    """One call that changed the server, and how long it took."""
+
+    url: str
+    step: str
+    seconds: float
+
+
+class ServerStatus(TypedDict):
+    """``ranks`` as /sleep_status gives them; None: there is no such endpoint (stock vLLM)."""
+
+    url: str
+    is_sleeping: bool
+    models: list[str]
+    ranks: list[RankStatus] | None
 
 
 class SleepClient:
@@ -30,7 +48,7 @@ class SleepClient:
     ) -> None:
         self._calls = Calls(url, timeout_s, api_key)
         self.url = self._calls.url
-        self.steps: list[dict[str, Any]] = []
+        self.steps: list[Step] = []
         self._progress = progress
 
     async def __aenter__(self) -> Self:
@@ -39,9 +57,8 @@ class SleepClient:
     async def __aexit__(self, *_: object) -> None:
         await self._calls.close()
 
-    async def status(self) -> dict[str, Any]:
-        """``is_sleeping``, ``models``, and ``ranks`` as /sleep_status gives them (None: stock).
-
+    async def status(self) -> ServerStatus:
+        """
         Raises:
             CallFailed: the server is unreachable or has no development endpoints.
         """
@@ -55,7 +72,8 @@ class SleepClient:
 
     async def is_sleeping(self, timeout_s: float | None = None) -> bool:
         """Whether any memory of the server sleeps."""
-        return await self._calls.get("/is_sleeping", "is_sleeping", timeout_s)
+        sleeps: bool = await self._calls.get("/is_sleeping", "is_sleeping", timeout_s)
+        return sleeps
 
     async def models(self, timeout_s: float | None = None) -> list[str]:
         """Names of what it serves."""
@@ -179,16 +197,17 @@ class SleepClient:
     async def reset_prefix_cache(self) -> None:
         """Forget the prefix cache: its blocks are of weights that are gone."""
         answer = await self._step("reset_prefix_cache", "POST", "/reset_prefix_cache")
-        if answer is not None and answer.get("success") is False:
+        if isinstance(answer, dict) and answer.get("success") is False:
             raise CallFailed(f"{self.url}: the prefix cache is in use and was not reset; repeat it")
 
     def say(self, text: str) -> None:
         """Tell whoever follows the progress."""
         self._progress(f"{self.url}: {text}")
 
-    async def _step(self, name: str, method: str, path: str, **options: Any) -> Any:
+    async def _step(self, name: str, method: str, path: str, **options: Unpack[Options]) -> object:
         started = time.perf_counter()
-        answer = await self._calls.unless_the_engine_dies(self._calls.call(method, path, **options))
+        call = asyncio.create_task(self._calls.call(method, path, **options))
+        answer = await self._calls.unless_the_engine_dies(call)
         seconds = time.perf_counter() - started
         self.steps.append({"url": self.url, "step": name, "seconds": round(seconds, 4)})
         self.say(f"{name} {seconds:.3f} s")
@@ -196,8 +215,11 @@ class SleepClient:
 
     async def _is_paused(self) -> bool:
         """Whether its memory is awake, and what holds it is a pause of the user's (/pause)."""
-        return await self._calls.get("/sleep_status", "state", optional=True) == "paused"
+        state: str | None = await self._calls.get("/sleep_status", "state", optional=True)
+        return state == "paused"
 
     async def _ranks(self) -> list[RankStatus] | None:
-        """What /sleep_status says of each rank; None: there is no such endpoint (stock vLLM)."""
-        return await self._calls.get("/sleep_status", "ranks", optional=True)
+        """As ``ServerStatus.ranks``."""
+        ranks: list[RankStatus] | None
+        ranks = await self._calls.get("/sleep_status", "ranks", optional=True)
+        return ranks

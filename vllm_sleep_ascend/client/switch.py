@@ -24,12 +24,12 @@ async def switch(
 
     With ``overlap`` both run at the same time: the weights of ``new`` come in while those of
     ``old`` go out. A server that does not say what it holds (stock vLLM) may not survive a wake
-    without enough memory, so that it is switched to one after the other.
+    without enough memory: there the wake begins after the sleep.
 
     Raises:
         CallFailed: the text says what failed and which server is in what state.
     """
-    await new.is_sleeping()  # Nothing falls asleep for a server that is not there.
+    await new.is_sleeping()  # fails, before anything sleeps, if the server is unreachable
     if not discard_trained:
         await new.check_wake()
         await old.check_sleep(level)
@@ -62,7 +62,7 @@ async def _overlapped(old: SleepClient, new: SleepClient, level: int, mode: str)
         raise type(errors[0])(f"{reasons}. {old.url} {slept}, {new.url} {woke}")
 
 
-async def _wake_as_memory_comes(new: SleepClient, slept_at: int, going: asyncio.Task) -> None:
+async def _wake_as_memory_comes(new: SleepClient, slept_at: int, going: asyncio.Task[None]) -> None:
     """Weights first: the KV cache of the other server is gone before its weights are, and leaves
     room for them."""
 
@@ -78,7 +78,7 @@ async def _wake_as_memory_comes(new: SleepClient, slept_at: int, going: asyncio.
         await new.reset_prefix_cache()
 
 
-async def _retry_until(going: asyncio.Task, attempt: Callable[[], Awaitable[None]]) -> None:
+async def _retry_until(going: asyncio.Task[None], attempt: Callable[[], Awaitable[None]]) -> None:
     """Repeat ``attempt`` while memory is short, the last time after ``going`` is done."""
     while True:
         last = going.done()

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import sys
-from typing import Any
 
 import uvicorn
 
@@ -57,8 +56,11 @@ async def _serve(args: argparse.Namespace) -> None:
         (Public(turns, args.max_body_mib << 20).app, args.host, args.port),
         (Admin(turns).app, LOOPBACK, args.admin_port),
     )
-    grace: dict[str, Any] = {"timeout_graceful_shutdown": args.grace_s, "access_log": False}
-    listeners = [uvicorn.Server(uvicorn.Config(*app, **grace)) for app in apps]
+    configs = (
+        uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=args.grace_s)
+        for app, host, port in apps
+    )
+    listeners = [uvicorn.Server(config) for config in configs]
 
     async def serve(listener: uvicorn.Server) -> None:
         try:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the proxy counts, in a registry of its own."""
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -16,31 +17,25 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        here: dict[str, Any] = {"registry": self.registry, "namespace": "sleep_proxy"}
+        here, prefix = self.registry, "sleep_proxy"
+        counter = partial(Counter, namespace=prefix, registry=here)
+        gauge = partial(Gauge, namespace=prefix, registry=here)
+        histogram = partial(Histogram, namespace=prefix, registry=here, buckets=_SECONDS)
         by_server = ["server"]
-        self.requests = Counter(
-            "requests", "Requests by their end; no server: refused", ["server", "status"], **here
+        self.requests = counter(
+            "requests", "Requests by their end; no server: refused", ["server", "status"]
         )
-        self.queued = Gauge("queued", "Requests that wait", by_server, **here)
-        self.in_flight = Gauge("in_flight", "Requests that the server works on", by_server, **here)
-        self.wait = Histogram(
-            "wait_seconds",
-            "From the arrival of a request until its server is awake",
-            buckets=_SECONDS,
-            **here,
+        self.queued = gauge("queued", "Requests that wait", by_server)
+        self.in_flight = gauge("in_flight", "Requests that the server works on", by_server)
+        self.wait = histogram(
+            "wait_seconds", "From the arrival of a request until its server is awake"
         )
-        self.awake = Gauge("awake", "1 while the server is awake", by_server, **here)
-        self.switches = Counter("switches", "Servers woken", by_server, **here)
-        self.sleeps = Counter("sleeps", "Servers put to sleep", by_server, **here)
-        self.failures = Counter(
-            "failures", "Sleeps and wakes that failed", ["server", "operation"], **here
-        )
-        self.operation = Histogram(
-            "operation_seconds",
-            "Duration of sleeps and wakes",
-            ["operation"],
-            buckets=_SECONDS,
-            **here,
+        self.awake = gauge("awake", "1 while the server is awake", by_server)
+        self.switches = counter("switches", "Servers woken", by_server)
+        self.sleeps = counter("sleeps", "Servers put to sleep", by_server)
+        self.failures = counter("failures", "Sleeps and wakes that failed", ["server", "operation"])
+        self.operation = histogram(
+            "operation_seconds", "Duration of sleeps and wakes", ["operation"]
         )
 
     def watch(self, server: "Server") -> None:

@@ -13,7 +13,7 @@ from vllm_sleep_ascend.proxy.servers import Server
 logger = logging.getLogger(__name__)
 
 ASK_S = 5.0
-"""Seconds that a question may take; a server that does not answer holds up nobody for longer."""
+"""Seconds that a question may take: a server that does not answer holds up the others no longer."""
 
 
 class Operations:
@@ -37,7 +37,7 @@ class Operations:
         await asyncio.gather(*(learn(server) for server in servers))
 
     async def ask(self, server: Server) -> CallFailed | None:
-        """Ask whether it is awake; gives what hindered the answer, if there was none.
+        """Ask whether it is awake; returns the error if it did not answer.
 
         A server counts as asleep only after ``sleep``: one that says so may have woken in part.
         """
@@ -73,14 +73,14 @@ class Operations:
         return True
 
     async def _level(self, server: Server) -> int:
-        """1 also where level 2 is asked for and would lose weights for good."""
+        """The level to sleep at: 1 where level 2 would lose weights for good."""
         lost = await server.client.would_lose(self.level)
         if lost:
             logger.warning("%s sleeps at level 1: %s are in no checkpoint", server.name, lost)
         return 1 if lost else self.level
 
     async def wake(self, server: Server) -> None:
-        """Wake it, or fail those who wait for it."""
+        """Wake it, or fail the requests that wait for it."""
         started = time.monotonic()
         try:
             await server.client.wake_to_serve(slept_at=self.level)

@@ -75,7 +75,8 @@ class Public:
             body = await self._body(request)
             server = await server_of(self.turns, _model(body))
             name = server.name
-            response = await _unless_client_leaves(request, self._pass_on(request, server, body))
+            working = asyncio.create_task(self._pass_on(request, server, body))
+            response = await _unless_client_leaves(request, working)
         except Refused as refused:
             response = refused.response()
         except ClientDisconnect:
@@ -167,13 +168,12 @@ def _model(body: bytes) -> str | None:
     return model
 
 
-async def _unless_client_leaves(request: Request, work) -> Response:
-    """What ``work`` gives; it is cancelled when the client has gone.
+async def _unless_client_leaves(request: Request, working: asyncio.Task[Response]) -> Response:
+    """What the task gives; it is cancelled when the client has gone.
 
     Raises:
         ClientDisconnect: it has.
     """
-    working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnect(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)

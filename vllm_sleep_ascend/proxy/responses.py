@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 class PassedOn(StreamingResponse):
-    """An answer as it comes from a server.
+    """A server's answer, streamed as it comes.
 
     Args:
         finish: called once, however the answer ends; told whether the server broke it off.

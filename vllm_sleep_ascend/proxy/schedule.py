@@ -54,7 +54,7 @@ class Schedule:
         return 0
 
     async def _step(self) -> float | None:
-        """Do what can be done now. Gives the seconds after which there may be more to do."""
+        """Do what can be done now. Returns the seconds after which there may be more to do."""
         await self._sleep_those_asked()
         pauses = [await self._sleep_idle()]
         wanted = min(
@@ -86,9 +86,9 @@ class Schedule:
         return min((pause for pause in pauses if pause is not None), default=None)
 
     async def _makes_way(self, leaving: Server, wanted: Server) -> bool:
-        """Close ``leaving``, and put it to sleep unless requests still run on it. Gives whether
+        """Close ``leaving``, and put it to sleep unless requests still run on it. Returns whether
         anything is settled."""
-        # Nobody falls asleep for a server that is not there.
+        # No server goes to sleep for one that is unreachable.
         if leaving.open and (error := await self.operations.ask(wanted)) is not None:
             wanted.fail(error)
             return True
@@ -108,7 +108,7 @@ class Schedule:
         others = [s for s in self.servers if s is not server and s.state != "awake"]
         sleeping = [other for other in others if other.state == "asleep"]
         await asyncio.gather(*(self.operations.ask(other) for other in sleeping))
-        # Whoever never told what it serves is no server of ours: none yet, or none of vLLM's.
+        # One that never listed its models does not count: it is not up yet, or not vLLM.
         await self.operations.learn_models([other for other in others if not other.models])
         for other in others:
             known = other.models and other.state != "asleep"
@@ -130,7 +130,7 @@ class Schedule:
                 asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
 
     async def _sleep_idle(self) -> float | None:
-        """Gives the seconds after which the next may be idle for long enough."""
+        """Put to sleep what is idle for long enough. Returns the seconds until the next may be."""
         pauses, idle_s = [], self.settings.idle_s
         for server in self.servers:
             if not idle_s or server.state != "awake" or server.busy:

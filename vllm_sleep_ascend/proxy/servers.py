@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Server:
-    """One vLLM server. ``state`` is unknown until it told, and after a failure."""
+    """One vLLM server. ``state`` is unknown until the server has answered, and after a failure."""
 
     client: SleepClient
     models: list[str] = field(default_factory=list)
@@ -31,13 +31,15 @@ class Server:
     open: bool = False
     in_flight: int = 0
     # Requests that wait for it, by number, with the time of their arrival.
-    waiting: "OrderedDict[int, tuple[float, asyncio.Future]]" = field(default_factory=OrderedDict)
+    waiting: "OrderedDict[int, tuple[float, asyncio.Future[None]]]" = field(
+        default_factory=OrderedDict
+    )
     awake_since: float = 0.0
     last_used: float = 0.0
     # Whether a request was admitted since it woke: each turn serves at least one.
     served: bool = False
-    # Somebody asked for it to sleep; answered when it does.
-    sleep_asked: "asyncio.Future | None" = None
+    # Of an operator who asked for it to sleep; done once it does.
+    sleep_asked: "asyncio.Future[None] | None" = None
 
     @property
     def name(self) -> str:
@@ -84,7 +86,7 @@ class Server:
             raise
 
     def open_up(self) -> None:
-        """Admit those who wait, and whoever comes until ``open`` is taken back."""
+        """Admit the requests that wait, and new ones until ``open`` is taken back."""
         self.open = True
         while self.waiting:
             _, (_, admitted) = self.waiting.popitem(last=False)
@@ -93,12 +95,12 @@ class Server:
                 admitted.set_result(None)
 
     def fail(self, error: CallFailed) -> None:
-        """Whoever waits is told so."""
+        """Fail the requests that wait."""
         while self.waiting:
             _, (_, admitted) = self.waiting.popitem(last=False)
             if not admitted.done():
                 admitted.set_exception(error)
 
 
-def _succeeded(future: asyncio.Future) -> bool:
+def _succeeded(future: asyncio.Future[None]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None

@@ -39,8 +39,8 @@ class Settings:
 
 
 class Turns:
-    """The servers of one device, and the requests for them. ``changed`` is set when there may be
-    something to do for whoever lets the servers sleep and wake."""
+    """The servers of one device, and the requests for them. ``changed`` wakes the schedule, which
+    may have something to do."""
 
     def __init__(self, servers: list[Server], metrics: Metrics, settings: Settings) -> None:
         self.servers = servers
@@ -53,7 +53,7 @@ class Turns:
             metrics.watch(server)
 
     async def server_of(self, model: str) -> Server | None:
-        """Who serves the model."""
+        """The server of this model; None if there is none."""
         for server in self.servers:
             if model in server.models:
                 return server
@@ -78,7 +78,7 @@ class Turns:
             self.leave(server)
 
     async def enter(self, server: Server) -> None:
-        """As ``turn``; whoever entered must ``leave``."""
+        """The first half of ``turn``; ``leave`` is the second."""
         started = time.monotonic()
         if server.open and not server.unsure:
             server.enter()
