@@ -64,7 +64,8 @@ def available_host_bytes() -> int:
     except ImportError:
         import psutil
 
-        return psutil.virtual_memory().available
+        available: int = psutil.virtual_memory().available
+        return available
     return _camem.available_host_bytes()
 
 

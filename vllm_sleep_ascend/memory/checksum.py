@@ -13,7 +13,6 @@ is no protection against somebody who wants to be missed.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -69,15 +68,13 @@ def _shifted(numbers: torch.Tensor, places: int) -> torch.Tensor:
 def memory_at(address: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``size`` bytes of mapped memory of ``device`` as numbers, as they lie there, whatever format
     the tensors in it have; nothing is copied or owned."""
-    torch_device: Any
     if device.type == "npu":
         import torch_npu
 
-        torch_device = torch_npu._C
+        storage_at = torch_npu._C._construct_storage_from_data_pointer
     else:
-        torch_device = torch._C
-    storage = torch_device._construct_storage_from_data_pointer(address, device, size)
-    return torch.empty(0, dtype=dtype, device=device).set_(storage)
+        storage_at = torch._C._construct_storage_from_data_pointer
+    return torch.empty(0, dtype=dtype, device=device).set_(storage_at(address, device, size))
 
 
 def _words(address: int, size: int, device: torch.device) -> torch.Tensor:

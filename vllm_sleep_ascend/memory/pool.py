@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TypedDict
 
 import torch_npu
 
@@ -17,16 +17,35 @@ from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 
+
+class Block(TypedDict):
+    """A part of a segment: in use, or free."""
+
+    address: int
+    requested_size: int
+    state: str  # "active_allocated": a tensor's
+
+
+class Segment(TypedDict):
+    """What torch took from the allocator in one call: the fields used of MemPool.snapshot()."""
+
+    address: int
+    total_size: int
+    allocated_size: int  # in tensors
+    active_size: int  # that, and what a stream may still use
+    blocks: list[Block]
+
+
 # Each entry into a tag gets its own torch MemPool, and none is entered twice: memory of a segment
 # that torch no longer uses can then be given back behind torch's back.
-_pools: list[Any] = []
+_pools: list[torch_npu.npu.MemPool] = []
 
 _EXPANDABLE = "expandable_segments"
 
 
 @cache
-def _allocator() -> Any:
-    """The pluggable allocator. Kept for ever: pools call it when they are destroyed."""
+def _allocator() -> torch_npu.npu.memory.NPUPluggableAllocator:
+    """Kept for ever: pools call it when they are destroyed."""
     return torch_npu.npu.memory.NPUPluggableAllocator(_camem.__file__, "camem_malloc", "camem_free")
 
 
@@ -74,9 +93,14 @@ def blocks() -> Iterator[tuple[int, int]]:
                 yield block["address"], block["requested_size"]
 
 
-def _segments() -> Iterator[dict[str, Any]]:
+def _segments() -> Iterator[Segment]:
     for pool in _pools:
-        yield from pool.snapshot()
+        yield from _snapshot(pool)
+
+
+def _snapshot(pool: torch_npu.npu.MemPool) -> list[Segment]:
+    segments: list[Segment] = pool.snapshot()
+    return segments
 
 
 def release_pools() -> None:
@@ -84,9 +108,9 @@ def release_pools() -> None:
     _pools.clear()
 
 
-def _check_owned(pool: Any, tag: str) -> None:
+def _check_owned(pool: torch_npu.npu.MemPool, tag: str) -> None:
     owned = {allocation["address"] for allocation in _camem.allocations()}
-    foreign = [segment for segment in pool.snapshot() if segment["address"] not in owned]
+    foreign = [segment for segment in _snapshot(pool) if segment["address"] not in owned]
     if foreign:
         raise SleepModeError(
             f"{sum(segment['total_size'] for segment in foreign)} bytes of tag {tag!r} were not "

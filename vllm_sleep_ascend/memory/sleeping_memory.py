@@ -29,8 +29,8 @@ _ASLEEP = ("offloaded", "discarded")
 
 
 class SleepingMemory:
-    """Frees and restores the memory of this process's allocations, each operation a transaction:
-    it either happens, or everything is as it was and the error says why."""
+    """Frees and restores the memory of this process's allocations. Each operation is a transaction:
+    it happens, or it is rolled back and the error says why."""
 
     _configured: ClassVar[bool] = False  # the allocator, which is one for the process
 
@@ -326,7 +326,7 @@ class SleepingMemory:
             self._release_prepared()
 
     def _release_prepared(self) -> None:
-        """Whoever sleeps at level 2 needs no backup of the weights."""
+        """A sleep at level 2 needs no backup of the weights."""
         prepared = _camem.host_memory()["prepared"]
         _camem.release_prepared()
         if prepared:
