@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import requires, version
+from typing import Any
 
 from packaging.version import Version
 
@@ -18,16 +19,14 @@ from vllm_sleep_ascend.engine import (
     launched,
     pauses,
     refusals,
-    serving_gate,
+    state,
     weight_version,
 )
 from vllm_sleep_ascend.engine.checks import check_enabled, check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.rank_answers import reads_every_answer
-from vllm_sleep_ascend.engine.wrap import wrap
+from vllm_sleep_ascend.engine.wrap import Wrapper, wrap
 from vllm_sleep_ascend.front_end import calls, endpoints, replicas
 from vllm_sleep_ascend.rank.guarded_calls import guards_calls
-
-Wrapper = Callable[[Callable], Callable]
 
 
 class PatchError(RuntimeError):
@@ -59,11 +58,12 @@ class Patch:
         if self._stock() is not None:
             wrap(pkgutil.resolve_name(self.owner), self.name, self.wrapper)
 
-    def _stock(self) -> Callable | None:
+    def _stock(self) -> Callable[..., Any] | None:
         try:
-            return getattr(pkgutil.resolve_name(self.owner), self.name)
+            stock: Callable[..., Any] = getattr(pkgutil.resolve_name(self.owner), self.name)
         except (ImportError, AttributeError):
             return None
+        return stock
 
     def problem(self) -> str:
         """How vLLM differs from what is known; "" if it does not."""
@@ -79,7 +79,7 @@ class Patch:
         return f"{self.place} takes ({', '.join(actual)}), not ({', '.join(self.parameters)})"
 
 
-def _instead(ours: Callable) -> Wrapper:
+def _instead(ours: Callable[..., Any]) -> Wrapper:
     """The wrapper of a replacement that does not call the stock one."""
     return lambda stock: ours
 
@@ -188,7 +188,7 @@ OFFLINE = tuple(
 )  # fmt: skip
 """When an ``LLM`` makes its engine."""
 
-ADDED = {"sleep_mode_refusal": core.refusal, "sleep_mode_pending": serving_gate.is_pending}
+ADDED = {"sleep_mode_refusal": core.refusal, "sleep_mode_pending": state.is_pending}
 """Methods of EngineCore's that front ends call."""
 
 

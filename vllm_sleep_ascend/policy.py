@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to the memory of each tag at each level: one table, and the checks of names."""
 
-from collections.abc import Iterable
 from typing import Literal, get_args
 
 Action = Literal["keep", "offload", "discard"]
@@ -103,7 +102,7 @@ def check_mode(mode: object) -> PauseMode:
     raise ValueError(f"pause mode {mode!r} does not exist; use one of {', '.join(MODES)}")
 
 
-def check_tags(tags: Iterable[str] | None) -> list[str] | None:
+def check_tags(tags: object) -> list[str] | None:
     """The tags in their order, each once; None stands for all.
 
     Raises:

@@ -6,7 +6,7 @@ metrics, clients and the proxy; imports no vLLM.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS
 
@@ -42,6 +42,21 @@ class WeightsOrigin(TypedDict):
     path: str | None
     version: str
     draft: NotRequired[DraftOrigin]
+
+
+class WeightsContent(TypedDict):
+    """What a rank says of its weights (``collective_rpc("weights_content")``).
+
+    ``missing``: parameters, or shards of them, without content; ``corrupt``: whether that was found
+    out by comparing; ``beyond_loading``: whether more was found than loading mends; ``updating``:
+    whether an update is under way; ``version``: vLLM's, of what was loaded last.
+    """
+
+    missing: list[str]
+    corrupt: bool
+    beyond_loading: bool
+    updating: bool
+    version: str
 
 
 class HostMemoryStatus(TypedDict):
@@ -127,8 +142,7 @@ def in_no_checkpoint(origin: WeightsOrigin) -> str | None:
 
 
 def _usage(rank: RankStatus, tag: str) -> TagUsage | None:
-    tags: Any = rank.get("tags", {})
-    return tags.get(tag)
+    return rank.get("tags", {}).get(tag)
 
 
 def _without_content(ranks: Sequence[RankStatus]) -> bool:

@@ -112,6 +112,6 @@ def test_front_ends_find_the_methods_that_were_added() -> None:
     from vllm.v1.engine.core import EngineCore
 
     patches.install_all()
-    core = SimpleNamespace(pending_sleep=None)
+    core = SimpleNamespace()
     assert EngineCore.sleep_mode_pending(core) is False
     assert callable(EngineCore.sleep_mode_refusal)

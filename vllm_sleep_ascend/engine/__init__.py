@@ -7,5 +7,5 @@ Here bad input is refused before anything is touched (``checks``), calls are ref
 (``core``, and ``launched`` where each rank has an engine), every rank's answer is read
 (``rank_answers``), the engine serves only when it can (``serving_gate``) and only when the user
 lets it (``pauses``), requests that come too late are answered (``refusals``), and the weights that
-it serves have their version (``weight_version``).
+it serves have their version (``weight_version``). What is kept of an engine is in ``state``.
 """

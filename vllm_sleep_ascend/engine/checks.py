@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The input of sleep calls, against the engine's configuration."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
-def check_enabled(vllm_config: Any) -> None:
+
+def check_enabled(vllm_config: "VllmConfig") -> None:
     """
     Raises:
         ValueError: the engine was started without sleep mode.
@@ -18,7 +21,7 @@ def check_enabled(vllm_config: Any) -> None:
         )
 
 
-def check_engines(vllm_config: Any) -> None:
+def check_engines(vllm_config: "VllmConfig") -> None:
     """Engines that share experts take every step together, and resume with a blocking all-reduce:
     one that stays asleep after a failure holds up the others.
 
@@ -37,7 +40,7 @@ def check_engines(vllm_config: Any) -> None:
         )
 
 
-def check_sleep(vllm_config: Any, level: object = 1, mode: object = "abort") -> None:
+def check_sleep(vllm_config: "VllmConfig", level: object = 1, mode: object = "abort") -> None:
     """
     Raises:
         ValueError: level or mode does not exist, or the level needs sleep mode.
@@ -47,7 +50,7 @@ def check_sleep(vllm_config: Any, level: object = 1, mode: object = "abort") -> 
     policy.check_mode(mode)
 
 
-def check_wake_up(vllm_config: Any, tags: list[str] | None = None) -> None:
+def check_wake_up(vllm_config: "VllmConfig", tags: list[str] | None = None) -> None:
     """
     Raises:
         ValueError: a tag does not exist, or names memory that cannot sleep.

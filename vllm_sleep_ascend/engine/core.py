@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
@@ -14,19 +14,32 @@ from vllm_sleep_ascend.engine.checks import check_enabled, check_sleep, check_wa
 from vllm_sleep_ascend.engine.launched import on_any_rank
 from vllm_sleep_ascend.engine.pauses import call_off_sleep, pausing_to_sleep
 from vllm_sleep_ascend.engine.refusals import refuse_new, refuse_waiting
-from vllm_sleep_ascend.engine.serving_gate import ServingGate, is_pending, serve_on
+from vllm_sleep_ascend.engine.serving_gate import ServingGate, serve_on
+from vllm_sleep_ascend.engine.state import EngineState, is_pending, scheduler_of
 from vllm_sleep_ascend.engine.wrap import wrap
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
+from vllm_sleep_ascend.policy import PauseMode
 from vllm_sleep_ascend.rank.guarded_calls import GuardedCall, guards_calls
 
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request
+
 logger = init_logger(f"vllm.{__name__}")
+
+_T = TypeVar("_T")
+_Method = str | Callable[..., Any]  # of a worker
+_Sleep = Callable[["EngineCore", int, PauseMode], Future[None] | None]
+_WakeUp = Callable[["EngineCore", list[str] | None], bool | Future[bool]]
+_Step = Callable[["EngineCore"], tuple[dict[int, "EngineCoreOutputs"] | None, bool]]
 
 _MOVES = ("sleep", "discard", "wake_up")  # the worker's methods that move memory
 
 
 @contextmanager
-def _truth(core: Any) -> Iterator[None]:
+def _truth(core: "EngineCore") -> Iterator[None]:
     """Afterwards, note what really sleeps; after a failure, serve on if nothing does."""
     was_paused = core.is_scheduler_paused()
     try:
@@ -37,27 +50,28 @@ def _truth(core: Any) -> Iterator[None]:
     _settle(core, was_paused, failed=False)
 
 
-def _settle(core: Any, was_paused: bool, failed: bool) -> None:
-    """Take the workers' word, where stock vLLM notes what was asked."""
+def _settle(core: "EngineCore", was_paused: bool, failed: bool) -> None:
+    """Note what the workers say sleeps; stock vLLM notes what was asked for."""
     executor = core.model_executor
     if getattr(executor, "is_failed", False):  # a worker died: nobody is left to ask
         return
     if core.vllm_config.model_config.enable_sleep_mode:
         executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
         if not isinstance(getattr(type(executor), "is_sleeping", None), property):
-            executor.is_sleeping = bool(executor.sleeping_tags)  # vLLM 0.23 keeps both
+            vars(executor)["is_sleeping"] = bool(executor.sleeping_tags)  # vLLM 0.23 keeps both
     if failed and not was_paused and not executor.is_sleeping:
         serve_on(core)
 
 
-def sleep(stock: Callable) -> Callable:
-    def sleep(self: Any, level: int = 1, mode: str = "abort") -> Any:
+def sleep(stock: _Sleep) -> _Sleep:
+    def sleep(self: "EngineCore", level: int = 1, mode: PauseMode = "abort") -> Future[None] | None:
         check_sleep(self.vllm_config, level, mode)
-        if is_pending(self):
+        pending = EngineState.of(self).pending_sleep
+        if pending is not None:
             if mode == "abort":  # what the pending one waits for
                 with pausing_to_sleep(self):
                     self.pause_scheduler("abort", clear_cache=False)
-            return _afterwards(self.pending_sleep, lambda: sleep(self, level, mode))
+            return _afterwards(pending, lambda: sleep(self, level, mode))
         was_paused = self.is_scheduler_paused()
         with _named(), _truth(self):
             if self.model_executor.is_sleeping:
@@ -74,21 +88,21 @@ def sleep(stock: Callable) -> Callable:
             with pausing_to_sleep(self):
                 result = stock(self, level, mode)
         if isinstance(result, Future):  # Requests are under way: the sleep is still to come.
-            self.pending_sleep = result
+            EngineState.of(self).pending_sleep = result
             result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused))
         return result
 
     return sleep
 
 
-def _check_wait(core: Any) -> None:
+def _check_wait(core: "EngineCore") -> None:
     """Requests that wait for the weights do not end, and may not be stepped."""
     gate = ServingGate.of(core)
     if gate is None or not gate.held:
         return
     reason = gate.look_and_refuse()
     # The scheduler's own count leaves out those that wait.
-    under_way = any(not request.is_finished() for request in core.scheduler.requests.values())
+    under_way = any(not request.is_finished() for request in scheduler_of(core).requests.values())
     if reason is not None and under_way:
         raise SleepModeError(
             f"sleep(mode='wait') refused: requests are under way, and {reason}. Or use mode "
@@ -96,15 +110,17 @@ def _check_wait(core: Any) -> None:
         )
 
 
-def _check_workers(core: Any, level: int) -> None:
+def _check_workers(core: "EngineCore", level: int) -> None:
     """Let the workers refuse before the scheduler pauses, which aborts requests."""
-    for reason in core.model_executor.collective_rpc("sleep_refusal", args=(level,)):
+    reasons: list[str | None]
+    reasons = core.model_executor.collective_rpc("sleep_refusal", args=(level,))
+    for reason in reasons:
         if reason is not None:
             raise SleepModeError(f"sleep refused: {reason}")
 
 
-def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
-    core.pending_sleep = None
+def _sleep_is_done(core: "EngineCore", done: Future[None], was_paused: bool) -> None:
+    EngineState.of(core).pending_sleep = None
     error = done.exception()
     if error is not None:
         with suppress(BaseException), _named():
@@ -112,12 +128,13 @@ def _sleep_is_done(core: Any, done: Future, was_paused: bool) -> None:
     _settle(core, was_paused, failed=error is not None)
 
 
-def wake_up(stock: Callable) -> Callable:
-    def wake_up(self: Any, tags: list[str] | None = None) -> bool | Future:
+def wake_up(stock: _WakeUp) -> _WakeUp:
+    def wake_up(self: "EngineCore", tags: list[str] | None = None) -> bool | Future[bool]:
         check_wake_up(self.vllm_config, tags)
         call_off_sleep(self, "wake_up()")
-        if is_pending(self):
-            return _afterwards(self.pending_sleep, lambda: wake_up(self, tags))
+        state = EngineState.of(self)
+        if state.pending_sleep is not None:
+            return _afterwards(state.pending_sleep, lambda: wake_up(self, tags))
         tags = policy.check_tags(tags)
         gate = ServingGate.of(self)
         if gate is not None and policy.SCHEDULING_TAG in (tags or ()):
@@ -129,22 +146,22 @@ def wake_up(stock: Callable) -> Callable:
                 logger.warning("wake_up: awake already: %s.", ", ".join(awake))
             tags = [tag for tag in tags if tag in asleep]
         with _named(), _truth(self):
-            self.wakes = True
+            state.wakes = True
             try:
                 fully_awake = stock(self, tags)
             finally:
-                self.wakes = False
+                state.wakes = False
         # vLLM 0.23 answers nothing.
         return not self.model_executor.is_sleeping if fully_awake is None else fully_awake
 
     return wake_up
 
 
-def _afterwards(pending: Future, call: Callable) -> Future:
+def _afterwards(pending: Future[None], call: Callable[[], _T | Future[_T]]) -> Future[_T]:
     """The result of a call that has to wait for its turn."""
-    result: Future = Future()
+    result: Future[_T] = Future()
 
-    def resolve(get: Callable) -> None:
+    def resolve(get: Callable[[], _T | Future[_T]]) -> None:
         try:
             value = get()
         except Exception as error:
@@ -159,8 +176,10 @@ def _afterwards(pending: Future, call: Callable) -> Future:
     return result
 
 
-def release_kv_cache_memory(stock: Callable) -> Callable:
-    def release_kv_cache_memory(self: Any) -> None:
+def release_kv_cache_memory(
+    stock: Callable[["EngineCore"], None],
+) -> Callable[["EngineCore"], None]:
+    def release_kv_cache_memory(self: "EngineCore") -> None:
         check_enabled(self.vllm_config)
         with _named(), _truth(self):
             asleep = ", ".join(sorted(self.model_executor.sleeping_tags))
@@ -175,7 +194,7 @@ def release_kv_cache_memory(stock: Callable) -> Callable:
     return release_kv_cache_memory
 
 
-def _finish_steps(core: Any) -> None:
+def _finish_steps(core: "EngineCore") -> None:
     """An engine in the caller's process is stepped only while requests run. What the last step left
     to the next one keeps its pause from counting as completed."""
     scheduler = core.scheduler
@@ -187,13 +206,13 @@ def _finish_steps(core: Any) -> None:
         core.step_fn()
 
 
-def resume_scheduler(stock: Callable) -> Callable:
+def resume_scheduler(stock: Callable[["EngineCore"], None]) -> Callable[["EngineCore"], None]:
     """The one way back to serving: not before memory and weights are there. Only the user's own
     call ends the user's own pause."""
 
-    def resume_scheduler(self: Any) -> None:
+    def resume_scheduler(self: "EngineCore") -> None:
         gate = ServingGate.of(self)
-        wakes = getattr(self, "wakes", False)
+        wakes = EngineState.of(self).wakes
         if not wakes:
             call_off_sleep(self, "resume_scheduler()")
         if gate is None:
@@ -222,10 +241,10 @@ def resume_scheduler(stock: Callable) -> Callable:
     return resume_scheduler
 
 
-def is_sleeping(stock: Callable) -> Callable:
+def is_sleeping(stock: Callable[["EngineCore"], bool]) -> Callable[["EngineCore"], bool]:
     """An engine that waits for its weights has its memory: it does not sleep, unless at level 0."""
 
-    def is_sleeping(self: Any) -> bool:
+    def is_sleeping(self: "EngineCore") -> bool:
         gate = ServingGate.of(self)
         if gate is not None and gate.held:
             return self.model_executor.is_sleeping or gate.was_paused
@@ -234,8 +253,8 @@ def is_sleeping(stock: Callable) -> Callable:
     return is_sleeping
 
 
-def collective_rpc(stock: Callable) -> Callable:
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
+    def collective_rpc(self: "EngineCore", method: _Method, *args: Any, **kwargs: Any) -> _T:
         gate = ServingGate.of(self)
         if gate is None:
             return stock(self, method, *args, **kwargs)
@@ -256,14 +275,14 @@ def collective_rpc(stock: Callable) -> Callable:
     return collective_rpc
 
 
-def _follow_load(gate: ServingGate, method: Any) -> None:
+def _follow_load(gate: ServingGate, method: _Method) -> None:
     may_load = not isinstance(method, str) or method not in policy.SAFE_CALLS
     if may_load or gate.unseen or gate.held or not gate.clear:
         gate.follow_load()
 
 
 @contextmanager
-def _moved(core: Any) -> Iterator[None]:
+def _moved(core: "EngineCore") -> Iterator[None]:
     """collective_rpc("sleep") or ("wake_up") bypasses the engine: bring its state in line."""
     executor = core.model_executor
     before = set(executor.sleeping_tags)
@@ -278,8 +297,8 @@ def _moved(core: Any) -> Iterator[None]:
             serve_on(core)
 
 
-def add_request(stock: Callable) -> Callable:
-    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+def add_request(stock: Callable[..., None]) -> Callable[..., None]:
+    def add_request(self: "EngineCore", request: "Request", *args: Any, **kwargs: Any) -> None:
         if refuse_new(self, request):
             return None
         gate = ServingGate.of(self)
@@ -290,10 +309,10 @@ def add_request(stock: Callable) -> Callable:
     return add_request
 
 
-def step(stock: Callable) -> Callable:
+def step(stock: _Step) -> _Step:
     """The last line: nothing runs on memory that sleeps, whichever way the scheduler was paused."""
 
-    def step(self: Any) -> Any:
+    def step(self: "EngineCore") -> tuple[dict[int, "EngineCoreOutputs"] | None, bool]:
         if self.model_executor.sleeping_tags:
             self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
             if not self.batch_queue:
@@ -303,7 +322,7 @@ def step(stock: Callable) -> Callable:
     return step
 
 
-def refusal(self: Any) -> str | None:
+def refusal(self: "EngineCore") -> str | None:
     """Why a new request is not taken now; None if it is."""
     gate = ServingGate.of(self)
     return None if gate is None else on_any_rank(self, gate.look_and_refuse())

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of the KV cache and news of it, which leave the engine: KV connectors and KV-cache events.
+"""KV connectors, which keep copies of the KV cache elsewhere, and KV-cache events.
 
-A sleep discards the KV cache, and level 2 the weights from which it was computed. What is kept of
-it elsewhere has to go too, and who is told of its blocks has to be told of that.
+A sleep discards the KV cache, and level 2 the weights from which it was computed. The copies have
+to go too, and subscribers to the events have to hear of it.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vllm_sleep_ascend.engine.state import scheduler_of
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+_Reset = Callable[["EngineCore", bool, bool], bool]
 
 
-def check_connector(vllm_config: Any) -> None:
+def check_connector(vllm_config: "VllmConfig") -> None:
     """Let an engine with sleep mode have a KV connector only if a sleep leaves nothing of it stale.
 
     vLLM's interface has a call that empties a connector's store (``reset_cache``), and none that
@@ -36,13 +45,13 @@ def check_connector(vllm_config: Any) -> None:
         )
 
 
-def _stale_after_sleep(transfer: Any) -> str:
+def _stale_after_sleep(transfer: "KVTransferConfig") -> str:
     """What of this connector would be stale after a sleep; "" if nothing would."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
     try:
-        connector: Any = KVConnectorFactory.get_connector_class(transfer)
+        connector = KVConnectorFactory.get_connector_class(transfer)
     except ImportError as error:
         return f"it cannot be imported ({error})"
     if connector.register_kv_caches is not KVConnectorBase_V1.register_kv_caches:
@@ -58,28 +67,28 @@ def _stale_after_sleep(transfer: Any) -> str:
     return ""
 
 
-def with_copies(stock: Callable) -> Callable:
+def with_copies(stock: _Reset) -> _Reset:
     """``EngineCore.reset_prefix_cache``, which every way to discard the cache goes through: empty
     the connector's store with it, and publish the events now rather than with the next step."""
 
     def reset_prefix_cache(
-        self: Any, reset_running_requests: bool = False, reset_connector: bool = False
+        self: "EngineCore", reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
         if self.vllm_config.model_config.enable_sleep_mode:
             reset_connector = self.scheduler.get_kv_connector() is not None
         done = stock(self, reset_running_requests, reset_connector)
         events = self.vllm_config.kv_events_config
         if events is not None and events.enable_kv_cache_events:
-            _publish_events(self.scheduler)
+            _publish_events(scheduler_of(self))
         return done
 
     return reset_prefix_cache
 
 
-def _publish_events(scheduler: Any) -> None:
+def _publish_events(scheduler: "Scheduler") -> None:
     from vllm.distributed.kv_events import KVEventBatch
 
-    events = list(scheduler.kv_cache_manager.take_events() or ())
+    events: list[Any] = list(scheduler.kv_cache_manager.take_events() or ())
     connector = scheduler.get_kv_connector()
     if connector is not None:
         events.extend(connector.take_events())

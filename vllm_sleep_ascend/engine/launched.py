@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines under an external launcher (torchrun): one in the process of each rank.
 
-Each engine hears its own rank alone, where the engine of vLLM's other executors hears all. An error
-of one rank before the ranks have met in a transaction would send the others into it, and an engine
-that may not serve would leave the others alone in the model's collectives. So the ranks tell each
-other first.
+Each engine gets the answers of its own rank alone, with vLLM's other executors those of all ranks.
+After an error of one rank, the others would enter the transaction without it; and without an engine
+that may not serve, the others would wait in the model's collectives. So the ranks exchange their
+answers first.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_sleep_ascend.errors import SleepModeError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+_T = TypeVar("_T")
 
 # The worker's methods that an engine calls before a sleep to find out whether it may go on.
 _BEFORE_A_SLEEP = ("synchronize_device", "sleep_refusal")
 
 
-def on_any_rank(core: Any, mine: str | None) -> str | None:
+def on_any_rank(core: "EngineCore", mine: str | None) -> str | None:
     """The first rank's reason that has one, which is the same on every rank of the engine."""
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
@@ -25,12 +31,16 @@ def on_any_rank(core: Any, mine: str | None) -> str | None:
     return next(filter(None, _exchange(core.model_executor, mine)), None)
 
 
-def _exchange(executor: Any, mine: Any) -> list[Any]:
-    return executor.driver_worker.worker.agreement.exchange(mine)
+def _exchange(executor: "ExecutorWithExternalLauncher", mine: _T) -> list[_T]:
+    """What each rank brings, by rank."""
+    of_all: list[_T] = executor.driver_worker.agreement.exchange(mine)
+    return of_all
 
 
-def together(stock: Callable) -> Callable:
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+def together(stock: Callable[..., list[_T]]) -> Callable[..., list[_T]]:
+    def collective_rpc(
+        self: "ExecutorWithExternalLauncher", method: object, *args: Any, **kwargs: Any
+    ) -> list[_T]:
         sleeps = self.vllm_config.model_config.enable_sleep_mode
         if method not in _BEFORE_A_SLEEP or not sleeps:
             return stock(self, method, *args, **kwargs)

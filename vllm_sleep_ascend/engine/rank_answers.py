@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One answer of every rank to every call, also when a call fails or a rank hangs.
+"""Every call reads one answer of every rank, also when it fails or a rank hangs.
 
 vLLM's multiprocessing executor stops reading at the first rank that answers with an error. What the
-ranks behind it answered stays in their queues, and the next call takes it for its own answer. So
-it is with a call whose ``timeout`` passes: its answers come later. And it waits without end for a
-rank that hangs, though the others have said so.
+ranks behind it answered stays in their queues, and the next call takes it for its own answer. The
+same happens after a call whose ``timeout`` passes: its answers come later. And the executor waits
+forever for a rank that hangs, even if the others have failed.
 """
 
 import time
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.errors import RankGoneError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+    from vllm.v1.executor.multiproc_executor import WorkerProc
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -34,12 +39,25 @@ _MOST_OWED = 5  # vLLM's queue of calls holds ten that a rank has not read; more
 _ABORT_S = 10.0  # to take back what a rank holds
 _LARGE_S = 60.0  # for a large answer to follow its mark
 
+_Answer = tuple["WorkerProc.ResponseStatus", Any]  # what the method returned, or the error's text
+
+
+class _Executor(Protocol):
+    """What is used of vLLM's MultiprocExecutor."""
+
+    vllm_config: "VllmConfig"
+    is_failed: bool
+    failure_callback: Callable[[], None] | None
+    response_mqs: list[Any]  # vLLM's queues, and here what reads them in their place
+
+    def shutdown(self) -> None: ...
+
 
 class _Rank:
-    """A rank's queue of answers. Those that nobody waits for any more are dropped before the next
-    one is read. Deadlines are of ``time.monotonic``."""
+    """A rank's queue of answers. Late answers to calls that were given up are dropped before the
+    next one is read. Deadlines are of ``time.monotonic``."""
 
-    def __init__(self, queue: Any) -> None:
+    def __init__(self, queue: "MessageQueue") -> None:
         self._queue = queue
         self.owed = 0  # calls that were given up before this rank had answered
         self._since = 0.0  # when it began to owe answers
@@ -47,7 +65,7 @@ class _Rank:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
 
-    def dequeue(self, timeout: float | None = None) -> Any:
+    def dequeue(self, timeout: float | None = None) -> _Answer:
         """The answer to a call that this rank alone answers."""
         try:
             return self.take(_deadline(timeout))
@@ -56,7 +74,7 @@ class _Rank:
             raise
 
     def owe(self) -> None:
-        """Note that nobody waits for the next answer any more."""
+        """Note that the call that the next answer belongs to was given up."""
         if not self.owed:
             self._since = time.monotonic()
         self.owed += 1
@@ -79,7 +97,7 @@ class _Rank:
                 "restart the engine"
             ) from None
 
-    def take(self, deadline: float = inf) -> Any:
+    def take(self, deadline: float = inf) -> _Answer:
         self.catch_up(deadline)
         return self._read(deadline)
 
@@ -88,9 +106,10 @@ class _Rank:
             self._read(deadline)
             self.owed -= 1
 
-    def _read(self, deadline: float) -> Any:
+    def _read(self, deadline: float) -> _Answer:
         if deadline == inf:
-            return self._queue.dequeue()
+            answer: _Answer = self._queue.dequeue()
+            return answer
         return _dequeue(self._queue, max(0.001, deadline - time.monotonic()))
 
 
@@ -103,13 +122,13 @@ class _Answers:
 
     def __init__(self, rank: int, queue: _Rank, bounded: bool, grace_s: float) -> None:
         self._rank, self._queue, self._bounded, self._grace_s = rank, queue, bounded, grace_s
-        self._early: list[Any] = []
+        self._early: list[_Answer] = []
         self.behind: list[_Answers] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._queue, name)
 
-    def dequeue(self, timeout: float | None = None) -> Any:
+    def dequeue(self, timeout: float | None = None) -> _Answer:
         """
         Raises:
             RankGoneError: this rank or one behind it did not answer after another had.
@@ -128,7 +147,7 @@ class _Answers:
                 other._follow(since, deadline, result)
         return status, result
 
-    def _take(self, deadline: float) -> Any:
+    def _take(self, deadline: float) -> _Answer:
         if self._early:
             return self._early.pop()
         if deadline < inf:
@@ -143,7 +162,7 @@ class _Answers:
                 if errors or (self._bounded and (answers or self._rank > 0)):
                     return self._take_in_grace(time.monotonic(), "".join(errors[:1]))
 
-    def _look(self) -> Any:
+    def _look(self) -> _Answer | None:
         """What this rank has answered; None if it has not yet."""
         if not self._early:
             try:
@@ -171,7 +190,7 @@ class _Answers:
         else:
             self._queue.owe()
 
-    def _take_in_grace(self, since: float, error: str) -> Any:
+    def _take_in_grace(self, since: float, error: str) -> _Answer:
         if self._early:
             return self._early.pop()
         try:
@@ -184,7 +203,7 @@ class _Answers:
             ) from None
 
 
-def _has_timeout(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _has_timeout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return (args[0] if args else kwargs.get("timeout")) is not None
 
 
@@ -192,28 +211,30 @@ def _deadline(timeout: float | None) -> float:
     return inf if timeout is None else time.monotonic() + timeout
 
 
-def _dequeue(queue: Any, timeout: float) -> Any:
-    """As vLLM's, which loses a large answer: in the queue is only a mark, which it takes, and the
-    answer itself comes over a socket, for which it may be too soon."""
+def _dequeue(queue: "MessageQueue", timeout: float) -> _Answer:
+    """As vLLM's, which may lose a large answer: it takes the mark from the queue, and then times
+    out on the socket over which the answer itself comes."""
     mark = queue.current_idx
+    answer: _Answer
     try:
-        return queue.dequeue(timeout=timeout)
+        answer = queue.dequeue(timeout=timeout)
     except TimeoutError:
         if queue.current_idx == mark:
             raise
-        return queue.recv(queue.local_socket, _LARGE_S)
+        answer = queue.recv(queue.local_socket, _LARGE_S)
+    return answer
 
 
-def _failed(status: Any) -> bool:
+def _failed(status: "WorkerProc.ResponseStatus") -> bool:
     from vllm.v1.executor.multiproc_executor import WorkerProc
 
     return status != WorkerProc.ResponseStatus.SUCCESS
 
 
-def reads_every_answer(stock: Callable) -> Callable:
+def reads_every_answer(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrapper of ``MultiprocExecutor.collective_rpc``."""
 
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def collective_rpc(self: _Executor, method: object, *args: Any, **kwargs: Any) -> Any:
         if self.is_failed:
             raise RuntimeError("Executor failed: a rank is gone; restart the engine")
         if not all(isinstance(queue, _Rank) for queue in self.response_mqs):
@@ -250,8 +271,9 @@ def reads_every_answer(stock: Callable) -> Callable:
     return collective_rpc
 
 
-def _give_up(executor: Any, error: RankGoneError) -> None:
-    """As vLLM does when a worker's process ends: nobody would read the late answer as one."""
+def _give_up(executor: _Executor, error: RankGoneError) -> None:
+    """Shut the executor down, as vLLM does when a worker's process ends: the next call would read
+    the late answer."""
     logger.error("%s", error)
     executor.is_failed = True
     executor.shutdown()

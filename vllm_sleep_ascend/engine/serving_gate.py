@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an engine whose memory is awake may serve: after level 2 its weights have no content."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.engine import weight_version
+from vllm_sleep_ascend.engine.state import EngineState, is_pending
+from vllm_sleep_ascend.status import WeightsContent
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -18,11 +23,11 @@ _REMEDY = (
 
 
 class ServingGate:
-    """The part of an EngineCore that knows of weights without content, and ``after_level2``."""
+    """Whether an EngineCore may serve, by its weights' content and the option ``after_level2``."""
 
     asleep = "the engine sleeps; wake it with wake_up() or POST /wake_up"
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: "EngineCore") -> None:
         self._core = core
         config = SleepModeConfig.from_vllm_config(core.vllm_config)
         self._holds = config.after_level2 != "warn"
@@ -36,19 +41,19 @@ class ServingGate:
         self.unseen = False  # a call timed out that may load weights
 
     @classmethod
-    def of(cls, core: Any) -> "ServingGate | None":
+    def of(cls, core: "EngineCore") -> "ServingGate | None":
         """The gate of this engine; None without sleep mode."""
         if not core.vllm_config.model_config.enable_sleep_mode:
             return None
-        gate = getattr(core, "serving_gate", None)
-        if gate is None:
-            gate = core.serving_gate = cls(core)
-        return gate
+        state = EngineState.of(core)
+        if state.gate is None:
+            state.gate = cls(core)
+        return state.gate
 
     def look(self) -> None:
         """Ask the workers."""
         executor = self._core.model_executor
-        contents = executor.collective_rpc("weights_content")
+        contents: list[WeightsContent] = executor.collective_rpc("weights_content")
         self._missing = sorted({name for content in contents for name in content["missing"]})
         self._updating = any(content["updating"] for content in contents)
         self._corrupt = any(content["corrupt"] for content in contents)
@@ -143,15 +148,11 @@ class ServingGate:
         )
 
 
-def serve_on(core: Any) -> None:
+def serve_on(core: "EngineCore") -> None:
     """Resume what a sleep paused. A pause of the user's own stays in force."""
-    before, core.wakes = getattr(core, "wakes", False), True
+    state = EngineState.of(core)
+    before, state.wakes = state.wakes, True
     try:
         core.resume_scheduler()
     finally:
-        core.wakes = before
-
-
-def is_pending(core: Any) -> bool:
-    """Whether a sleep waits for requests to end."""
-    return getattr(core, "pending_sleep", None) is not None
+        state.wakes = before

@@ -5,20 +5,27 @@ Stock vLLM keeps the last version that it was given, whatever is loaded afterwar
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
+
+from vllm_sleep_ascend.status import WeightsContent
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
 
 _UNKNOWN = "unknown"
 
 
-def follow(core: Any, contents: list[dict[str, Any]]) -> None:
+def follow(core: "EngineCore", contents: list[WeightsContent]) -> None:
     """Take the version that the ranks name in their ``weights_content``."""
     if hasattr(core, "_weight_version"):
         versions = {content["version"] for content in contents}
         core._weight_version = versions.pop() if len(versions) == 1 else _UNKNOWN
 
 
-def set_weight_version(stock: Callable) -> Callable:
-    def set_weight_version(self: Any, weight_version: str) -> None:
+def set_weight_version(
+    stock: Callable[["EngineCore", str], None],
+) -> Callable[["EngineCore", str], None]:
+    def set_weight_version(self: "EngineCore", weight_version: str) -> None:
         if _sleeps(self):
             self.model_executor.collective_rpc("give_weight_version", args=(weight_version,))
         stock(self, weight_version)
@@ -26,8 +33,8 @@ def set_weight_version(stock: Callable) -> Callable:
     return set_weight_version
 
 
-def get_weight_version(stock: Callable) -> Callable:
-    def get_weight_version(self: Any) -> str:
+def get_weight_version(stock: Callable[["EngineCore"], str]) -> Callable[["EngineCore"], str]:
+    def get_weight_version(self: "EngineCore") -> str:
         if _sleeps(self):
             follow(self, self.model_executor.collective_rpc("weights_content"))
         return stock(self)
@@ -35,5 +42,5 @@ def get_weight_version(stock: Callable) -> Callable:
     return get_weight_version
 
 
-def _sleeps(core: Any) -> bool:
+def _sleeps(core: "EngineCore") -> bool:
     return core.vllm_config.model_config.enable_sleep_mode

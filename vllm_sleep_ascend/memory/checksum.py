@@ -9,7 +9,7 @@ What is missed: a change that leaves every row sum and every column sum as it wa
 least four words in the corners of a rectangle must change by exactly compensating amounts; and any
 other change with a probability of 2**-64, that of two equal checksums. A change of one word, or of
 words in one row or one column, and words that change places always change a row or column sum. It
-is no protection against somebody who wants to be missed.
+does not protect against changes that were made to be missed.
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this package keeps of an EngineCore, and what it knows of one beyond vLLM's interfaces."""
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCore
+
+    from vllm_sleep_ascend.engine.pauses import WaitBeforeSleep
+    from vllm_sleep_ascend.engine.serving_gate import ServingGate
+
+_ATTRIBUTE = "sleep_mode_state"
+
+
+@dataclass
+class EngineState:
+    """
+    gate: whether it may serve; None without sleep mode.
+    pending_sleep: a sleep that waits for requests to end.
+    wait: its part before any memory moves.
+    pauses_to_sleep: the pause that is being made belongs to a sleep, not to the user.
+    wakes: the resume that is being made belongs to a wake, not to the user.
+    undelivered: outputs of an engine in the caller's process that nobody has asked for yet.
+    """
+
+    gate: "ServingGate | None" = None
+    pending_sleep: Future[None] | None = None
+    wait: "WaitBeforeSleep | None" = None
+    pauses_to_sleep: bool = False
+    wakes: bool = False
+    undelivered: "deque[EngineCoreOutputs]" = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, core: "EngineCore") -> "EngineState":
+        """That of this engine, which keeps it as an attribute."""
+        state: EngineState | None = getattr(core, _ATTRIBUTE, None)
+        if state is None:
+            state = cls()
+            setattr(core, _ATTRIBUTE, state)
+        return state
+
+
+def scheduler_of(core: "EngineCore") -> "Scheduler":
+    """As vLLM's own class: its interface has neither requests nor caches."""
+    return cast("Scheduler", core.scheduler)
+
+
+def is_pending(core: "EngineCore") -> bool:
+    """Whether a sleep waits for requests to end."""
+    return EngineState.of(core).pending_sleep is not None
