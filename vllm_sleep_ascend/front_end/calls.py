@@ -2,11 +2,12 @@
 """The calls of ``LLM``, ``LLMEngine`` and ``AsyncLLM``: checked input, typed errors, metrics."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.engine import core
 from vllm_sleep_ascend.engine.not_serving import NotServingError
 from vllm_sleep_ascend.engine.serving_gate import ServingGate
 from vllm_sleep_ascend.error_text import restored
@@ -14,17 +15,29 @@ from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.front_end import metrics
 from vllm_sleep_ascend.front_end.replicas import call_all
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.entrypoints.llm import LLM
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import EngineCoreClient, SyncMPClient
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_OfAsync = Callable[Concatenate["AsyncLLM", _P], Awaitable[_T]]  # a method of AsyncLLM
+_OfEngine = Callable[Concatenate["LLMEngine", _P], _T]
+_OfLLM = Callable[Concatenate["LLM", _P], _T]
+_Check = Callable[Concatenate["VllmConfig", _P], None]
+
 _MAY_REFUSE = "sleep_mode_may_refuse"  # of an AsyncLLM: whether its engine has to be asked
 
 
-async def refusal(client: Any) -> str | None:
+async def refusal(client: "AsyncLLM") -> str | None:
     """Why this engine takes no request now; None if it does, or if no option refuses any.
 
     An answer takes a step of the engine, so it is asked only after a call of this front end that
     may keep it from serving. Otherwise the engine itself says so: see ``refusals``.
-
-    Args:
-        client: vLLM's AsyncLLM.
     """
     if not getattr(client, _MAY_REFUSE, False):
         return None
@@ -39,10 +52,10 @@ async def refusal(client: Any) -> str | None:
     return reason
 
 
-def noted(stock: Callable) -> Callable:
+def noted(stock: _OfAsync[_P, _T]) -> _OfAsync[_P, _T]:
     """A call after which the engine may refuse requests."""
 
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    async def call(self: "AsyncLLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         setattr(self, _MAY_REFUSE, True)
         try:
             return await stock(self, *args, **kwargs)
@@ -52,8 +65,8 @@ def noted(stock: Callable) -> Callable:
     return call
 
 
-def admitted(stock: Callable) -> Callable:
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+def admitted(stock: _OfAsync[_P, _T]) -> _OfAsync[_P, _T]:
+    async def add_request(self: "AsyncLLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         reason = await refusal(self)
         if reason is not None:
             raise NotServingError(reason)
@@ -62,13 +75,13 @@ def admitted(stock: Callable) -> Callable:
     return add_request
 
 
-def admitted_in_process(stock: Callable) -> Callable:
+def admitted_in_process(stock: _OfEngine[_P, _T]) -> _OfEngine[_P, _T]:
     """An engine in a process of its own answers a request that it refuses with "abort": to ask it
     first would take a step of it for each request."""
 
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        core = getattr(self.engine_core, "engine_core", None)
-        gate = None if core is None else ServingGate.of(core)
+    def add_request(self: "LLMEngine", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        in_process = _in_process(self.engine_core)
+        gate = None if in_process is None else ServingGate.of(in_process)
         reason = gate.look_and_refuse() if gate is not None and gate.refuses else None
         if reason is not None:
             raise NotServingError(reason)
@@ -77,11 +90,11 @@ def admitted_in_process(stock: Callable) -> Callable:
     return add_request
 
 
-def resume_generation(stock: Callable) -> Callable:
+def resume_generation(stock: _OfAsync[[], None]) -> _OfAsync[[], None]:
     """While a sleep waits for requests on one engine, others may sleep already: all of it is called
     off."""
 
-    async def resume_generation(self: Any) -> None:
+    async def resume_generation(self: "AsyncLLM", /) -> None:
         with _typed():
             if any(await call_all(self.engine_core, "sleep_mode_pending")):
                 await self.wake_up()
@@ -90,10 +103,10 @@ def resume_generation(stock: Callable) -> Callable:
     return resume_generation
 
 
-def with_guarded_llm(stock: Callable) -> Callable:
+def with_guarded_llm(stock: _OfEngine[_P, None]) -> _OfEngine[_P, None]:
     """``LLM`` is patched when it makes its engine: other processes never load its module."""
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: "LLMEngine", /, *args: _P.args, **kwargs: _P.kwargs) -> None:
         from vllm_sleep_ascend import patches
 
         if "vllm.entrypoints.llm" in sys.modules:
@@ -103,16 +116,16 @@ def with_guarded_llm(stock: Callable) -> Callable:
     return init
 
 
-def serving(stock: Callable) -> Callable:
+def serving(stock: _OfLLM[_P, _T]) -> _OfLLM[_P, _T]:
     """An engine that sleeps would be stepped for ever."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: "LLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         engine = self.llm_engine
         reason = None
         if engine.is_sleeping():
             reason = f"the engine sleeps; call wake_up() before {stock.__name__}()"
         elif engine.vllm_config.model_config.enable_sleep_mode:
-            reason = _call_core(engine.engine_core, "sleep_mode_refusal")
+            reason = _refusal_of(engine.engine_core)
         if reason is not None:
             raise NotServingError(reason)
         return stock(self, *args, **kwargs)
@@ -120,11 +133,19 @@ def serving(stock: Callable) -> Callable:
     return call
 
 
-def _call_core(client: Any, method: str) -> Any:
-    """A method of EngineCore, in this process or in its own."""
-    if hasattr(client, "call_utility"):
-        return client.call_utility(method)
-    return getattr(client.engine_core, method)()
+def _refusal_of(client: "EngineCoreClient") -> str | None:
+    """As ``core.refusal``, of an engine in this process or in its own."""
+    in_process = _in_process(client)
+    if in_process is not None:
+        return core.refusal(in_process)
+    reason: str | None = cast("SyncMPClient", client).call_utility("sleep_mode_refusal")
+    return reason
+
+
+def _in_process(client: "EngineCoreClient") -> "EngineCore | None":
+    """The engine of this client, if it is in this process."""
+    in_process: EngineCore | None = getattr(client, "engine_core", None)
+    return in_process
 
 
 @contextmanager
@@ -139,9 +160,11 @@ def _typed() -> Iterator[None]:
         raise raised from None
 
 
-def checked(check: Callable) -> Callable:
-    def wrapper(stock: Callable) -> Callable:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+def checked(check: _Check[_P]) -> Callable[[_OfEngine[_P, _T]], _OfEngine[_P, _T]]:
+    """Wrapper of a method with the parameters of ``check``, which refuses bad input."""
+
+    def wrapper(stock: _OfEngine[_P, _T]) -> _OfEngine[_P, _T]:
+        def call(self: "LLMEngine", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
             check(self.vllm_config, *args, **kwargs)
             try:
                 with _typed():
@@ -154,11 +177,11 @@ def checked(check: Callable) -> Callable:
     return wrapper
 
 
-def checked_async(check: Callable) -> Callable:
-    def wrapper(stock: Callable) -> Callable:
+def checked_async(check: _Check[_P]) -> Callable[[_OfAsync[_P, _T]], _OfAsync[_P, _T]]:
+    def wrapper(stock: _OfAsync[_P, _T]) -> _OfAsync[_P, _T]:
         with_note = noted(stock)
 
-        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        async def call(self: "AsyncLLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
             check(self.vllm_config, *args, **kwargs)
             try:
                 with _typed():

@@ -8,7 +8,7 @@ holds, and every refusal is a 4xx or 5xx with a reason.
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.engine.not_serving import NotServingError
@@ -20,11 +20,13 @@ from vllm_sleep_ascend.status import state_of
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
+    from vllm.entrypoints.serve.dev.sleep.metrics import Operation
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-Call = Callable[[], Awaitable[dict[str, Any]]]
+Call = Callable[[], Awaitable[dict[str, object]]]
 
 
-def with_middleware(stock: Callable) -> Callable:
+def with_middleware(stock: Callable[["FastAPI"], None]) -> Callable[["FastAPI"], None]:
     def register_instrumentator_api_routers(app: "FastAPI") -> None:
         stock(app)
         app.add_middleware(SleepModeMiddleware)
@@ -36,37 +38,43 @@ def with_middleware(stock: Callable) -> Callable:
 def attach_router(app: "FastAPI") -> None:
     """Add the endpoints to ``app``, whose ``state.engine_client`` is vLLM's."""
     from fastapi import APIRouter, Request
+    from fastapi.responses import JSONResponse
     from vllm.v1.engine.async_llm import AsyncLLM
 
     # Handlers are annotated in this scope: FastAPI has to see the class itself.
     router = APIRouter()
 
     @router.post("/sleep")
-    async def sleep(request: Request) -> Any:
+    async def sleep(request: Request) -> JSONResponse:
         return await _answer("sleep", _sleep, request)
 
     @router.post("/wake_up")
-    async def wake_up(request: Request) -> Any:
+    async def wake_up(request: Request) -> JSONResponse:
         return await _answer("wake", _wake_up, request)
 
     if hasattr(AsyncLLM, "release_kv_cache_memory"):  # not in vLLM 0.23
 
         @router.post("/release_kv_cache_memory")
-        async def release_kv_cache_memory(request: Request) -> Any:
+        async def release_kv_cache_memory(request: Request) -> JSONResponse:
             return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
-    async def is_sleeping(request: Request) -> Any:
-        return {"is_sleeping": await request.app.state.engine_client.is_sleeping()}
+    async def is_sleeping(request: Request) -> JSONResponse:
+        return JSONResponse({"is_sleeping": await _client(request).is_sleeping()})
 
     @router.get("/sleep_status")
-    async def sleep_status(request: Request) -> Any:
-        return await _status(request.app.state.engine_client)
+    async def sleep_status(request: Request) -> JSONResponse:
+        return await _status(_client(request))
 
     app.include_router(router)
 
 
-async def _status(client: Any) -> "JSONResponse":
+def _client(request: "Request") -> "AsyncLLM":
+    client: AsyncLLM = request.app.state.engine_client
+    return client
+
+
+async def _status(client: "AsyncLLM") -> "JSONResponse":
     """What the engine is doing: ``state`` (``status.State``), ``is_sleeping`` and ``ranks``. One
     that is ``dead`` has no ranks, and answers with status 503."""
     from fastapi.responses import JSONResponse
@@ -90,13 +98,15 @@ async def _status(client: Any) -> "JSONResponse":
     return JSONResponse({"state": state, "is_sleeping": is_sleeping, "ranks": ranks})
 
 
-async def _answer(operation: Any, parse: Any, request: "Request") -> "JSONResponse":
-    """Bad input is refused before it counts as an operation; a failure leaves its trace in both."""
+async def _answer(
+    operation: "Operation", parse: Callable[["Request"], Awaitable[Call]], request: "Request"
+) -> "JSONResponse":
+    """Bad input is refused before it counts as an operation in vLLM's metrics; a failure counts."""
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        call: Call = await parse(request)
+        call = await parse(request)
         with _recorded(operation):
             return JSONResponse(await call())
     except (ValueError, RuntimeError, EngineDeadError) as error:
@@ -104,7 +114,7 @@ async def _answer(operation: Any, parse: Any, request: "Request") -> "JSONRespon
         return JSONResponse(_error(error, status), status)
 
 
-def _recorded(operation: Any) -> AbstractContextManager:
+def _recorded(operation: "Operation") -> AbstractContextManager[None]:
     """vLLM's own metrics of an operation, where it has them."""
     try:
         from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
@@ -113,7 +123,7 @@ def _recorded(operation: Any) -> AbstractContextManager:
     return sleep_mode_operation_metrics().record(operation)
 
 
-def _error(error: Exception, status: int) -> dict[str, Any]:
+def _error(error: Exception, status: int) -> dict[str, dict[str, object]]:
     return {"error": {"type": type(error).__name__, "message": str(error), "code": status}}
 
 
@@ -122,8 +132,8 @@ async def _sleep(request: "Request") -> Call:
     level = _parse_level(options.get("level", 1))
     mode = policy.check_mode(options.get("mode", "abort"))
 
-    async def call() -> dict[str, Any]:
-        await request.app.state.engine_client.sleep(level, mode)
+    async def call() -> dict[str, object]:
+        await _client(request).sleep(level, mode)
         return {"status": "sleeping", "level": level}
 
     return call
@@ -133,8 +143,8 @@ async def _wake_up(request: "Request") -> Call:
     tags = (await _options(request, ("tags",))).get("tags")
     wanted = policy.check_tags(tags)
 
-    async def call() -> dict[str, Any]:
-        client = request.app.state.engine_client
+    async def call() -> dict[str, object]:
+        client = _client(request)
         fully_awake = await client.wake_up(wanted)
         if fully_awake is None:  # vLLM 0.23
             fully_awake = not await client.is_sleeping()
@@ -144,20 +154,20 @@ async def _wake_up(request: "Request") -> Call:
 
 
 async def _release_kv_cache_memory(request: "Request") -> Call:
-    async def call() -> dict[str, Any]:
-        await request.app.state.engine_client.release_kv_cache_memory()
+    async def call() -> dict[str, object]:
+        await _client(request).release_kv_cache_memory()
         return {"status": "kv_cache_released"}
 
     return call
 
 
-async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, Any]:
+async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, object]:
     """The options of a call from its JSON body and its query.
 
     Raises:
         ValueError: the body is not a JSON object, has another key, or contradicts the query.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if await request.body():
         try:
             options = await request.json()
@@ -174,7 +184,7 @@ async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, Any]
         values = request.query_params.getlist(name)
         if not values:
             continue
-        value: Any = values if name == "tags" else values[-1]
+        value = values if name == "tags" else values[-1]
         if name in options and not _same(options[name], value):
             raise ValueError(
                 f"{name} is {value!r} in the query and {options[name]!r} in the body; send one"

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import REGISTRY, Gauge
 from vllm.logger import init_logger
@@ -11,6 +11,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_sleep_ascend.front_end.replicas import rank_status
 from vllm_sleep_ascend.status import RankStatus, level_of
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -57,15 +61,15 @@ def _gauge(name: str, documentation: str, labels: tuple[str, ...]) -> Gauge:
     return Gauge(name, documentation, labels, multiprocess_mode="mostrecent")
 
 
-def record(engine: Any) -> None:
+def record(engine: "LLMEngine") -> None:
     """Bring the metrics of an LLMEngine up to date, if it has any."""
     if has_metrics(engine) and not _is_dead(engine):
         with suppress(EngineDeadError):
             _publish(engine, engine.collective_rpc("sleep_status"), engine.is_sleeping())
 
 
-async def record_async(engine: Any) -> list[RankStatus]:
-    """The same of an AsyncLLM; returns what the ranks say."""
+async def record_async(engine: "AsyncLLM") -> list[RankStatus]:
+    """As ``record``, of an AsyncLLM; returns what the ranks say."""
     if _is_dead(engine):
         return []
     try:
@@ -77,16 +81,17 @@ async def record_async(engine: Any) -> list[RankStatus]:
     return ranks
 
 
-def _is_dead(engine: Any) -> bool:
+def _is_dead(engine: "LLMEngine | AsyncLLM") -> bool:
     return bool(getattr(engine, "errored", False))
 
 
-def has_metrics(engine: Any) -> bool:
+def has_metrics(engine: "LLMEngine | AsyncLLM") -> bool:
     """Whether anybody would see the gauges of this LLMEngine or AsyncLLM."""
     return engine.logger_manager is not None and engine.model_config.enable_sleep_mode
 
 
-def _publish(engine: Any, ranks: list[RankStatus], is_sleeping: bool) -> None:
-    SleepModeGauges(engine.model_config.served_model_name).set(ranks)
-    # vLLM's own gauge, which in stock vLLM follows what was asked.
+def _publish(engine: "LLMEngine | AsyncLLM", ranks: list[RankStatus], is_sleeping: bool) -> None:
+    SleepModeGauges(str(engine.model_config.served_model_name)).set(ranks)
+    assert engine.logger_manager is not None
+    # vLLM's own gauge, which in stock vLLM follows what was asked for.
     engine.logger_manager.record_sleep_state(int(is_sleeping), level_of(ranks))

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every request to the server passes: refusals by option, and metrics made fresh."""
+"""The server's middleware: refuses requests where an option says so, and refreshes gauges."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend.front_end import metrics
+from vllm_sleep_ascend.status import RankStatus
 
 if TYPE_CHECKING:
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 _RETRY_AFTER_S = 1
 _SCRAPE_S = 1.0
@@ -36,10 +38,10 @@ class SleepModeMiddleware:
 
     def __init__(self, app: "ASGIApp") -> None:
         self._app = app
-        self._refresh: asyncio.Task | None = None
+        self._refresh: asyncio.Task[list[RankStatus]] | None = None
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        client = None
+        client: AsyncLLM | None = None
         if scope["type"] == "http":
             client = getattr(scope["app"].state, "engine_client", None)
         if client is not None and client.model_config.enable_sleep_mode:
@@ -52,7 +54,7 @@ class SleepModeMiddleware:
                     return
         await self._app(scope, receive, send)
 
-    async def _refresh_metrics(self, client: Any) -> None:
+    async def _refresh_metrics(self, client: "AsyncLLM") -> None:
         """An engine that is busy with an operation answers after it: then the last figures stay."""
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.create_task(metrics.record_async(client))
@@ -61,7 +63,8 @@ class SleepModeMiddleware:
 
 def _path(scope: "Scope") -> str:
     """Without ``--root-path``, as vLLM's own middleware sees it."""
-    return scope["path"].removeprefix(scope.get("root_path", ""))
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _generates(scope: "Scope") -> bool:
@@ -83,7 +86,7 @@ def _unavailable(reason: str) -> "JSONResponse":
     return JSONResponse({"error": error}, 503, {"Retry-After": str(_RETRY_AFTER_S)})
 
 
-async def _refused(client: Any) -> "ASGIApp | None":
+async def _refused(client: "AsyncLLM") -> "ASGIApp | None":
     from vllm.v1.engine.exceptions import EngineDeadError
 
     from vllm_sleep_ascend.front_end.calls import refusal

@@ -3,14 +3,21 @@
 and nothing is answered before every engine has."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.status import RankStatus
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
 
-async def call_all(self: Any, method: str, *args: Any) -> list[Any]:
+_Utility = Callable[..., Awaitable[Any]]
+_Sleeps = Callable[["AsyncMPClient"], Awaitable[bool]]
+
+
+async def call_all(self: "AsyncMPClient", method: str, *args: object) -> list[Any]:
     """A method of every engine of vLLM's AsyncMPClient: what each answers, once all have.
 
     Raises:
@@ -27,19 +34,15 @@ async def call_all(self: Any, method: str, *args: Any) -> list[Any]:
     return results
 
 
-async def rank_status(client: Any) -> list[RankStatus]:
-    """``sleep_status`` of every rank of every engine.
-
-    Args:
-        client: vLLM's AsyncLLM.
-    """
+async def rank_status(client: "AsyncLLM") -> list[RankStatus]:
+    """``sleep_status`` of every rank of every engine."""
     call = ("collective_rpc", "sleep_status", None, (), None)
     engines = await call_all(client.engine_core, *call)
     return [rank for ranks in engines for rank in ranks]
 
 
-def of_the_first(stock: Callable) -> Callable:
-    async def call_utility_async(self: Any, method: str, *args: Any) -> Any:
+def of_the_first(stock: _Utility) -> _Utility:
+    async def call_utility_async(self: "AsyncMPClient", method: str, *args: object) -> Any:
         return (await call_all(self, method, *args))[0]
 
     return call_utility_async
@@ -65,10 +68,10 @@ def _number(engine: bytes) -> int:
     return int.from_bytes(engine, "little")
 
 
-def is_sleeping(stock: Callable) -> Callable:
-    """Where engines differ, after a failure, stock vLLM knows no answer."""
+def is_sleeping(stock: _Sleeps) -> _Sleeps:
+    """Whether any engine sleeps. Where they differ, after a failure, stock vLLM raises."""
 
-    async def is_sleeping_async(self: Any) -> bool:
+    async def is_sleeping_async(self: "AsyncMPClient") -> bool:
         return any(await call_all(self, "is_sleeping"))
 
     return is_sleeping_async
