@@ -9,13 +9,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 __version__ = "0.1.0"
 
-_Function = TypeVar("_Function", bound=Callable)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def safe_while_asleep(function: _Function) -> _Function:

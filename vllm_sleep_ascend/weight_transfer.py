@@ -110,8 +110,10 @@ class SafetensorsTrainer(TrainerWeightTransferEngine[SafetensorsTrainerInitInfo]
 
     init_info_cls = SafetensorsTrainerInitInfo
 
-    def __init__(self, info: SafetensorsTrainerInitInfo, **kwargs: Any) -> None:
-        super().__init__(is_sender=info.is_sender, **kwargs)
+    def __init__(
+        self, info: SafetensorsTrainerInitInfo, client: VLLMWeightSyncClient, source: WeightSource
+    ) -> None:
+        super().__init__(client=client, source=source, is_sender=info.is_sender)
         self._info = info
 
     @classmethod
@@ -130,7 +132,7 @@ class SafetensorsTrainer(TrainerWeightTransferEngine[SafetensorsTrainerInitInfo]
             raise ValueError("the safetensors backend needs a WeightSource")
         if not os.path.isdir(init_info.folder):
             raise ValueError(f"folder {init_info.folder!r} does not exist")
-        trainer = cls(init_info, client=client, source=source)
+        trainer = cls(init_info, client, source)
         if trainer.is_sender:
             client.init_weight_transfer_engine({})
         return trainer
