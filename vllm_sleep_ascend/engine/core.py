@@ -68,15 +68,15 @@ def sleep(stock: _Sleep) -> _Sleep:
         check_sleep(self.vllm_config, level, mode)
         pending = EngineState.of(self).pending_sleep
         if pending is not None:
-            if mode == "abort":  # what the pending one waits for
+            if mode == "abort":  # of the requests that the pending sleep waits for
                 with pausing_to_sleep(self):
                     self.pause_scheduler("abort", clear_cache=False)
             return _afterwards(pending, lambda: sleep(self, level, mode))
         was_paused = self.is_scheduler_paused()
         with _named(), _truth(self):
             if self.model_executor.is_sleeping:
-                # Stock vLLM would do nothing if the weights sleep, though the KV cache may be
-                # awake or the level another; and to pause anew could start what is kept.
+                # Stock vLLM does nothing if the weights sleep, though the KV cache may be awake or
+                # the level may differ; and a second pause could start requests that are kept.
                 if level > 0:
                     self.model_executor.collective_rpc("sleep", kwargs={"level": level})
                 return None
@@ -96,7 +96,8 @@ def sleep(stock: _Sleep) -> _Sleep:
 
 
 def _check_wait(core: "EngineCore") -> None:
-    """Requests that wait for the weights do not end, and may not be stepped."""
+    """Refuse mode "wait" while requests wait for weights: they may not be stepped, and so never
+    end."""
     gate = ServingGate.of(core)
     if gate is None or not gate.held:
         return
@@ -151,14 +152,14 @@ def wake_up(stock: _WakeUp) -> _WakeUp:
                 fully_awake = stock(self, tags)
             finally:
                 state.wakes = False
-        # vLLM 0.23 answers nothing.
+        # vLLM 0.23 returns nothing.
         return not self.model_executor.is_sleeping if fully_awake is None else fully_awake
 
     return wake_up
 
 
 def _afterwards(pending: Future[None], call: Callable[[], _T | Future[_T]]) -> Future[_T]:
-    """The result of a call that has to wait for its turn."""
+    """The result of a call that is made once the pending one is done."""
     result: Future[_T] = Future()
 
     def resolve(get: Callable[[], _T | Future[_T]]) -> None:
@@ -264,7 +265,7 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
             with _moved(self) if method in _MOVES else nullcontext():
                 result = stock(self, call, *args, **kwargs)
         except (TimeoutError, RankGoneError):
-            gate.unseen = True  # to ask a rank that does not answer is to wait for it
+            gate.unseen = True  # asking now would wait for the rank that does not answer
             raise
         except Exception:
             _follow_load(gate, method)
@@ -310,7 +311,8 @@ def add_request(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def step(stock: _Step) -> _Step:
-    """The last line: nothing runs on memory that sleeps, whichever way the scheduler was paused."""
+    """The last line of defence: no step runs on memory that sleeps, however the scheduler was
+    paused."""
 
     def step(self: "EngineCore") -> tuple[dict[int, "EngineCoreOutputs"] | None, bool]:
         if self.model_executor.sleeping_tags:

@@ -51,7 +51,7 @@ class WaitBeforeSleep:
     """The part of a sleep in mode "wait" before any memory moves.
 
     Attributes:
-        done: what the sleep goes by, in place of vLLM's future, which nobody can cancel.
+        done: the future that the sleep waits for; vLLM's own cannot be cancelled.
     """
 
     def __init__(self, core: "EngineCore", pause: Callable[[], Future[None] | None]) -> None:

@@ -85,7 +85,7 @@ class ServingGate:
         log("The engine does not serve yet: %s", self._reason())
 
     def paused_by_user(self, state: PauseState) -> None:
-        """The user, and no sleep, paused the engine."""
+        """Note that the user paused the engine, as opposed to a sleep."""
         self.users_pause = state
         if self.held:
             self._before = state
@@ -108,7 +108,7 @@ class ServingGate:
             self.hold(self._core.scheduler.pause_state)
 
     def warn(self) -> None:
-        """Once for each level-2 sleep: what is served now is not the model's."""
+        """Warn, once for each level-2 sleep, that weights without content are served."""
         if self._missing and not self._warned:
             self._warned = True
             logger.warning("The engine serves, but %s", self._reason())
@@ -124,14 +124,15 @@ class ServingGate:
         return self.asleep
 
     def look_and_refuse(self) -> str | None:
-        """As ``refusal``, after a look: code in the worker's process may have written weights."""
+        """As ``refusal``, after asking the workers: code in their processes may have written
+        weights."""
         if self.held and not self._core.model_executor.is_sleeping:
             self.follow_load()
         return self.refusal()
 
     @property
     def refuses(self) -> bool:
-        """Whether an option has requests refused."""
+        """Whether an option may refuse requests."""
         return self._holds or self.refuses_while_asleep
 
     def _reason(self) -> str:
