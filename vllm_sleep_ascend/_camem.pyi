@@ -78,7 +78,8 @@ def sleep(
     copied, and the others are remembered with the new backups.
 
     What sleeps already stays as it is, except that ``discard`` drops its host backup. The caller
-    has synchronised torch's own queues. If a call fails, all is mapped again with its content.
+    has synchronised torch's own queues. If a call fails, all is mapped again with its content,
+    that of scratch tags perhaps without; the error says what could not be.
 
     Without ``commit``: do all that can fail, keep all that is needed to take it back, and return
     an empty report; commit() or abort() follows. Any other sleep or wake takes it back.
@@ -90,14 +91,18 @@ def wake(tags: list[str], timeout_s: float = 0.0, *, commit: bool = True) -> Rep
     in sleep()."""
 
 def commit() -> Report:
-    """Carry out the sleep or wake that was prepared, which cannot fail."""
+    """Carry out the sleep or wake that was prepared. No AscendCL call can make this fail.
+
+    Raises:
+        RuntimeError: nothing is prepared; another operation may have taken it back.
+    """
 
 def abort() -> str:
     """Take back what is prepared, if anything is. Returns what failed in that, ``""``: nothing."""
 
 def prepare(tags: list[str], *, slowly: bool = False) -> None:
     """Take page-locked memory for the backups of these tags in the background, and return at once;
-    ``slowly`` with one thread of the lowest priority.
+    ``slowly`` with one thread that rests as long as it works.
 
     Raises:
         HostOutOfMemoryError: the host has not that much. What others take while it works ends it

@@ -186,7 +186,6 @@ void HostReserve::give_back() {
         try {
           guard.emplace(device);
         } catch (const std::exception&) {
-          continue;
         }
       }
       blocks->clear();

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "ascendcl/check.h"
-
 namespace camem {
 
 void Chunk::attach(int device) {
@@ -21,6 +19,12 @@ void Chunk::park() {
 void Chunk::remap(int device) {
   attach(device);
   content = Content::kDevice;
+}
+
+bool Chunk::is_stuck() const {
+  return std::any_of(copying.begin(), copying.end(), [](const CopyStream* stream) {
+    return stream != nullptr && stream->is_stuck();
+  });
 }
 
 void Chunk::require_not_stuck() const {

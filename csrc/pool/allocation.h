@@ -3,6 +3,7 @@
 // One allocation: a reserved address range, its physical chunks and their host backups.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -30,7 +31,7 @@ struct Chunk {
   PhysicalMemory memory;
   HostMemory backup;
   Content content = Content::kNone;
-  const CopyStream* copying = nullptr;  // a copy of it is in flight there, or may be
+  std::array<const CopyStream*, 2> copying{};  // where copies of it are in flight, or may be
 
   // Makes sure that device memory is mapped at `address`. Throws; a repeated call goes on where
   // the failed one stopped.
@@ -38,7 +39,7 @@ struct Chunk {
 
   // Whether a copy that did not end in time may still touch its memory, on the device and the host.
   void require_not_stuck() const;  // throws
-  bool is_stuck() const { return copying != nullptr && copying->is_stuck(); }
+  bool is_stuck() const;
 
   // Unmaps without giving the device memory back, so that remap() needs none. Throws.
   void park();

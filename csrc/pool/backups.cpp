@@ -12,7 +12,7 @@
 namespace camem {
 namespace {
 
-// Fewer chunks are locked sooner than it takes to find out what is faster.
+// Locking fewer chunks than this takes less time than measuring which way is faster.
 constexpr std::size_t kWorthMeasuring = 16;
 
 // Sleeps and wakes follow each other closely at times, and the driver's locks are theirs then.
@@ -65,13 +65,13 @@ void Backups::require_host_memory(const Tasks& offloads) {
   if (needed > available) throw_backup_does_not_fit(needed, available);
 }
 
-bool Backups::take_back(const Allocation& allocation, Chunk& chunk) noexcept {
-  if (chunk.content != Content::kDevice || chunk.is_stuck()) return true;
+void Backups::take_back(const Allocation& allocation, Chunk& chunk) noexcept {
+  if (chunk.is_stuck()) return;
   if (prepared_ && prepared_->tags.count(allocation.tag) != 0 && chunk.backup.is_page_locked()) {
     reserve_.keep(std::move(chunk.backup));
-    return true;
+  } else {
+    chunk.settle(false);
   }
-  return chunk.settle(false);
 }
 
 void Backups::prepare(const std::set<TagId>& tags, bool slowly) {
@@ -95,16 +95,16 @@ void Backups::clear() noexcept {
   transfer_.staging().close();
 }
 
-void Backups::go_on(const Tasks& to_host) noexcept {
+void Backups::resume_background(const Tasks& to_host) noexcept {
   try {
     const bool used =
         prepared_ && std::any_of(to_host.begin(), to_host.end(), [&](const Task& task) {
-          return prepared_->tags.count(task.allocation->tag) != 0;
+          return !task.had_backup && prepared_->tags.count(task.allocation->tag) != 0;
         });
     if (used) release_prepared();
     if (!order_locking_of_plain_backups() && prepared_ && !reserve_.is_working()) order_prepared();
   } catch (const std::exception&) {
-    // Nothing is ahead of its use then.
+    // Then nothing is prepared, and the next sleep takes what it needs.
   }
 }
 

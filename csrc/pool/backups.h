@@ -48,9 +48,9 @@ class Backups {
   unsigned threads() const;
   // A block that is ready, or none.
   std::optional<HostMemory> take(std::size_t bytes) { return reserve_.take(bytes); }
-  // Takes back what a failed sleep took for a backup: it is kept if it was prepared. False if a
-  // call failed.
-  bool take_back(const Allocation& allocation, Chunk& chunk) noexcept;
+  // Takes back what a failed sleep took for a backup: it is kept if it was prepared. A sweep gives
+  // back what this cannot.
+  void take_back(const Allocation& allocation, Chunk& chunk) noexcept;
 
   // Takes page-locked memory for the backups of these tags in the background, and returns at once.
   // `slowly`: with one thread that rests half of the time.
@@ -66,9 +66,9 @@ class Backups {
   void pause() { reserve_.cancel(); }
   // A sleep is going to copy, and needs the driver for itself.
   void stop() { reserve_.stop(); }
-  // An operation has ended, however it did. `to_host`: what a sleep took to the host, with what it
-  // needed of what was prepared.
-  void go_on(const Tasks& to_host = {}) noexcept;
+  // An operation has ended, whatever its outcome. `to_host`: what a sleep copied, some of it into
+  // memory that was prepared.
+  void resume_background(const Tasks& to_host = {}) noexcept;
 
   // Thread-safe, and neither waits.
   void step_begins() noexcept { reserve_.step_begins(); }

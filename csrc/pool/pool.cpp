@@ -8,7 +8,6 @@
 #include <cstring>
 #include <utility>
 
-#include "ascendcl/check.h"
 #include "ascendcl/contexts.h"
 
 namespace camem {
@@ -17,6 +16,10 @@ namespace {
 thread_local TagId t_current_tag = 0;
 std::atomic<bool> g_abandoned{false};
 std::atomic<bool> g_ended{false};
+
+constexpr const char* kComesBack =
+    "no weights are lost: what is not mapped comes back with wake_up, and the same call can be "
+    "repeated";
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
@@ -137,7 +140,7 @@ void Pool::require_nothing_stuck() {
       "a copy of an earlier operation has not ended yet; if it never does, end the process");
 }
 
-// What every transaction begins with. What torch has queued but not yet launched is the caller's to
+// The start of every transaction. What torch has queued but not yet launched is the caller's to
 // flush.
 void Pool::begin(const char* operation, bool waits) {
   backups_.pause();
@@ -145,9 +148,14 @@ void Pool::begin(const char* operation, bool waits) {
     require_nothing_stuck();
     // Work may run on memory that taking back would unmap.
     if (waits || prepared_) wait_for(registry_.contexts(), settings_.device_timeout);
-    take_back();
   } catch (...) {
     fail(operation, "nothing was touched, and the same call can be repeated");
+  }
+  try {
+    const std::string trouble = take_back().trouble;
+    if (!trouble.empty()) throw std::runtime_error(trouble);
+  } catch (...) {
+    fail(operation, std::string("it was to take back what had been prepared; ") + kComesBack);
   }
   sweep(waits);
   transfer_.reset_copied_bytes();
@@ -156,20 +164,17 @@ void Pool::begin(const char* operation, bool waits) {
 template <class Prepare>
 Report Pool::run(const char* operation, Time start, Until until, const Prepare& prepare) {
   prepared_.emplace(Prepared{{settings_, registry_, backups_, steps_}, start});
-  Transaction& transaction = prepared_->transaction;
   try {
-    prepare(transaction);
+    prepare(prepared_->transaction);
   } catch (...) {
-    const std::string trouble = transaction.take_back();
-    const bool lost_scratch = transaction.lost_scratch();
-    prepared_.reset();
-    if (!trouble.empty()) {
-      fail(operation, "taking it back failed too (" + trouble +
-                          "); nothing is lost: what is not mapped comes back with wake_up");
+    const RolledBack result = take_back();
+    const char* scratch = result.lost_scratch ? " (KV cache and workspace without content)" : "";
+    if (!result.trouble.empty()) {
+      fail(operation,
+           "taking it back failed too (" + result.trouble + "); " + kComesBack + scratch);
     }
-    fail(operation, std::string("everything is as it was") +
-                        (lost_scratch ? " (KV cache and workspace without content)" : "") +
-                        ", and the same call can be repeated");
+    fail(operation,
+         std::string("everything is as it was") + scratch + ", and the same call can be repeated");
   }
   return until == Until::kCommitted ? commit_prepared() : Report();
 }
@@ -180,17 +185,17 @@ Report Pool::commit_prepared() {
   prepared_.reset();
   Report report = prepared.transaction.commit();
   sweep();
-  backups_.go_on(prepared.transaction.to_host());
+  backups_.resume_background(prepared.transaction.to_host());
   report.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - prepared.start).count();
   return report;
 }
 
-std::string Pool::take_back() noexcept {
-  if (!prepared_) return "";
-  const std::string trouble = prepared_->transaction.take_back();
+RolledBack Pool::take_back() noexcept {
+  if (!prepared_) return {};
+  const RolledBack result = prepared_->transaction.take_back();
   prepared_.reset();
-  return trouble;
+  return result;
 }
 
 Report Pool::sleep(const Plan& plan, const Sums& sums, Until until) {
@@ -220,8 +225,8 @@ Report Pool::commit() {
 
 std::string Pool::abort() {
   const Lock guard = lock();
-  const std::string trouble = take_back();
-  backups_.go_on();
+  const std::string trouble = take_back().trouble;
+  backups_.resume_background();
   return trouble;
 }
 
@@ -239,7 +244,7 @@ void Pool::wait_for_devices() {
 // Called while what failed is being handled.
 void Pool::fail(const char* operation, const std::string& outcome) {
   std::exception_ptr cause = std::current_exception();
-  backups_.go_on();
+  backups_.resume_background();
   std::string message = std::string(operation) + " failed";
   std::string tag;
   int device = -1;

@@ -36,7 +36,7 @@ struct AllocationInfo {
   std::optional<std::uint64_t> backup_sum;  // checksum of the backup, if one was given
 };
 
-// An operation failed. `cause` is what failed first; the message also says what was restored.
+// An operation failed because of `cause`; the message also says what was restored.
 class TransactionError : public std::runtime_error {
  public:
   TransactionError(const std::string& message, std::exception_ptr cause, std::string tag,
@@ -84,7 +84,7 @@ class Pool {
   void free(void* address, aclrtStream stream) noexcept;
 
   // As Transaction::prepare_sleep() and prepare_wake() say; `timeout` is how long a wake waits for
-  // device memory. Throw TransactionError, and then everything is as it was.
+  // device memory. Throw TransactionError, whose message says what is not as it was.
   Report sleep(const Plan& plan, const Sums& sums = {}, Until until = Until::kCommitted);
   Report wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout,
               Until until = Until::kCommitted);
@@ -142,7 +142,7 @@ class Pool {
   template <class Prepare>
   Report run(const char* operation, Time start, Until until, const Prepare& prepare);
   Report commit_prepared();
-  std::string take_back() noexcept;
+  RolledBack take_back() noexcept;
   [[noreturn]] void fail(const char* operation, const std::string& outcome);
 
   std::mutex tags_mutex_;  // of the names alone: whoever asks for one may hold the GIL

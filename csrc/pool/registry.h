@@ -42,7 +42,8 @@ class Registry {
   // The chunks that are wanted, device by device. Nothing of what was trimmed.
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted) const;
 
-  // Torch's contexts of the devices that hold memory, and that of this thread.
+  // Torch's contexts of the devices that hold memory, and this thread's, whatever it is: a user's
+  // own work may be about that memory too.
   std::set<aclrtContext> contexts() const;
 
   // Gives back what no chunk needs any more, and what is freed: where `synchronized`, whatever the

@@ -125,10 +125,8 @@ void Staging::copy(Direction direction, Chunk& chunk, unsigned thread,
       for (std::size_t i = pieces - std::min<std::size_t>(2, pieces); i < pieces; ++i) finish(i);
     }
   } catch (...) {
-    for (CopyStream* stream : streams) {
-      stream->drain();
-      if (stream->is_stuck()) chunk.copying = stream;
-    }
+    for (CopyStream* stream : streams) stream->drain();
+    chunk.copying = {streams[0], streams[1]};
     if (chunk.is_stuck()) {
       std::lock_guard<std::mutex> lock(mutex_);
       stuck_.push_back({std::exchange(lane, {}), streams});

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <functional>
 #include <future>
-#include <iterator>
+#include <utility>
 #include <vector>
 
 #include "ascendcl/check.h"
@@ -13,8 +13,9 @@
 namespace camem {
 namespace {
 
-// Runs the parts at the same time and waits for all. Throws what the first one threw that failed.
-void together(const std::vector<std::function<void()>>& parts) {
+// Runs the parts at the same time and waits for all. Throws what the first of them that failed has
+// thrown.
+void run_parallel(const std::vector<std::function<void()>>& parts) {
   std::vector<std::future<void>> others;
   for (std::size_t i = 1; i < parts.size(); ++i) others.push_back(std::async(parts[i]));
   std::exception_ptr error;
@@ -59,7 +60,7 @@ void require_device_memory(const Tasks& tasks) {
 
 }  // namespace
 
-void Transaction::count(const Tasks& tasks, std::size_t Moved::* kind) {
+void Transaction::add_to_report(const Tasks& tasks, std::size_t Moved::* kind) {
   for (const Task& task : tasks) report_.tags[task.allocation->tag].*kind += task.chunk->bytes;
 }
 
@@ -91,18 +92,18 @@ void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release rele
   });
   for (const Tasks& tasks : {copied, unchanged}) append(to_host_, tasks);
   for (const Tasks& tasks : {discarded, scratch, asleep}) append(to_none_, tasks);
-  count(copied, &Moved::offloaded);
-  count(unchanged, &Moved::unchanged);
-  count(to_none_, &Moved::discarded);
+  add_to_report(copied, &Moved::offloaded);
+  add_to_report(unchanged, &Moved::unchanged);
+  add_to_report(to_none_, &Moved::discarded);
 
   if (!copied.empty()) backups_.stop();
   backups_.require_host_memory(copied);
   Tasks parked = discarded;
   append(parked, unchanged);
   const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
-  together({[&] { steps_.offload(copied, release); }, [&] { steps_.park(parked); },
-            [&] { steps_.discard({scratch.begin(), half}); },
-            [&] { steps_.discard({half, scratch.end()}); }});
+  run_parallel({[&] { steps_.offload(copied, release); }, [&] { steps_.park(parked); },
+                [&] { steps_.discard({scratch.begin(), half}); },
+                [&] { steps_.discard({half, scratch.end()}); }});
 }
 
 void Transaction::prepare_wake(const std::set<TagId>& tags,
@@ -111,7 +112,7 @@ void Transaction::prepare_wake(const std::set<TagId>& tags,
     return chunk.content != Content::kDevice && tags.count(allocation.tag) != 0;
   });
   for (const Task& task : to_device_) {
-    count({task}, task.before == Content::kHost ? &Moved::restored : &Moved::remapped);
+    add_to_report({task}, task.before == Content::kHost ? &Moved::restored : &Moved::remapped);
   }
   if (!deadline) require_device_memory(to_device_);
   steps_.restore(to_device_, deadline.value_or(Steps::Deadline()));
@@ -129,24 +130,22 @@ Report Transaction::commit() {
   return report_;
 }
 
-std::string Transaction::take_back() noexcept {
-  std::string trouble;
+RolledBack Transaction::take_back() noexcept {
+  RolledBack result;
   const auto attempt = [&](const auto& work) {
     try {
       work();
     } catch (const std::exception& error) {
-      trouble = error.what();
+      result.trouble = error.what();
     }
   };
-  Tasks all = to_host_;
-  for (const Tasks& tasks : {to_none_, to_device_}) append(all, tasks);
   // Those that were mapped and whose content is there now.
-  const auto mapped_before = [&](Content content) {
-    Tasks tasks;
-    std::copy_if(all.begin(), all.end(), std::back_inserter(tasks), [&](const Task& task) {
-      return task.before == Content::kDevice && task.chunk->content == content;
-    });
-    return tasks;
+  const auto for_each_mapped_before = [&](Content content, const auto& work) {
+    for (const Tasks* tasks : {&to_host_, &to_none_}) {
+      for (const Task& task : *tasks) {
+        if (task.before == Content::kDevice && task.chunk->content == content) work(task);
+      }
+    }
   };
   const auto remap = [&](const Task& task) {
     attempt([&] {
@@ -155,19 +154,21 @@ std::string Transaction::take_back() noexcept {
     });
   };
   // What is parked needs no memory; what comes back empty needs it least.
-  for (const Task& task : mapped_before(Content::kParked)) remap(task);
-  attempt([&] { steps_.restore(mapped_before(Content::kHost), {}); });
-  const Tasks empty = mapped_before(Content::kNone);
-  lost_scratch_ = !empty.empty();
-  for (const Task& task : empty) remap(task);
+  for_each_mapped_before(Content::kParked, remap);
+  attempt([&] {
+    Tasks copied;
+    for_each_mapped_before(Content::kHost, [&](const Task& task) { copied.push_back(task); });
+    steps_.restore(std::move(copied), {});
+  });
+  for_each_mapped_before(Content::kNone, [&](const Task& task) {
+    result.lost_scratch = true;
+    remap(task);
+  });
+  for_each_mapped_before(Content::kDevice, [&](const Task& task) {
+    if (!task.had_backup) backups_.take_back(*task.allocation, *task.chunk);
+  });
 
-  for (const Task& task : all) {
-    if (task.before == Content::kDevice) {
-      if (!task.had_backup && !backups_.take_back(*task.allocation, *task.chunk)) {
-        registry_.needs_sweep();
-      }
-      continue;
-    }
+  for (const Task& task : to_device_) {
     task.chunk->content = task.before;
     attempt([&] {
       const DeviceGuard guard(task.allocation->device);
@@ -179,7 +180,7 @@ std::string Transaction::take_back() noexcept {
     });
   }
   registry_.needs_sweep();
-  return trouble;
+  return result;
 }
 
 void Transaction::forget(const Allocation& allocation) {

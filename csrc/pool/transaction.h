@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -47,6 +48,11 @@ struct Report {
 // Checksums of the content of allocations, by address.
 using Sums = std::map<std::uintptr_t, std::uint64_t>;
 
+struct RolledBack {
+  std::string trouble;        // what failed in it, empty: nothing
+  bool lost_scratch = false;  // scratch memory had been given back, and comes again empty
+};
+
 // One of the two prepares comes first and may throw; then commit() or take_back(). The pool's lock
 // is held during each, and need not be in between.
 class Transaction {
@@ -63,13 +69,11 @@ class Transaction {
   // deadline, if there is one.
   void prepare_wake(const std::set<TagId>& tags, std::optional<Steps::Deadline> deadline);
 
-  Report commit();
+  Report commit();  // tells what was prepared, also of what torch has freed since
 
-  // Makes every chunk what it was. Returns what failed in that, empty: nothing. What cannot be
-  // mapped again is kept with its content, and a wake brings it back.
-  std::string take_back() noexcept;
-  // After take_back(): whether content was given up that is not there any more.
-  bool lost_scratch() const { return lost_scratch_; }
+  // Makes every chunk what it was. What cannot be mapped again is kept with its content, and a wake
+  // brings it back.
+  RolledBack take_back() noexcept;
 
   // Torch has freed this allocation meanwhile.
   void forget(const Allocation& allocation);
@@ -78,7 +82,7 @@ class Transaction {
   const Tasks& to_host() const { return to_host_; }
 
  private:
-  void count(const Tasks& tasks, std::size_t Moved::* kind);
+  void add_to_report(const Tasks& tasks, std::size_t Moved::* kind);
 
   const Settings& settings_;
   Registry& registry_;
@@ -89,7 +93,6 @@ class Transaction {
   Tasks to_device_;
   Sums sums_;
   Report report_;
-  bool lost_scratch_ = false;
 };
 
 }  // namespace camem

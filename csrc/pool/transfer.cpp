@@ -11,7 +11,6 @@
 #include <thread>
 #include <utility>
 
-#include "ascendcl/check.h"
 #include "ascendcl/optional.h"
 
 namespace camem {
@@ -130,7 +129,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       for (const std::size_t done : std::exchange(batch.indices, {})) {
         index = done;
         copied_ += chunks[index]->bytes;
-        chunks[index]->copying = nullptr;
+        chunks[index]->copying = {};
         after(index);
       }
     };
@@ -156,7 +155,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
           before(index);
           if (batch.stream != nullptr && chunks[index]->backup.is_page_locked()) {
             batch.indices.push_back(index);  // first: a launch that fails may be in flight in part
-            chunks[index]->copying = batch.stream;
+            chunks[index]->copying = {batch.stream};
             start_copy(direction, *chunks[index], *batch.stream);
           } else {
             staging_.copy(direction, *chunks[index], thread, own);
@@ -175,7 +174,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
     for (const Batch& batch : batches) {
       if (!batch.indices.empty()) batch.stream->drain();
       for (const std::size_t ended : batch.indices) {
-        if (!batch.stream->is_stuck()) chunks[ended]->copying = nullptr;
+        if (!batch.stream->is_stuck()) chunks[ended]->copying = {};
       }
     }
   };

@@ -333,6 +333,48 @@ TEST(a_copy_out_through_a_block_that_never_ends) {
 TEST(a_copy_in_that_never_ends) { check_a_copy_in_hangs(true); }
 TEST(a_copy_in_through_a_block_that_never_ends) { check_a_copy_in_hangs(false); }
 
+// Unmapping under a copy ends the process.
+TEST(of_two_hanging_copies_through_blocks_both_have_to_end) {
+  camem::Settings settings;
+  settings.chunk_bytes = 4 * kMiB;
+  settings.copy_threads = settings.host_threads = 1;
+  settings.device_timeout = std::chrono::seconds(1);
+  settings.unprepared = camem::Unprepared::kStage;
+  pool().configure(settings);
+  const device::Held empty = held();
+  {
+    Block block("weights", 4 * kMiB);
+    const Faults faults(std::string(kHangs) + ",aclrtMemcpyAsync.work:2:delay_ms=3000");
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
+    std::this_thread::sleep_for(std::chrono::seconds(3));  // the second has ended
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
+  }
+  CHECK(held().device_bytes > empty.device_bytes);
+  wait_until_nothing_is_stuck();
+  {
+    const Block another("weights", 2 * kMiB);
+  }  // with whose end the blocks go
+  CHECK_EQ(held(), empty);
+}
+
+// A prepared sleep is taken back by the next operation, whichever that is.
+TEST(a_wake_that_cannot_take_back_what_was_prepared_says_so) {
+  configure();
+  Block block("weights", 4 * kMiB);
+  pool().sleep(level_1(), {}, Until::kPrepared);
+  {
+    const Faults faults("aclrtMapMem:1:507899");
+    try {
+      wake({"kv_cache"});
+      CHECK(false);
+    } catch (const camem::TransactionError& error) {
+      CHECK(std::string(error.what()).find("comes back with wake_up") != std::string::npos);
+    }
+  }
+  wake({"weights"});
+  CHECK(block.intact());
+}
+
 TEST(memory_that_a_hanging_copy_uses_is_kept_though_torch_frees_it) {
   configure_impatient();
   const device::Held empty = held();
