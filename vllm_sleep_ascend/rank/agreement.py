@@ -11,12 +11,22 @@ does not pay it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import torch.distributed as dist
 
 from vllm_sleep_ascend.error_text import type_named
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
+
+T = TypeVar("T")
+
+
+class _Report(TypedDict):
+    """A rank's error, as the others learn of it."""
+
+    type: str
+    text: str
+    figures: dict[str, str | int]
 
 
 def _nothing() -> str:
@@ -42,7 +52,7 @@ class Operation:
     commit: Callable[[], None]
     abort: Callable[[], str]
     abort_together: Callable[[], str] = _nothing
-    facts: Callable[[], Any] = _nothing
+    facts: Callable[[], object] = _nothing
     judge: Callable[[list[Any]], None] | None = None
     timeout: timedelta | None = None
 
@@ -60,7 +70,7 @@ class Agreement:
         me = dist.get_rank() if size > 1 else 0
         first = me - me % size
         self.members = range(first, first + size)  # of the world
-        self._group: Any = self._new_group() if size > 1 else None
+        self._group = self._new_group() if size > 1 else None
 
     def carry_out(self, operation: Operation) -> None:
         """Do it on every rank, or on none.
@@ -80,7 +90,7 @@ class Agreement:
                 self._take_back(operation, failed)
         operation.commit()
 
-    def exchange(self, mine: Any, timeout: timedelta | None = None) -> list[Any]:
+    def exchange(self, mine: T, timeout: timedelta | None = None) -> list[T]:
         """What every rank of the engine has to say, in their order. ``timeout`` is how long to wait
         for the slowest one, if not as long as for a sleep or a wake.
 
@@ -105,12 +115,13 @@ class Agreement:
             ) from error
         return everybody
 
-    def _new_group(self) -> Any:
-        return dist.new_group(
+    def _new_group(self) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup | None = dist.new_group(
             list(self.members), self._timeout, backend="gloo", use_local_synchronization=True
         )
+        return group
 
-    def _exchange_for(self, operation: Operation, mine: Any, failure: Exception | None) -> list:
+    def _exchange_for(self, operation: Operation, mine: T, failure: Exception | None) -> list[T]:
         try:
             return self.exchange(mine, operation.timeout)
         except RankGoneError as gone:
@@ -120,13 +131,13 @@ class Agreement:
                 f"as it was{_and(trouble)}. If the other does not answer again, restart the engine"
             ) from failure
 
-    def _take_back(self, operation: Operation, failed: list[dict[str, Any]]) -> None:
+    def _take_back(self, operation: Operation, failed: list[_Report]) -> None:
         troubles = [operation.abort(), operation.abort_together()]
         mine = "; ".join(trouble for trouble in troubles if trouble)
         others = self.exchange(mine and f"rank {self.rank}, device {self.device}: {mine}")
         raise self._agreed(operation.name, failed, [trouble for trouble in others if trouble])
 
-    def _report(self, error: Exception | None) -> dict[str, Any] | None:
+    def _report(self, error: Exception | None) -> _Report | None:
         if error is None:
             return None
         figures = {name: value for name, value in vars(error).items() if type(value) in (str, int)}
@@ -134,7 +145,7 @@ class Agreement:
         text = str(error) or type(error).__name__
         return {"type": type(error).__name__, "text": f"{where}: {text}", "figures": figures}
 
-    def _agreed(self, name: str, failed: list[dict], troubles: list[str]) -> Exception:
+    def _agreed(self, name: str, failed: list[_Report], troubles: list[str]) -> Exception:
         first = failed[0]
         kind = type_named(first["type"]) or SleepModeError
         texts = dict.fromkeys(report["text"] for report in failed)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,17 @@ logger = init_logger(f"vllm.{__name__}")
 _NPU = torch.device("npu")
 
 
-def meet(group: Any) -> None:
+class _Hccl(Protocol):
+    """torch_npu's backend of a process group."""
+
+    def get_hccl_comm_name(self, rank: int, init_comm: bool) -> str:
+        """Makes the communicator, if there is none and ``init_comm`` says so."""
+
+    def _get_stream_id(self, p2p: bool, peer: int = -1) -> int:
+        """-1: there is no communicator."""
+
+
+def meet(group: dist.ProcessGroup) -> None:
     """Make the communicator of a pipeline's stages now, if they send each other through it.
 
     With P2P_HCCL_BUFFSIZE=0 torch_npu has no communicators of pairs, and the first message waits
@@ -45,8 +55,8 @@ def meet(group: Any) -> None:
 class _Used:
     """A process group, and what of it has a communicator on this rank."""
 
-    group: Any
-    store: Any
+    group: dist.ProcessGroup
+    store: dist.Store
     ranks: list[int]
     collective: bool
     peers: list[int]  # ranks of the group with which this one has a communicator of two
@@ -179,9 +189,9 @@ def trouble_of(step: Callable[[], None]) -> str:
 
 
 @contextmanager
-def _bounded(store: Any) -> Iterator[None]:
+def _bounded(store: dist.Store) -> Iterator[None]:
     """Ranks first meet in torch's store, which would wait for half an hour."""
-    usual = store.timeout
+    usual = store.timeout  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=connect_timeout_s()))
     try:
         yield
@@ -189,5 +199,5 @@ def _bounded(store: Any) -> Iterator[None]:
         store.set_timeout(usual)
 
 
-def _backend(group: Any) -> Any:
-    return group._get_backend(_NPU)
+def _backend(group: dist.ProcessGroup) -> _Hccl:
+    return cast(_Hccl, group._get_backend(_NPU))

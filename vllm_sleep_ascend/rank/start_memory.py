@@ -8,9 +8,8 @@ what it holds by its own account, and never a difference of two looks at what th
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,6 +17,7 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
 from vllm_sleep_ascend.memory.account import held_bytes
+from vllm_sleep_ascend.rank.host_worker import HostWorker
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -117,7 +117,7 @@ class StartMemory:
         gc.collect()
         torch.accelerator.empty_cache()
         stats = torch.accelerator.memory_stats(self._device)
-        return stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+        return int(stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"])
 
     def _not_held(self) -> int:
         return self.share - held_bytes(self._device)
@@ -139,7 +139,7 @@ class StartMemory:
         )
 
 
-def least_kv_cache(worker: Any) -> int:
+def least_kv_cache(worker: HostWorker) -> int:
     """Bytes of KV cache without which vLLM does not start this worker."""
     from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 
@@ -154,7 +154,13 @@ class _Waiting(TorchFunctionMode):
         super().__init__()
         self._wait_s = wait_s
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: Iterable[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         deadline = time.monotonic() + self._wait_s
         while True:
             try:

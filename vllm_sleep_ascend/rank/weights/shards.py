@@ -5,8 +5,6 @@ vLLM keeps what a checkpoint has in several tensors in one parameter: query, key
 and up, all experts of a layer.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -36,14 +34,15 @@ def shards_of(model: nn.Module, name: str, parameter: torch.Tensor) -> dict[str,
     axis = getattr(parameter, "output_dim", None) or 0
     if len(parts) < 2 or len(parts) != len(sizes) or parameter.shape[axis] != sum(sizes):
         return {plain(name): parameter}
+    shards = torch.split(parameter, list(sizes), dim=axis)
     return {
         f"{layer}.{part}.{leaf}".lstrip("."): shard
-        for part, shard in zip(parts, parameter.split(list(sizes), dim=axis), strict=True)
+        for part, shard in zip(parts, shards, strict=True)
     }
 
 
 def _of_experts(
-    module: Any, path: str, leaf: str, parameter: torch.Tensor
+    module: nn.Module, path: str, leaf: str, parameter: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """``parameter`` is ``[experts of this rank, ...]``; gate and up share the second dimension."""
     kind, _, rest = leaf.partition("_")
@@ -57,7 +56,7 @@ def _of_experts(
     return shards
 
 
-def _numbers(module: Any, count: int) -> list[int]:
+def _numbers(module: nn.Module, count: int) -> list[int]:
     """The experts of this rank, as the checkpoint counts them."""
     local = getattr(module, "expert_map", None)
     if local is None:
