@@ -4,7 +4,7 @@
 import gc
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch_npu
@@ -16,7 +16,6 @@ from vllm.platforms.interface import set_assigned_physical_gpu_ids
 from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
 from vllm.utils.mem_utils import MemorySnapshot, format_gib
 from vllm.utils.torch_utils import set_random_seed
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -24,9 +23,10 @@ from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.rank.communicators import meet
+from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
-from vllm_sleep_ascend.rank.sleeping import SleepingWorker, needs_weights_awake
 from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
+from vllm_sleep_ascend.rank.worker import SleepingWorker, needs_weights_awake
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.native.model_runner import NPUModelRunner
@@ -40,8 +40,6 @@ _sleeping_worker: "weakref.ref[NPUWorker] | None" = None  # the one with sleep m
 @needs_weights_awake
 class NPUWorker(SleepingWorker, Worker):
     """The stock worker, with an NPU for its device."""
-
-    device: torch.device
 
     def init_device(self) -> None:
         """Take the device, join the other ranks, and see that the engine's share of it is free.
@@ -66,7 +64,7 @@ class NPUWorker(SleepingWorker, Worker):
             current_platform.dist_backend,
         )
         meet(get_pp_group().device_group)
-        self._join_ranks()
+        self._join_ranks(Hooks(self))
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()
@@ -132,14 +130,6 @@ class NPUWorker(SleepingWorker, Worker):
 
         return use_pool(tag)
 
-    def load_model(self, **kwargs: Any) -> None:
-        """
-        Raises:
-            DeviceOutOfMemoryError: the weights do not fit; says who holds the device's memory.
-        """
-        with self._start_memory.named("the weights"):
-            super().load_model(**kwargs)
-
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: this engine's share less what the process holds and a batch
@@ -157,15 +147,6 @@ class NPUWorker(SleepingWorker, Worker):
                     least=least_kv_cache(self),
                 )
         return self.available_kv_cache_memory_bytes
-
-    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate the KV cache; wait for memory that another process took since it was measured.
-
-        Raises:
-            DeviceOutOfMemoryError: it did not come back within ``wake_timeout_s``.
-        """
-        with self._start_memory.named("the KV cache"), self._start_memory.waiting_allocations():
-            super().initialize_from_config(kv_cache_config)
 
     def checkpoint_prepare(self) -> None:
         """

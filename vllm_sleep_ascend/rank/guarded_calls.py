@@ -7,7 +7,7 @@ run a call or all refuse it.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.v1.serial_utils import run_method
 
@@ -15,6 +15,14 @@ from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import KEY, SleepModeConfig
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError
+
+if TYPE_CHECKING:
+    from vllm.v1.executor.abstract import Executor
+
+    from vllm_sleep_ascend.rank.host_worker import HostWorker
+    from vllm_sleep_ascend.rank.worker import SleepingWorker
+
+Method = str | bytes | Callable[..., object]
 
 
 class GuardedCall:
@@ -25,7 +33,7 @@ class GuardedCall:
         SleepModeError: it may, and was not run.
     """
 
-    def __init__(self, method: str | bytes | Callable) -> None:
+    def __init__(self, method: Method) -> None:
         self._method = method
 
     def __repr__(self) -> str:
@@ -34,11 +42,11 @@ class GuardedCall:
             return self._method
         return getattr(self._method, "__qualname__", type(self._method).__name__)
 
-    def __call__(self, worker: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, worker: object, *args: object, **kwargs: object) -> object:
         self._check(vars(worker).get("worker", worker))  # executors have a wrapper around theirs
         return run_method(worker, self._method, args, kwargs)
 
-    def _check(self, worker: Any) -> None:
+    def _check(self, worker: "SleepingWorker") -> None:
         name = str(self)
         by_name = isinstance(self._method, str)
         known = by_name and name in policy.NEEDS
@@ -61,10 +69,10 @@ class GuardedCall:
         )
 
 
-def guards_calls(stock: Callable) -> Callable:
+def guards_calls(stock: Callable[..., object]) -> Callable[..., object]:
     """Wrapper of an executor's ``collective_rpc``. Workers that start up are not asked."""
 
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def collective_rpc(self: "Executor", method: Method, *args: object, **kwargs: object) -> object:
         enabled = self.vllm_config.model_config.enable_sleep_mode
         if enabled and hasattr(self, "sleeping_tags"):
             plain = isinstance(method, GuardedCall)
@@ -75,7 +83,7 @@ def guards_calls(stock: Callable) -> Callable:
     return collective_rpc
 
 
-def asleep_error(worker: Any, name: str, tags: Iterable[str]) -> SleepModeError:
+def asleep_error(worker: "HostWorker", name: str, tags: Iterable[str]) -> SleepModeError:
     """Of a method that is known to need the memory of these tags."""
     asleep = sorted(tags, reverse=True)
     return _refusal(
@@ -85,7 +93,7 @@ def asleep_error(worker: Any, name: str, tags: Iterable[str]) -> SleepModeError:
     )
 
 
-def _refusal(worker: Any, text: str) -> SleepModeError:
+def _refusal(worker: "HostWorker", text: str) -> SleepModeError:
     error = SleepModeError(text)
     if worker.parallel_config.world_size > 1:
         write_type(error)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker does an operation: with the other ranks of its engine, or alone."""
+"""How a rank does an operation on memory: with the other ranks of its engine, or alone."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch_npu
 
@@ -17,36 +17,29 @@ from vllm_sleep_ascend.policy import Action
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 from vllm_sleep_ascend.rank.communicators import Communicators, trouble_of
 from vllm_sleep_ascend.rank.host_budget import check_together, host_need
+from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.status import LastError
-
-if TYPE_CHECKING:
-    from vllm_sleep_ascend.memory.backend import CamemBackend
 
 Fate = Literal["keep", "release", "restore"]
 
 
-class TransactingWorker:
-    """Mixin for vLLM's ``Worker``."""
+class Operations:
+    """Operations of one rank of an engine with sleep mode, and the last one's error."""
 
-    sleep_mode_backend: "CamemBackend"
-    agreement: Agreement
-    communicators: Communicators
-    _last_error: LastError | None = None
+    def __init__(self, worker: HostWorker, agreement: Agreement) -> None:
+        self._worker, self._agreement = worker, agreement
+        self._backend = worker.sleep_mode_backend
+        self._backend.commits_at_once = self.alone
+        held_bytes = partial(communicator_bytes, self._backend, worker.device.index)
+        self.communicators = Communicators(held_bytes, agreement.members)
+        self.last_error: LastError | None = None
 
-    def _join_ranks(self) -> None:
-        """From here on operate together with the other ranks of the engine, which have met."""
-        worker: Any = self
-        device, ranks = worker.device.index, worker.parallel_config.world_size
-        timeout_s = SleepModeConfig.slowest_rank_s(worker.vllm_config)
-        self.agreement = Agreement(worker.rank, ranks, device, timeout_s)
-        if not worker.model_config.enable_sleep_mode:
-            return
-        backend = self.sleep_mode_backend
-        held_bytes = partial(communicator_bytes, backend, device)
-        self.communicators = Communicators(held_bytes, self.agreement.members)
-        backend.commits_at_once = ranks == 1
+    @property
+    def alone(self) -> bool:
+        """Whether this rank is the only one of its engine."""
+        return self._agreement.size == 1
 
-    def _together(
+    def together(
         self,
         name: str,
         *steps: Callable[[], None],
@@ -60,37 +53,37 @@ class TransactingWorker:
         "restore": one of the steps makes them again. ``actions``: of a sleep, so that the host
         memory of all ranks is looked at before it starts.
         """
-        worker: Any = self
+        worker = self._worker
         try:
-            if self.agreement.size > 1:
-                self.agreement.carry_out(self._operation(name, steps, communicators, actions))
-            else:
+            if self.alone:
                 for step in steps:
                     step()
+            else:
+                self._agreement.carry_out(self._operation(name, steps, communicators, actions))
         except Exception as error:
-            self._note_failure(name, error)
+            self.note_failure(name, error)
             with suppress(RuntimeError):
                 # A call that failed may have kept torch from coming back from another device.
                 torch_npu.npu.set_device(worker.device)
-            if self.agreement.size > 1:
+            if not self.alone:
                 write_type(error)
             elif isinstance(error, RuntimeError):
                 error.args = (f"rank {worker.rank}: {error}",)
             raise
-        self._last_error = None
+        self.last_error = None
 
-    def _note_failure(self, name: str, error: Exception) -> None:
-        self._last_error = {"operation": name, "type": type(error).__name__, "message": str(error)}
+    def note_failure(self, name: str, error: Exception) -> None:
+        """Keep the error for the status."""
+        self.last_error = {"operation": name, "type": type(error).__name__, "message": str(error)}
 
     def _operation(
         self,
         name: str,
-        steps: tuple[Callable, ...],
+        steps: tuple[Callable[[], None], ...],
         fate: Fate,
         actions: Mapping[str, Action] | None,
     ) -> Operation:
-        worker: Any = self
-        backend, communicators = self.sleep_mode_backend, self.communicators
+        worker, backend, communicators = self._worker, self._backend, self.communicators
         if fate == "release" and backend.state() == "RUNNING":
             communicators.forget()  # of a sleep that was taken back without the other ranks
         release = fate == "release" and not communicators.released
@@ -118,7 +111,7 @@ class TransactingWorker:
 
         operation = Operation(name, steps, commit, abort)
         if release:
-            rebuild = partial(communicators.rebuild, self.agreement)
+            rebuild = partial(communicators.rebuild, self._agreement)
             operation = replace(operation, abort_together=rebuild)
         if actions is not None:
             facts = partial(host_need, backend, worker.rank, actions)

@@ -1,34 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's part of sleep and wake: what must survive level 2, and what a rank reports."""
+"""A rank's part of sleep and wake: what must survive level 2, and what the rank reports."""
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property, partial, wraps
-from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch_npu
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory.account import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
-from vllm_sleep_ascend.policy import (
-    DEFERRABLE_TAGS,
-    NEEDS,
-    NEEDS_WEIGHTS,
-    POLICY,
-    STEP_CALLS,
-    check_level,
-)
-from vllm_sleep_ascend.rank.guarded_calls import asleep_error
-from vllm_sleep_ascend.rank.operations import TransactingWorker
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, check_level
+from vllm_sleep_ascend.rank.hooks import Hooks
+from vllm_sleep_ascend.rank.host_worker import HostWorker
+from vllm_sleep_ascend.rank.operations import Operations
 from vllm_sleep_ascend.rank.saved import SavedContent
 from vllm_sleep_ascend.rank.weights.content import DRAFT
-from vllm_sleep_ascend.rank.weights.source_worker import SourceWorker
+from vllm_sleep_ascend.rank.weights.rank_weights import RankWeights
 from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint
 
 logger = init_logger(f"vllm.{__name__}")
@@ -36,67 +26,28 @@ logger = init_logger(f"vllm.{__name__}")
 _GIB = 1 << 30
 
 
-def needs_weights_awake(cls: type) -> type:
-    """Class decorator: have methods that use weights refuse to touch them while they sleep, and
-    tell the allocator of the steps of the model."""
+class SleepMode:
+    """Sleep and wake of one rank's memory, each a transaction of all ranks of the engine."""
 
-    def refusing(name: str, stock: Callable) -> Callable:
-        @wraps(stock)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.model_config.enable_sleep_mode:
-                asleep = [tag for tag in NEEDS[name] if self.sleep_mode_backend.asleep(tag)]
-                if asleep:
-                    raise asleep_error(self, name, asleep)
-            return stock(self, *args, **kwargs)
+    def __init__(
+        self, worker: HostWorker, operations: Operations, weights: RankWeights, hooks: Hooks
+    ) -> None:
+        self._worker, self._operations = worker, operations
+        self._weights, self._hooks = weights, hooks
+        self._backend = worker.sleep_mode_backend
+        self._saved = SavedContent(self._backend)
+        self._not_saved: Mapping[str, torch.Tensor] = {}  # what a discard loses
+        self._weights_lost = False  # discarded since they were last awake
+        self._wake_unfinished = False
 
-        return call
-
-    def telling(stock: Callable) -> Callable:
-        @wraps(stock)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.model_config.enable_sleep_mode:
-                return stock(self, *args, **kwargs)
-            with self.sleep_mode_backend.step():
-                return stock(self, *args, **kwargs)
-
-        return call
-
-    # vLLM's versions differ in what a worker can do.
-    for name in filter(partial(hasattr, cls), STEP_CALLS):
-        setattr(cls, name, telling(getattr(cls, name)))
-    for name in filter(partial(hasattr, cls), (*NEEDS_WEIGHTS, "execute_dummy_batch")):
-        setattr(cls, name, refusing(name, getattr(cls, name)))
-    return cls
-
-
-class SleepingWorker(SourceWorker, TransactingWorker):
-    """Mixin for vLLM's ``Worker``: sleep, wake and status as one transaction each."""
-
-    _wake_unfinished = False
-    _weights_lost = False  # discarded since they were last awake
-    _not_saved: Mapping[str, torch.Tensor] = MappingProxyType({})  # what a discard loses
-
-    @cached_property
-    def _saved(self) -> SavedContent:
-        return SavedContent(self.sleep_mode_backend)
-
-    def shutdown(self) -> None:
-        """End the worker, and give device memory back while the process still has a device."""
-        worker: Any = self
-        super().shutdown()
-        if worker.model_config.enable_sleep_mode:
-            from vllm_sleep_ascend.memory.pool import release_pools
-
-            release_pools()
-
-    def sleep_refusal(self, level: int) -> str | None:
+    def refusal(self, level: int) -> str | None:
         """Why this rank cannot sleep at this level; None if it can."""
-        worker: Any = self
-        if worker._weight_update_active:
-            return "a weight update is under way; call finish_weight_update first"
-        return None
+        reason = self._hooks.sleep_refusal(level)
+        if reason is None and self._weights.updating:
+            reason = "a weight update is under way; call finish_weight_update first"
+        return reason
 
-    def sleep(self, level: int = 1) -> None:
+    def sleep(self, level: int) -> None:
         """Free this rank's device memory, if every rank of the engine can.
 
         Level 1 keeps the weights in host memory; level 2 forgets them and keeps the model's buffers
@@ -107,26 +58,25 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             SleepModeError: it failed; memory is mapped as it was before on every rank, that of the
                 KV cache perhaps without its content.
         """
-        worker: Any = self
         if check_level(level) == 0:
             return
-        held_before = 0
+        device, held_before = self._worker.device, 0
 
         def prepare() -> None:
             nonlocal held_before
-            reason = self.sleep_refusal(level)
+            reason = self.refusal(level)
             if reason is not None:
                 raise SleepModeError(f"sleep refused: {reason}")
-            self._before_sleep()
+            self._hooks.before_sleep()
             wait_for_device()
-            held_before = held_bytes(worker.device)
+            held_before = held_bytes(device)
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
-            if (level == 2 or self.sleep_mode_backend.verifies) and not self._saved.saved:
+            if (level == 2 or self._backend.verifies) and not self._saved.saved:
                 self._save_for_level_2()
-            self.sleep_mode_backend.suspend(level)
+            self._backend.suspend(level)
 
         try:
-            self._together(
+            self._operations.together(
                 f"sleep level {level}",
                 prepare,
                 communicators="release",
@@ -134,22 +84,21 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             )
         finally:
             self._note_discarded_weights()
-        self._after_sleep()
-        backend = self.sleep_mode_backend
+        self._hooks.after_sleep()
         with suppress(RuntimeError):  # it is done: a figure for the log may not make it an error
             free, total = torch_npu.npu.mem_get_info()
-            components = backend.component_bytes(worker.device.index)
+            components = self._backend.component_bytes(device.index)
             logger.info(
                 "Sleep level %d: this process gave back %.2f GiB of device memory; %.2f GiB of "
                 "%.2f GiB are in use on the device, by all processes. Still held by this one: %s.",
                 level,
-                (held_before - held_bytes(worker.device)) / _GIB,
+                (held_before - held_bytes(device)) / _GIB,
                 (total - free) / _GIB,
                 total / _GIB,
-                describe(resident_bytes(components, backend.usage())),
+                describe(resident_bytes(components, self._backend.usage())),
             )
 
-    def wake_up(self, tags: list[str] | None = None) -> None:
+    def wake_up(self, tags: list[str] | None) -> None:
         """Bring memory back: of these tags and of all that cannot be deferred, or all.
 
         Raises:
@@ -158,167 +107,147 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             WeightsError: as that, where there are several ranks. A single one is awake, and serves
                 once the weights are loaded.
         """
+        content = self._weights.content
         changed: list[WeightsError] = []
 
         def resume() -> None:
-            if self.sleep_mode_backend.reloads_after_level_2 and self._missing():
+            if self._reloads():
                 self._refuse_another_source(tags)
             try:
-                self.sleep_mode_backend.resume(tags)
+                self._backend.resume(tags)
             except WeightsError as error:
-                if self.agreement.size > 1:
+                if not self._operations.alone:
                     raise
                 changed.append(error)
             # From here memory is awake, but not all that belongs to a wake is done.
             self._wake_unfinished = True
 
         def finish() -> None:
-            self.communicators.restore()
-            awake = not self.sleep_mode_backend.asleep("weights")
+            self._operations.communicators.restore()
+            awake = not self._backend.asleep("weights")
             if awake:
                 self._saved.restore()
                 if self._weights_lost:
-                    self._content.mark()
+                    content.mark()
             if changed:
                 spoilt = self._not_saved if awake else ()
-                self._content.found_corrupt(spoilt, changed[0].beyond_loading)
-            elif awake and self.sleep_mode_backend.reloads_after_level_2 and self._missing():
+                content.found_corrupt(spoilt, changed[0].beyond_loading)
+            elif awake and self._reloads():
                 self._reload_or_sleep_again()
             wait_for_device()
 
-        was_unfinished, knowledge = self._wake_unfinished, self._content.knowledge()
+        was_unfinished, knowledge = self._wake_unfinished, content.knowledge()
         try:
-            self._together("wake", resume, finish, communicators="restore")
+            self._operations.together("wake", resume, finish, communicators="restore")
         except Exception:
-            if self.agreement.size > 1:  # it was taken back, with what was loaded
+            if not self._operations.alone:  # it was taken back, with what was loaded
                 self._wake_unfinished = was_unfinished
-                self._content.know(knowledge)
+                content.know(knowledge)
             raise
-        self._after_wake()
+        self._hooks.after_wake()
         self._wake_unfinished = False
-        if not self.sleep_mode_backend.asleep("weights"):
+        if not self._backend.asleep("weights"):
             self._weights_lost = False
             self._saved.forget()
         if changed:
-            self._note_failure("wake", changed[0])
+            self._operations.note_failure("wake", changed[0])
             raise changed[0]
-
-    def synchronize_device(self) -> None:
-        """Called by vLLM before a sleep. It waits no longer than ``device_timeout_s``, and an error
-        names the rank."""
-        worker: Any = self
-        wait = wait_for_device
-        if not worker.model_config.enable_sleep_mode:
-            wait = super().synchronize_device  # type: ignore[misc]
-        try:
-            wait()
-        except RuntimeError as error:
-            where = f"rank {worker.rank}, device {worker.device.index}"
-            error.args = (f"{where}: {error}",)
-            if self.agreement.size > 1:
-                write_type(error)
-            raise
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and forget its content."""
 
         def prepare() -> None:
             wait_for_device()
-            self.sleep_mode_backend.discard(tags)
+            self._backend.discard(tags)
 
-        self._together(f"discard {', '.join(tags)}", prepare)
+        self._operations.together(f"discard {', '.join(tags)}", prepare)
         self._note_discarded_weights()
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank, or whose wake is not finished."""
         if self._wake_unfinished:
             return set(DEFERRABLE_TAGS)
-        tags = {tag for tag in DEFERRABLE_TAGS if self.sleep_mode_backend.asleep(tag)}
-        if not tags and self.sleep_mode_backend.state() == "SUSPENDED":
+        tags = {tag for tag in DEFERRABLE_TAGS if self._backend.asleep(tag)}
+        if not tags and self._backend.state() == "SUSPENDED":
             return {"weights"}  # other memory could not be mapped again, and any wake does it
         return tags
 
-    def sleep_status(self) -> RankStatus:
+    def status(self) -> RankStatus:
         """What this rank holds: bytes by tag and state, the last operation and the last error."""
-        worker: Any = self
-        free, total = torch_npu.npu.mem_get_info()
-        status: RankStatus = {
-            "rank": worker.rank,
-            "engine": worker.parallel_config.data_parallel_index,
-            "device": worker.device.index,
-            "free": free,
-            "total": total,
-            "enabled": worker.model_config.enable_sleep_mode,
-        }
-        if not status["enabled"]:
-            return status
-        backend = self.sleep_mode_backend
+        worker, backend = self._worker, self._backend
         tags = backend.usage()
         return {
-            **status,
+            **status_without_sleep_mode(worker),
             "state": backend.state(),
             "tags": tags,
             "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "host_memory": backend.host_memory(),
-            "parameters_without_content": len(self._missing()),
-            "weights": self.weights_status(),
+            "parameters_without_content": len(self._weights.content.missing()),
+            "weights": self._weights.origin(),
             "last_operation": backend.last_operation,
-            "last_error": self._last_error,
+            "last_error": self._operations.last_error,
         }
 
-    def _before_sleep(self) -> None:
-        """What has to be done, or refused, before memory is touched. Part of the transaction."""
-
-    def _after_sleep(self) -> None:
-        """What else comes free, once every rank sleeps."""
-
-    def _after_wake(self) -> None:
-        """What else comes back, once every rank has its memory. If it fails, the engine counts as
-        asleep, and the wake can be repeated."""
-
     def _note_discarded_weights(self) -> None:
-        if "discarded" in self.sleep_mode_backend.states("weights"):
+        if "discarded" in self._backend.states("weights"):
             self._weights_lost = True
-            self._content.lose(self._not_saved)
-            self._source.discarded()
-        elif not self._wake_unfinished and not self.sleep_mode_backend.asleep("weights"):
+            self._weights.discarded(self._not_saved)
+        elif not self._wake_unfinished and not self._backend.asleep("weights"):
             self._saved.forget()
 
+    def _reloads(self) -> bool:
+        """Whether a wake has to load the weights."""
+        return self._backend.reloads_after_level_2 and bool(self._weights.content.missing())
+
+    def _refuse_another_source(self, tags: list[str] | None) -> None:
+        """In a wake that reloads what was discarded. One of the weights alone is the way to load
+        them by other means, and reloads nothing.
+
+        Raises:
+            SleepModeError: a checkpoint would be served in place of weights that came from
+                elsewhere.
+        """
+        weights_alone = tags is not None and {*tags}.intersection(DEFERRABLE_TAGS) == {"weights"}
+        lost = in_no_checkpoint(self._weights.origin())
+        if lost is None or weights_alone or self._weights.updating:
+            return
+        if tags is None or "weights" in tags or not self._backend.asleep("weights"):
+            raise SleepModeError(
+                f"wake refused: {lost} are lost, and after_level2='reload' would serve "
+                f"{self._worker.model_config.model} in their place. Wake the tag weights alone, "
+                "load them again by a weight update, or a checkpoint by "
+                "collective_rpc('reload_weights'), and then wake the rest. Nothing has changed"
+            )
+
     def _reload_or_sleep_again(self) -> None:
-        worker: Any = self
-        if worker._weight_update_active or in_no_checkpoint(self.weights_status()):
+        if self._weights.updating or in_no_checkpoint(self._weights.origin()):
             return
         try:
-            self._reload_all()
+            self._weights.reload_in_wake()
         except SleepModeError as error:
-            self.sleep_mode_backend.discard(("weights",))
+            self._backend.discard(("weights",))
             self._note_discarded_weights()
             raise SleepModeError(
                 f"wake failed: {error}. The weights sleep again, and the wake can be repeated"
             ) from error
-
-    def _preserved_names(self) -> list[str]:
-        """Patterns of the parameters that level 2 keeps. A draft model is small, and what a trainer
-        sends seldom has it."""
-        worker: Any = self
-        return [f"{DRAFT}*", *worker.model_config.sleep_preserve_parameter_names]
 
     def _save_for_level_2(self) -> None:
         """
         Raises:
             ValueError: a pattern matches no parameter.
         """
-        parameters = self._content.parameters()
+        parameters = self._weights.content.parameters()
         preserved: set[str] = set()
-        for pattern in self._preserved_names():
+        # A draft model is small, and what a trainer sends seldom has it.
+        for pattern in (f"{DRAFT}*", *self._hooks.preserved_parameters()):
             matches = fnmatch.filter(parameters, pattern)
             if not matches and not pattern.startswith(DRAFT):
                 raise ValueError(
                     f"sleep_preserve_parameter_names: {pattern!r} matches no parameter"
                 )
             preserved.update(matches)
-        ranges = self.sleep_mode_backend.ranges("weights")
+        ranges = self._backend.ranges("weights")
         self._not_saved = {
             name: parameter
             for name, parameter in parameters.items()
@@ -326,3 +255,16 @@ class SleepingWorker(SourceWorker, TransactingWorker):
             and any(start <= parameter.data_ptr() < start + size for start, size in ranges)
         }
         self._saved.save(self._not_saved.values())
+
+
+def status_without_sleep_mode(worker: HostWorker) -> RankStatus:
+    """What every rank can tell."""
+    free, total = torch_npu.npu.mem_get_info()
+    return {
+        "rank": worker.rank,
+        "engine": worker.parallel_config.data_parallel_index,
+        "device": worker.device.index,
+        "free": free,
+        "total": total,
+        "enabled": worker.model_config.enable_sleep_mode,
+    }

@@ -130,15 +130,15 @@ def test_a_trainer_reaches_the_weights_while_the_cache_alone_sleeps(llm, tiny_mo
 
 def test_a_wake_that_is_not_finished_refuses_too(llm, expected):
     llm.sleep(level=1)
-    worker = driver_worker(llm)
-    finish, worker._after_wake = worker._after_wake, lambda: 1 / 0
+    hooks = driver_worker(llm)._hooks
+    finish, hooks.after_wake = hooks.after_wake, lambda: 1 / 0
     try:
         with pytest.raises(ZeroDivisionError):
             llm.wake_up()
         refused(llm, total_of)
         llm.collective_rpc("sleep_status")
     finally:
-        worker._after_wake = finish
+        hooks.after_wake = finish
     llm.wake_up()
     llm.collective_rpc(total_of)
     assert few(llm) == expected

@@ -170,7 +170,7 @@ def test_an_explicit_reload_is_done_with_a_warning_and_another_version(
     llm.wake_up(tags=["weights"])  # awake, and nothing is served
     with pytest.raises(SleepModeError, match="have not been loaded since"):
         few(llm)
-    with messages_of("rank.weights.source_worker") as warnings:
+    with messages_of("rank.weights.rank_weights") as warnings:
         llm.collective_rpc("reload_weights")
     (warning,) = warnings
     assert f"loaded {tiny_model} in place of" in warning and "step-1" in warning

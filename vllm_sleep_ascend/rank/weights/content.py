@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank knows of the content of its weights: which parameters have none since level 2."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import nn
 
+from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.weights.shards import shards_of
 from vllm_sleep_ascend.rank.weights.unwritten import mark, unwritten, unwritten_at_start
 
@@ -14,6 +16,18 @@ DRAFT = "draft."
 """What stands before the names of a draft model's parameters."""
 
 _NAMED = 8  # parameters of which the shards are told
+
+
+class WeightsReport(TypedDict):
+    """``missing``: parameters, or shards of them, without content; ``corrupt``: whether that was
+    found out by comparing; ``beyond_loading``: whether more was found than loading mends;
+    ``updating``: whether an update is under way; ``version``: as vLLM has it."""
+
+    missing: list[str]
+    corrupt: bool
+    beyond_loading: bool
+    updating: bool
+    version: str
 
 
 @dataclass(frozen=True)
@@ -31,9 +45,8 @@ class WeightsContent:
     parameter without a mark was written, by whomever, and is not looked at again.
     """
 
-    def __init__(self, models: Callable[[], Mapping[str, nn.Module]]) -> None:
-        """``models`` gives the models by what stands before the names of their parameters."""
-        self._models = models
+    def __init__(self, worker: HostWorker) -> None:
+        self._worker = worker
         self._lost: set[str] = set()
         self._found_corrupt = False
         self.beyond_loading = False
@@ -42,7 +55,7 @@ class WeightsContent:
         """All parameters as they are now, one that several models share once."""
         found: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
-        for prefix, model in self._models().items():
+        for prefix, model in models_of(self._worker).items():
             for name, parameter in model.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
@@ -76,16 +89,22 @@ class WeightsContent:
         """Take somebody's word that every parameter has been written."""
         self._lost.clear()
 
-    def missing(self, awake: bool) -> list[str]:
+    def missing(self) -> list[str]:
         """The names of the parameters that were lost and not wholly written since. Where memory
         sleeps nothing can be written, nor looked at."""
-        if self._lost and awake:
+        if self._lost and self._awake():
             self._look()
         return sorted(self._lost)
 
-    def describe(self, names: list[str]) -> list[str]:
-        """The same names; of the first, the shards that are missing where others are there. Their
-        memory is awake."""
+    def missing_of(self, prefix: str) -> list[str]:
+        """The same, of one model alone."""
+        return [name for name in self.missing() if of_model(name, prefix)]
+
+    def missing_shards(self) -> list[str]:
+        """The same, of all; of the first, the shards that are missing where others are there."""
+        names = self.missing()
+        if not names or not self._awake():
+            return names
         parameters = self.parameters()
         if _are_aside(parameters):
             return names
@@ -121,10 +140,21 @@ class WeightsContent:
         self._lost = set(lost) - set(whole)
 
     def _shards(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        prefix = DRAFT if name.startswith(DRAFT) and DRAFT in self._models() else ""
-        model = self._models()[prefix]
-        shards = shards_of(model, name.removeprefix(prefix), parameter)
+        models = models_of(self._worker)
+        prefix = DRAFT if name.startswith(DRAFT) and DRAFT in models else ""
+        shards = shards_of(models[prefix], name.removeprefix(prefix), parameter)
         return {prefix + shard: content for shard, content in shards.items()}
+
+    def _awake(self) -> bool:
+        enabled = self._worker.model_config.enable_sleep_mode
+        return not enabled or not self._worker.sleep_mode_backend.asleep("weights")
+
+
+def models_of(worker: HostWorker) -> dict[str, nn.Module]:
+    """A rank's model, and its draft model, by what stands before the names of their parameters."""
+    models = {"": worker.model_runner.get_model()}
+    draft = worker.get_draft_model()
+    return models if draft is None else {**models, DRAFT: draft}
 
 
 def _are_aside(parameters: Mapping[str, torch.Tensor]) -> bool:

@@ -7,17 +7,20 @@ layers that have fewer, because some are padded; what is really missing then com
 nobody wrote.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 
 from vllm_sleep_ascend.rank.weights.shards import shards_of
 from vllm_sleep_ascend.rank.weights.unwritten import mark, unwritten
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 try:
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
@@ -41,7 +44,7 @@ def missing_shards(model: nn.Module) -> list[str]:
     ]
 
 
-def call_off(model: nn.Module, model_config: Any) -> None:
+def call_off(model: nn.Module, model_config: "ModelConfig") -> None:
     """End a load that is under way, if one is: every layer that was not put together has the
     parameters that it had before."""
     infos = [get_layerwise_info(layer) for layer in model.modules()]
@@ -49,7 +52,7 @@ def call_off(model: nn.Module, model_config: Any) -> None:
         for info in infos:
             info.load_numel = 0
             info.loaded_weights.clear()
-        finalize_layerwise_reload(model, model_config)
+        finalize_layerwise_reload(model, model_config)  # type: ignore[no-untyped-call]
     unwrap_loaders(model)
 
 
@@ -66,6 +69,14 @@ def unwrap_loaders(model: nn.Module) -> None:
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             if _is_vllms(getattr(tensor, "weight_loader", None)):
                 tensor.weight_loader = _loader(tensor)  # type: ignore[attr-defined]
+
+
+def forget(models: Iterable[nn.Module]) -> None:
+    """Let go of the layers. vLLM remembers by layer how to load it again, and what it remembers
+    refers to the layer."""
+    for model in models:
+        for layer in model.modules():
+            LAYERWISE_INFO.pop(layer, None)
 
 
 def _is_begun(layer: nn.Module) -> bool:
@@ -100,15 +111,15 @@ def _missing_of(model: nn.Module, path: str, layer: nn.Module) -> Iterator[str]:
                 yield shard
 
 
-def _loader(parameter: torch.Tensor) -> Callable[..., Any]:
+def _loader(parameter: torch.Tensor) -> Callable[..., object]:
     """The loader of the parameter's own, below those that vLLM put around it."""
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-    loader: Any = getattr(parameter, "weight_loader", default_weight_loader)
+    loader: Callable[..., object] = getattr(parameter, "weight_loader", default_weight_loader)
     while _is_vllms(loader):
-        loader = loader.__wrapped__
+        loader = loader.__wrapped__  # type: ignore[attr-defined]
     return loader
 
 
-def _is_vllms(loader: Any) -> bool:
+def _is_vllms(loader: object) -> bool:
     return getattr(loader, "__name__", "") == "online_process_loader"

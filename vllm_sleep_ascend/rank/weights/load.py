@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A load of a model's weights that is under way, and how it is taken back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -13,9 +13,18 @@ from vllm_sleep_ascend.rank.weights import layerwise
 from vllm_sleep_ascend.rank.weights.content import WeightsContent
 from vllm_sleep_ascend.rank.weights.shards import plain
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 Named = tuple[str, torch.Tensor]
 
 _NAMED = 8
+
+
+class Loadable(Protocol):
+    """A model of vLLM's. Its method gives the names that it has loaded; None: it does not say."""
+
+    load_weights: Callable[..., set[str] | None]
 
 
 class Snapshot:
@@ -43,7 +52,7 @@ class WeightLoad:
     content: WeightsContent
     prefix: str
     model: nn.Module
-    model_config: Any
+    model_config: "ModelConfig"
     was_whole: bool
     snapshot: Snapshot | None
     at_once: bool = False

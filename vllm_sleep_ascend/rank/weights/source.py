@@ -2,10 +2,16 @@
 """Where weights came from. A checkpoint can bring back what level 2 discards, a trainer has to send
 it again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Literal
+from typing import Literal, cast
+
+from torch import nn
+
+from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
+from vllm_sleep_ascend.rank.weights.load import Loadable, Named
+from vllm_sleep_ascend.status import WeightsOrigin
 
 Kind = Literal[
     "checkpoint",
@@ -24,13 +30,13 @@ class WeightsSource:
     """Of one model: ``kind`` and ``path`` (None unless a checkpoint) of the last load that
     succeeded, and the version that its weights have."""
 
-    def __init__(self, model: Any, kind: Kind, path: str | None) -> None:
+    def __init__(self, model: nn.Module, kind: Kind, path: str | None) -> None:
         self.kind, self.path = kind, path
         self._first = path
         self._given: str | None = None
         self._discarded = False
         self._loading = False
-        model.load_weights = self._watched(model.load_weights)
+        self._watch(cast(Loadable, model))
 
     @property
     def version(self) -> str:
@@ -69,12 +75,54 @@ class WeightsSource:
         finally:
             self._loading = False
 
-    def _watched(self, stock: Callable) -> Callable:
+    def _watch(self, model: Loadable) -> None:
+        stock = model.load_weights
+
         @wraps(stock)
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            names = stock(*args, **kwargs)
+        def load_weights(
+            weights: Iterable[Named], *args: object, **kwargs: object
+        ) -> set[str] | None:
+            names = stock(weights, *args, **kwargs)
             if not self._loading:
                 self.loaded("load_weights")
             return names
 
-        return load_weights
+        model.load_weights = load_weights
+
+
+class Sources:
+    """Of a rank's model, and of its draft model, if there is one on this rank."""
+
+    def __init__(self, worker: HostWorker) -> None:
+        self._worker = worker
+        self.model = self._source_of(worker.model_runner.get_model(), self.checkpoint())
+        self.draft: WeightsSource | None = None
+        draft = worker.get_draft_model()
+        if draft is not None:
+            self.draft = self._source_of(draft, draft_model_config(worker).model)
+
+    def checkpoint(self) -> str:
+        """Where a reload of the model loads from."""
+        config = self._worker.model_config
+        return getattr(config, "model_weights", "") or config.model
+
+    def updated(self) -> WeightsSource:
+        """Of the model that a weight update is for."""
+        is_draft = getattr(self._worker, "_weight_update_is_draft", False)  # not in vLLM 0.23
+        return self.draft if is_draft and self.draft else self.model
+
+    def origin(self) -> WeightsOrigin:
+        """Of both, for the status."""
+        origin: WeightsOrigin = {
+            "source": self.model.kind,
+            "path": self.model.path,
+            "version": self.model.version,
+        }
+        if self.draft is not None:
+            origin["draft"] = {"source": self.draft.kind, "path": self.draft.path}
+        return origin
+
+    def _source_of(self, model: nn.Module, path: str) -> WeightsSource:
+        if self._worker.load_config.load_format == "dummy":
+            return WeightsSource(model, "dummy", None)
+        return WeightsSource(model, "checkpoint", path)

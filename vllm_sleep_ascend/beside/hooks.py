@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vllm-ascend's worker adds to sleep, wake and loads of weights: its own clean-up, formats and
+layouts that its kernels want."""
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch_npu
+from vllm.config import set_current_vllm_config
+from vllm_ascend.ascend_config import get_ascend_config
+
+from vllm_sleep_ascend.beside.expert_layouts import ExpertLayouts
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.memory.formats import is_tiled
+from vllm_sleep_ascend.rank.hooks import Hooks
+
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.beside.worker import SleepingNPUWorker
+
+
+class AscendHooks(Hooks):
+    """``experts``: their weights, which have to be closed before anything runs."""
+
+    _worker: "SleepingNPUWorker"
+
+    def __init__(self, worker: "SleepingNPUWorker") -> None:
+        super().__init__(worker)
+        self.experts = ExpertLayouts()
+        self._weights_slept = self._graphs_dropped = False
+
+    def sleep_refusal(self, level: int) -> str | None:
+        """Level 2 needs weights that can be loaded again in place."""
+        name = self._in_nz_format() if level == 2 else None
+        if name is None:
+            return None
+        return (
+            f"weights in FRACTAL_NZ format ({name}) do not survive being loaded again in place, "
+            "which level 2 needs; use level 1, or start with VLLM_ASCEND_ENABLE_NZ=0"
+        )
+
+    def before_sleep(self) -> None:
+        self.experts.close()
+        for handle in self._worker._pp_send_work:
+            handle.wait()
+        self._worker._pp_send_work = []
+
+    def after_sleep(self) -> None:
+        """Forget captured graphs, if vllm-ascend's extra clean-up is on. It cannot be taken back,
+        and so comes once every rank sleeps. HCCL's part of it is in our transaction."""
+        self._weights_slept = True
+        if _extra_cleanup() and self._worker.model_runner.use_aclgraph and not self._graphs_dropped:
+            self._graphs_dropped = True
+            self._worker.sleep_wakeup_manager.acl_graph.sleep()
+            gc.collect()
+            torch_npu.npu.empty_cache()
+
+    def after_wake(self) -> None:
+        """Graphs that are captured cannot be held and taken back, so this comes after the wake;
+        where it fails on one rank, every rank does it again."""
+        if not (self._weights_slept or self._graphs_dropped):
+            return
+        self._worker.operations.together("the end of a wake", self._make_usable)
+        backend = self._worker.sleep_mode_backend
+        awake = not backend.asleep("weights")
+        if awake:
+            self._weights_slept = False
+        if awake and not backend.asleep("kv_cache"):
+            self._graphs_dropped = False
+
+    def _make_usable(self) -> None:
+        worker = self._worker
+        backend, manager = worker.sleep_mode_backend, worker.sleep_wakeup_manager
+        if SleepModeConfig.releases_communicators(worker.vllm_config):
+            with set_current_vllm_config(worker.vllm_config):
+                manager.hccl.refresh_moe_hccl_groups()  # they know communicators by name
+        if backend.asleep("weights"):
+            return
+        if self._graphs_dropped and not backend.asleep("kv_cache"):
+            self.experts.close()  # what is captured runs the model
+            manager.acl_graph.sleep()  # what an attempt before this one captured
+            manager.acl_graph.wakeup()
+        as_loaded = worker.vllm_config.quant_config is None and not backend.reloads_after_level_2
+        if self._weights_slept and as_loaded:
+            hidden_size = worker.model_config.hf_text_config.hidden_size
+            self.experts.open(worker.model_runner.model, hidden_size)
+
+    def preserved_parameters(self) -> list[str]:
+        # vLLM 0.23 has no option of its own for this.
+        return SleepModeConfig.from_vllm_config(self._worker.vllm_config).preserve_parameters
+
+    def check_reload(self) -> None:
+        """
+        Raises:
+            SleepModeError: weights are in FRACTAL_NZ format.
+        """
+        name = self._in_nz_format()
+        if name is not None:
+            raise SleepModeError(
+                f"weights in FRACTAL_NZ format ({name}) cannot be loaded again in place; start "
+                "with VLLM_ASCEND_ENABLE_NZ=0"
+            )
+
+    def check_draft_reload(self) -> None:
+        """
+        Raises:
+            SleepModeError: always, as vLLM 0.23 loads a draft model once.
+        """
+        raise SleepModeError("a draft model cannot be loaded again; restart the engine")
+
+    def can_copy_back(self) -> bool:
+        """A copy of FRACTAL_NZ weights that comes back is in another format."""
+        return self._in_nz_format() is None
+
+    def _in_nz_format(self) -> str | None:
+        """The name of a parameter in that format or its like, if there is one."""
+        parameters = self._worker.rank_weights.content.parameters().items()
+        return next((name for name, parameter in parameters if is_tiled(parameter)), None)
+
+
+def _extra_cleanup() -> bool:
+    return bool(getattr(get_ascend_config(), "enable_sleep_mode_extra_cleanup", False))

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a platform adds to sleep, wake and loads of weights."""
+
+from vllm_sleep_ascend.rank.host_worker import HostWorker
+
+
+class Hooks:
+    """Those of vLLM's own worker, which adds nothing."""
+
+    def __init__(self, worker: HostWorker) -> None:
+        self._worker = worker
+
+    def sleep_refusal(self, level: int) -> str | None:
+        """Why this rank cannot sleep at this level; None if it can."""
+        return None
+
+    def before_sleep(self) -> None:
+        """What has to be done, or refused, before memory is touched. Part of the transaction."""
+
+    def after_sleep(self) -> None:
+        """What else comes free, once every rank sleeps."""
+
+    def after_wake(self) -> None:
+        """What else comes back, once every rank has its memory. If it fails, the engine counts as
+        asleep, and the wake can be repeated."""
+
+    def preserved_parameters(self) -> list[str]:
+        """Patterns of the parameters that level 2 keeps."""
+        return self._worker.model_config.sleep_preserve_parameter_names
+
+    def check_reload(self) -> None:
+        """
+        Raises:
+            SleepModeError: the weights cannot be loaded again in place.
+        """
+
+    def check_draft_reload(self) -> None:
+        """
+        Raises:
+            SleepModeError: a draft model cannot be loaded again.
+        """
+
+    def can_copy_back(self) -> bool:
+        """Whether a copy of the weights on the host, copied back, leaves them as they were."""
+        return True
