@@ -11,12 +11,7 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend.rank.agreement import Agreement
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
-from vllm_sleep_ascend.rank.weights.content import (
-    DRAFT,
-    WeightsContent,
-    WeightsReport,
-    models_of,
-)
+from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, WeightsReport, models_of
 from vllm_sleep_ascend.rank.weights.load import Named
 from vllm_sleep_ascend.rank.weights.loading import SLOWEST_LOAD, Loads
 from vllm_sleep_ascend.rank.weights.source import Sources
@@ -96,26 +91,8 @@ class RankWeights:
             ValueError: ``weights_path`` is a path and not a folder.
             WeightsError: weights are missing; names the shards.
         """
-        before = self.origin()
-        with self._sources.model.loading():
-            self._reload(weights_iterator, weights_path, is_checkpoint_format)
-            self._reload_lost_draft()
-        if weights_iterator is not None:
-            self._sources.model.loaded("iterator")
-            return
-        path = self._sources.checkpoint()
-        self._sources.model.loaded("checkpoint", path)
-        if weights_path is None and before["source"] != "checkpoint":
-            logger.warning(
-                "reload_weights loaded %s in place of %s.", path, in_no_checkpoint(before)
-            )
+        before, source = self.origin(), self._sources.model
 
-    def _reload(
-        self,
-        weights_iterator: Iterable[Named] | None,
-        weights_path: str | None,
-        is_checkpoint_format: bool,
-    ) -> None:
         def check() -> None:
             path = weights_path or ""
             if os.path.isabs(path) and not os.path.isdir(path):
@@ -136,11 +113,22 @@ class RankWeights:
             if weights is not weights_iterator:
                 load.check_parameters()
 
-        whole = weights_iterator is None
-        self._loads.begin(
-            "reload_weights", "", reload, check=check, at_once=True, from_checkpoint=whole
-        )
-        self._loads.end()
+        all_of_it = weights_iterator is None
+        with source.loading():
+            self._loads.begin(
+                "reload_weights", "", reload, check=check, at_once=True, from_checkpoint=all_of_it
+            )
+            self._loads.end()
+            self._reload_lost_draft()
+        if weights_iterator is not None:
+            source.loaded("iterator")
+            return
+        path = self._sources.checkpoint()
+        source.loaded("checkpoint", path)
+        if weights_path is None and before["source"] != "checkpoint":
+            logger.warning(
+                "reload_weights loaded %s in place of %s.", path, in_no_checkpoint(before)
+            )
 
     def _reload_lost_draft(self) -> None:
         lost = bool(self.content.missing_of(DRAFT))
