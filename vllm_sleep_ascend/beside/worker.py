@@ -55,6 +55,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         super().__init__(*args, **kwargs)
         self.sleep_mode_backend = allocator.SleepingAllocator.get_instance().backend
 
+    def _make_hooks(self) -> AscendHooks:
+        return AscendHooks(self)
+
     def init_device(self) -> None:
         """Take the device and join the other ranks."""
         finish_before_torch_npu()
@@ -62,7 +65,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self.sleep_mode_backend.configure(config)
         super().init_device()
         meet(get_pp_group().device_group)
-        self._join_ranks(AscendHooks(self))
+        self._join_ranks()
         utilization = self.cache_config.gpu_memory_utilization
         self._start_memory = StartMemory(self.device, utilization, config.wake_timeout_s)
 

@@ -23,7 +23,6 @@ from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.rank.communicators import meet
-from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
 from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
 from vllm_sleep_ascend.rank.worker import SleepingWorker, needs_weights_awake
@@ -64,7 +63,7 @@ class NPUWorker(SleepingWorker, Worker):
             current_platform.dist_backend,
         )
         meet(get_pp_group().device_group)
-        self._join_ranks(Hooks(self))
+        self._join_ranks()
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()

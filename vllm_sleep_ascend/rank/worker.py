@@ -72,24 +72,23 @@ class SleepingWorker(StockWorker):
     device: "torch.device"
     sleep_mode_backend: "CamemBackend"
     _start_memory: StartMemory
-    # Once the ranks have met
+    agreement: Agreement  # once the ranks have met
+    # Once the model is loaded: they refer to the worker, and one that fails to load ends at once
     _hooks: Hooks
-    agreement: Agreement
-    operations: Operations  # with sleep mode alone
-    # Once the model is loaded
     rank_weights: RankWeights
+    operations: Operations  # with sleep mode alone
     sleep_mode: SleepMode  # with sleep mode alone
 
     # --- Start and end ---------------------------------------------------------------------------
 
-    def _join_ranks(self, hooks: Hooks) -> None:
+    def _join_ranks(self) -> None:
         """From here on operate together with the other ranks of the engine, which have met."""
-        self._hooks = hooks
         ranks = self.parallel_config.world_size
         timeout_s = SleepModeConfig.slowest_rank_s(self.vllm_config)
         self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
-        if self.model_config.enable_sleep_mode:
-            self.operations = Operations(self, self.agreement)
+
+    def _make_hooks(self) -> Hooks:
+        return Hooks(self)
 
     def load_model(self, **kwargs: bool) -> None:
         """
@@ -98,10 +97,12 @@ class SleepingWorker(StockWorker):
         """
         with self._start_memory.named("the weights"):
             super().load_model(**kwargs)
+            self._hooks = self._make_hooks()
             self.rank_weights = RankWeights(
                 self, self.agreement, self._hooks, super().reload_weights
             )
         if self.model_config.enable_sleep_mode:
+            self.operations = Operations(self, self.agreement)
             self.sleep_mode = SleepMode(self, self.operations, self.rank_weights, self._hooks)
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
