@@ -44,7 +44,7 @@ class WeightsOrigin(TypedDict):
     draft: NotRequired[DraftOrigin]
 
 
-class WeightsContent(TypedDict):
+class WeightsReport(TypedDict):
     """What a rank says of its weights (``collective_rpc("weights_content")``).
 
     ``missing``: parameters, or shards of them, without content; ``corrupt``: whether that was found

@@ -9,7 +9,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.engine import weight_version
 from vllm_sleep_ascend.engine.state import EngineState, is_pending
-from vllm_sleep_ascend.status import WeightsContent
+from vllm_sleep_ascend.status import WeightsReport
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -53,7 +53,7 @@ class ServingGate:
     def look(self) -> None:
         """Ask the workers."""
         executor = self._core.model_executor
-        contents: list[WeightsContent] = executor.collective_rpc("weights_content")
+        contents: list[WeightsReport] = executor.collective_rpc("weights_content")
         self._missing = sorted({name for content in contents for name in content["missing"]})
         self._updating = any(content["updating"] for content in contents)
         self._corrupt = any(content["corrupt"] for content in contents)

@@ -7,7 +7,7 @@ Stock vLLM keeps the last version that it was given, whatever is loaded afterwar
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm_sleep_ascend.status import WeightsContent
+from vllm_sleep_ascend.status import WeightsReport
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _UNKNOWN = "unknown"
 
 
-def follow(core: "EngineCore", contents: list[WeightsContent]) -> None:
+def follow(core: "EngineCore", contents: list[WeightsReport]) -> None:
     """Take the version that the ranks name in their ``weights_content``."""
     if hasattr(core, "_weight_version"):
         versions = {content["version"] for content in contents}

@@ -17,11 +17,11 @@ from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.operations import Operations
 from vllm_sleep_ascend.rank.sleeping import SleepMode, status_without_sleep_mode
 from vllm_sleep_ascend.rank.start_memory import StartMemory
-from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsReport, models_of
+from vllm_sleep_ascend.rank.weights.content import DRAFT, models_of
 from vllm_sleep_ascend.rank.weights.layerwise import forget
 from vllm_sleep_ascend.rank.weights.load import Named
 from vllm_sleep_ascend.rank.weights.rank_weights import RankWeights
-from vllm_sleep_ascend.status import RankStatus, WeightsOrigin
+from vllm_sleep_ascend.status import RankStatus, WeightsOrigin, WeightsReport
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 import torch
 from torch import nn
@@ -16,18 +15,6 @@ DRAFT = "draft."
 """What stands before the names of a draft model's parameters."""
 
 _NAMED = 8  # parameters of which the shards are told
-
-
-class WeightsReport(TypedDict):
-    """``missing``: parameters, or shards of them, without content; ``corrupt``: whether that was
-    found out by comparing; ``beyond_loading``: whether more was found than loading mends;
-    ``updating``: whether an update is under way; ``version``: as vLLM has it."""
-
-    missing: list[str]
-    corrupt: bool
-    beyond_loading: bool
-    updating: bool
-    version: str
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def call_off(model: nn.Module, model_config: "ModelConfig") -> None:
         for info in infos:
             info.load_numel = 0
             info.loaded_weights.clear()
-        finalize_layerwise_reload(model, model_config)  # type: ignore[no-untyped-call]
+        finalize_layerwise_reload(model, model_config)
     unwrap_loaders(model)
 
 

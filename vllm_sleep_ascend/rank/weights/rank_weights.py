@@ -11,11 +11,11 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend.rank.agreement import Agreement
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
-from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, WeightsReport, models_of
+from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, models_of
 from vllm_sleep_ascend.rank.weights.load import Named
 from vllm_sleep_ascend.rank.weights.loading import SLOWEST_LOAD, Loads
 from vllm_sleep_ascend.rank.weights.source import Sources
-from vllm_sleep_ascend.status import WeightsOrigin, in_no_checkpoint
+from vllm_sleep_ascend.status import WeightsOrigin, WeightsReport, in_no_checkpoint
 
 logger = init_logger(f"vllm.{__name__}")
 
