@@ -53,15 +53,13 @@ aclError find_sides(const char* call, const void* to, const void* from, aclrtMem
       *sides = {true, false};
       break;
     case ACL_MEMCPY_DEVICE_TO_DEVICE:
-    case ACL_MEMCPY_INNER_DEVICE_TO_DEVICE:
-    case ACL_MEMCPY_INTER_DEVICE_TO_DEVICE:
       *sides = {true, true};
       break;
     case ACL_MEMCPY_DEFAULT:
       *sides = {sim::touches_device(from, 1), sim::touches_device(to, 1)};
       break;
     default:
-      return sim::fail(ACL_ERROR_RT_PARAM_INVALID, "%s: unknown kind %d", call, kind);
+      return sim::fail(ACL_ERROR_INVALID_PARAM, "%s: unknown kind %d", call, kind);
   }
   SIM_REQUIRE(sides->from_device || sides->to_device, ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
               "%s: copies from host to host are not supported", call);
@@ -83,8 +81,7 @@ aclError check_side(const char* call, const char* side, const void* address, siz
 
 aclError check_copy(const char* call, void* to, size_t room, const void* from, size_t bytes,
                     aclrtMemcpyKind kind, Copy* copy) {
-  SIM_REQUIRE(to != nullptr && from != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null address",
-              call);
+  SIM_REQUIRE(to != nullptr && from != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null address", call);
   SIM_REQUIRE(bytes > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: count is 0", call);
   SIM_REQUIRE(bytes <= room, ACL_ERROR_RT_PARAM_INVALID, "%s: count %zu is more than destMax %zu",
               call, bytes, room);

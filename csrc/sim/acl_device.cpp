@@ -2,6 +2,7 @@
 #include <acl/acl.h>
 #include <pthread.h>
 
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <mutex>
@@ -38,6 +39,40 @@ bool is_device(int32_t index) {
   return index >= 0 && index < static_cast<int32_t>(settings().visible.size());
 }
 
+// The streams of a device that are no stream of a program: the device has one, which is its default
+// context's, from the first context on that is made for it until the last one ends, and each other
+// context has its own.
+std::mutex streams_mutex;
+int contexts_of[kMaxDevices] = {};
+
+int own_streams(const Context& context) {
+  const auto each = static_cast<int>(settings().chip.context_streams);
+  return context.primary ? each - 1 : each;
+}
+
+void give_own_streams(const Context& context, int count) {
+  for (int i = 0; i < count; ++i) machine::give_stream(context.physical);
+}
+
+bool take_own_streams(const char* call, const Context& context) {
+  std::lock_guard<std::mutex> lock(streams_mutex);
+  const bool is_first = contexts_of[context.index] == 0;
+  const int wanted = own_streams(context) + (is_first ? 1 : 0);
+  for (int taken = 0; taken < wanted; ++taken) {
+    if (take_stream(call, context) == ACL_SUCCESS) continue;
+    give_own_streams(context, taken);
+    return false;
+  }
+  ++contexts_of[context.index];
+  return true;
+}
+
+void give_own_streams(const Context& context) {
+  std::lock_guard<std::mutex> lock(streams_mutex);
+  const bool is_last = --contexts_of[context.index] == 0;
+  give_own_streams(context, own_streams(context) + (is_last ? 1 : 0));
+}
+
 // Null: the device has no stream left for it, which the thread's recent message says.
 Context* make_context(const char* call, int index, bool primary) {
   static int once = pthread_atfork(nullptr, nullptr, faults::refuse_after_fork);
@@ -48,11 +83,11 @@ Context* make_context(const char* call, int index, bool primary) {
   context->index = index;
   context->physical = settings().visible[index];
   context->primary = primary;
-  context->default_stream = make_stream(call, context, 0, 0);
-  if (context->default_stream == nullptr) {
+  if (!take_own_streams(call, *context)) {
     delete context;
     return nullptr;
   }
+  context->default_stream = new_stream(context, 0, 0);
   context->handle = contexts().add(std::shared_ptr<Context>(context, [](Context*) {}));
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
@@ -85,7 +120,7 @@ void drop_context(Context* context) {
     bool removed = stream->context == context && streams().remove(handle) != nullptr;
     if (removed) machine::give_stream(context->physical);
   }
-  machine::give_stream(context->physical);  // the default stream
+  give_own_streams(*context);
   drop_graphs(*context);
 }
 
@@ -98,8 +133,8 @@ aclError reset(const char* call, int32_t index, bool force) {
   if (!is_device(index)) return bad_device(call, index);
   std::lock_guard<std::mutex> lock(devices().mutex);
   Context*& primary = devices().primary[index];
-  SIM_REQUIRE(primary != nullptr, ACL_ERROR_RT_CONTEXT_NULL, "%s: device %d is not set", call,
-              index);
+  SIM_REQUIRE(primary != nullptr, ACL_ERROR_RT_CONTEXT_RELEASE_ERROR, "%s: device %d is not set",
+              call, index);
   if (--primary->references > 0 && !force) return ACL_SUCCESS;
   drop_context(primary);
   primary = nullptr;
@@ -150,8 +185,12 @@ aclError aclrtGetLastError(aclrtLastErrLevel) { return sim::last_error(true); }
 
 aclError aclrtGetDeviceCount(uint32_t* count) {
   SIM_CALL();
-  SIM_REQUIRE(count != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtGetDeviceCount: null count");
-  *count = static_cast<uint32_t>(sim::settings().visible.size());
+  SIM_REQUIRE(count != nullptr, ACL_ERROR_INVALID_PARAM, "aclrtGetDeviceCount: null count");
+  const auto& visible = sim::settings().visible;
+  SIM_REQUIRE(!visible.empty() || std::getenv("ASCEND_RT_VISIBLE_DEVICES") == nullptr,
+              ACL_ERROR_RT_NO_DEVICE,
+              "%s: ASCEND_RT_VISIBLE_DEVICES names no device, or not in ascending order", __func__);
+  *count = static_cast<uint32_t>(visible.size());
   return ACL_SUCCESS;
 }
 
@@ -177,7 +216,7 @@ aclError aclrtResetDeviceForce(int32_t index) {
 
 aclError aclrtGetDevice(int32_t* index) {
   SIM_CALL();
-  SIM_REQUIRE(index != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtGetDevice: null device");
+  SIM_REQUIRE(index != nullptr, ACL_ERROR_INVALID_PARAM, "aclrtGetDevice: null device");
   SIM_CONTEXT(context);
   *index = context->index;
   return ACL_SUCCESS;
@@ -200,7 +239,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
 
 aclError aclrtCreateContext(aclrtContext* handle, int32_t index) {
   SIM_CALL();
-  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtCreateContext: null context");
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "aclrtCreateContext: null context");
   if (!sim::is_device(index)) return sim::bad_device("aclrtCreateContext", index);
   sim::Context* context = sim::make_context("aclrtCreateContext", index, false);
   if (context == nullptr) return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
@@ -211,10 +250,11 @@ aclError aclrtCreateContext(aclrtContext* handle, int32_t index) {
 
 aclError aclrtDestroyContext(aclrtContext handle) {
   SIM_CALL();
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "aclrtDestroyContext: null context");
   auto context = sim::contexts().find(handle);
-  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
+  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "aclrtDestroyContext: %p is not a context", handle);
-  SIM_REQUIRE(!context->primary, ACL_ERROR_RT_PARAM_INVALID,
+  SIM_REQUIRE(!context->primary, ACL_ERROR_RT_CONTEXT_NULL,
               "aclrtDestroyContext: a device's default context is destroyed by aclrtResetDevice");
   sim::drop_context(context.get());
   return ACL_SUCCESS;
@@ -222,8 +262,9 @@ aclError aclrtDestroyContext(aclrtContext handle) {
 
 aclError aclrtSetCurrentContext(aclrtContext handle) {
   SIM_CALL();
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "aclrtSetCurrentContext: null context");
   auto context = sim::contexts().find(handle);
-  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
+  SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_PARAM_INVALID,
               "aclrtSetCurrentContext: %p is not a context", handle);
   sim::thread_context = context.get();
   return ACL_SUCCESS;
@@ -231,7 +272,7 @@ aclError aclrtSetCurrentContext(aclrtContext handle) {
 
 aclError aclrtGetCurrentContext(aclrtContext* handle) {
   SIM_CALL();
-  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null context", __func__);
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null context", __func__);
   sim::Context* context = sim::thread_context;  // a default device counts only for what uses it
   SIM_REQUIRE(context != nullptr && context->alive, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", __func__);

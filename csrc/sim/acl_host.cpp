@@ -23,8 +23,8 @@ const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 constexpr size_t kAllocationLimit = 200 * sim::kGiB;
 
 aclError allocate(const char* call, void** result, size_t size) {
-  SIM_REQUIRE(result != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", call);
-  SIM_REQUIRE(size > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: size is 0", call);
+  SIM_REQUIRE(result != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null result", call);
+  SIM_REQUIRE(size > 0, ACL_ERROR_INVALID_PARAM, "%s: size is 0", call);
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
   SIM_REQUIRE(size <= kAllocationLimit, ACL_ERROR_RT_MEMORY_ALLOCATION,
@@ -40,6 +40,7 @@ aclError allocate(const char* call, void** result, size_t size) {
 }
 
 aclError deallocate(const char* call, void* pointer) {
+  SIM_REQUIRE(pointer != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null address", call);
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
   std::lock_guard<std::mutex> lock(memory().mutex);
@@ -76,8 +77,8 @@ aclError check_pinned(const char* call, const char* pointer, uint64_t size, uint
 }
 
 aclError register_range(const char* call, void* pointer, uint64_t size, uint32_t flag) {
-  SIM_REQUIRE(pointer != nullptr && size > 0, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: null address or size 0", call);
+  SIM_REQUIRE(pointer != nullptr && size > 0, ACL_ERROR_INVALID_PARAM, "%s: null address or size 0",
+              call);
   SIM_REQUIRE(reinterpret_cast<uintptr_t>(pointer) % kPage == 0, ACL_ERROR_RT_PARAM_INVALID,
               "%s: the address %p is not a multiple of %zu", call, pointer, kPage);
   SIM_REQUIRE(sim::current_context() != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
@@ -171,7 +172,7 @@ aclError aclrtHostGetDevicePointer(void* pointer, void** device_pointer, uint32_
 
 aclError aclrtHostUnregister(void* pointer) {
   SIM_CALL();
-  SIM_REQUIRE(pointer != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null address", __func__);
+  SIM_REQUIRE(pointer != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null address", __func__);
   SIM_CONTEXT(context);
   (void)context;
   std::unique_lock<std::mutex> lock(memory().mutex);

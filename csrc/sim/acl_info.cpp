@@ -122,10 +122,14 @@ aclError aclrtGetDeviceUtilizationRate(int32_t, aclrtUtilizationInfo* info) {
 
 aclError aclrtGetMemUsageInfo(int32_t index, aclrtMemUsageInfo* info, size_t room, size_t* count) {
   SIM_CALL();
+  SIM_REQUIRE(info != nullptr && count != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null result",
+              __func__);
+  *count = 0;
+  SIM_REQUIRE(room > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: no room for a component", __func__);
   SIM_REQUIRE(index >= 0 && index < static_cast<int32_t>(sim::settings().visible.size()),
               ACL_ERROR_RT_INVALID_DEVICEID, "%s: there is no device %d", __func__, index);
-  SIM_REQUIRE(info != nullptr && count != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result",
-              __func__);
+  SIM_CONTEXT(context);
+  (void)context;
   const int physical = sim::settings().visible[index];
   const size_t libraries = sim::taken_by_libraries(physical);
   std::vector<std::pair<size_t, const char*>> components = {

@@ -40,7 +40,7 @@ aclError allocate(const char* call, void** result, size_t size, bool for_a_libra
               bytes);
   physical->mapped = address;
   std::lock_guard<std::mutex> lock(memory().mutex);
-  memory().reservations[address] = {bytes, true, for_a_library};
+  memory().reservations[address] = {bytes, true, for_a_library, context->physical};
   memory().mappings[address] = {bytes, physical};
   *result = address;
   return ACL_SUCCESS;
@@ -109,16 +109,16 @@ aclError aclrtFreeWithDevSync(void* pointer) {
 
 aclError aclrtGetMemInfo(aclrtMemAttr attribute, size_t* free, size_t* total) {
   SIM_CALL();
-  SIM_CONTEXT(context);
-  SIM_REQUIRE(free != nullptr && total != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result",
+  SIM_REQUIRE(free != nullptr && total != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null result",
               __func__);
+  SIM_CONTEXT(context);
   bool is_ddr = attribute == ACL_DDR_MEM || attribute == ACL_DDR_MEM_HUGE ||
                 attribute == ACL_DDR_MEM_NORMAL || attribute == ACL_DDR_MEM_P2P_HUGE ||
                 attribute == ACL_DDR_MEM_P2P_NORMAL;
   SIM_REQUIRE(attribute >= ACL_DDR_MEM && attribute <= ACL_MEM_P2P_HUGE1G,
-              ACL_ERROR_RT_PARAM_INVALID, "%s: unknown attribute %d", __func__, attribute);
+              ACL_ERROR_RT_INVALID_MEMORY_TYPE, "%s: unknown attribute %d", __func__, attribute);
   size_t taken = sim::machine::taken(context->physical);
-  *total = is_ddr ? 0 : sim::settings().hbm_bytes;
+  *total = is_ddr && sim::settings().chip.has_hbm ? 0 : sim::settings().hbm_bytes;
   *free = *total > taken ? *total - taken : 0;
   return ACL_SUCCESS;
 }

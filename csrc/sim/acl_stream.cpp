@@ -15,7 +15,7 @@ using sim::Stream;
 namespace {
 
 aclError create_stream(const char* call, aclrtStream* handle, uint32_t priority, uint32_t flags) {
-  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null stream", call);
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null stream", call);
   sim::Context* context = sim::current_context();
   SIM_REQUIRE(context != nullptr, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", call);
@@ -26,11 +26,10 @@ aclError create_stream(const char* call, aclrtStream* handle, uint32_t priority,
 }
 
 aclError destroy_stream(const char* call, aclrtStream handle, bool wait) {
-  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID,
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM,
               "%s: the default stream cannot be destroyed", call);
-  auto stream = sim::streams().find(handle);
-  SIM_REQUIRE(stream != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
-              "%s: %p is not a stream, or was destroyed", call, handle);
+  std::shared_ptr<Stream> stream;
+  if (aclError error = sim::find_stream(call, handle, &stream)) return error;
   if (aclError error = sim::refuse_captured(call, *stream)) return error;
   if (wait) sim::wait(*stream, -1);
   if (sim::streams().remove(handle) == nullptr) return ACL_SUCCESS;
@@ -106,10 +105,15 @@ aclError aclrtGetStreamAvailableNum(uint32_t* count) {
 
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
   SIM_CALL();
-  SIM_REQUIRE(status != nullptr, ACL_ERROR_RT_PARAM_INVALID, "aclrtStreamQuery: null status");
+  SIM_REQUIRE(status != nullptr, ACL_ERROR_INVALID_PARAM, "aclrtStreamQuery: null status");
   std::shared_ptr<Stream> stream;
   if (aclError error = sim::find_stream("aclrtStreamQuery", handle, &stream)) return error;
   if (aclError error = sim::refuse_captured("aclrtStreamQuery", *stream)) return error;
+  if (!stream->can_be_waited_for()) {
+    *status = ACL_STREAM_STATUS_COMPLETE;
+    return ACL_SUCCESS;
+  }
+  if (aclError error = stream->context->failure("aclrtStreamQuery")) return error;
   bool idle = sim::device::completed(stream->queue) == sim::device::submitted(stream->queue);
   *status = idle ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
   return ACL_SUCCESS;

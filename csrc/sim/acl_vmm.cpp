@@ -3,6 +3,8 @@
 // Virtual memory management: reservations, physical memory, mappings.
 #include <acl/acl.h>
 
+#include <utility>
+
 #include "context.h"
 #include "error.h"
 #include "faults.h"
@@ -13,23 +15,26 @@
 using sim::kGiB;
 using sim::kMiB;
 using sim::memory;
+using sim::Physical;
+using sim::Reservation;
 
 namespace {
 
+constexpr size_t kPage = 2 * kMiB;
 constexpr size_t kReserveLimit = 128 * kGiB;
 
+// What is asked for as normal pages comes in huge ones too.
 size_t granularity(aclrtMemAttr attribute) {
   switch (attribute) {
     case ACL_HBM_MEM_NORMAL:
     case ACL_HBM_MEM_P2P_NORMAL:
     case ACL_MEM_NORMAL:
     case ACL_MEM_P2P_NORMAL:
-      return 4096;
     case ACL_HBM_MEM_HUGE:
     case ACL_HBM_MEM_P2P_HUGE:
     case ACL_MEM_HUGE:
     case ACL_MEM_P2P_HUGE:
-      return 2 * kMiB;
+      return kPage;
     case ACL_HBM_MEM_HUGE1G:
     case ACL_HBM_MEM_P2P_HUGE1G:
     case ACL_MEM_HUGE1G:
@@ -38,6 +43,14 @@ size_t granularity(aclrtMemAttr attribute) {
     default:
       return 0;
   }
+}
+
+// Pages of 1 GiB: not on a 310P, and on a 910B not for other devices.
+bool chip_has(aclrtMemAttr attribute) {
+  if (granularity(attribute) != kGiB) return true;
+  const bool for_others = attribute == ACL_HBM_MEM_P2P_HUGE1G || attribute == ACL_MEM_P2P_HUGE1G;
+  return for_others ? sim::settings().chip.has_1g_pages_for_others
+                    : sim::settings().chip.has_1g_pages;
 }
 
 aclError check_property(const char* call, const aclrtPhysicalMemProp* property) {
@@ -53,9 +66,31 @@ aclError check_property(const char* call, const aclrtPhysicalMemProp* property) 
   SIM_REQUIRE(property->location.type == ACL_MEM_LOCATION_TYPE_DEVICE, ACL_ERROR_INVALID_PARAM,
               "%s: location type %d, only ACL_MEM_LOCATION_TYPE_DEVICE is supported", call,
               property->location.type);
-  SIM_REQUIRE(property->reserve == 0, ACL_ERROR_INVALID_PARAM, "%s: reserve must be 0", call);
+  SIM_REQUIRE(property->reserve == 0, ACL_ERROR_RT_PARAM_INVALID, "%s: reserve must be 0", call);
+  SIM_REQUIRE(chip_has(property->memAttr), ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "%s: %s has no memory of the memAttr %d", call, sim::settings().chip.soc_name,
+              property->memAttr);
   SIM_REQUIRE(property->location.id < sim::settings().visible.size(), ACL_ERROR_RT_INVALID_DEVICEID,
               "%s: there is no device %u", call, property->location.id);
+  return ACL_SUCCESS;
+}
+
+// A reservation belongs to the device whose memory was mapped into it first, even once all of it is
+// unmapped, and holds memory of this process or of others, not both.
+aclError check_one_kind(const char* call, const std::pair<const char* const, Reservation>& range,
+                        const Physical& physical) {
+  const auto& [base, reservation] = range;
+  SIM_REQUIRE(!reservation.device || *reservation.device == physical.device,
+              ACL_ERROR_RT_PARAM_INVALID,
+              "%s: memory of another device was mapped into the reservation at %p", call,
+              static_cast<const void*>(base));
+  const auto mapping = memory().mappings.lower_bound(base);  // all are like the first
+  const bool is_empty =
+      mapping == memory().mappings.end() || mapping->first >= base + reservation.bytes;
+  SIM_REQUIRE(is_empty || mapping->second.physical->imported == physical.imported,
+              ACL_ERROR_RT_PARAM_INVALID,
+              "%s: the reservation at %p holds imported memory or memory of this process, not both",
+              call, static_cast<const void*>(base));
   return ACL_SUCCESS;
 }
 
@@ -68,8 +103,9 @@ aclError aclrtReserveMemAddress(void** address, size_t size, size_t alignment, v
   SIM_CALL();
   SIM_CONTEXT(context);
   (void)context;
-  SIM_REQUIRE(address != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", __func__);
-  SIM_REQUIRE(size > 0, ACL_ERROR_RT_PARAM_INVALID, "%s: size is 0", __func__);
+  SIM_REQUIRE(address != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null result", __func__);
+  SIM_REQUIRE(size > 0, ACL_ERROR_INVALID_PARAM, "%s: size is 0", __func__);
+  SIM_REQUIRE(flags <= 1, ACL_ERROR_INVALID_PARAM, "%s: unknown flags", __func__);
   SIM_REQUIRE(size <= kReserveLimit, ACL_ERROR_RT_PARAM_INVALID,
               "%s: %zu bytes, one call reserves at most %zu", __func__, size, kReserveLimit);
   SIM_REQUIRE(alignment == 0, ACL_ERROR_RT_PARAM_INVALID, "%s: alignment must be 0", __func__);
@@ -77,13 +113,12 @@ aclError aclrtReserveMemAddress(void** address, size_t size, size_t alignment, v
               "%s: the expected address must be "
               "null",
               __func__);
-  SIM_REQUIRE(flags <= 1, ACL_ERROR_RT_PARAM_INVALID, "%s: unknown flags", __func__);
-  size_t rounded = (size + 2 * kMiB - 1) / (2 * kMiB) * (2 * kMiB);
-  void* reserved = sim::device::reserve(rounded, 2 * kMiB);
+  size_t rounded = (size + kPage - 1) / kPage * kPage;
+  void* reserved = sim::device::reserve(rounded, kPage);
   SIM_REQUIRE(reserved != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION,
               "%s: no address space for %zu bytes", __func__, size);
   std::lock_guard<std::mutex> lock(memory().mutex);
-  memory().reservations[static_cast<char*>(reserved)] = {rounded, false};
+  memory().reservations[static_cast<char*>(reserved)] = {rounded};
   *address = reserved;
   return ACL_SUCCESS;
 }
@@ -92,6 +127,7 @@ aclError aclrtReleaseMemAddress(void* address) {
   SIM_CALL();
   SIM_CONTEXT(context);
   (void)context;
+  SIM_REQUIRE(address != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null address", __func__);
   std::lock_guard<std::mutex> lock(memory().mutex);
   auto reservation = memory().reservations.find(static_cast<char*>(address));
   SIM_REQUIRE(reservation != memory().reservations.end() && !reservation->second.is_malloc,
@@ -123,13 +159,13 @@ aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t size,
   SIM_CALL();
   SIM_CONTEXT(context);
   (void)context;
-  SIM_REQUIRE(handle != nullptr, ACL_ERROR_RT_PARAM_INVALID, "%s: null result", __func__);
-  SIM_REQUIRE(flags == 0, ACL_ERROR_RT_PARAM_INVALID, "%s: flags must be 0", __func__);
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null result", __func__);
+  SIM_REQUIRE(size > 0, ACL_ERROR_INVALID_PARAM, "%s: size is 0", __func__);
+  SIM_REQUIRE(flags == 0, ACL_ERROR_INVALID_PARAM, "%s: flags must be 0", __func__);
   if (aclError error = check_property(__func__, property)) return error;
   size_t unit = granularity(property->memAttr);
-  SIM_REQUIRE(size > 0 && size % unit == 0, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: %zu bytes is not a positive multiple of the granularity, %zu", __func__, size,
-              unit);
+  SIM_REQUIRE(size % unit == 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: %zu bytes is not a multiple of the granularity, %zu", __func__, size, unit);
   int device = sim::settings().visible[property->location.id];
   auto physical = sim::make_physical(device, size);
   SIM_REQUIRE(physical != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION,
@@ -144,6 +180,7 @@ aclError aclrtFreePhysical(aclrtDrvMemHandle handle) {
   SIM_CALL();
   SIM_CONTEXT(context);
   (void)context;
+  SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null handle", __func__);
   std::shared_ptr<sim::Physical> physical;  // goes after the lock: it may take long
   std::lock_guard<std::mutex> lock(memory().mutex);
   physical = sim::physicals().remove(handle);
@@ -157,10 +194,10 @@ aclError aclrtMapMem(void* address, size_t size, size_t offset, aclrtDrvMemHandl
   SIM_CALL();
   SIM_CONTEXT(context);
   (void)context;
-  SIM_REQUIRE(address != nullptr && size > 0, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: null address or size 0", __func__);
-  SIM_REQUIRE(offset == 0 && flags == 0, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: offset and flags must be 0", __func__);
+  SIM_REQUIRE(address != nullptr && handle != nullptr && size > 0, ACL_ERROR_INVALID_PARAM,
+              "%s: null address, null handle or size 0", __func__);
+  SIM_REQUIRE(flags == 0, ACL_ERROR_INVALID_PARAM, "%s: flags must be 0", __func__);
+  SIM_REQUIRE(offset == 0, ACL_ERROR_RT_PARAM_INVALID, "%s: offset must be 0", __func__);
   std::lock_guard<std::mutex> lock(memory().mutex);
   auto physical = sim::physicals().find(handle);
   SIM_REQUIRE(physical != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
@@ -170,10 +207,9 @@ aclError aclrtMapMem(void* address, size_t size, size_t offset, aclrtDrvMemHandl
   SIM_REQUIRE(physical->mapped == nullptr, ACL_ERROR_RT_PARAM_INVALID,
               "%s: the handle is already mapped at %p", __func__,
               static_cast<const void*>(physical->mapped));
-  size_t unit = size % (2 * kMiB) == 0 ? 2 * kMiB : 4096;
   auto* start = static_cast<char*>(address);
-  SIM_REQUIRE(reinterpret_cast<uintptr_t>(start) % unit == 0, ACL_ERROR_RT_PARAM_INVALID,
-              "%s: the address %p is not a multiple of %zu", __func__, address, unit);
+  SIM_REQUIRE(reinterpret_cast<uintptr_t>(start) % kPage == 0, ACL_ERROR_RT_PARAM_INVALID,
+              "%s: the address %p is not a multiple of %zu", __func__, address, kPage);
   auto reservation = sim::find_containing(memory().reservations, start);
   bool inside = reservation != memory().reservations.end() && !reservation->second.is_malloc &&
                 start + size <= reservation->first + reservation->second.bytes;
@@ -181,9 +217,11 @@ aclError aclrtMapMem(void* address, size_t size, size_t offset, aclrtDrvMemHandl
               __func__, address, size);
   SIM_REQUIRE(!sim::overlaps(memory().mappings, start, size), ACL_ERROR_RT_PARAM_INVALID,
               "%s: part of [%p, +%zu) is already mapped", __func__, address, size);
+  if (aclError error = check_one_kind(__func__, *reservation, *physical)) return error;
   SIM_REQUIRE(sim::device::map(start, physical->memory), ACL_ERROR_RT_DRV_INTERNAL_ERROR,
               "%s: the device cannot map %zu bytes", __func__, size);
   physical->mapped = start;
+  reservation->second.device = physical->device;
   memory().mappings[start] = {size, physical};
   return ACL_SUCCESS;
 }
@@ -192,11 +230,12 @@ aclError aclrtUnmapMem(void* address) {
   SIM_CALL();
   SIM_CONTEXT(context);
   (void)context;
+  SIM_REQUIRE(address != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null address", __func__);
   std::unique_lock<std::mutex> lock(memory().mutex);
   auto mapping = memory().mappings.find(static_cast<char*>(address));
   auto reservation = sim::find_containing(memory().reservations, address);
   SIM_REQUIRE(mapping != memory().mappings.end() && !reservation->second.is_malloc,
-              ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not the start of a mapping", __func__,
+              ACL_ERROR_RT_DRV_INTERNAL_ERROR, "%s: %p is not the start of a mapping", __func__,
               address);
   sim::require_unused(__func__, address, mapping->second.bytes);
   auto physical = mapping->second.physical;

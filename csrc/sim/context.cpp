@@ -94,6 +94,10 @@ aclError take_stream(const char* call, const Context& context) {
 std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,
                                     uint32_t flags) {
   if (take_stream(call, *context) != ACL_SUCCESS) return nullptr;
+  return new_stream(context, priority, flags);
+}
+
+std::shared_ptr<Stream> new_stream(Context* context, uint32_t priority, uint32_t flags) {
   static std::atomic<int32_t> next_id{0};
   auto stream = std::make_shared<Stream>();
   stream->context = context;

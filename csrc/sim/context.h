@@ -141,6 +141,9 @@ aclError take_stream(const char* call, const Context& context);
 std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,
                                     uint32_t flags);
 
+// A stream of which the device's is taken already.
+std::shared_ptr<Stream> new_stream(Context* context, uint32_t priority, uint32_t flags);
+
 // The stream behind a handle (null: the default stream) if it belongs to the current context.
 aclError find_stream(const char* call, aclrtStream handle, std::shared_ptr<Stream>* stream);
 

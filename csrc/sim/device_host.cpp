@@ -190,17 +190,14 @@ Physical* open_shared(int, uint64_t key, size_t* bytes) {
   return memory;
 }
 
-// Page-locked memory is there at once, and a forked child has none of it.
+// Page-locked memory is there at once, with any content, and a forked child has none of it.
 void* allocate_host(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   madvise(memory, bytes, MADV_HUGEPAGE);
   madvise(memory, bytes, MADV_DONTFORK);
-  constexpr size_t kPage = 4096;
-  for (size_t offset = 0; offset < bytes; offset += kPage) {
-    static_cast<volatile char*>(memory)[offset] = 0;
-  }
+  fill_with_poison(static_cast<char*>(memory), bytes);
   return memory;
 }
 

@@ -36,8 +36,9 @@ struct Mapping {
 
 struct Reservation {
   size_t bytes;
-  bool is_malloc;             // belongs to an aclrtMalloc, which maps all of it
-  bool of_a_library = false;  // taken by a simulated library for itself
+  bool is_malloc = false;          // belongs to an aclrtMalloc, which maps all of it
+  bool of_a_library = false;       // taken by a simulated library for itself
+  std::optional<int> device = {};  // whose memory was mapped first
 };
 
 struct Pinned {  // of aclrtMallocHost

@@ -15,9 +15,9 @@ namespace sim {
 namespace {
 
 constexpr Chip kChips[] = {
-    {"910B", "Ascend910B2", 1984},
-    {"910_93", "Ascend910_9391", 1984},
-    {"310P", "Ascend310P3", 1024},
+    {"910B", "Ascend910B2", 1984, 1, true, false, true},
+    {"910_93", "Ascend910_9391", 1984, 1, true, true, true},
+    {"310P", "Ascend310P3", 1024, 2, false, false, false},
 };
 
 constexpr const char* kNotOn310P[] = {
@@ -48,7 +48,8 @@ double number(const char* name, double otherwise) {
   return *end == '\0' && value >= 0 ? value : otherwise;
 }
 
-// As CANN reads it: the list is cut at the first entry that names no device or names one again.
+// As CANN reads it: the list is cut at the first entry that names no device. One that is not in
+// ascending order, or names a device twice, names none.
 std::vector<int> visible_devices(int count) {
   std::vector<int> visible;
   const char* text = std::getenv("ASCEND_RT_VISIBLE_DEVICES");
@@ -61,8 +62,8 @@ std::vector<int> visible_devices(int count) {
     char* end = nullptr;
     long device = std::strtol(entry.c_str(), &end, 10);
     bool is_number = end != entry.c_str() && *end == '\0';
-    bool repeated = std::find(visible.begin(), visible.end(), device) != visible.end();
-    if (!is_number || device < 0 || device >= count || repeated) break;
+    if (!is_number || device < 0 || device >= count) break;
+    if (!visible.empty() && device <= visible.back()) return {};
     visible.push_back(static_cast<int>(device));
   }
   return visible;

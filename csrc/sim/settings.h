@@ -17,9 +17,13 @@ struct Version {
 };
 
 struct Chip {
-  const char* name;      // in NPU_SIM_SOC
-  const char* soc_name;  // as aclrtGetSocName tells it
-  size_t streams;        // of a device, for all processes together
+  const char* name;              // in NPU_SIM_SOC
+  const char* soc_name;          // as aclrtGetSocName tells it
+  size_t streams;                // of a device, for all processes together
+  size_t context_streams;        // that each context takes for itself
+  bool has_1g_pages;             // of memory
+  bool has_1g_pages_for_others;  // of memory that other devices reach
+  bool has_hbm;                  // else its memory is DDR
 };
 
 // What the environment says about the simulated machine, read once.

@@ -15,6 +15,7 @@ from helpers.ascendcl import (
     HOST_TO_DEVICE,
     HOST_TO_HOST,
     HUGE,
+    INVALID_PARAM,
     MIB,
     RT_PARAM,
     SUCCESS,
@@ -69,11 +70,11 @@ def test_there_and_back(on_device: int, pinned: int, kinds: tuple[int, int]) -> 
 def test_a_copy_refuses(on_device: int, pinned: int) -> None:
     assert memcpy(on_device, pinned, 100, HOST_TO_DEVICE, room=99) == RT_PARAM
     assert memcpy(on_device, pinned, 0, HOST_TO_DEVICE) == RT_PARAM
-    assert memcpy(on_device, pinned, 100, 77) == RT_PARAM
+    assert memcpy(on_device, pinned, 100, 77) == INVALID_PARAM
     assert memcpy(pinned, pinned, 100, HOST_TO_HOST) == UNSUPPORTED
     assert memcpy(pinned, pinned, 100, DEFAULT) == UNSUPPORTED
     assert memcpy(on_device, pinned, 100, DEVICE_TO_HOST) == RT_PARAM, "the wrong way round"
-    assert call("aclrtMemcpy", None, c_size_t(1), pinned, c_size_t(1), 1) == RT_PARAM
+    assert call("aclrtMemcpy", None, c_size_t(1), pinned, c_size_t(1), 1) == INVALID_PARAM
     assert bytes_at(on_device, 2) == b"\xff\x7f", "a refused copy copies nothing"
 
 
@@ -105,6 +106,16 @@ def test_pinned_copies_are_asynchronous(on_device: int, pinned: int) -> None:
         ctypes.memset(pinned, 2, HUGE)
     ok("aclrtSynchronizeStream", queue)
     assert bytes_at(on_device, HUGE) == b"\2" * HUGE, "the source is read when the copy runs"
+    ok("aclrtDestroyStream", queue)
+
+
+def test_a_synchronous_copy_waits_for_no_stream(on_device: int, pinned: int) -> None:
+    queue = stream()
+    ctypes.memset(pinned, 3, HUGE)
+    with held(queue):
+        assert memcpy_async(on_device, pinned, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+        assert memcpy(pinned, on_device, 2, DEVICE_TO_HOST) == SUCCESS
+        assert bytes_at(pinned, 2) == b"\xff\x7f", "what is there before"
     ok("aclrtDestroyStream", queue)
 
 

@@ -31,6 +31,7 @@ from helpers.ascendcl import (
     reserve,
     run_python,
     stream,
+    stream_is_idle,
 )
 from helpers.patience import wait_for
 
@@ -219,6 +220,19 @@ def test_communication_can_fail_too() -> None:
     info = ctypes.create_string_buffer(4108)
     assert hccl.HcclGetRootInfo(info) == 4
     assert hccl.HcclGetRootInfo(info) == 0
+
+
+def test_a_copy_that_fails_after_its_launch() -> None:
+    host, queue = malloc_host(HUGE), stream()
+    _, address = malloc(HUGE)
+    control.set_faults(f"aclrtMemcpyAsync.work:1:{DRIVER}")
+    assert memcpy_async(address, host, HUGE, HOST_TO_DEVICE, queue) == SUCCESS
+    assert stream_is_idle(queue), "asking tells nothing"
+    assert call("aclrtSynchronizeStream", queue) == DRIVER
+    assert call("aclrtSynchronizeStream", queue) == SUCCESS, "it is told once"
+    ok("aclrtDestroyStream", queue)
+    ok("aclrtFree", address)
+    ok("aclrtFreeHost", host)
 
 
 def test_a_copy_that_never_completes() -> None:

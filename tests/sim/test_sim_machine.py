@@ -13,7 +13,9 @@ from helpers.ascendcl import (
     GIB,
     KIB,
     MIB,
+    NO_DEVICE,
     NO_RESOURCE,
+    NOT_SET,
     OUT_OF_MEMORY,
     UNSUPPORTED,
     call,
@@ -68,13 +70,13 @@ def test_a_killed_process_gives_everything_back_even_as_a_zombie() -> None:
 
 
 def test_many_processes_never_take_more_than_there_is() -> None:
-    unit = 64 * KIB
+    unit = 512 * KIB
     code = (
         "import time\n"
         "print('ready', flush=True)\n"
         "time.sleep(max(0, float(sys.stdin.readline()) - time.time()))\n"
         "count = 0\n"
-        f"while malloc_physical({unit}, prop(HBM_NORMAL))[0] == SUCCESS: count += 1\n"
+        f"while malloc({unit})[0] == SUCCESS: count += 1\n"
         "print(count, flush=True)"
     )
 
@@ -125,20 +127,42 @@ def test_a_device_has_so_many_streams() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chip", "name", "streams"),
+    ("chip", "name", "streams", "taken"),
     [
-        ("", "Ascend910B2", 1984),
-        ("910_93", "Ascend910_9391", 1984),
-        ("310P", "Ascend310P3", 1024),
+        ("", "Ascend910B2", 1984, 1),
+        ("910_93", "Ascend910_9391", 1984, 1),
+        ("310P", "Ascend310P3", 1024, 2),
     ],
 )
-def test_chips(chip: str, name: str, streams: int) -> None:
+def test_chips(chip: str, name: str, streams: int, taken: int) -> None:
     code = (
         "library.aclrtGetSocName.restype = c_char_p\n"
-        "print(library.aclrtGetSocName().decode(), streams_left() + 1)"
+        "print(library.aclrtGetSocName().decode(), streams_left())\n"
+        "ok('aclrtCreateContext', byref(c_void_p()), 0)\n"
+        "print(streams_left())"
     )
     machine = {"NPU_SIM_SOC": chip, "NPU_SIM_MACHINE": f"chip-{os.getpid()}"}
-    assert run_python(code, **machine).stdout == f"{name} {streams}\n"
+    left = streams - taken
+    assert run_python(code, **machine).stdout == f"{name} {left}\n{left - taken}\n"
+
+
+def test_a_device_has_a_stream_of_its_own_whatever_context_comes_first() -> None:
+    result = run_python(
+        "ok('aclrtResetDevice', 0)\n"
+        f"assert call('aclrtResetDevice', 0) == {NOT_SET}\n"
+        "context = c_void_p()\n"
+        "ok('aclrtCreateContext', byref(context), 0)\n"
+        "print(streams_left(), 'beside the stream of the device and that of the context')\n"
+        "ok('aclrtSetDevice', 0)\n"
+        "print(streams_left(), 'which the default context takes over')\n"
+        "ok('aclrtDestroyContext', context)\n"
+        "print(streams_left())\n"
+        "ok('aclrtResetDevice', 0)\n"
+        "ok('aclrtSetDevice', 0)\n"
+        "print(streams_left())\n",
+        **MACHINE_WITH_FIVE_STREAMS,
+    )
+    assert [line[0] for line in result.stdout.splitlines()] == ["3", "3", "4", "4"], result.stderr
 
 
 def test_a_chip_that_is_not_known_is_refused() -> None:
@@ -192,12 +216,13 @@ def test_devices_have_memory_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("visible", "count"),
-    [("0", 1), ("1", 1), ("1,0", 2), ("", 0), ("0,5,1", 1), ("0,0", 1), ("x", 0), ("0,1,2", 2)],
+    [("0", 1), ("1", 1), ("0,1", 2), ("0,5,1", 1), ("0,1,2", 2), ("1,x", 1)]
+    + [(none, 0) for none in ("", "x", "5", "1,0", "0,0")],
 )
 def test_visible_devices(visible: str, count: int) -> None:
     code = (
         "from helpers.ascendcl import *\ncount = c_uint32()\n"
-        "ok('aclrtGetDeviceCount', byref(count)); print(count.value)"
+        "print(call('aclrtGetDeviceCount', byref(count)), count.value)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -205,7 +230,8 @@ def test_visible_devices(visible: str, count: int) -> None:
         capture_output=True,
         text=True,
     )
-    assert result.stdout.strip() == str(count), result.stderr
+    expected = 0 if count else NO_DEVICE
+    assert result.stdout == f"{expected} {count}\n", result.stderr
 
 
 def test_visible_devices_are_renumbered() -> None:

@@ -3,6 +3,7 @@
 
 import ctypes
 import mmap
+import os
 from collections.abc import Iterator
 from ctypes import byref, c_size_t, c_uint32, c_uint64, c_void_p
 
@@ -10,8 +11,12 @@ import pytest
 from helpers.ascendcl import (
     ALREADY_REGISTERED,
     DDR_MEM,
+    DEVICE_ID,
+    DRIVER,
     GIB,
     HUGE,
+    INVALID_PARAM,
+    MEMORY_TYPE,
     MIB,
     NOT_REGISTERED,
     OUT_OF_MEMORY,
@@ -40,7 +45,34 @@ PAGE = 4096
 def test_total_and_free() -> None:
     assert free_and_total() == (GIB, GIB)
     assert free_and_total(DDR_MEM) == (0, 0)
-    assert call("aclrtGetMemInfo", 99, byref(c_size_t()), byref(c_size_t())) == RT_PARAM
+    assert call("aclrtGetMemInfo", 99, byref(c_size_t()), byref(c_size_t())) == MEMORY_TYPE
+
+
+def test_a_chip_without_hbm_has_ddr() -> None:
+    code = "print(*free_and_total(DDR_MEM), *free_and_total(HBM_MEM))"
+    result = run_python(code, NPU_SIM_SOC="310P", NPU_SIM_MACHINE=f"ddr-{os.getpid()}")
+    assert result.stdout.split() == [str(GIB)] * 4, result.stderr
+
+
+class Usage(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 32),
+        ("current", c_uint64),
+        ("peak", c_uint64),
+        ("reserved", c_size_t * 8),
+    ]
+
+
+def test_what_components_of_cann_hold() -> None:
+    memory, found, count = mapped(), (Usage * 2)(), c_size_t(9)
+    ok("aclrtGetMemUsageInfo", 0, found, c_size_t(2), byref(count))
+    assert [(usage.name, usage.current) for usage in found] == [(b"APP", HUGE), (b"HCCL", 0)]
+    ok("aclrtGetMemUsageInfo", 0, found, c_size_t(1), byref(count))
+    assert count.value == 1, "what takes most of it first"
+    assert call("aclrtGetMemUsageInfo", 0, found, c_size_t(0), byref(count)) == RT_PARAM
+    assert count.value == 0
+    assert call("aclrtGetMemUsageInfo", 2, found, c_size_t(2), byref(count)) == DEVICE_ID
+    memory.free()
 
 
 @pytest.mark.parametrize(("size", "counted"), [(1, PAGE), (PAGE + 1, 2 * PAGE), (3 * MIB, 4 * MIB)])
@@ -72,7 +104,7 @@ def test_free_refuses() -> None:
 def test_an_allocation_is_no_reservation() -> None:
     _, pointer = malloc(HUGE)
     assert call("aclrtReleaseMemAddress", pointer) == RT_PARAM
-    assert call("aclrtUnmapMem", pointer) == RT_PARAM
+    assert call("aclrtUnmapMem", pointer) == DRIVER
     ok("aclrtFree", pointer)
 
 
@@ -90,6 +122,7 @@ def test_freed_memory_faults() -> None:
 def test_pinned_memory() -> None:
     pointer = malloc_host(MIB + 1)
     assert control.counters().pinned_bytes == MIB + PAGE
+    assert bytes_at(pointer, MIB) == b"\xff\x7f" * (MIB // 2), "any content"
     ctypes.memset(pointer, 1, MIB + 1)
     assert call("aclrtFreeHost", pointer + PAGE) == RT_PARAM
     ok("aclrtFreeHost", pointer)
@@ -98,7 +131,7 @@ def test_pinned_memory() -> None:
 
 def test_pinned_memory_is_limited_in_one_call() -> None:
     pointer = c_void_p()
-    assert call("aclrtMallocHost", byref(pointer), c_size_t(0)) == RT_PARAM
+    assert call("aclrtMallocHost", byref(pointer), c_size_t(0)) == INVALID_PARAM
     assert call("aclrtMallocHost", byref(pointer), c_size_t(201 * GIB)) == OUT_OF_MEMORY
 
 
@@ -151,7 +184,7 @@ def test_unregister_needs_the_start(pages: int) -> None:
 
 def test_register_refuses(pages: int) -> None:
     assert register(pages + 512, PAGE) == RT_PARAM, "not aligned"
-    assert register(pages, 0) == RT_PARAM
+    assert register(pages, 0) == INVALID_PARAM
     assert register(pages, PAGE, 0) == RT_PARAM
     assert register(pages, PAGE, 8) == RT_PARAM, "an unsupported flag"
     _, pointer = malloc(HUGE)

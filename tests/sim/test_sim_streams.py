@@ -74,6 +74,8 @@ def work():
     codes.append(call('aclrtSynchronizeDevice'))
     codes.append(call('aclrtSynchronizeStream', None))
     codes.append(call('aclrtMallocHost', byref(c_void_p()), c_size_t(HUGE)))
+    usage = ctypes.create_string_buffer(256)
+    codes.append(call('aclrtGetMemUsageInfo', 0, usage, c_size_t(1), byref(c_size_t())))
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
@@ -83,7 +85,7 @@ print(*codes)
 
 def test_a_thread_without_a_context() -> None:
     result = run_python(IN_A_THREAD)
-    assert result.stdout.split() == [str(NO_CONTEXT)] * 7, result.stderr
+    assert result.stdout.split() == [str(NO_CONTEXT)] * 8, result.stderr
 
 
 def test_a_default_device_is_every_threads(tmp_path: Path) -> None:
@@ -137,14 +139,17 @@ assert call('aclrtSynchronizeStream', queue) == {OTHER_CONTEXT}
 assert call('aclrtRecordEvent', mark, queue) == {OTHER_CONTEXT}
 assert call('aclrtStreamWaitEvent', queue, mark) == {OTHER_CONTEXT}
 assert memcpy_async(1 << 40, 1 << 40, 1, HOST_TO_DEVICE, queue) == {OTHER_CONTEXT}
+assert call('aclrtDestroyStream', queue) == {OTHER_CONTEXT}
 theirs = stream()
 ok('aclrtSetCurrentContext', ours)
 assert call('aclrtSynchronizeStream', theirs) == {OTHER_CONTEXT}
-assert call('aclrtDestroyContext', ours) == {RT_PARAM}, 'the default context'
+assert call('aclrtDestroyStream', theirs) == {OTHER_CONTEXT}
+assert call('aclrtDestroyContext', ours) == {NO_CONTEXT}, 'the default context'
 ok('aclrtSetCurrentContext', other)
 ok('aclrtDestroyContext', other)
 assert call('aclrtSynchronizeStream', None) == {NO_CONTEXT}, 'the context is gone'
-assert call('aclrtSetCurrentContext', other) == {NO_CONTEXT}
+assert call('aclrtSetCurrentContext', other) == {RT_PARAM}
+assert call('aclrtDestroyContext', other) == {NO_CONTEXT}, 'it is destroyed already'
 ok('aclrtSetCurrentContext', ours)
 assert call('aclrtSynchronizeStream', theirs) == {HANDLE}, 'and its streams'
 """
@@ -203,6 +208,7 @@ def test_streams_that_are_not_waited_for(flags: int, is_waited_for: bool) -> Non
     ok("aclrtCreateStreamWithConfig", byref(queue), c_uint32(0), c_uint32(flags))
     expected = SYNC_TIMEOUT if is_waited_for else SUCCESS
     with held(queue.value or 0):
+        assert stream_is_idle(queue.value or 0) != is_waited_for, "whatever runs on it"
         assert call("aclrtSynchronizeDeviceWithTimeout", 20) == expected
         assert call("aclrtSynchronizeStreamWithTimeout", queue, 20) == expected
     ok("aclrtDestroyStream", queue)

@@ -327,8 +327,10 @@ def test_a_kernel_that_fails_in_a_graph_fails_its_context() -> None:
         "    torch.npu.synchronize()\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
+        "print('query:', call('aclrtStreamQuery', None, byref(c_int32())))\n"
         "os._exit(0)\n",
         timeout=120,
     )
     assert "507011" in result.stdout, result
     assert "index out of range" in result.stdout
+    assert "query: 507011" in result.stdout, "nor is it idle for who only asks"

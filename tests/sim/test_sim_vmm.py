@@ -2,6 +2,7 @@
 """Virtual memory management: what hardware refuses is refused, with its code."""
 
 import ctypes
+import os
 from ctypes import byref, c_size_t, c_uint64, c_void_p
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.ascendcl import (
     HBM_HUGE,
     HBM_HUGE1G,
     HBM_NORMAL,
+    HBM_P2P_HUGE1G,
     HOST_TO_DEVICE,
     HUGE,
     INVALID_PARAM,
@@ -20,6 +22,7 @@ from helpers.ascendcl import (
     OUT_OF_MEMORY,
     RT_PARAM,
     SUCCESS,
+    UNSUPPORTED,
     bytes_at,
     call,
     free_and_total,
@@ -51,11 +54,17 @@ def try_reserve(size: int, alignment: int = 0, expected: int | None = None, flag
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [(0,), (128 * GIB + 1,), (HUGE, 4096), (HUGE, 0, 1 << 40), (HUGE, 0, None, 2)],
+    ("arguments", "code"),
+    [
+        ((0,), INVALID_PARAM),
+        ((128 * GIB + 1,), RT_PARAM),
+        ((HUGE, 4096), RT_PARAM),
+        ((HUGE, 0, 1 << 40), RT_PARAM),
+        ((HUGE, 0, None, 2), INVALID_PARAM),
+    ],
 )
-def test_reserve_refuses(arguments: tuple[int, ...]) -> None:
-    assert try_reserve(*arguments) == RT_PARAM
+def test_reserve_refuses(arguments: tuple[int, ...], code: int) -> None:
+    assert try_reserve(*arguments) == code
     assert "aclrtReserveMemAddress" in message()
 
 
@@ -80,7 +89,7 @@ def test_release_needs_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "granularity"), [(HBM_HUGE, 2 * MIB), (HBM_NORMAL, 4096), (HBM_HUGE1G, GIB)]
+    ("attribute", "granularity"), [(HBM_HUGE, HUGE), (HBM_NORMAL, HUGE), (HBM_HUGE1G, GIB)]
 )
 def test_granularity(attribute: int, granularity: int) -> None:
     result = c_size_t()
@@ -99,9 +108,28 @@ def test_granularity_of_an_unsupported_attribute() -> None:
         assert malloc_physical(HUGE, property)[0] == INVALID_PARAM
 
 
-@pytest.mark.parametrize("size", [0, 4096, HUGE + 4096])
+@pytest.mark.parametrize("size", [4096, HUGE + 4096])
 def test_physical_memory_is_granular(size: int) -> None:
     assert malloc_physical(size)[0] == RT_PARAM
+
+
+@pytest.mark.parametrize(
+    ("chip", "attribute", "code"),
+    [
+        ("910B", HBM_HUGE1G, SUCCESS),
+        ("910B", HBM_P2P_HUGE1G, UNSUPPORTED),
+        ("910_93", HBM_P2P_HUGE1G, SUCCESS),
+        ("310P", HBM_HUGE1G, UNSUPPORTED),
+        ("310P", HBM_HUGE, SUCCESS),
+    ],
+)
+def test_which_chips_have_pages_of_1_gib(chip: str, attribute: int, code: int) -> None:
+    result = run_python(
+        f"print(malloc_physical(GIB, prop({attribute}))[0])",
+        NPU_SIM_SOC=chip,
+        NPU_SIM_MACHINE=f"pages-{os.getpid()}",
+    )
+    assert result.stdout == f"{code}\n", result.stderr
 
 
 def test_physical_memory_of_what_is_not_a_device() -> None:
@@ -161,6 +189,24 @@ def test_one_reservation_holds_many_handles() -> None:
     ok("aclrtReleaseMemAddress", address)
 
 
+def test_a_reservation_belongs_to_one_device() -> None:
+    address, ours = reserve(2 * HUGE), physical(HUGE)
+    code, theirs = malloc_physical(HUGE, prop(device=1))
+    assert code == SUCCESS
+    assert map_mem(address, HUGE, ours) == SUCCESS
+    assert map_mem(address + HUGE, HUGE, theirs) == RT_PARAM
+    assert "another device" in message()
+    ok("aclrtUnmapMem", address)
+    assert map_mem(address, HUGE, theirs) == RT_PARAM, "even with nothing mapped"
+    ok("aclrtReleaseMemAddress", address)
+    address = reserve(HUGE)
+    assert map_mem(address, HUGE, theirs) == SUCCESS
+    ok("aclrtUnmapMem", address)
+    for handle in (ours, theirs):
+        ok("aclrtFreePhysical", handle)
+    ok("aclrtReleaseMemAddress", address)
+
+
 def test_a_handle_is_mapped_once() -> None:
     memory = mapped()
     elsewhere = reserve(HUGE)
@@ -172,9 +218,9 @@ def test_a_handle_is_mapped_once() -> None:
 
 def test_unmap_needs_the_start_of_a_mapping() -> None:
     memory = mapped(2 * HUGE)
-    assert call("aclrtUnmapMem", memory.address + HUGE) == RT_PARAM
+    assert call("aclrtUnmapMem", memory.address + HUGE) == DRIVER
     ok("aclrtUnmapMem", memory.address)
-    assert call("aclrtUnmapMem", memory.address) == RT_PARAM
+    assert call("aclrtUnmapMem", memory.address) == DRIVER
     ok("aclrtFreePhysical", memory.handle)
     ok("aclrtReleaseMemAddress", memory.address)
 
@@ -263,6 +309,13 @@ def test_sharing_with_another_process() -> None:
         f"assert map_mem(address, HUGE, handle.value) == SUCCESS\n"
         f"assert bytes_at(address, HUGE) == b'\\5' * HUGE\n"
         f"ctypes.memset(address, 6, HUGE)\n"
+        f"ours, both = physical(HUGE), reserve(2 * HUGE)\n"
+        f"assert map_mem(both, HUGE, ours) == SUCCESS\n"
+        f"ok('aclrtUnmapMem', address)\n"
+        f"assert map_mem(both + HUGE, HUGE, handle.value) == RT_PARAM, 'imported beside own'\n"
+        f"ok('aclrtUnmapMem', both)\n"
+        f"assert map_mem(both + HUGE, HUGE, handle.value) == SUCCESS\n"
+        f"assert map_mem(both, HUGE, ours) == RT_PARAM, 'own beside imported'\n"
     )
     assert other.returncode == 0, other.stderr
     assert bytes_at(memory.address, HUGE) == b"\6" * HUGE
