@@ -22,6 +22,7 @@ namespace {
 
 constexpr size_t kPage = 2 * kMiB;
 constexpr size_t kReserveLimit = 128 * kGiB;
+constexpr size_t kAddresses = 8192 * kGiB;  // of a process
 
 // What is asked for as normal pages comes in huge ones too.
 size_t granularity(aclrtMemAttr attribute) {
@@ -43,6 +44,13 @@ size_t granularity(aclrtMemAttr attribute) {
     default:
       return 0;
   }
+}
+
+size_t addresses_taken() {
+  std::lock_guard<std::mutex> lock(memory().mutex);
+  size_t bytes = 0;
+  for (const auto& [address, reservation] : memory().reservations) bytes += reservation.bytes;
+  return bytes;
 }
 
 // Pages of 1 GiB: not on a 310P, and on a 910B not for other devices.
@@ -114,7 +122,8 @@ aclError aclrtReserveMemAddress(void** address, size_t size, size_t alignment, v
               "null",
               __func__);
   size_t rounded = (size + kPage - 1) / kPage * kPage;
-  void* reserved = sim::device::reserve(rounded, kPage);
+  const bool fits = rounded <= kAddresses - addresses_taken();
+  void* reserved = fits ? sim::device::reserve(rounded, kPage) : nullptr;
   SIM_REQUIRE(reserved != nullptr, ACL_ERROR_RT_MEMORY_ALLOCATION,
               "%s: no address space for %zu bytes", __func__, size);
   std::lock_guard<std::mutex> lock(memory().mutex);

@@ -75,6 +75,18 @@ def test_a_reservation_of_128_gib_takes_no_memory() -> None:
     ok("aclrtReleaseMemAddress", address)
 
 
+def test_a_process_has_8_tib_of_addresses() -> None:
+    result = run_python(
+        "reserved = [reserve(128 * GIB) for _ in range(64)]\n"
+        "address = byref(c_void_p())\n"
+        "more = address, c_size_t(HUGE), c_size_t(0), None, c_uint64(0)\n"
+        "print(call('aclrtReserveMemAddress', *more))\n"
+        "ok('aclrtReleaseMemAddress', reserved.pop())\n"
+        "print(call('aclrtReserveMemAddress', *more))\n"
+    )
+    assert result.stdout == f"{OUT_OF_MEMORY}\n{SUCCESS}\n", result.stderr
+
+
 def test_release_needs_everything_unmapped() -> None:
     memory = mapped()
     assert call("aclrtReleaseMemAddress", memory.address) == DRIVER
