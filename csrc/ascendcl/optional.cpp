@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <vector>
 
+#include "ascendcl/contexts.h"
 #include "ascendcl/newer.h"
 
 namespace camem {
@@ -53,7 +55,12 @@ std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int 
   if (usage == nullptr) return std::nullopt;
   std::vector<MemUsageInfo> components(kRoom);
   std::size_t count = 0;
-  if (usage(device, components.data(), kRoom, &count) != ACL_SUCCESS) return std::nullopt;
+  try {
+    const DeviceGuard guard(device);  // it needs a context
+    if (usage(device, components.data(), kRoom, &count) != ACL_SUCCESS) return std::nullopt;
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
   std::unordered_map<std::string, std::size_t> bytes;
   for (std::size_t i = 0; i < std::min(count, kRoom); ++i) {
     const char* name = components[i].name;

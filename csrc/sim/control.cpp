@@ -8,15 +8,15 @@
 #include <string>
 #include <utility>
 
-#include "captures.h"
-#include "context.h"
 #include "costs.h"
 #include "error.h"
 #include "faults.h"
-#include "machine.h"
-#include "memory.h"
 #include "settings.h"
-#include "work.h"
+#include "state/captures.h"
+#include "state/context.h"
+#include "state/machine.h"
+#include "state/memory.h"
+#include "state/work.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Counts what operators cost. `operators_cost.*` knows which operator costs what.
+// Counts what operators cost. `operators/cost.*` knows which operator costs what.
 #include "costs.h"
 
 #include <atomic>

@@ -6,15 +6,13 @@
 CUDA_HOME ?= /usr/local/cuda
 BUILD := $(PREFIX)/.build
 CXX := g++
-CXXFLAGS := -std=c++17 -O2 -fPIC -pthread -MMD -MP -Wall -Wextra -fvisibility=hidden \
+CXXFLAGS := -std=c++17 -O2 -fPIC -pthread -MMD -MP -Wall -Wextra -fvisibility=hidden -iquote . \
   -DFUNC_VISIBILITY -DSIM_CANN_VERSION='"8.5.0"' \
   -isystem $(ACL_INCLUDE) -isystem $(CUDA_HOME)/include
 LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
 
 # The AscendCL layer is the same source as for the other device.
-SOURCES := device_cuda device_cuda_stream settings machine error faults context memory captures graph \
-  work control costs page_locks \
-  $(filter-out acl_absent,$(patsubst %.cpp,%,$(wildcard acl_*.cpp)))
+SOURCES := $(patsubst %.cpp,%,$(wildcard *.cpp ascendcl/*.cpp state/*.cpp device/cuda*.cpp))
 
 $(PREFIX)/lib64/libascendcl.so: $(SOURCES:%=$(BUILD)/%.o)
 	@mkdir -p $(@D)
@@ -24,4 +22,4 @@ $(BUILD)/%.o: %.cpp cuda.mk
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -c -o $@ $<
 
--include $(wildcard $(BUILD)/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)

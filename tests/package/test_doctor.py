@@ -377,6 +377,14 @@ def test_without_cann_every_line_has_a_remedy():
     assert "sleep mode cannot be used" in page.splitlines()[-1]
 
 
+@pytest.mark.parametrize("visible", ["1,0", "0,0", "none"])
+def test_a_list_of_devices_that_cann_refuses_is_named_with_its_remedy(visible):
+    page = doctor(code=1, ASCEND_RT_VISIBLE_DEVICES=visible).stdout
+    assert re.search(r"fail +AscendCL +no visible device", page)
+    assert re.search(rf"degraded +ASCEND_RT_VISIBLE_DEVICES +{visible}: not numbers in asc", page)
+    assert "Name each device once, in ascending order." in " ".join(page.split())
+
+
 def test_a_bare_python_needs_nothing_installed(tmp_path):
     """The package alone, without the compiled allocator, all that pip brings, and HCCL."""
     shutil.copytree(

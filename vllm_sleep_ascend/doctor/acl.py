@@ -16,6 +16,7 @@ MIB = 1 << 20
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 REGISTER_PINNED = 0x10000000
 OUT_OF_MEMORY = (200000, 207001, 207018)
+NO_DEVICE = 207004
 NO_RESOURCE = 207005
 SYNC_TIMEOUT = 507046
 NOT_SUPPORTED = (200001, 207000)
@@ -35,6 +36,7 @@ NAMES = {
     200001: "ACL_ERROR_API_NOT_SUPPORT",
     207000: "ACL_ERROR_RT_FEATURE_NOT_SUPPORT",
     207001: "ACL_ERROR_RT_MEMORY_ALLOCATION",
+    207004: "ACL_ERROR_RT_NO_DEVICE",
     207005: "ACL_ERROR_RT_RESOURCE_ALLOC_FAIL",
     207018: "ACL_ERROR_RT_DEVICE_OOM",
     500000: "ACL_ERROR_INTERNAL_ERROR",
@@ -177,7 +179,12 @@ class Acl:
 
     def device_count(self) -> int:
         count = c_uint32()
-        self.call("aclrtGetDeviceCount", byref(count))
+        try:
+            self.call("aclrtGetDeviceCount", byref(count))
+        except AclError as error:
+            if error.code != NO_DEVICE:
+                raise
+            return 0
         return count.value
 
     def set_device(self, device: int) -> None:

@@ -284,6 +284,14 @@ def _dev_mode(value: str | None) -> Finding:
 def _visible(value: str | None) -> Finding:
     if value is None:
         return info("not set: all devices are visible", value=None)
+    numbers = [int(number) for number in value.split(",") if number.strip().isdigit()]
+    if len(numbers) <= value.count(",") or numbers != sorted(set(numbers)):
+        return degraded(
+            f"{value}: not numbers in ascending order",
+            "CANN shows the devices before the first entry that is none; in another order, none.",
+            "Name each device once, in ascending order.",
+            value=value,
+        )
     return info(f"{value}: these devices are visible, and are numbered from 0", value=value)
 
 
