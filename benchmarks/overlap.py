@@ -34,6 +34,7 @@ def serve(options: argparse.Namespace) -> None:
     allocator = allocators.make("ours", machine, options.chunk_mib)
     weights = Weights(MODELS[options.model], allocator, machine)
     cache = kv_cache(options.kv_blocks, options.kv_block_mib, allocator, machine)
+    allocator.prepare()
     allocator.sleep()
     machine.torch.empty_cache()
     print(json.dumps({"ready": True}), flush=True)

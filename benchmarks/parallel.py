@@ -41,6 +41,7 @@ def serve(options: argparse.Namespace) -> None:
     device = torch.ones(size, dtype=torch.uint8, device=machine.device)
     copies = {"d2h": (host, device), "h2d": (device, host)}
     machine.synchronize()
+    allocator.prepare()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         command, kept = line.strip(), True
@@ -71,9 +72,10 @@ def together(engines: list[Engine], command: str) -> float:
 
 def measure(engines: list[Engine], options: argparse.Namespace) -> dict[str, Any]:
     """Medians of ``--cycles`` cycles: GB/s of all ranks together."""
-    together(engines, "sleep")  # the first one pins the host memory
+    together(engines, "sleep")
     together(engines, "wake")
-    # What moves is what torch took for the weights: a little more than they are.
+    # What moves is what torch took for the weights, a little more than they are. All of it is
+    # page-locked: it was prepared.
     backup = engines[0].do("check")["pinned_bytes"]
     copied = options.copies * options.copy_mib * MIB
     runs: dict[str, list[float]] = {name: [] for name in ("sleep", "wake", "d2h", "h2d")}
