@@ -8,7 +8,8 @@ PauseMode = Literal["abort", "wait", "keep"]
 MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 
 # (level, tag) -> action. vLLM's contract: runtime state and graph pools survive every level,
-# scratch and KV cache none, weights level 1 alone. A tag that is not here is offloaded.
+# scratch and KV cache none, weights level 1 alone. A tag that is not here is offloaded. Of the
+# weights, rank/sleeping.py saves what level 2 must keep: buffers, preserved parameters, a draft.
 POLICY: dict[int, dict[str, Action]] = {
     1: {
         "weights": "offload",
