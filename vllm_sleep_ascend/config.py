@@ -139,3 +139,15 @@ class SleepModeConfig(BaseModel):
 def connect_timeout_s() -> int:
     """How long HCCL lets ranks wait for each other while they make a communicator."""
     return int(os.environ.get("HCCL_CONNECT_TIMEOUT") or 120)
+
+
+def check_enabled(vllm_config: "VllmConfig") -> None:
+    """
+    Raises:
+        ValueError: the engine was started without sleep mode.
+    """
+    if not vllm_config.model_config.enable_sleep_mode:
+        raise ValueError(
+            "sleep mode is not enabled; start the engine with LLM(..., enable_sleep_mode=True) or "
+            "vllm serve --enable-sleep-mode"
+        )

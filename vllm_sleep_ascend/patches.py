@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from vllm_sleep_ascend.config import check_enabled
 from vllm_sleep_ascend.engine import (
     core,
     kv_cache,
@@ -22,7 +23,7 @@ from vllm_sleep_ascend.engine import (
     state,
     weight_version,
 )
-from vllm_sleep_ascend.engine.checks import check_enabled, check_sleep, check_wake_up
+from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.rank_answers import reads_every_answer
 from vllm_sleep_ascend.engine.wrap import Wrapper, wrap
 from vllm_sleep_ascend.front_end import calls, endpoints, replicas

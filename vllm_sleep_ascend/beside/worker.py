@@ -49,7 +49,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
 
     local_rank: int
     model_runner: Any  # vllm-ascend's
-    _hooks: AscendHooks
+    _sleep_hooks: AscendHooks
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -114,18 +114,18 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
     # --- What runs the model or loads weights needs the experts as the kernels want them ---------
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        self._hooks.experts.close()
+        self._sleep_hooks.experts.close()
         return super().execute_model(scheduler_output)
 
     def execute_dummy_batch(self) -> None:
-        self._hooks.experts.close()
+        self._sleep_hooks.experts.close()
         super().execute_dummy_batch()
 
     def start_weight_update(self, is_checkpoint_format: bool = True) -> None:
-        self._hooks.experts.close()
+        self._sleep_hooks.experts.close()
         super().start_weight_update(is_checkpoint_format)
 
     def reload_weights(self, *args: Any, **options: Any) -> None:
         """Load all weights in place: see ``SleepingWorker.reload_weights``."""
-        self._hooks.experts.close()
+        self._sleep_hooks.experts.close()
         super().reload_weights(*args, **options)

@@ -4,21 +4,10 @@
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.config import check_enabled
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-def check_enabled(vllm_config: "VllmConfig") -> None:
-    """
-    Raises:
-        ValueError: the engine was started without sleep mode.
-    """
-    if not vllm_config.model_config.enable_sleep_mode:
-        raise ValueError(
-            "sleep mode is not enabled; start the engine with LLM(..., enable_sleep_mode=True) or "
-            "vllm serve --enable-sleep-mode"
-        )
 
 
 def check_engines(vllm_config: "VllmConfig") -> None:

@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend import policy
-from vllm_sleep_ascend.engine.checks import check_enabled, check_sleep, check_wake_up
+from vllm_sleep_ascend.config import check_enabled
+from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.launched import on_any_rank
 from vllm_sleep_ascend.engine.pauses import call_off_sleep, pausing_to_sleep
 from vllm_sleep_ascend.engine.refusals import refuse_new, refuse_waiting

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
-from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.policy import NEEDS, NEEDS_WEIGHTS, STEP_CALLS
@@ -74,10 +74,10 @@ class SleepingWorker(StockWorker):
     _start_memory: StartMemory
     agreement: Agreement  # once the ranks have met
     # Once the model is loaded: they refer to the worker, and one that fails to load ends at once
-    _hooks: Hooks
+    _sleep_hooks: Hooks
     rank_weights: RankWeights
     operations: Operations  # with sleep mode alone
-    sleep_mode: SleepMode  # with sleep mode alone
+    _sleep_mode: SleepMode  # with sleep mode alone
 
     # --- Start and end ---------------------------------------------------------------------------
 
@@ -97,13 +97,15 @@ class SleepingWorker(StockWorker):
         """
         with self._start_memory.named("the weights"):
             super().load_model(**kwargs)
-            self._hooks = self._make_hooks()
+            self._sleep_hooks = self._make_hooks()
             self.rank_weights = RankWeights(
-                self, self.agreement, self._hooks, super().reload_weights
+                self, self.agreement, self._sleep_hooks, super().reload_weights
             )
         if self.model_config.enable_sleep_mode:
             self.operations = Operations(self, self.agreement)
-            self.sleep_mode = SleepMode(self, self.operations, self.rank_weights, self._hooks)
+            self._sleep_mode = SleepMode(
+                self, self.operations, self.rank_weights, self._sleep_hooks
+            )
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the KV cache; wait for memory that another process took since it was measured.
@@ -126,6 +128,15 @@ class SleepingWorker(StockWorker):
             release_pools()
 
     # --- Sleep and wake --------------------------------------------------------------------------
+
+    @property
+    def sleep_mode(self) -> SleepMode:
+        """
+        Raises:
+            ValueError: the engine was started without sleep mode.
+        """
+        check_enabled(self.vllm_config)
+        return self._sleep_mode
 
     def sleep(self, level: int = 1) -> None:
         self.sleep_mode.sleep(level)

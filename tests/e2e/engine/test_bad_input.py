@@ -134,4 +134,8 @@ def test_sleep_without_sleep_mode_names_the_flag(tiny_model, expected):
                 call()
         with pytest.raises(ValueError, match="enable_sleep_mode=True"):
             plain.wake_up(tags=["weights"])
+        for method, arguments in (("sleep", (1,)), ("sleeping_tags", ()), ("discard", (("kv",),))):
+            with pytest.raises(ValueError, match="enable_sleep_mode=True"):
+                plain.collective_rpc(method, args=arguments)
+        assert plain.collective_rpc("sleep_status")[0]["enabled"] is False
         assert few(plain) == expected

@@ -130,7 +130,7 @@ def test_a_trainer_reaches_the_weights_while_the_cache_alone_sleeps(llm, tiny_mo
 
 def test_a_wake_that_is_not_finished_refuses_too(llm, expected):
     llm.sleep(level=1)
-    hooks = driver_worker(llm)._hooks
+    hooks = driver_worker(llm)._sleep_hooks
     finish, hooks.after_wake = hooks.after_wake, lambda: 1 / 0
     try:
         with pytest.raises(ZeroDivisionError):

@@ -62,7 +62,7 @@ def test_work_that_comes_between_is_waited_for_as_long(llm, stuck, expected, mon
     """After vLLM's own wait, and behind memory that is awake already."""
     worker, awake = driver_worker(llm), mapped()
     with monkeypatch.context() as patch:
-        patch.setattr(worker._hooks, "before_sleep", stuck)
+        patch.setattr(worker._sleep_hooks, "before_sleep", stuck)
         with pytest.raises(SleepModeError, match="device_timeout_s"):
             llm.sleep(level=1)
     assert mapped() == awake

@@ -119,16 +119,14 @@ class RankWeights:
                 "reload_weights", "", reload, check=check, at_once=True, from_checkpoint=all_of_it
             )
             self._loads.end()
-            self._reload_lost_draft()
-        if weights_iterator is not None:
-            source.loaded("iterator")
-            return
-        path = self._sources.checkpoint()
-        source.loaded("checkpoint", path)
-        if weights_path is None and before["source"] != "checkpoint":
-            logger.warning(
-                "reload_weights loaded %s in place of %s.", path, in_no_checkpoint(before)
-            )
+            if weights_iterator is not None:
+                source.loaded("iterator")
+            else:
+                source.loaded("checkpoint", self._sources.checkpoint())
+            self._reload_lost_draft()  # if that fails, the model's own load stands
+        if all_of_it and weights_path is None and before["source"] != "checkpoint":
+            loaded, lost = self._sources.checkpoint(), in_no_checkpoint(before)
+            logger.warning("reload_weights loaded %s in place of %s.", loaded, lost)
 
     def _reload_lost_draft(self) -> None:
         lost = bool(self.content.missing_of(DRAFT))
