@@ -305,20 +305,22 @@ bool may_come(const std::string& rule, aclError code) {
 
 // The runtime has one table of codes for all of its calls and for what the driver answers: any call
 // may return any of them. With SWEEP=all each call of each operation fails with each code,
-// otherwise one call of each operation with each code.
+// otherwise each code comes from one call of every third operation.
 TEST(every_code_of_ascendcl_may_come) {
   configure();
   const char* wanted = std::getenv("SWEEP");
   const bool all = wanted != nullptr && std::string(wanted) == "all";
+  std::size_t number = 0;
   for (const Operation& operation : kOperations) {
     const std::vector<std::string> calls = calls_of(operation);
     std::vector<std::string> rules;
-    std::size_t next = 0;
+    std::size_t next = number++;
     for (const camem::AclCode& code : camem::acl_codes()) {
+      if (!all && next++ % 3 != 0) continue;
       std::vector<std::string> faults = device::single_faults(calls, code.code);
       const auto never = [&](const std::string& rule) { return !may_come(rule, code.code); };
       faults.erase(std::remove_if(faults.begin(), faults.end(), never), faults.end());
-      if (!all) faults = {faults[next++ % faults.size()]};
+      if (!all) faults = {faults[next / 3 % faults.size()]};
       rules.insert(rules.end(), faults.begin(), faults.end());
     }
     survive_each(operation, rules);
