@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "rank": (*BASE, "memory"),
     "engine": (*BASE, "rank.guarded_calls"),  # what it sends to ranks
     "front_end": (*BASE, "engine", "patches"),
-    "patches": ("engine", "front_end", "rank.guarded_calls"),
+    "patches": ("config", "engine", "front_end", "rank.guarded_calls"),
     "native": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache"),
     "beside": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache", "patches"),
     "client": ("policy", "status", "doctor"),
