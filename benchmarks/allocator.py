@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from bench.options import add_options, fill_in_options
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -120,24 +121,14 @@ def run_child(name: str, arguments: list[str], environment: dict[str, str]) -> d
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
+    add_options(parser)
     parser.add_argument("--peer", default="", help="some of cumem,tms,tms_retain (CUDA)")
     parser.add_argument("--ours", default="ours,ours_on_demand,ours_skip_unchanged")
-    parser.add_argument("--model", default=None, help="qwen2.5-7b, qwen2.5-14b or toy")
-    parser.add_argument("--kv-blocks", type=int, default=None)
-    parser.add_argument("--kv-block-mib", type=int, default=None)
     parser.add_argument("--cycles", type=int, default=5)
-    parser.add_argument("--chunk-mib", type=int, default=None)
     parser.add_argument("--pause-s", type=float, default=0.5, help="between two operations")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the PNG")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    toy = options.device == "sim"
-    options.model = options.model or ("toy" if toy else "qwen2.5-7b")
-    options.kv_blocks = options.kv_blocks or (2 if toy else 28)
-    options.kv_block_mib = options.kv_block_mib or (20 if toy else 1024)
-    options.chunk_mib = options.chunk_mib or (4 if toy else 64)
-    options.link_mib = 16 if toy else 1024
+    toy = fill_in_options(options)
     options.pause_s = 0.0 if toy else options.pause_s
     return options
 

@@ -14,9 +14,9 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from bench.engine import Engine
+from bench.options import add_options, fill_in_options
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -71,21 +71,12 @@ def switch(a: Engine, b: Engine, overlapped: bool) -> dict[str, float]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
-    parser.add_argument("--model", default=None, help="qwen2.5-7b, qwen2.5-14b or toy")
-    parser.add_argument("--kv-blocks", type=int, default=None)
-    parser.add_argument("--kv-block-mib", type=int, default=None)
+    add_options(parser)
     parser.add_argument("--cycles", type=int, default=6, help="switches of each kind")
-    parser.add_argument("--chunk-mib", type=int, default=None)
     parser.add_argument("--pause-s", type=float, default=0.5, help="between two switches")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    toy = options.device == "sim"
-    options.model = options.model or ("toy" if toy else "qwen2.5-7b")
-    options.kv_blocks = options.kv_blocks or (2 if toy else 28)
-    options.kv_block_mib = options.kv_block_mib or (20 if toy else 1024)
-    options.chunk_mib = options.chunk_mib or (4 if toy else 64)
+    fill_in_options(options)
     return options
 
 

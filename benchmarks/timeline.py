@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import build, report
+from bench.options import add_options, fill_in_options
 
 
 class Recorder:
@@ -138,22 +139,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
-    parser.add_argument("--model", default=None, help="qwen2.5-7b, qwen2.5-14b or toy")
-    parser.add_argument("--kv-blocks", type=int, default=None)
-    parser.add_argument("--kv-block-mib", type=int, default=None)
-    parser.add_argument("--chunk-mib", type=int, default=None)
+    add_options(parser)
     parser.add_argument("--pause-s", type=float, default=None, help="between two operations")
     parser.add_argument("--every-s", type=float, default=0.002, help="between two samples")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the PNG")
     parser.add_argument("--draw", type=Path, help="draw that JSON again, and measure nothing")
     options = parser.parse_args()
-    toy = options.device == "sim"
-    options.model = options.model or ("toy" if toy else "qwen2.5-7b")
-    options.kv_blocks = options.kv_blocks or (2 if toy else 28)
-    options.kv_block_mib = options.kv_block_mib or (20 if toy else 1024)
-    options.chunk_mib = options.chunk_mib or (4 if toy else 64)
-    options.link_mib = 16 if toy else 1024
+    toy = fill_in_options(options)
     options.pause_s = options.pause_s or (0.05 if toy else 0.5)
     return options
 

@@ -11,12 +11,18 @@
 
 inline camem::Pool& pool() { return camem::Pool::instance(); }
 
-inline void configure(bool keep_host_backup = true, std::size_t chunk_bytes = 2 * device::kMiB,
-                      unsigned threads = 2) {
+inline camem::Settings small_settings(std::size_t chunk_bytes = 2 * device::kMiB,
+                                      unsigned threads = 2) {
   camem::Settings settings;
   settings.chunk_bytes = chunk_bytes;
-  settings.keep_host_backup = keep_host_backup;
   settings.copy_threads = settings.host_threads = threads;
+  return settings;
+}
+
+inline void configure(bool keep_host_backup = true, std::size_t chunk_bytes = 2 * device::kMiB,
+                      unsigned threads = 2) {
+  camem::Settings settings = small_settings(chunk_bytes, threads);
+  settings.keep_host_backup = keep_host_backup;
   pool().configure(settings);
 }
 

@@ -267,9 +267,7 @@ TEST(every_call_of_every_operation_may_fail_once) {
 }
 
 TEST(through_blocks_into_plain_memory_every_call_may_fail_once) {
-  camem::Settings settings;
-  settings.chunk_bytes = 2 * kMiB;
-  settings.copy_threads = settings.host_threads = 2;
+  camem::Settings settings = small_settings();
   settings.unprepared = camem::Unprepared::kStage;
   settings.keep_host_backup = false;  // else a thread in the background locks what is plain
   pool().configure(settings);
@@ -279,9 +277,8 @@ TEST(through_blocks_into_plain_memory_every_call_may_fail_once) {
 }
 
 TEST(scratch_memory_that_goes_at_once_comes_back_after_any_failing_call) {
-  camem::Settings settings;
-  settings.chunk_bytes = settings.scratch_chunk_bytes = 2 * kMiB;
-  settings.copy_threads = settings.host_threads = 2;
+  camem::Settings settings = small_settings();
+  settings.scratch_chunk_bytes = settings.chunk_bytes;
   settings.scratch_tags = {pool().tag("kv_cache")};
   pool().configure(settings);
   for (const Operation& operation : kOperations) {

@@ -74,9 +74,7 @@ class UsersContext {
 camem::Plan level_1() { return plan({{"weights", camem::Action::kOffload}}); }
 
 void configure_impatient(bool prepared = true) {
-  camem::Settings settings;
-  settings.chunk_bytes = 2 * kMiB;
-  settings.copy_threads = settings.host_threads = 2;
+  camem::Settings settings = small_settings();
   settings.device_timeout = std::chrono::seconds(2);
   settings.unprepared = prepared ? camem::Unprepared::kLock : camem::Unprepared::kStage;
   pool().configure(settings);
@@ -335,9 +333,7 @@ TEST(a_copy_in_through_a_block_that_never_ends) { check_a_copy_in_hangs(false); 
 
 // Unmapping under a copy ends the process.
 TEST(of_two_hanging_copies_through_blocks_both_have_to_end) {
-  camem::Settings settings;
-  settings.chunk_bytes = 4 * kMiB;
-  settings.copy_threads = settings.host_threads = 1;
+  camem::Settings settings = small_settings(4 * kMiB, 1);
   settings.device_timeout = std::chrono::seconds(1);
   settings.unprepared = camem::Unprepared::kStage;
   pool().configure(settings);
