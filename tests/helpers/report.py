@@ -44,6 +44,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section(f"{SLOWEST} slowest tests, with their fixtures")
     for name in sorted(seconds, key=lambda name: -seconds[name])[:SLOWEST]:
         write(f"{seconds[name]:7.1f} s  {name}")
+    folders: dict[str, float] = defaultdict(float)
+    for name, took in seconds.items():
+        folders[name.partition("::")[0].rpartition("/")[0]] += took
+    ordered = sorted(folders.items(), key=lambda item: -item[1])
+    write(", ".join(f"{folder} {took:.0f} s" for folder, took in ordered))
     starts: dict[str, list[float]] = defaultdict(list)
     for file in Path(os.environ[_FOLDER]).iterdir():
         for line in file.read_text().splitlines():
