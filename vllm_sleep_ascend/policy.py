@@ -38,11 +38,15 @@ DEFERRABLE_TAGS = ("weights", "kv_cache")
 # Not memory: level 0 pauses scheduling alone, and this tag resumes it.
 SCHEDULING_TAG = "scheduling"
 
+# What the engine calls of its workers about sleep. Every rank does the same work.
+OUR_CALLS = (
+    *("sleep", "wake_up", "discard", "sleep_refusal", "sleeping_tags", "sleep_status"),
+    *("weights_content", "give_weight_version", "synchronize_device"),
+)
 # Methods of a worker that touch no memory that sleeps. Any other is refused while weights sleep.
 SAFE_CALLS = (
-    *("sleep", "wake_up", "discard", "sleep_refusal", "sleeping_tags", "sleep_status"),
-    *("weights_content", "give_weight_version"),
-    *("check_health", "synchronize_device", "shutdown", "profile"),
+    *OUR_CALLS,
+    *("check_health", "shutdown", "profile"),
     *("reset_mm_cache", "reset_encoder_cache", "list_loras", "get_supported_tasks"),
     *("init_weight_transfer_engine", "shutdown_weight_transfer_engine"),
     *("supports_draft_weight_updates", "get_model_inspection"),

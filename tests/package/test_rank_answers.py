@@ -179,7 +179,7 @@ def test_a_rank_that_loads_long_after_anothers_error_does_not_hang(queues, monke
     def work(rank: int, method: str) -> str:
         if rank == 0 and method != "sleep":
             raise RuntimeError("no such file")
-        if rank == 1 and method == "reload_weights":
+        if rank == 1 and method in ("reload_weights", "load"):
             time.sleep(2.5)
         if rank == 1 and method == "anything_else":
             hangs.wait()
@@ -189,9 +189,10 @@ def test_a_rank_that_loads_long_after_anothers_error_does_not_hang(queues, monke
         with pytest.raises(RuntimeError, match="no such file"):
             ranks.collective_rpc("reload_weights")
         assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
-        with pytest.raises(RuntimeError, match="no such file"):  # and has the time of the call
-            ranks.collective_rpc("reload_weights", timeout=1)
-        assert repeated(lambda: ranks.collective_rpc("sleep")) == ["sleep 0", "sleep 1"]
+        for method, timeout in (("reload_weights", 1), ("load", 0.5)):
+            with pytest.raises(RuntimeError, match="no such file"):  # and has the time of the call
+                ranks.collective_rpc(method, timeout=timeout)
+            assert repeated(lambda: ranks.collective_rpc("sleep")) == ["sleep 0", "sleep 1"]
         with pytest.raises(RankGoneError, match=r"rank 1 hangs.*within 1 s.*no such file"):
             ranks.collective_rpc("anything_else")
         hangs.set()
