@@ -6,6 +6,7 @@
 
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import requires, version
@@ -85,6 +86,15 @@ def _instead(ours: Callable[..., Any]) -> Wrapper:
     return lambda stock: ours
 
 
+def _with_offline(stock: Callable[..., None]) -> Callable[..., None]:
+    def init(self: object, /, *args: Any, **kwargs: Any) -> None:
+        if "vllm.entrypoints.llm" in sys.modules:  # other processes never load it
+            install(OFFLINE)
+        stock(self, *args, **kwargs)
+
+    return init
+
+
 _CORE = "vllm.v1.engine.core:EngineCore"
 _PROCESS = "vllm.v1.engine.core:EngineCoreProc"
 _IN_PROCESS = "vllm.v1.engine.core_client:InprocClient"
@@ -152,7 +162,7 @@ EVERYWHERE = (
           "where engines differ after a failure, some sleep"),
     Patch(_OUTPUTS, "process_outputs", refusals.process_outputs, ("engine_core_outputs",),
           "a request that the engine refused raises the reason"),
-    Patch(_ENGINE, "__init__", calls.with_guarded_llm, ("vllm_config",),
+    Patch(_ENGINE, "__init__", _with_offline, ("vllm_config",),
           "LLM's methods are replaced where its module is loaded"),
     Patch(_ENGINE, "sleep", calls.checked(check_sleep), ("level", "mode"), _CHECKED),
     Patch(_ENGINE, "wake_up", calls.checked(check_wake_up), ("tags",), _CHECKED),

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "memory": BASE,
     "rank": (*BASE, "memory"),
     "engine": (*BASE, "rank.guarded_calls"),  # what it sends to ranks
-    "front_end": (*BASE, "engine", "patches"),
+    "front_end": (*BASE, "engine"),
     "patches": ("config", "engine", "front_end", "rank.guarded_calls"),
     "native": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache"),
     "beside": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache", "patches"),

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of ``LLM``, ``LLMEngine`` and ``AsyncLLM``: checked input, typed errors, metrics."""
 
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
@@ -101,19 +100,6 @@ def resume_generation(stock: _OfAsync[[], None]) -> _OfAsync[[], None]:
             await stock(self)
 
     return resume_generation
-
-
-def with_guarded_llm(stock: _OfEngine[_P, None]) -> _OfEngine[_P, None]:
-    """``LLM`` is patched when it makes its engine: other processes never load its module."""
-
-    def init(self: "LLMEngine", /, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        from vllm_sleep_ascend import patches
-
-        if "vllm.entrypoints.llm" in sys.modules:
-            patches.install(patches.OFFLINE)
-        stock(self, *args, **kwargs)
-
-    return init
 
 
 def serving(stock: _OfLLM[_P, _T]) -> _OfLLM[_P, _T]:
