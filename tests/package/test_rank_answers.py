@@ -2,6 +2,7 @@
 """Answers of ranks, over vLLM's own queues: none is lost, and none stays for the next call."""
 
 import inspect
+import pickle
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm_sleep_ascend.engine import rank_answers
 from vllm_sleep_ascend.engine.rank_answers import reads_every_answer
 from vllm_sleep_ascend.errors import RankGoneError
+from vllm_sleep_ascend.rank.guarded_calls import GuardedCall
 
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
 CHUNK = 4096  # bytes of a queue's slot; a larger answer comes over a socket
@@ -100,6 +102,8 @@ def executor(queues: Any, work: Work) -> Iterator[Executor]:
     def serve(rank: int) -> None:
         while call := calls[rank].get():
             method, _, _, output_rank = call
+            if isinstance(method, bytes):
+                method = str(pickle.loads(method))
             try:
                 answer = SUCCESS, work(rank, method)
             except RuntimeError as error:
@@ -186,9 +190,10 @@ def test_a_rank_that_loads_long_after_anothers_error_does_not_hang(queues, monke
         return f"{method} {rank}"
 
     with executor(queues, work) as ranks:
-        with pytest.raises(RuntimeError, match="no such file"):
-            ranks.collective_rpc("reload_weights")
-        assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
+        for method in ("reload_weights", GuardedCall("reload_weights")):
+            with pytest.raises(RuntimeError, match="no such file"):
+                ranks.collective_rpc(method)
+            assert ranks.collective_rpc("sleep") == ["sleep 0", "sleep 1"]
         for method, timeout in (("reload_weights", 1), ("load", 0.5)):
             with pytest.raises(RuntimeError, match="no such file"):  # and has the time of the call
                 ranks.collective_rpc(method, timeout=timeout)

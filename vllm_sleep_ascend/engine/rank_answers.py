@@ -169,7 +169,7 @@ def reads_every_answer(stock: Callable[..., Any]) -> Callable[..., Any]:
             if len(rank.given_up) >= (_MOST_OWED if timed else 1):
                 rank.settle(0 if timed else slowest_s)
         if kwargs.get("unique_reply_rank") is None:
-            grace_s = inf if method in _ALONE else slowest_s
+            grace_s = inf if str(method) in _ALONE else slowest_s  # or as a GuardedCall
             queues = [_Answers(ranks, method in OUR_CALLS and not timed, grace_s)] * len(ranks)
         else:  # vLLM reads the answer of one rank, or of each for itself
             queues = [_Answers([rank], False, inf) for rank in ranks]
