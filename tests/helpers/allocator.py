@@ -7,7 +7,7 @@ import random
 
 from helpers import MIB
 from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.memory.page_locked import page_locked_source
+from vllm_sleep_ascend.memory.host import page_locked_source
 
 _H2D, _D2H = 1, 2
 

@@ -253,22 +253,22 @@ def test_nothing_is_waited_for_beyond_the_latest_moment(monkeypatch):
         monkeypatch.setenv(name, value)
     with Child(latest=time.monotonic() + 1) as child:
         with pytest.raises(Silence):
-            child.ask(3600, ask="look", device=0)
+            child.look(3600, device=0)
         with pytest.raises(Silence, match="did not answer in 0 s"):
-            child.ask(3600, ask="look", device=0)
+            child.look(3600, device=0)
 
 
 def sleep_and_wake(times: int = 1, before: str = "") -> list[dict[str, Any]]:
     """The findings of the probe, in one process that ends its questions after each."""
     code = f"""
 import json
+from dataclasses import asdict
 from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.doctor.child import _Answers
+from vllm_sleep_ascend.doctor.child import Answers
 {before}
-answers = _Answers()
+answers = Answers()
 for _ in range({times}):
-    question = dict(ask="probe", name="sleep_and_wake", device=0, size={SIZE})
-    print(json.dumps(answers.answer(question)))
+    print(json.dumps(asdict(answers.probe("sleep_and_wake", 0, {SIZE}))))
     answers.close()
 """
     command = [sys.executable, "-c", code]

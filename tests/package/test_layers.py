@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "beside": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache", "patches"),
     "client": ("policy", "status", "doctor"),
     "proxy": ("client",),
-    "doctor": ("_camem", "errors", "memory.page_locked"),
+    "doctor": ("_camem", "errors", "memory.host"),
     "weight_transfer": BASE,
     "sim": (),
     "__init__": ("beside", "patches", "weight_transfer"),

@@ -7,11 +7,9 @@ The signatures are those of the headers in the torch_npu wheel. Nothing is loade
 import ctypes
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
-
-MIB = 1 << 20
 
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 REGISTER_PINNED = 0x10000000
@@ -109,9 +107,13 @@ class AclError(Exception):
     """A call returned ``code``."""
 
     def __init__(self, call: str, code: int, reason: str = "") -> None:
-        name = f" ({NAMES[code]})" if code in NAMES else ""
-        super().__init__(f"{call} failed with {code}{name}{': ' if reason else ''}{reason}")
-        self.call, self.code = call, code
+        super().__init__(call, code, reason)
+        self.call, self.code, self.reason = call, code, reason
+
+    def __str__(self) -> str:
+        name = f" ({NAMES[self.code]})" if self.code in NAMES else ""
+        reason = f": {self.reason}" if self.reason else ""
+        return f"{self.call} failed with {self.code}{name}{reason}"
 
 
 class AclMissing(Exception):
@@ -245,25 +247,28 @@ class Acl:
         self.call("aclrtGetStreamAvailableNum", byref(count))
         return count.value
 
-    @contextmanager
-    def reservation(self, size: int) -> Iterator[int]:
+    def reservation(self, size: int) -> AbstractContextManager[int]:
         """The address of a range without memory."""
-        address = c_void_p()
-        self.call("aclrtReserveMemAddress", byref(address), size, 0, None, 0)
-        try:
-            yield address.value or 0
-        finally:
-            self.call("aclrtReleaseMemAddress", address)
+        return self._taken("aclrtReserveMemAddress", "aclrtReleaseMemAddress", size, 0, None, 0)
+
+    def physical(self, device: int, size: int) -> AbstractContextManager[int]:
+        """A handle of device memory."""
+        prop = byref(_property(device))
+        return self._taken("aclrtMallocPhysical", "aclrtFreePhysical", size, prop, 0)
+
+    def page_locked(self, size: int) -> AbstractContextManager[int]:
+        """The address of host memory."""
+        return self._taken("aclrtMallocHost", "aclrtFreeHost", size)
 
     @contextmanager
-    def physical(self, device: int, size: int) -> Iterator[int]:
-        """A handle of device memory."""
-        handle, prop = c_void_p(), _property(device)
-        self.call("aclrtMallocPhysical", byref(handle), size, byref(prop), 0)
+    def _taken(self, take: str, give_back: str, *arguments: Any) -> Iterator[int]:
+        """What ``take`` writes to its first argument."""
+        taken = c_void_p()
+        self.call(take, byref(taken), *arguments)
         try:
-            yield handle.value or 0
+            yield taken.value or 0
         finally:
-            self.call("aclrtFreePhysical", handle)
+            self.call(give_back, taken)
 
     @contextmanager
     def mapped(self, address: int, size: int, handle: int) -> Iterator[int]:
@@ -284,15 +289,6 @@ class Acl:
             yield address
 
     @contextmanager
-    def page_locked(self, size: int) -> Iterator[int]:
-        address = c_void_p()
-        self.call("aclrtMallocHost", byref(address), size)
-        try:
-            yield address.value or 0
-        finally:
-            self.call("aclrtFreeHost", address)
-
-    @contextmanager
     def registered(self, address: int, size: int) -> Iterator[None]:
         self.call("aclrtHostRegisterV2", address, size, REGISTER_PINNED)
         try:
@@ -303,15 +299,11 @@ class Acl:
     @contextmanager
     def stream(self) -> Iterator[int]:
         """Enter it after the memory that it uses: at the end it is waited for first."""
-        handle = c_void_p()
-        self.call("aclrtCreateStream", byref(handle))
-        try:
-            yield handle.value or 0
-        finally:
+        with self._taken("aclrtCreateStream", "aclrtDestroyStream") as handle:
             try:
-                self.synchronize(handle.value)
+                yield handle
             finally:
-                self.call("aclrtDestroyStream", handle)
+                self.synchronize(handle)
 
 
 def _property(device: int) -> _PhysicalMemProp:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that loads AscendCL and probes: it answers questions, one line of JSON each.
+"""The process that loads AscendCL and probes: it answers one question at a time.
 
 A device is set by the first question about it, and given back at the end.
 """
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import signal
@@ -14,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
-from select import select
-from typing import Any
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, TypedDict
 
 from vllm_sleep_ascend.doctor.acl import Acl, AclError, AclMissing
+from vllm_sleep_ascend.doctor.finding import Finding, of_call
 from vllm_sleep_ascend.doctor.probes import PROBES, run
 from vllm_sleep_ascend.doctor.probes.base import Device
 
@@ -35,6 +34,16 @@ class Silence(Exception):
 
 class Crash(Exception):
     """The child ended; the text says how, and what it printed last."""
+
+
+class Seen(TypedDict):
+    """What AscendCL says. ``devices`` has the device that was asked about, if there is one: its
+    free and total bytes, or its error."""
+
+    soc: str
+    acl_version: str
+    count: int
+    devices: list[dict[str, Any]]
 
 
 class Child:
@@ -54,42 +63,44 @@ class Child:
     def __exit__(self, *exc: object) -> None:
         self.end()
 
-    def ask(self, timeout_s: float, **question: Any) -> dict[str, Any]:
+    def look(self, timeout_s: float, device: int) -> Seen:
         """
         Raises:
             Silence, Crash: there is no answer.
+            AclMissing, AclError: AscendCL does not work.
         """
+        return self._ask(timeout_s, "look", device)
+
+    def probe(self, timeout_s: float, name: str, device: int, size: int) -> Finding:
+        """
+        Raises:
+            Silence, Crash: there is no answer.
+            AclMissing, AclError: the device cannot be used.
+        """
+        return self._ask(timeout_s, "probe", name, device, size)
+
+    def _ask(self, timeout_s: float, *question: Any) -> Any:
         timeout_s = self._at_most(timeout_s)
         process = self._process or self._start()
-        end = time.monotonic() + timeout_s
         try:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(question).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            raise self._crash() from None
-        line = b""
-        while not line.endswith(b"\n"):
-            ready, _, _ = select([self._answers], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                self.kill()
-                raise Silence(f"did not answer in {timeout_s:g} s")
-            part = os.read(self._answers, 1 << 16)
-            if not part:
-                raise self._crash()
-            line += part
-        return json.loads(line)
+            self._connection.send(question)
+            answer = self._connection.recv() if self._connection.poll(timeout_s) else None
+        except (EOFError, OSError):
+            raise self._crash(process) from None
+        if answer is None:
+            self.kill()
+            raise Silence(f"did not answer in {timeout_s:g} s")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def end(self) -> None:
         """Let it give back its device and exit; kill it if it does not."""
         if self._process is None:
             return
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
+        self._connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(self._at_most(_END_S))
-        except (OSError, subprocess.TimeoutExpired):
-            pass
         self.kill()
 
     def kill(self) -> None:
@@ -102,35 +113,29 @@ class Child:
             process.wait(max(0.1, self._at_most(_KILLED_S)))
         except subprocess.TimeoutExpired:
             print(f"vllm-sleep: process {process.pid} does not end", file=sys.stderr)
-        if process.stdin is not None and not process.stdin.closed:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-        os.close(self._answers)
+        self._connection.close()
         self._output.close()
 
     def _at_most(self, seconds: float) -> float:
         return max(0.0, min(seconds, self._latest - time.monotonic()))
 
     def _start(self) -> subprocess.Popen:
-        self._answers, write = os.pipe()
+        self._connection, theirs = Pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (kill closes it)
-        try:
+        with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, *_PYTHON_OPTIONS, "-m", __name__, str(write)],
-                stdin=subprocess.PIPE,
+                [sys.executable, *_PYTHON_OPTIONS, "-m", __name__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
-                pass_fds=[write],
+                pass_fds=[theirs.fileno()],
                 env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
             )
-        finally:
-            os.close(write)
         return self._process
 
-    def _crash(self) -> Crash:
-        assert self._process is not None
+    def _crash(self, process: subprocess.Popen) -> Crash:
         try:
-            code: int | None = self._process.wait(self._at_most(_END_S))
+            code: int | None = process.wait(self._at_most(_END_S))
         except subprocess.TimeoutExpired:
             code = None
         self._output.seek(0)
@@ -140,25 +145,14 @@ class Child:
         return Crash(f"the process ended with {how}" + (f": {lines[-1]}" if lines else ""))
 
 
-class _Answers:
+class Answers:
     """The child's side."""
 
     def __init__(self) -> None:
         self._acl: Acl | None = None
         self._current: int | None = None
 
-    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        try:
-            if question["ask"] == "look":
-                return self._look(question["device"])
-            return self._probe(question["name"], question["device"], question["size"])
-        except AclMissing as error:
-            return {"missing": str(error)}
-        except AclError as error:
-            return {"error": str(error), "call": error.call, "code": error.code}
-
-    def _look(self, device: int) -> dict[str, Any]:
-        """What AscendCL says, and the free and total memory of the device, if there is one."""
+    def look(self, device: int) -> Seen:
         acl = self._open()
         count = acl.device_count()
         return {
@@ -176,18 +170,17 @@ class _Answers:
             finally:
                 acl.reset_devices()
         except AclError as error:
-            return {"device": device, "error": str(error), "call": error.call, "code": error.code}
+            return {"device": device, "error": str(error), **of_call(error)}
         return {"device": device, "free_bytes": free, "total_bytes": total}
 
-    def _probe(self, name: str, index: int, size: int) -> dict[str, Any]:
+    def probe(self, name: str, index: int, size: int) -> Finding:
         acl = self._open()
         if self._current != index:
             acl.set_device(index)
             self._current = index
         unit = acl.granularity(index)
         probe = next(probe for probe in PROBES if probe.name == name)
-        device = Device(acl, index, unit, max(unit, size // unit * unit))
-        return asdict(run(probe, device))
+        return run(probe, Device(acl, index, unit, max(unit, size // unit * unit)))
 
     def _open(self) -> Acl:
         self._acl = self._acl or Acl()
@@ -205,10 +198,18 @@ class _Answers:
 def main() -> None:
     # A call that hangs would hold the device for ever if the parent were killed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    answers = _Answers()
-    out = os.fdopen(int(sys.argv[1]), "w")
-    for line in sys.stdin:
-        print(json.dumps(answers.answer(json.loads(line))), file=out, flush=True)
+    answers = Answers()
+    with Connection(int(sys.argv[1])) as connection:
+        while True:
+            try:
+                method, *arguments = connection.recv()
+            except EOFError:
+                break
+            try:
+                answer = getattr(answers, method)(*arguments)
+            except (AclMissing, AclError) as error:
+                answer = error
+            connection.send(answer)
     answers.close()
 
 

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sleep_ascend.doctor import surroundings
-from vllm_sleep_ascend.doctor.acl import MIB, NO_RESOURCE
+from vllm_sleep_ascend.doctor.acl import NO_RESOURCE, AclError, AclMissing
 from vllm_sleep_ascend.doctor.child import Child, Crash, Silence
-from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, not_probed, passed
+from vllm_sleep_ascend.doctor.finding import (
+    Finding,
+    degraded,
+    failed,
+    not_probed,
+    of_call,
+    passed,
+)
 from vllm_sleep_ascend.doctor.probes import PROBES
-from vllm_sleep_ascend.doctor.probes.base import GIB, Probe
+from vllm_sleep_ascend.doctor.probes.base import Probe
 from vllm_sleep_ascend.doctor.report import REFUSED, Report
+from vllm_sleep_ascend.doctor.sizes import GIB, MIB, gib, gib_of
+from vllm_sleep_ascend.memory.host import available_host_bytes
 
 HELP = "find out whether sleep mode can work on this machine"
 _DETAILS = """
@@ -33,6 +42,7 @@ _OTHER_LOOK_S = 3.0  # at each of the others, which may be slow or stuck
 _LEAST_S = 2.0  # a probe with less time left says nothing
 _NOT_GIVEN_BACK = 64 * MIB  # more than contexts of processes differ by
 _UNIT = 2 * MIB
+_SEE_LOG = "See npu-smi info, and CANN's log."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,9 +135,11 @@ class _Examination:
             ValueError: there is no such device.
         """
         report, index = self._report, self._args.device
-        seen = self._look(index, _LOOK_S)
-        if isinstance(seen, Finding):
-            report.surroundings["ascendcl"] = ("AscendCL", seen)
+        self._progress("looking at the device")
+        try:
+            seen = self._child.look(_LOOK_S * max(1, self._scale), index)
+        except (Silence, Crash, AclMissing, AclError) as error:
+            report.surroundings["ascendcl"] = ("AscendCL", _no_ascendcl(error))
             self._about_model(devices=1)
             self._skip_all("AscendCL does not work")
             return None
@@ -149,7 +161,7 @@ class _Examination:
         free, total = chosen["free_bytes"], chosen["total_bytes"]
         if free < _IN_USE_BELOW * total and not self._args.force:
             report.refusal = (
-                f"device {index} is in use: {free / GIB:.2f} of {total / GIB:.2f} GiB are free. "
+                f"device {index} is in use: {gib_of(free, total)} are free. "
                 "Choose another one with --device, or probe it all the same with --force"
             )
             return None
@@ -162,9 +174,8 @@ class _Examination:
             if device == chosen["device"] or self._within(_OTHER_LOOK_S) <= 0:
                 continue
             try:
-                seen = self._child.ask(self._within(_OTHER_LOOK_S), ask="look", device=device)
-                devices += seen.get("devices", [])
-            except (Silence, Crash) as error:
+                devices += self._child.look(self._within(_OTHER_LOOK_S), device)["devices"]
+            except (Silence, Crash, AclMissing, AclError) as error:
                 devices.append({"device": device, "error": str(error)})
         return sorted(devices, key=lambda device: device["device"])
 
@@ -181,30 +192,17 @@ class _Examination:
         Raises:
             ValueError: what is asked for does not fit.
         """
-        available = surroundings.available_bytes()
+        available = available_host_bytes()
         if self._args.gib is None:
             size = min(GIB, free // 2, available // 2)
         else:
             size = int(self._args.gib * GIB)
             if size > min(free, available):
                 raise ValueError(
-                    f"--gib {self._args.gib:g} does not fit: {free / GIB:.2f} GiB of the device "
-                    f"and {available / GIB:.2f} GiB of the host are free"
+                    f"--gib {self._args.gib:g} does not fit: {gib(free)} of the device and "
+                    f"{gib(available)} of the host are free"
                 )
         return max(_UNIT, size // _UNIT * _UNIT)
-
-    def _look(self, device: int, seconds: float) -> dict[str, Any] | Finding:
-        """What AscendCL says of this device; a finding, if it says nothing."""
-        self._progress("looking at the device")
-        try:
-            seen = self._child.ask(seconds * max(1, self._scale), ask="look", device=device)
-        except (Silence, Crash) as error:
-            return _broken_start(str(error))
-        if "missing" in seen:
-            return _missing(seen["missing"])
-        if "error" in seen:
-            return _broken_start(seen["error"], call=seen["call"], code=seen["code"])
-        return seen
 
     def _skip_all(self, why: str) -> None:
         for probe in PROBES:
@@ -231,10 +229,9 @@ class _Examination:
         return degraded(finding.found, means, finding.remedy, **finding.figures)
 
     def _ask(self, probe: Probe, timeout_s: float) -> Finding:
-        question: dict[str, Any] = {"ask": "probe", "name": probe.name}
-        question |= {"device": self._args.device, "size": self._report.size_bytes}
+        device, size = self._args.device, self._report.size_bytes
         try:
-            answer = self._child.ask(timeout_s, **question)
+            return self._child.probe(timeout_s, probe.name, device, size)
         except Silence as error:
             return failed(
                 str(error),
@@ -244,27 +241,24 @@ class _Examination:
             )
         except Crash as error:
             return failed(str(error), "An engine would end here.", "See dmesg and CANN's log.")
-        if "status" in answer:
-            return Finding(**answer)
-        return failed(
-            answer.get("missing") or answer["error"],
-            "The device cannot be used.",
-            "See npu-smi info, and CANN's log.",
-            **{name: answer[name] for name in ("call", "code") if name in answer},
-        )
+        except (AclMissing, AclError) as error:
+            means = "The device cannot be used."
+            return failed(str(error), means, _SEE_LOG, **of_call(error))
 
     def _given_back(self, free_before: int) -> Finding:
         """Whether the device has as much free memory as before, as another process sees it."""
-        seen = self._look(self._args.device, _LAST_LOOK_S)
-        after = None if isinstance(seen, Finding) else seen["devices"][0]
-        if after is None or "error" in after:
+        self._progress("looking at the device")
+        try:
+            seconds = _LAST_LOOK_S * max(1, self._scale)
+            free = self._child.look(seconds, self._args.device)["devices"][0]["free_bytes"]
+        except (Silence, Crash, AclMissing, AclError, KeyError):  # KeyError: it has an error
             return failed(
                 "the device cannot be asked any more",
                 "Another probe has upset it, and no engine could start on it now.",
                 "See npu-smi info.",
             )
-        missing = free_before - after["free_bytes"]
-        figures = {"free_before_bytes": free_before, "free_after_bytes": after["free_bytes"]}
+        missing = free_before - free
+        figures = {"free_before_bytes": free_before, "free_after_bytes": free}
         if missing > _NOT_GIVEN_BACK:
             return degraded(
                 f"{missing / MIB:.0f} MiB less are free than before",
@@ -282,14 +276,17 @@ class _Examination:
             print(text, file=sys.stderr, flush=True)
 
 
-def _missing(text: str) -> Finding:
-    if "ascend_hal" in text:
+def _no_ascendcl(error: Exception) -> Finding:
+    text = str(error)
+    if not isinstance(error, AclMissing):
+        remedy = "See npu-smi info and dmesg; in a container, the devices that were given to it."
+    elif "ascend_hal" in text:
         remedy = "Install the driver; in a container, mount /usr/local/Ascend/driver."
     elif "has no" in text:
         remedy = "Install CANN 8.1 or newer."
     else:
         remedy = f"Install CANN, and {surroundings.SET_ENV}."
-    return failed(text, "Nothing can use an NPU in this shell.", remedy)
+    return failed(text, "Nothing can use an NPU in this shell.", remedy, **of_call(error))
 
 
 def _ascendcl(soc: str, count: int) -> Finding:
@@ -307,16 +304,7 @@ def _broken_device(device: dict[str, Any]) -> Finding:
     remedy = (
         "The device has no stream left: end other processes on it."
         if device["code"] == NO_RESOURCE
-        else "See npu-smi info, and CANN's log."
+        else _SEE_LOG
     )
     means = "No process can use the device."
     return failed(device["error"], means, remedy, call=device["call"], code=device["code"])
-
-
-def _broken_start(text: str, **figures: Any) -> Finding:
-    return failed(
-        text,
-        "Nothing can use an NPU in this shell.",
-        "See npu-smi info and dmesg; in a container, the devices that were given to it.",
-        **figures,
-    )

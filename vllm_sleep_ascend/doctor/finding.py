@@ -19,6 +19,12 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+def of_call(error: BaseException) -> dict[str, Any]:
+    """The figures of a failed call. Errors of the compiled allocator name their call and its code
+    as those of AscendCL here do."""
+    return {name: getattr(error, name) for name in ("call", "code") if getattr(error, name, None)}
+
+
 def info(found: str, **figures: Any) -> Finding:
     return Finding("info", found, "", "", figures)
 

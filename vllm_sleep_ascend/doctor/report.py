@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page that people read, and the same as one JSON object."""
 
-import textwrap
 from dataclasses import asdict, dataclass, field
+from textwrap import TextWrapper
 from typing import Any
 
 from vllm_sleep_ascend.doctor.finding import Finding
+from vllm_sleep_ascend.doctor.sizes import gib_of
 
 USABLE, FAILED, REFUSED = range(3)  # the exit codes
 _WIDTH = 100
@@ -90,10 +91,11 @@ class Report:
         return [_row("not probed", "all", reasons.pop(), width)]
 
     def _to_do(self) -> list[str]:
+        wrap = TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ").wrap
         lines = []
         for title, finding in self._all().values():
             if text := " ".join(filter(None, (finding.means, finding.remedy))):
-                lines += _wrapped(f"{title}: {text}")
+                lines += wrap(f"{title}: {text}")
         return ["", "What it means, and what to do", *lines] if lines else []
 
     def _verdict(self) -> str:
@@ -130,9 +132,4 @@ def _row(mark: str, title: str, text: str, width: int) -> str:
 def _memory(device: dict[str, Any]) -> str:
     if "error" in device:
         return device["error"]
-    free, total = device["free_bytes"] / (1 << 30), device["total_bytes"] / (1 << 30)
-    return f"{free:.2f} of {total:.2f} GiB free"
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return f"{gib_of(device['free_bytes'], device['total_bytes'])} free"

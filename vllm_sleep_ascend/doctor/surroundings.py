@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, info, passed
-from vllm_sleep_ascend.memory.page_locked import why_registered_pages_move
+from vllm_sleep_ascend.doctor.sizes import MIB, gib
+from vllm_sleep_ascend.memory.host import available_host_bytes, why_registered_pages_move
 
-MIB, GIB = 1 << 20, 1 << 30
 _CAP_IPC_LOCK = 14
 
 # The combinations that the tests run, by the names of the distributions.
@@ -42,12 +42,10 @@ def find() -> dict[str, tuple[str, Finding]]:
         ("container", "container's limit", container_limit),
         ("versions", "packages", versions),
         ("allocator", "allocator", allocator),
+        ("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", visible_devices),
     )
     found = {name: (title, look()) for name, title, look in things}
-    return found | {
-        variable: (variable, look(os.environ.get(variable)))
-        for variable, look in ENVIRONMENT.items()
-    }
+    return found | {name: (name, variable(name)) for name in REMARKS}
 
 
 # --- The host
@@ -163,7 +161,7 @@ def memlock(weights: int = 0) -> Finding:
         return info(f"{soft} bytes, and CAP_IPC_LOCK, which has no limit", bytes=None)
     if weights > soft and not why_registered_pages_move():
         return degraded(
-            f"{soft} bytes, and {_gib(weights)} of weights",
+            f"{soft} bytes, and {gib(weights)} of weights",
             "Where memory can be registered (see the probe), backups are such memory up to the "
             "limit, and beyond it memory from aclrtMallocHost, which takes longer to get.",
             "Raise ulimit -l; in a container, --ulimit memlock=-1.",
@@ -181,28 +179,15 @@ def _has_capability(number: int) -> bool:
 
 
 def host_memory() -> Finding:
-    available = available_bytes()
-    return info(f"{_gib(available)} available for backups", available_bytes=available)
-
-
-def available_bytes() -> int:
-    """What the machine or this process's control group has left; of the machine alone, where the
-    compiled allocator is not installed."""
-    try:
-        from vllm_sleep_ascend import _camem
-    except ImportError:
-        for line in _lines(Path("/proc/meminfo")):
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return 0
-    return _camem.available_host_bytes()
+    available = available_host_bytes()
+    return info(f"{gib(available)} available for backups", available_bytes=available)
 
 
 def container_limit() -> Finding:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         for line in _lines(Path(file)):
             if line.isdigit() and int(line) < 1 << 60:
-                return info(f"{_gib(int(line))} ({file})", bytes=int(line))
+                return info(f"{gib(int(line))} ({file})", bytes=int(line))
     return info("none", bytes=None)
 
 
@@ -257,31 +242,48 @@ def allocator() -> Finding:
 # --- Environment variables
 
 
-def _allocator_settings(value: str | None) -> Finding:
-    if value is None:
-        return info("not set", value=None)
+def _expandable(value: str) -> str:
     if "expandable_segments:true" in value.lower().replace(" ", ""):
-        return info(
-            f"{value}: expandable segments pause while memory that can sleep is allocated",
-            value=value,
-        )
-    return info(value, value=value)
+        return "expandable segments pause while memory that can sleep is allocated"
+    return ""
 
 
-def _nz(value: str | None) -> Finding:
-    what = "beside vllm-ascend, 0 lets level 2 and reload_weights write weights again"
-    return info(f"{value or 'not set'}: {what}", value=value)
+def _nz(_: str) -> str:
+    return "beside vllm-ascend, 0 lets level 2 and reload_weights write weights again"
 
 
-def _dev_mode(value: str | None) -> Finding:
+def _dev_mode(value: str) -> str:
     if value == "1":
-        return info("1: servers have /sleep and /wake_up; do not expose them", value=value)
-    return info(
-        f"{value or 'not set'}: servers started so have no /sleep and /wake_up", value=value
+        return "servers have /sleep and /wake_up; do not expose them"
+    return "servers started so have no /sleep and /wake_up"
+
+
+def _hccl_buffer(value: str) -> str:
+    size = value if value.isdigit() else "200"
+    return (
+        f"each communicator holds 2 x {size} MiB of device memory, also asleep, unless "
+        "release_communicators is set"
     )
 
 
-def _visible(value: str | None) -> Finding:
+REMARKS: dict[str, Callable[[str], str]] = {
+    "PYTORCH_NPU_ALLOC_CONF": _expandable,
+    "PYTORCH_ALLOC_CONF": _expandable,
+    "VLLM_ASCEND_ENABLE_NZ": _nz,
+    "VLLM_SERVER_DEV_MODE": _dev_mode,
+    "HCCL_BUFFSIZE": _hccl_buffer,
+}
+
+
+def variable(name: str) -> Finding:
+    """What one of ``REMARKS`` is set to, and what follows from that."""
+    value = os.environ.get(name)
+    remark = REMARKS[name](value or "")
+    return info(": ".join(filter(None, (value or "not set", remark))), value=value)
+
+
+def visible_devices() -> Finding:
+    value = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
     if value is None:
         return info("not set: all devices are visible", value=None)
     numbers = [int(number) for number in value.split(",") if number.strip().isdigit()]
@@ -293,25 +295,6 @@ def _visible(value: str | None) -> Finding:
             value=value,
         )
     return info(f"{value}: these devices are visible, and are numbered from 0", value=value)
-
-
-def _hccl_buffer(value: str | None) -> Finding:
-    size = value if value and value.isdigit() else "200"
-    return info(
-        f"{value or 'not set'}: each communicator holds 2 x {size} MiB of device memory, also "
-        "asleep, unless release_communicators is set",
-        value=value,
-    )
-
-
-ENVIRONMENT: dict[str, Callable[[str | None], Finding]] = {
-    "PYTORCH_NPU_ALLOC_CONF": _allocator_settings,
-    "PYTORCH_ALLOC_CONF": _allocator_settings,
-    "VLLM_ASCEND_ENABLE_NZ": _nz,
-    "VLLM_SERVER_DEV_MODE": _dev_mode,
-    "ASCEND_RT_VISIBLE_DEVICES": _visible,
-    "HCCL_BUFFSIZE": _hccl_buffer,
-}
 
 
 # --- A model
@@ -345,9 +328,9 @@ def weights(model: Path, devices: int) -> Finding:
     Raises:
         ValueError: the folder holds no checkpoint.
     """
-    size, available = weight_bytes(model), available_bytes()
+    size, available = weight_bytes(model), available_host_bytes()
     figures = {"weights_bytes": size, "available_bytes": available, "devices": devices}
-    text = f"{_gib(size)} of weights, {_gib(available)} of host memory"
+    text = f"{gib(size)} of weights, {gib(available)} of host memory"
     if size > available:
         return degraded(
             f"{text}: level 1 does not fit",
@@ -375,7 +358,3 @@ def _lines(file: Path) -> list[str]:
         return [line.strip() for line in file.read_text(errors="replace").splitlines()]
     except OSError:
         return []
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process holds of its device besides memory that can sleep, by cause, and what the host has
-left."""
+"""What a process holds of its device besides memory that can sleep, by cause."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -54,19 +53,6 @@ def held_bytes(device: torch.device) -> int:
     )
     components = _camem.component_bytes(device.index) or {}
     return max(sum(components.values()), by_torch - asleep)
-
-
-def available_host_bytes() -> int:
-    """What the machine or this process's control group has left; of the machine alone, where the
-    compiled allocator is not installed."""
-    try:
-        from vllm_sleep_ascend import _camem
-    except ImportError:
-        import psutil
-
-        available: int = psutil.virtual_memory().available
-        return available
-    return _camem.available_host_bytes()
 
 
 def communicator_bytes(backend: "CamemBackend", device: int) -> int | None:

@@ -16,7 +16,7 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory import PROGRAM, pool
 from vllm_sleep_ascend.memory.checksum import checksums, memory_at
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
-from vllm_sleep_ascend.memory.page_locked import page_locked_source
+from vllm_sleep_ascend.memory.host import page_locked_source
 from vllm_sleep_ascend.memory.progress import logged
 from vllm_sleep_ascend.policy import SCRATCH_TAGS, Action
 from vllm_sleep_ascend.status import HostMemoryStatus, LastOperation, TagUsage

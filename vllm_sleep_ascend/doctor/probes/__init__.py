@@ -2,7 +2,7 @@
 """The rules that sleep mode rests on, in the order in which they are probed."""
 
 from vllm_sleep_ascend.doctor.acl import OUT_OF_MEMORY, AclError
-from vllm_sleep_ascend.doctor.finding import Finding, failed
+from vllm_sleep_ascend.doctor.finding import Finding, failed, of_call
 from vllm_sleep_ascend.doctor.probes import device_memory, hccl, host_memory, sleep, streams
 from vllm_sleep_ascend.doctor.probes.base import Device, Probe
 
@@ -41,13 +41,11 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _failed_call(error: BaseException) -> Finding:
-    """Errors of the compiled allocator name their call as those of AscendCL here do."""
-    call, code = getattr(error, "call", ""), getattr(error, "code", 0)
+    figures = of_call(error)
     remedy = (
         "Free memory of the device or the host, or name less with --gib."
-        if code in OUT_OF_MEMORY
+        if figures.get("code") in OUT_OF_MEMORY
         else "Look the code up in CANN's list of errors; see npu-smi info, dmesg and CANN's log."
     )
     found = str(error) if isinstance(error, AclError) else f"{type(error).__name__}: {error}"
-    figures = {"call": call, "code": code} if call else {}
     return failed(found, "Sleep mode rests on it.", remedy, **figures)

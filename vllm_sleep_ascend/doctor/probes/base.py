@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from vllm_sleep_ascend.doctor.acl import (
     DEVICE_TO_HOST,
     HOST_TO_DEVICE,
-    MIB,
     NO_RESOURCE,
     Acl,
     AclError,
@@ -19,7 +18,6 @@ from vllm_sleep_ascend.doctor.acl import (
 from vllm_sleep_ascend.doctor.content import LIMIT, content, scratch, wrong_pages
 from vllm_sleep_ascend.doctor.finding import Finding, failed
 
-GIB = 1 << 30
 CHUNK = LIMIT  # the default of chunk_mib
 STREAMS = 6  # that sleep mode keeps at most
 SYNCHRONOUS = 0.5  # the part of a copy's time that its launch takes, from which on it is that
@@ -151,11 +149,3 @@ def broken_copies(found: str, **figures: Any) -> Finding:
         "Do not use sleep mode here. See dmesg and the device's log for faults of memory or link.",
         **figures,
     )
-
-
-def mib(size: int) -> str:
-    return f"{size / MIB:g} MiB" if size % MIB == 0 else f"{size / MIB:.1f} MiB"
-
-
-def gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"

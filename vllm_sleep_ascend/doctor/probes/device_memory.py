@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, passed
-from vllm_sleep_ascend.doctor.probes.base import GIB, Device, gib, mib
+from vllm_sleep_ascend.doctor.probes.base import Device
+from vllm_sleep_ascend.doctor.sizes import GIB, gib, mib
 
 
 def at_an_offset(device: Device) -> Finding:

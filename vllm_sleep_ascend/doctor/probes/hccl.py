@@ -5,9 +5,10 @@ import ctypes
 from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from vllm_sleep_ascend.doctor.acl import MIB, AclError
+from vllm_sleep_ascend.doctor.acl import AclError
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, not_probed, passed
-from vllm_sleep_ascend.doctor.probes.base import Device, a_stream, mib
+from vllm_sleep_ascend.doctor.probes.base import Device, a_stream
+from vllm_sleep_ascend.doctor.sizes import MIB, mib
 
 _ROOT_INFO_BYTES, _FP32, _SUM = 4108, 4, 0
 _ELEMENTS = 1024

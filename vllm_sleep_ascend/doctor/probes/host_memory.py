@@ -12,22 +12,15 @@ from contextlib import ExitStack, contextmanager
 from vllm_sleep_ascend.doctor.acl import (
     DEVICE_TO_HOST,
     HOST_TO_DEVICE,
-    MIB,
     NOT_SUPPORTED,
     AclError,
     plain_memory,
 )
 from vllm_sleep_ascend.doctor.content import content, wrong_pages
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, passed
-from vllm_sleep_ascend.doctor.probes.base import (
-    GIB,
-    Device,
-    a_stream,
-    broken_copies,
-    copies_of,
-    mib,
-)
-from vllm_sleep_ascend.memory.page_locked import KERNEL_THAT_KEEPS_PAGES, why_registered_pages_move
+from vllm_sleep_ascend.doctor.probes.base import Device, a_stream, broken_copies, copies_of
+from vllm_sleep_ascend.doctor.sizes import GIB, MIB, mib
+from vllm_sleep_ascend.memory.host import KERNEL_THAT_KEEPS_PAGES, why_registered_pages_move
 
 USES_ACL = (
     'Backups are in memory from aclrtMallocHost (host_memory="acl"), which is right on every '

@@ -8,16 +8,18 @@ from typing import Any
 
 from vllm_sleep_ascend.doctor.acl import DEVICE_TO_HOST, HOST_TO_DEVICE
 from vllm_sleep_ascend.doctor.finding import Finding, degraded, failed, passed
-from vllm_sleep_ascend.doctor.probes.base import CHUNK, Device, broken_copies, gib
+from vllm_sleep_ascend.doctor.probes.base import CHUNK, Device, broken_copies
 from vllm_sleep_ascend.doctor.probes.device_memory import late
+from vllm_sleep_ascend.doctor.sizes import gib
 
 _READY_S = 10.0
 
 
 def sleep_and_wake(device: Device) -> Finding:
-    camem, why = _allocator()
-    if camem is None:
-        return _by_hand(device, why)
+    try:
+        from vllm_sleep_ascend import _camem as camem
+    except ImportError as error:
+        return _by_hand(device, str(error))
     hooks = ctypes.CDLL(camem.__file__)
     hooks.camem_malloc.restype = ctypes.c_void_p
     hooks.camem_malloc.argtypes = [ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p]
@@ -35,15 +37,6 @@ def sleep_and_wake(device: Device) -> Finding:
     finally:
         hooks.camem_free(address, device.size, device.index, None)
         camem.trim(set())  # a free may be left for later, and this is the last
-
-
-def _allocator() -> tuple[Any, str]:
-    """The compiled allocator, or None and why it cannot be loaded."""
-    try:
-        from vllm_sleep_ascend import _camem
-    except ImportError as error:
-        return None, str(error)
-    return _camem, ""
 
 
 def _twice(device: Device, address: int, camem: ModuleType) -> Finding:

@@ -9,13 +9,13 @@ from typing import Any
 from vllm_sleep_ascend.doctor.acl import (
     DEVICE_TO_HOST,
     HOST_TO_DEVICE,
-    MIB,
     SYNC_TIMEOUT,
     Acl,
     AclError,
 )
-from vllm_sleep_ascend.doctor.finding import Finding, degraded, not_probed, passed
-from vllm_sleep_ascend.doctor.probes.base import STREAMS, Device, a_stream, mib, open_streams
+from vllm_sleep_ascend.doctor.finding import Finding, degraded, passed
+from vllm_sleep_ascend.doctor.probes.base import STREAMS, Device, a_stream, open_streams
+from vllm_sleep_ascend.doctor.sizes import MIB
 
 CHUNKS_MIB = (2, 16, 64)
 STREAM_COUNTS = (1, 2, STREAMS)
@@ -70,13 +70,10 @@ def speeds(device: Device) -> Finding:
         stack.callback(acl.synchronize, None)
         made = open_streams(acl, stack, STREAMS)
         rows = _table(acl, address, host, size, made or [None])
-    if not rows:
-        return not_probed(f"{mib(size)} are too little to measure")
     best = {
         direction: max(
             (row for row in rows if row["direction"] == direction),
             key=lambda row: row["gb_per_s"],
-            default=None,
         )
         for direction in ("to_device", "to_host")
     }
@@ -84,7 +81,6 @@ def speeds(device: Device) -> Finding:
         f"{direction.replace('_', ' the ')} {row['gb_per_s']:.1f} GB/s "
         f"({row['chunk_mib']} MiB, {row['streams']} stream{'s' * (row['streams'] > 1)})"
         for direction, row in best.items()
-        if row
     )
     return passed(f"best {found}", best=best, all=rows)
 
@@ -93,19 +89,18 @@ def _table(
     acl: Acl, address: int, host: int, size: int, streams: list[Any]
 ) -> list[dict[str, Any]]:
     """A row for each chunk size, number of streams and direction, as far as the time allows."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     end = time.perf_counter() + _WHOLE_S
     counts = sorted({min(count, len(streams)) for count in STREAM_COUNTS})
     cases = [(chunk, count) for chunk in CHUNKS_MIB for count in counts if chunk * MIB <= size]
+    directions = (
+        ("to_device", address, host, HOST_TO_DEVICE),
+        ("to_host", host, address, DEVICE_TO_HOST),
+    )
     for chunk, count in cases:
-        for direction in ("to_device", "to_host"):
-            if time.perf_counter() > end:
-                break
-            to, source, kind = (
-                (address, host, HOST_TO_DEVICE)
-                if direction == "to_device"
-                else (host, address, DEVICE_TO_HOST)
-            )
+        if rows and time.perf_counter() > end:
+            break
+        for direction, to, source, kind in directions:
             speed = _speed(acl, to, source, size, chunk * MIB, kind, streams[:count])
             row = {"direction": direction, "chunk_mib": chunk, "streams": count}
             rows.append({**row, "gb_per_s": round(speed, 2)})

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError
-from vllm_sleep_ascend.memory.account import available_host_bytes
+from vllm_sleep_ascend.memory.host import available_host_bytes
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config

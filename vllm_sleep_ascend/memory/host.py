@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where page-locked host memory may come from on the running kernel."""
+"""Host memory: what is left of it, and where page-locked memory may come from on this kernel."""
 
 import os
 import re
+from pathlib import Path
 from typing import Literal
 
 # Below it registered pages may move or be swapped, locked by mlock or not.
 KERNEL_THAT_KEEPS_PAGES = (5, 19)
+
+
+def available_host_bytes() -> int:
+    """What the machine or this process's control group has left; of the machine alone, where the
+    compiled allocator is not installed."""
+    try:
+        from vllm_sleep_ascend import _camem
+    except ImportError:
+        meminfo = Path("/proc/meminfo").read_text()
+        found = re.search(r"^MemAvailable: +(\d+) kB", meminfo, re.M)
+        return int(found[1]) * 1024 if found else 0
+    return _camem.available_host_bytes()
 
 
 def why_registered_pages_move() -> str:
