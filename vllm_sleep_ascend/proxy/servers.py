@@ -2,10 +2,8 @@
 """What the proxy knows of one vLLM server, and the requests that wait for it."""
 
 import asyncio
-import itertools
 import math
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,8 +14,6 @@ State = Literal["awake", "asleep", "unknown"]
 
 TRUST_S = 1.0
 """Seconds without a request after which a server that was awake is asked whether it still is."""
-
-_numbers = itertools.count()
 
 
 @dataclass(eq=False)
@@ -30,10 +26,8 @@ class Server:
     # Requests go straight in: it is awake, and its turn goes on.
     open: bool = False
     in_flight: int = 0
-    # Requests that wait for it, by number, with the time of their arrival.
-    waiting: "OrderedDict[int, tuple[float, asyncio.Future[None]]]" = field(
-        default_factory=OrderedDict
-    )
+    # The times at which those requests arrived that wait for it, in their order.
+    waiting: "dict[asyncio.Future[None], float]" = field(default_factory=dict)
     awake_since: float = 0.0
     last_used: float = 0.0
     # Whether a request was admitted since it woke: each turn serves at least one.
@@ -56,7 +50,7 @@ class Server:
         return self.in_flight == 0 and time.monotonic() - last > TRUST_S
 
     def waits_since(self) -> float:
-        return next(iter(self.waiting.values()))[0] if self.waiting else math.inf
+        return next(iter(self.waiting.values()), math.inf)
 
     def enter(self) -> None:
         """One request more runs on it."""
@@ -75,31 +69,31 @@ class Server:
         Raises:
             CallFailed: it could not be woken.
         """
-        number = next(_numbers)
         admitted = asyncio.get_running_loop().create_future()
-        self.waiting[number] = (time.monotonic(), admitted)
+        self.waiting[admitted] = time.monotonic()
         try:
             await admitted
         except BaseException:
-            if self.waiting.pop(number, None) is None and _succeeded(admitted):
+            if self.waiting.pop(admitted, None) is None and _succeeded(admitted):
                 self.leave()  # Admitted at the moment in which its client went away.
             raise
 
     def open_up(self) -> None:
         """Admit the requests that wait, and new ones until ``open`` is taken back."""
         self.open = True
-        while self.waiting:
-            _, (_, admitted) = self.waiting.popitem(last=False)
-            if not admitted.done():
-                self.enter()
-                admitted.set_result(None)
+        for admitted in self._all_that_wait():
+            self.enter()
+            admitted.set_result(None)
 
     def fail(self, error: CallFailed) -> None:
         """Fail the requests that wait."""
-        while self.waiting:
-            _, (_, admitted) = self.waiting.popitem(last=False)
-            if not admitted.done():
-                admitted.set_exception(error)
+        for admitted in self._all_that_wait():
+            admitted.set_exception(error)
+
+    def _all_that_wait(self) -> "list[asyncio.Future[None]]":
+        """From here on they do not; those whose clients went away are left out."""
+        waiting, self.waiting = self.waiting, {}
+        return [admitted for admitted in waiting if not admitted.done()]
 
 
 def _succeeded(future: asyncio.Future[None]) -> bool:
