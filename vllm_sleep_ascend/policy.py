@@ -7,32 +7,24 @@ Action = Literal["keep", "offload", "discard"]
 PauseMode = Literal["abort", "wait", "keep"]
 MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 
-# (level, tag) -> action. vLLM's contract: runtime state and graph pools survive every level,
-# scratch and KV cache none, weights level 1 alone. A tag that is not here is offloaded. Of the
-# weights, rank/sleeping.py saves what level 2 must keep: buffers, preserved parameters, a draft.
+# The tags of which every level does the same: runtime state and graph pools survive, scratch and KV
+# cache do not. A tag that is not here is offloaded.
+_EVERY_LEVEL: dict[str, Action] = {
+    "runtime": "offload",
+    "cudagraph": "offload",
+    "kv_cache": "discard",
+    "workspace": "discard",
+    "sleep_persistent": "keep",  # vllm-ascend's: stays mapped
+}
+# (level, tag) -> action, by vLLM's contract. Of the weights, rank/sleeping.py saves what level 2
+# must keep: buffers, preserved parameters, a draft.
 POLICY: dict[int, dict[str, Action]] = {
-    1: {
-        "weights": "offload",
-        "runtime": "offload",
-        "cudagraph": "offload",
-        "kv_cache": "discard",
-        "workspace": "discard",
-        "sleep_persistent": "keep",  # vllm-ascend's: stays mapped
-    },
-    2: {
-        "weights": "discard",
-        "runtime": "offload",
-        "cudagraph": "offload",
-        "kv_cache": "discard",
-        "workspace": "discard",
-        "sleep_persistent": "keep",
-    },
+    1: {"weights": "offload", **_EVERY_LEVEL},
+    2: {"weights": "discard", **_EVERY_LEVEL},
 }
 LEVELS = (0, *POLICY)
 # The tags whose content no level keeps.
-SCRATCH_TAGS = tuple(
-    tag for tag in POLICY[1] if all(actions[tag] == "discard" for actions in POLICY.values())
-)
+SCRATCH_TAGS = tuple(tag for tag, action in _EVERY_LEVEL.items() if action == "discard")
 # The tags that a wake may leave asleep; every other tag comes back with any wake.
 DEFERRABLE_TAGS = ("weights", "kv_cache")
 # Not memory: level 0 pauses scheduling alone, and this tag resumes it.
