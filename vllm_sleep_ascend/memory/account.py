@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vllm_sleep_ascend.memory.backend import CamemBackend
     from vllm_sleep_ascend.status import TagUsage
 
 _APPLICATION, _HCCL = "APP", "HCCL"  # components in AscendCL's account
@@ -15,9 +14,7 @@ _GRAPHS = "cudagraph"  # vLLM's tag
 _MIB = 1 << 20
 
 
-def resident_bytes(
-    components: Mapping[str, int] | None, tags: Mapping[str, "TagUsage"]
-) -> dict[str, int]:
+def resident_bytes(device: torch.device, tags: Mapping[str, "TagUsage"]) -> dict[str, int]:
     """Bytes of device memory of this process, by cause; those of other processes do not count.
 
     ``communicators``: HCCL's. ``context``: the runtime and other components of CANN. ``graphs``:
@@ -26,13 +23,14 @@ def resident_bytes(
     AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
 
     Args:
-        components: CamemBackend.component_bytes().
         tags: CamemBackend.usage().
     """
+    from vllm_sleep_ascend import _camem
+
     graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
+    components = _camem.component_bytes(device.index)
     if components is None:
         return graphs
-    components = dict(components)
     communicators = components.pop(_HCCL, 0)
     managed = sum(tag["device"] for tag in tags.values())
     other = max(0, components.pop(_APPLICATION, 0) - managed)
@@ -55,9 +53,11 @@ def held_bytes(device: torch.device) -> int:
     return max(sum(components.values()), by_torch - asleep)
 
 
-def communicator_bytes(backend: "CamemBackend", device: int) -> int | None:
+def communicator_bytes(device: torch.device) -> int | None:
     """Bytes of device memory that HCCL holds in this process; None where AscendCL cannot tell."""
-    components = backend.component_bytes(device)
+    from vllm_sleep_ascend import _camem
+
+    components = _camem.component_bytes(device.index)
     return None if components is None else components.get(_HCCL, 0)
 
 

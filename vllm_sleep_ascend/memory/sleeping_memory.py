@@ -191,11 +191,6 @@ class SleepingMemory:
             "failure": memory["failure"],
         }
 
-    def component_bytes(self, device: int) -> dict[str, int] | None:
-        """Device memory of this process by component of CANN, by AscendCL's own account; None where
-        it has none."""
-        return _camem.component_bytes(device)
-
     def host_need(
         self, actions: Mapping[str, Action], otherwise: Action = "offload"
     ) -> tuple[int, int]:

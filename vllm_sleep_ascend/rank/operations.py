@@ -30,7 +30,7 @@ class Operations:
         self._worker, self._agreement = worker, agreement
         self._backend = worker.sleep_mode_backend
         self._backend.commits_at_once = self.alone
-        held_bytes = partial(communicator_bytes, self._backend, worker.device.index)
+        held_bytes = partial(communicator_bytes, worker.device)
         self.communicators = Communicators(held_bytes, agreement.members)
         self.last_error: LastError | None = None
 

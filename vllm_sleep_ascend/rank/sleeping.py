@@ -87,7 +87,6 @@ class SleepMode:
         self._hooks.after_sleep()
         with suppress(RuntimeError):  # it is done: a figure for the log may not make it an error
             free, total = torch_npu.npu.mem_get_info()
-            components = self._backend.component_bytes(device.index)
             logger.info(
                 "Sleep level %d: this process gave back %.2f GiB of device memory; %.2f GiB of "
                 "%.2f GiB are in use on the device, by all processes. Still held by this one: %s.",
@@ -95,7 +94,7 @@ class SleepMode:
                 (held_before - held_bytes(device)) / _GIB,
                 (total - free) / _GIB,
                 total / _GIB,
-                describe(resident_bytes(components, self._backend.usage())),
+                describe(resident_bytes(device, self._backend.usage())),
             )
 
     def wake_up(self, tags: list[str] | None) -> None:
@@ -180,7 +179,7 @@ class SleepMode:
             **status_without_sleep_mode(worker),
             "state": backend.state(),
             "tags": tags,
-            "resident": resident_bytes(backend.component_bytes(worker.device.index), tags),
+            "resident": resident_bytes(worker.device, tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "host_memory": backend.host_memory(),
             "parameters_without_content": len(self._weights.content.missing()),
