@@ -62,19 +62,26 @@ def _have_room(ranks: list[_Facts]) -> bool:
 class Loads:
     """Loads of a rank's models, one at a time, each on every rank of the engine or on none.
 
-    ``current`` is the one under way.
+    ``current`` is the one under way; ``loaded_by_user`` is told of the models that a user's code
+    has loaded without one, and whether they are the draft.
     """
 
     def __init__(
-        self, worker: HostWorker, agreement: Agreement, content: WeightsContent, hooks: Hooks
+        self,
+        worker: HostWorker,
+        agreement: Agreement,
+        content: WeightsContent,
+        hooks: Hooks,
+        loaded_by_user: Callable[[bool], None],
     ) -> None:
         self._worker, self._agreement = worker, agreement
         self._content, self._hooks = content, hooks
+        self._loaded_by_user = loaded_by_user
         self.current: WeightLoad | None = None
-        for model in models_of(worker).values():
-            self._watch(model)
+        for prefix, model in models_of(worker).items():
+            self._watch(model, is_draft=prefix == DRAFT)
 
-    def _watch(self, model: nn.Module) -> None:
+    def _watch(self, model: nn.Module, is_draft: bool) -> None:
         loadable = cast(Loadable, model)
         stock = loadable.load_weights
 
@@ -85,7 +92,9 @@ class Loads:
             load = self.current
             if load is None:
                 unwrap_loaders(model)  # of a user's own layerwise load
-                return stock(weights, *args, **kwargs)
+                names = stock(weights, *args, **kwargs)
+                self._loaded_by_user(is_draft)
+                return names
             names = stock(load.take(weights), *args, **kwargs)
             if load.at_once:
                 load.check_layers()

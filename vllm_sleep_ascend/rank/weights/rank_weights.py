@@ -37,8 +37,9 @@ class RankWeights:
         self._worker, self._agreement, self._hooks = worker, agreement, hooks
         self._stock_reload = stock_reload
         self.content = WeightsContent(worker)
-        self._loads = Loads(worker, agreement, self.content, hooks)
         self._sources = Sources(worker)
+        loaded_by_user = self._sources.loaded_by_user
+        self._loads = Loads(worker, agreement, self.content, hooks, loaded_by_user)
 
     # --- What is known of them -------------------------------------------------------------------
 
@@ -114,16 +115,15 @@ class RankWeights:
                 load.check_parameters()
 
         all_of_it = weights_iterator is None
-        with source.loading():
-            self._loads.begin(
-                "reload_weights", "", reload, check=check, at_once=True, from_checkpoint=all_of_it
-            )
-            self._loads.end()
-            if weights_iterator is not None:
-                source.loaded("iterator")
-            else:
-                source.loaded("checkpoint", self._sources.checkpoint())
-            self._reload_lost_draft()  # if that fails, the model's own load stands
+        self._loads.begin(
+            "reload_weights", "", reload, check=check, at_once=True, from_checkpoint=all_of_it
+        )
+        self._loads.end()
+        if weights_iterator is not None:
+            source.loaded("iterator")
+        else:
+            source.loaded("checkpoint", self._sources.checkpoint())
+        self._reload_lost_draft()  # if that fails, the model's own load stands
         if all_of_it and weights_path is None and before["source"] != "checkpoint":
             loaded, lost = self._sources.checkpoint(), in_no_checkpoint(before)
             logger.warning("reload_weights loaded %s in place of %s.", loaded, lost)
@@ -148,7 +148,7 @@ class RankWeights:
         config = copy.copy(self._worker.vllm_config)
         config.model_config = draft_model_config(self._worker)
         config.load_config = get_draft_load_config(self._worker.vllm_config)
-        with source.loading(), set_current_vllm_config(config):
+        with set_current_vllm_config(config):
             draft = models_of(self._worker)[DRAFT]
             reload_weights(config, draft, None, None, is_checkpoint_format=True)
         source.loaded("checkpoint", config.model_config.model)
@@ -159,8 +159,7 @@ class RankWeights:
         Raises:
             SleepModeError: the checkpoint cannot be loaded, or lacks a parameter.
         """
-        with self._sources.model.loading():
-            self._loads.in_wake(self._stock_reload)
+        self._loads.in_wake(self._stock_reload)
         self._sources.model.loaded("checkpoint", self._sources.checkpoint())
 
     # --- Weight updates: each takes the method of vLLM's that does it ----------------------------
@@ -173,11 +172,10 @@ class RankWeights:
     def update(self, receive: Callable[[], None]) -> None:
         """Load one part of an update. If it fails, the update is over, and the weights are as
         before it."""
-        with self._sources.updated().loading():
-            load = self._loads.current
-            if load is not None:
-                load.begun = True  # a backend may write past the model's load_weights
-            self._loads.on_every_rank("update_weights", receive)
+        load = self._loads.current
+        if load is not None:
+            load.begun = True  # a backend may write past the model's load_weights
+        self._loads.on_every_rank("update_weights", receive)
 
     def finish_update(self, finish: Callable[[], None]) -> None:
         """

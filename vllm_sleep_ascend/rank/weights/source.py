@@ -2,15 +2,9 @@
 """Where weights came from. A checkpoint can bring back what level 2 discards, a trainer has to send
 it again."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
-from typing import Literal, cast
-
-from torch import nn
+from typing import Literal
 
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
-from vllm_sleep_ascend.rank.weights.load import Loadable, Named
 from vllm_sleep_ascend.status import WeightsOrigin
 
 Kind = Literal[
@@ -30,13 +24,11 @@ class WeightsSource:
     """Of one model: ``kind`` and ``path`` (None unless a checkpoint) of the last load that
     succeeded, and the version that its weights have."""
 
-    def __init__(self, model: nn.Module, kind: Kind, path: str | None) -> None:
+    def __init__(self, kind: Kind, path: str | None) -> None:
         self.kind, self.path = kind, path
         self._first = path
         self._given: str | None = None
         self._discarded = False
-        self._loading = False
-        self._watch(cast(Loadable, model))
 
     @property
     def version(self) -> str:
@@ -66,40 +58,16 @@ class WeightsSource:
         if self._discarded or self.kind in ("checkpoint", "dummy"):
             self.loaded("mark_weights_loaded")
 
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Inside, the model's ``load_weights`` is part of a load that the caller notes."""
-        self._loading = True
-        try:
-            yield
-        finally:
-            self._loading = False
-
-    def _watch(self, model: Loadable) -> None:
-        stock = model.load_weights
-
-        @wraps(stock)
-        def load_weights(
-            weights: Iterable[Named], *args: object, **kwargs: object
-        ) -> set[str] | None:
-            names = stock(weights, *args, **kwargs)
-            if not self._loading:
-                self.loaded("load_weights")
-            return names
-
-        model.load_weights = load_weights
-
 
 class Sources:
     """Of a rank's model, and of its draft model, if there is one on this rank."""
 
     def __init__(self, worker: HostWorker) -> None:
         self._worker = worker
-        self.model = self._source_of(worker.model_runner.get_model(), self.checkpoint())
+        self.model = self._source_of(self.checkpoint())
         self.draft: WeightsSource | None = None
-        draft = worker.get_draft_model()
-        if draft is not None:
-            self.draft = self._source_of(draft, draft_model_config(worker).model)
+        if worker.get_draft_model() is not None:
+            self.draft = self._source_of(draft_model_config(worker).model)
 
     def checkpoint(self) -> str:
         """Where a reload of the model loads from."""
@@ -110,6 +78,11 @@ class Sources:
         """Of the model that a weight update is for."""
         is_draft = getattr(self._worker, "_weight_update_is_draft", False)  # not in vLLM 0.23
         return self.draft if is_draft and self.draft else self.model
+
+    def loaded_by_user(self, is_draft: bool) -> None:
+        """Note a load of one of them, whose ``load_weights`` a user's code has called."""
+        source = self.draft if is_draft and self.draft else self.model
+        source.loaded("load_weights")
 
     def origin(self) -> WeightsOrigin:
         """Of both, for the status."""
@@ -122,7 +95,7 @@ class Sources:
             origin["draft"] = {"source": self.draft.kind, "path": self.draft.path}
         return origin
 
-    def _source_of(self, model: nn.Module, path: str) -> WeightsSource:
+    def _source_of(self, path: str) -> WeightsSource:
         if self._worker.load_config.load_format == "dummy":
-            return WeightsSource(model, "dummy", None)
-        return WeightsSource(model, "checkpoint", path)
+            return WeightsSource("dummy", None)
+        return WeightsSource("checkpoint", path)
