@@ -114,15 +114,12 @@ def topk_sigmoid(
     return _choose(gating_output.float().sigmoid(), topk_indices, renormalize)
 
 
-@UnquantizedFusedMoEMethod.register_oot(name="UnquantizedFusedMoEMethod")
-class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
-    """vLLM's method for unquantised experts, over ``experts``."""
+class ExpertsMethod:
+    """Mixin for vLLM's methods of experts: what runs them."""
 
-    @property
-    def is_monolithic(self) -> bool:
-        return False
+    moe: Any
 
-    def apply(  # type: ignore[override]
+    def apply(
         self,
         layer: Any,
         x: torch.Tensor,
@@ -131,42 +128,41 @@ class NPUFusedMoEMethod(UnquantizedFusedMoEMethod):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        return apply_experts(layer, self.moe, x, topk_weights, topk_ids)
+        """Run the chosen experts of a vLLM layer; its shared experts run apart.
 
-
-def apply_experts(
-    layer: Any,
-    config: Any,
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-) -> torch.Tensor:
-    """Run the chosen experts of a vLLM layer; its shared experts run apart.
-
-    Raises:
-        NotImplementedError: the activation is not gated SiLU or GELU, or is clamped.
-    """
-    gate = _GATES.get(layer.activation)
-    if gate is None or config.swiglu_limit is not None:
-        raise NotImplementedError(
-            f"NPU mixture of experts: activation {layer.activation} with limit "
-            f"{config.swiglu_limit} is not supported; choose a model with gated SiLU or GELU"
+        Raises:
+            NotImplementedError: the activation is not gated SiLU or GELU, or is clamped.
+        """
+        gate, limit = _GATES.get(layer.activation), self.moe.swiglu_limit
+        if gate is None or limit is not None:
+            raise NotImplementedError(
+                f"NPU mixture of experts: activation {layer.activation} with limit {limit} is not "
+                "supported; choose a model with gated SiLU or GELU"
+            )
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        return experts(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            topk_weights,
+            topk_ids,
+            gate,
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
+            layer.apply_router_weight_on_input,
+            getattr(layer, "w13_weight_scale", None),
+            getattr(layer, "w2_weight_scale", None),
         )
-    if layer.expert_map is not None:
-        topk_ids = layer.expert_map[topk_ids.long()]
-    return experts(
-        x,
-        layer.w13_weight,
-        layer.w2_weight,
-        topk_weights,
-        topk_ids,
-        gate,
-        getattr(layer, "w13_bias", None),
-        getattr(layer, "w2_bias", None),
-        layer.apply_router_weight_on_input,
-        getattr(layer, "w13_weight_scale", None),
-        getattr(layer, "w2_weight_scale", None),
-    )
+
+
+@UnquantizedFusedMoEMethod.register_oot(name="UnquantizedFusedMoEMethod")
+class NPUFusedMoEMethod(ExpertsMethod, UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    """vLLM's method for unquantised experts, over ``experts``."""
+
+    @property
+    def is_monolithic(self) -> bool:
+        return False
 
 
 fused_topk_router.vllm_topk_softmax = topk_softmax

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_sleep_ascend.native.int8 import linear, quantize
-from vllm_sleep_ascend.native.moe import apply_experts
+from vllm_sleep_ascend.native.moe import ExpertsMethod
 
 INT8_FOR = (kFp8StaticTensorSym, kFp8StaticChannelSym, kInt8StaticChannelSym)
 """Weight schemes of vLLM's that ask for 8 bits with a scale per tensor or per output channel."""
@@ -44,7 +44,7 @@ class NPUInt8LinearMethod(OnlineLinearBase):
         return linear(x, layer.weight, bias, layer.weight_scale)
 
 
-class NPUInt8MoEMethod(OnlineMoEMethodBase):
+class NPUInt8MoEMethod(ExpertsMethod, OnlineMoEMethodBase):  # type: ignore[misc]
     """The experts' weights, quantised as soon as a layer is loaded."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -58,17 +58,6 @@ class NPUInt8MoEMethod(OnlineMoEMethodBase):
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM's runs."""
-
-    def apply(  # type: ignore[override]
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return apply_experts(layer, self.moe, x, topk_weights, topk_ids)
 
 
 for _key in INT8_FOR:
