@@ -13,7 +13,7 @@ from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
-from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
+from vllm_sleep_ascend.rank.start_memory import StartMemory
 from vllm_sleep_ascend.rank.worker import SleepingWorker, needs_weights_awake
 
 allocator.install()
@@ -90,21 +90,8 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
             self.local_rank = local_rank  # which later versions shift
             time.sleep(_POLL_S)
 
-    @torch.inference_mode()
-    def determine_available_memory(self) -> int:
-        """Bytes for the KV cache, by what this process holds. vllm-ascend's method takes all memory
-        that goes or comes for this engine's own, and asserts that none came.
-
-        Raises:
-            DeviceOutOfMemoryError: other processes leave too little; says who holds how much.
-        """
-        with self._start_memory.named("the largest batch"):
-            if self.cache_config.kv_cache_memory_bytes:
-                return super().determine_available_memory()
-            self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
-                self.model_runner.profile_run, least=least_kv_cache(self)
-            )
-        return self.available_kv_cache_memory_bytes
+    def _run_largest_batch(self) -> None:
+        self.model_runner.profile_run()
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()

@@ -24,7 +24,7 @@ from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
-from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
+from vllm_sleep_ascend.rank.start_memory import StartMemory
 from vllm_sleep_ascend.rank.worker import SleepingWorker, needs_weights_awake
 
 if TYPE_CHECKING:
@@ -129,23 +129,9 @@ class NPUWorker(SleepingWorker, Worker):
 
         return use_pool(tag)
 
-    @torch.inference_mode()
-    def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: this engine's share less what the process holds and a batch
-        takes. The stock method takes all memory that goes or comes for this engine's own.
-
-        Raises:
-            DeviceOutOfMemoryError: other processes leave too little; says who holds how much.
-        """
-        with self._start_memory.named("the largest batch"):
-            if self.cache_config.kv_cache_memory_bytes:
-                return super().determine_available_memory()
-            with set_current_vllm_config(self.vllm_config):
-                self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
-                    lambda: self.model_runner.profile_run(self.randomize_dummy_inputs),
-                    least=least_kv_cache(self),
-                )
-        return self.available_kv_cache_memory_bytes
+    def _run_largest_batch(self) -> None:
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.profile_run(self.randomize_dummy_inputs)
 
     def checkpoint_prepare(self) -> None:
         """

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
@@ -16,7 +18,7 @@ from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.operations import Operations
 from vllm_sleep_ascend.rank.sleeping import SleepMode, status_without_sleep_mode
-from vllm_sleep_ascend.rank.start_memory import StartMemory
+from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
 from vllm_sleep_ascend.rank.weights.content import DRAFT, models_of
 from vllm_sleep_ascend.rank.weights.layerwise import forget
 from vllm_sleep_ascend.rank.weights.load import Named
@@ -24,7 +26,6 @@ from vllm_sleep_ascend.rank.weights.rank_weights import RankWeights
 from vllm_sleep_ascend.status import RankStatus, WeightsOrigin, WeightsReport
 
 if TYPE_CHECKING:
-    import torch
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu_worker import Worker as StockWorker
 
@@ -69,7 +70,7 @@ def needs_weights_awake(cls: type) -> type:
 class SleepingWorker(StockWorker):
     """Mixin for vLLM's worker."""
 
-    device: "torch.device"
+    device: torch.device
     sleep_mode_backend: "CamemBackend"
     _start_memory: StartMemory
     agreement: Agreement  # once the ranks have met
@@ -106,6 +107,26 @@ class SleepingWorker(StockWorker):
             self._sleep_mode = SleepMode(
                 self, self.operations, self.rank_weights, self._sleep_hooks
             )
+
+    def _run_largest_batch(self) -> None:
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: this engine's share less what the process holds and a batch
+        takes. The methods of vLLM and vllm-ascend take all memory that goes or comes for this
+        engine's own.
+
+        Raises:
+            DeviceOutOfMemoryError: other processes leave too little; says who holds how much.
+        """
+        with self._start_memory.named("the largest batch"):
+            if self.cache_config.kv_cache_memory_bytes:
+                return super().determine_available_memory()
+            self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
+                self._run_largest_batch, least=least_kv_cache(self)
+            )
+        return self.available_kv_cache_memory_bytes
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the KV cache; wait for memory that another process took since it was measured.
