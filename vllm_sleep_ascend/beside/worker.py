@@ -11,15 +11,12 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend.beside import allocator
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
-from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
-from vllm_sleep_ascend.rank.start_memory import StartMemory
 from vllm_sleep_ascend.rank.worker import SleepingWorker, needs_weights_awake
 
 allocator.install()
 
 from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.distributed.parallel_state import get_pp_group  # noqa: E402
 from vllm_ascend.worker.worker import NPUWorker  # noqa: E402
 
 from vllm_sleep_ascend.beside.hooks import AscendHooks  # noqa: E402
@@ -61,13 +58,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
     def init_device(self) -> None:
         """Take the device and join the other ranks."""
         finish_before_torch_npu()
-        config = SleepModeConfig.from_vllm_config(self.vllm_config)
-        self.sleep_mode_backend.configure(config)
+        self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         super().init_device()
-        meet(get_pp_group().device_group)
         self._join_ranks()
-        utilization = self.cache_config.gpu_memory_utilization
-        self._start_memory = StartMemory(self.device, utilization, config.wake_timeout_s)
 
     def _init_device(self) -> torch.device:
         """vllm-ascend refuses a device of which too little is free before it joins other ranks: up

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch_npu
 from vllm.config import set_current_vllm_config
-from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.platforms.interface import set_assigned_physical_gpu_ids
@@ -22,9 +21,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
-from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
-from vllm_sleep_ascend.rank.start_memory import StartMemory
 from vllm_sleep_ascend.rank.worker import SleepingWorker, needs_weights_awake
 
 if TYPE_CHECKING:
@@ -62,14 +59,10 @@ class NPUWorker(SleepingWorker, Worker):
             self.local_rank,
             current_platform.dist_backend,
         )
-        meet(get_pp_group().device_group)
         self._join_ranks()
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()
-        wait_s = SleepModeConfig.from_vllm_config(self.vllm_config).wake_timeout_s
-        utilization = self.cache_config.gpu_memory_utilization
-        self._start_memory = StartMemory(self.device, utilization, wait_s)
         self._start_memory.require()
         self.init_snapshot = MemorySnapshot(device=self.device)  # for vLLM's logs
         self.requested_memory = self._start_memory.share

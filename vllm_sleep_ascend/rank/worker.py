@@ -13,6 +13,7 @@ from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.policy import NEEDS, NEEDS_WEIGHTS, STEP_CALLS
 from vllm_sleep_ascend.rank.agreement import Agreement
+from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.guarded_calls import asleep_error
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker
@@ -83,10 +84,17 @@ class SleepingWorker(StockWorker):
     # --- Start and end ---------------------------------------------------------------------------
 
     def _join_ranks(self) -> None:
-        """From here on operate together with the other ranks of the engine, which have met."""
+        """From here on operate together with the other ranks of the engine, which have met, and
+        keep an account of the device's memory until the engine has started."""
+        from vllm.distributed.parallel_state import get_pp_group
+
+        meet(get_pp_group().device_group)
         ranks = self.parallel_config.world_size
         timeout_s = SleepModeConfig.slowest_rank_s(self.vllm_config)
         self.agreement = Agreement(self.rank, ranks, self.device.index, timeout_s)
+        wait_s = SleepModeConfig.from_vllm_config(self.vllm_config).wake_timeout_s
+        utilization = self.cache_config.gpu_memory_utilization
+        self._start_memory = StartMemory(self.device, utilization, wait_s)
 
     def _make_hooks(self) -> Hooks:
         return Hooks(self)
