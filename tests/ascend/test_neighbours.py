@@ -56,7 +56,7 @@ def test_a_start_bears_what_others_take_and_give_back(tiny_model, tmp_path, mach
         stack.callback(neighbour.end)
         neighbour.take_all()
         starting = pool.submit(start_b)
-        wait_for(lambda: "The start waits" in b_log.read_text(), "b waits for memory", 240)
+        wait_for(lambda: " s to start: Free memory" in b_log.read_text(), "b waits for memory", 240)
         neighbour.hold(0)
         stop = at(tmp_path, "before load_weights")
         a.post("/sleep")

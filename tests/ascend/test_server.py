@@ -17,7 +17,7 @@ DRIVER_ERROR = 507899
 def test_the_engine_is_vllm_ascends(server):
     log = server.log.read_text()
     assert "Platform plugin ascend is activated" in log
-    assert "Sleep mode is vllm_sleep_ascend's" in log
+    assert "Sleep mode is provided by vllm_sleep_ascend" in log
 
 
 def test_refusals_have_a_reason_and_touch_nothing(server, left_awake):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sleep mode beside vllm-ascend: its platform, workers and kernels, our allocator and transactions.
+"""Sleep mode beside vllm-ascend: its platform, workers and kernels with our allocator.
 
-vLLM takes one platform, and where vllm-ascend is installed that is vllm-ascend's. This package then
-does nothing until an engine with ``enable_sleep_mode`` is configured; ``entry`` says when.
+vLLM uses one platform. If vllm-ascend is installed, it is vllm-ascend's, and this package does
+nothing until an engine with ``enable_sleep_mode`` is configured (see ``entry``).
 """
 
 import os
@@ -11,7 +11,7 @@ SWITCH = "VLLM_SLEEP_ASCEND"
 """``VLLM_SLEEP_ASCEND=0`` leaves sleep mode to vllm-ascend."""
 
 IN_USE = "_VLLM_SLEEP_ASCEND_IN_USE"
-"""Tells the processes of an engine that it is ours. Not for users."""
+"""Tells an engine's processes that this package is in use. Not for users."""
 
 PLATFORM = "vllm_ascend.platform"
 WORKER = "vllm_sleep_ascend.beside.worker.SleepingNPUWorker"
@@ -19,7 +19,7 @@ TESTED = {"vllm_ascend": "0.23.0", "vllm": "0.23.0"}
 
 
 def switched_off() -> bool:
-    """Whether the user turned this package off.
+    """Whether the user has turned this package off.
 
     Raises:
         ValueError: the switch is neither 0 nor 1.
@@ -33,9 +33,9 @@ def switched_off() -> bool:
 
 
 def stand_by(platform: object) -> None:
-    """Wait for an engine with sleep mode on vllm-ascend's platform, and touch nothing of it.
+    """Hook into vllm-ascend's platform, and do nothing until an engine uses sleep mode.
 
-    vLLM asks ``is_sleep_mode_available`` of its platform only for such an engine.
+    vLLM calls the platform's ``is_sleep_mode_available`` only for such an engine.
     """
     if switched_off() or "is_sleep_mode_available" in vars(platform):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's ``CaMemAllocator``, over the compiled allocator."""
+"""vllm-ascend's ``CaMemAllocator`` on top of our compiled allocator."""
 
 import sys
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ _WORKER = "vllm_ascend.worker.worker"
 
 
 class SleepingAllocator:
-    """What vllm-ascend asks of its allocator, each operation a transaction.
+    """vllm-ascend's interface of an allocator, with each operation a transaction.
 
-    Unlike vllm-ascend's it can be used with expandable segments, which pause inside its pools, and
-    a tag within another has segments of its own.
+    Unlike vllm-ascend's own, it works with expandable segments, which are off inside its pools.
+    A tag nested in another one has segments of its own.
     """
 
     instance: ClassVar["SleepingAllocator | None"] = None
@@ -31,17 +31,17 @@ class SleepingAllocator:
 
     @classmethod
     def get_instance(cls) -> Self:
-        """The one of this process."""
+        """The allocator of this process."""
         if cls.instance is None:
             cls.instance = cls()
         return cls.instance  # type: ignore[return-value]
 
     @contextmanager
     def use_memory_pool(self, tag: str | None = None) -> Iterator[None]:
-        """Give device memory that is allocated inside to sleep mode, under ``tag``.
+        """Allocate device memory inside under ``tag``, so that it can sleep.
 
         Raises:
-            TypeError: the tag is no string.
+            TypeError: the tag is not a string.
         """
         tag = self.default_tag if tag is None else tag
         if not isinstance(tag, str):
@@ -55,7 +55,7 @@ class SleepingAllocator:
 
     @contextmanager
     def use_allocation_tag(self, tag: str) -> Iterator[None]:
-        """Another tag for what is allocated inside; outside a memory pool, nothing."""
+        """Use another tag inside. Outside a memory pool this does nothing."""
         if not self._inside:
             yield
             return
@@ -63,11 +63,10 @@ class SleepingAllocator:
             yield
 
     def sleep(self, offload_tags: tuple[str, ...] | str | None = None) -> None:
-        """Free all memory but ``sleep_persistent``: offload these tags, by default ``default``, and
-        discard the others.
+        """Offload these tags (by default ``default``), keep ``sleep_persistent``, discard the rest.
 
         Raises:
-            SleepModeError: it failed; memory is mapped as it was, discarded tags without content.
+            SleepModeError: it failed. Memory is mapped as before; discarded tags have no content.
         """
         if offload_tags is None:
             offload_tags = (self.default_tag,)
@@ -80,10 +79,10 @@ class SleepingAllocator:
         )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Bring back these tags, or all.
+        """Restore these tags, or all.
 
         Raises:
-            SleepModeError: it failed; what slept still sleeps, and the call can be repeated.
+            SleepModeError: it failed. The tags still sleep, and the call can be retried.
         """
         known = self.backend.tags()
         self.backend.wake([tag for tag in known if tags is None or tag in tags])
@@ -95,10 +94,10 @@ class SleepingAllocator:
 
 
 def install() -> None:
-    """Put our allocator in the place of vllm-ascend's. Repeating it changes nothing.
+    """Replace vllm-ascend's allocator by ours. Calling it again does nothing.
 
     Raises:
-        SleepModeError: vllm-ascend's own is in use in this process.
+        SleepModeError: vllm-ascend's own allocator is in use in this process.
     """
     from vllm_ascend.device_allocator import camem
 
@@ -107,9 +106,9 @@ def install() -> None:
         return
     if stock.instance is not None:
         raise SleepModeError(
-            "an engine of this process has vllm-ascend's own sleep mode on: shut it down, and "
+            "an engine of this process uses vllm-ascend's own sleep mode: shut it down, and "
             "start this one in a process of its own"
         )
     camem.CaMemAllocator = SleepingAllocator
-    if _WORKER in sys.modules:  # an engine without sleep mode ran before; it has the name by value
+    if _WORKER in sys.modules:  # imported for an engine without sleep mode
         sys.modules[_WORKER].CaMemAllocator = SleepingAllocator  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an engine with sleep mode gets our worker."""
+"""Gives an engine with sleep mode our worker."""
 
 import importlib.util
 import os
@@ -20,11 +20,11 @@ _STOCK_WORKER = "vllm_ascend.worker.worker.NPUWorker"
 
 
 def take_over(platform: Any) -> None:
-    """Have engines with sleep mode that are configured from now on run our worker.
+    """Run our worker in engines with sleep mode that are configured from now on.
 
     Raises:
         ValueError: this package was installed without its compiled allocator.
-        SeamError: vllm-ascend or vLLM is not what this package knows; nothing was changed.
+        SeamError: this version of vllm-ascend or vLLM does not fit; nothing was changed.
     """
     if "check_and_update_config" in vars(platform):
         return
@@ -51,8 +51,8 @@ def _choose_worker(vllm_config: Any) -> None:
     if parallel.worker_cls != _STOCK_WORKER:
         os.environ.pop(IN_USE, None)
         logger.warning(
-            "Sleep mode is left to vllm-ascend: vllm_sleep_ascend knows the worker %s, and this "
-            "engine has %s.",
+            "Sleep mode is left to vllm-ascend: vllm_sleep_ascend supports the worker %s, and this "
+            "engine uses %s.",
             _STOCK_WORKER,
             parallel.worker_cls,
         )
@@ -65,37 +65,37 @@ def _choose_worker(vllm_config: Any) -> None:
     os.environ[IN_USE] = "1"
     guard()
     logger.info(
-        "Sleep mode is vllm_sleep_ascend's; %s=0 leaves it to vllm-ascend.",
+        "Sleep mode is provided by vllm_sleep_ascend; %s=0 leaves it to vllm-ascend.",
         SWITCH,
     )
 
 
 def check_graphs(vllm_config: Any) -> None:
-    """A captured graph holds the communicators that it uses, and they do not come back the same.
+    """Refuse released communicators with captured graphs, which hold the old communicators.
 
     Raises:
-        ValueError: communicators would be released, and graphs that hold them kept.
+        ValueError: communicators would be released while graphs that use them are kept.
     """
     if not SleepModeConfig.releases_by_option(vllm_config):
         return
     if vllm_config.parallel_config.world_size == 1:
-        logger.info("release_communicators has no effect: an engine of one rank has none.")
+        logger.info("release_communicators has no effect: an engine with one rank has none.")
         return
     mode = vllm_config.compilation_config.cudagraph_mode
     captures = not vllm_config.model_config.enforce_eager and mode.name != "NONE"
     if captures and not SleepModeConfig.cleans_up_extra(vllm_config):
         raise ValueError(
             "sleep mode with release_communicators and captured graphs (enforce_eager=False, "
-            f"cudagraph_mode={mode.name}) is not supported: a graph holds the communicators that "
-            "it uses, and would run on ones that are gone. Start with enforce_eager=True "
-            "(--enforce-eager), or leave out release_communicators, or set vllm-ascend's "
-            "enable_sleep_mode_extra_cleanup, which also captures the graphs again at each wake"
+            f"cudagraph_mode={mode.name}) is not supported: a graph would use communicators that "
+            "no longer exist. Start with enforce_eager=True (--enforce-eager), or leave out "
+            "release_communicators, or set vllm-ascend's enable_sleep_mode_extra_cleanup, which "
+            "also captures the graphs again at each wake"
         )
 
 
 @cache
 def guard() -> None:
-    """Put our checks in front of the engine's calls, and our endpoints in the server."""
+    """Install our checks of the engine's calls and the server's endpoints."""
     from vllm_sleep_ascend import patches
 
     patches.install_all()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vllm-ascend's worker adds to sleep, wake and loads of weights: its own clean-up, formats and
-layouts that its kernels want."""
+"""What vllm-ascend needs at a sleep, a wake and a load of weights: its clean-up, and its kernels'
+formats and layouts."""
 
 import gc
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class AscendHooks(Hooks):
-    """``experts``: their weights, which have to be closed before anything runs."""
+    """``experts`` has to be closed before the model runs or weights are loaded."""
 
     _worker: "SleepingNPUWorker"
 
@@ -30,13 +30,13 @@ class AscendHooks(Hooks):
         self._weights_slept = self._graphs_dropped = False
 
     def sleep_refusal(self, level: int) -> str | None:
-        """Level 2 needs weights that can be loaded again in place."""
+        """Refuse level 2 if weights cannot be loaded again in place."""
         name = self._in_nz_format() if level == 2 else None
         if name is None:
             return None
         return (
-            f"weights in FRACTAL_NZ format ({name}) do not survive being loaded again in place, "
-            "which level 2 needs; use level 1, or start with VLLM_ASCEND_ENABLE_NZ=0"
+            f"weights in FRACTAL_NZ format ({name}) cannot be loaded again in place, which level 2 "
+            "needs; use level 1, or start with VLLM_ASCEND_ENABLE_NZ=0"
         )
 
     def before_sleep(self) -> None:
@@ -46,8 +46,11 @@ class AscendHooks(Hooks):
         self._worker._pp_send_work = []
 
     def after_sleep(self) -> None:
-        """Forget captured graphs, if vllm-ascend's extra clean-up is on. It cannot be taken back,
-        and so comes once every rank sleeps. HCCL's part of it is in our transaction."""
+        """Drop captured graphs, if vllm-ascend's extra clean-up is on.
+
+        This cannot be rolled back, so it happens after every rank sleeps. The clean-up of HCCL is
+        part of our transaction.
+        """
         self._weights_slept = True
         if _extra_cleanup() and self._worker.model_runner.use_aclgraph and not self._graphs_dropped:
             self._graphs_dropped = True
@@ -56,8 +59,10 @@ class AscendHooks(Hooks):
             torch_npu.npu.empty_cache()
 
     def after_wake(self) -> None:
-        """Graphs that are captured cannot be held and taken back, so this comes after the wake;
-        where it fails on one rank, every rank does it again."""
+        """Make the model usable: capturing graphs cannot be rolled back, so it follows the wake.
+
+        If it fails on one rank, every rank repeats it.
+        """
         if not (self._weights_slept or self._graphs_dropped):
             return
         self._worker.operations.together("the end of a wake", self._make_usable)
@@ -73,12 +78,12 @@ class AscendHooks(Hooks):
         backend, manager = worker.sleep_mode_backend, worker.sleep_wakeup_manager
         if SleepModeConfig.releases_communicators(worker.vllm_config):
             with set_current_vllm_config(worker.vllm_config):
-                manager.hccl.refresh_moe_hccl_groups()  # they know communicators by name
+                manager.hccl.refresh_moe_hccl_groups()  # they refer to communicators by name
         if backend.asleep("weights"):
             return
         if self._graphs_dropped and not backend.asleep("kv_cache"):
-            self.experts.close()  # what is captured runs the model
-            manager.acl_graph.sleep()  # what an attempt before this one captured
+            self.experts.close()  # capturing runs the model
+            manager.acl_graph.sleep()  # drops what an earlier attempt captured
             manager.acl_graph.wakeup()
         as_loaded = worker.vllm_config.quant_config is None and not backend.reloads_after_level_2
         if self._weights_slept and as_loaded:
@@ -86,7 +91,7 @@ class AscendHooks(Hooks):
             self.experts.open(worker.model_runner.model, hidden_size)
 
     def preserved_parameters(self) -> list[str]:
-        # vLLM 0.23 has no option of its own for this.
+        # vLLM 0.23 has no option for this.
         return SleepModeConfig.from_vllm_config(self._worker.vllm_config).preserve_parameters
 
     def check_reload(self) -> None:
@@ -104,16 +109,16 @@ class AscendHooks(Hooks):
     def check_draft_reload(self) -> None:
         """
         Raises:
-            SleepModeError: always, as vLLM 0.23 loads a draft model once.
+            SleepModeError: always, because vLLM 0.23 loads a draft model only once.
         """
         raise SleepModeError("a draft model cannot be loaded again; restart the engine")
 
     def can_copy_back(self) -> bool:
-        """A copy of FRACTAL_NZ weights that comes back is in another format."""
+        """Copying FRACTAL_NZ weights out and back changes their format."""
         return self._in_nz_format() is None
 
     def _in_nz_format(self) -> str | None:
-        """The name of a parameter in that format or its like, if there is one."""
+        """The name of a parameter in a tiled format, if there is one."""
         parameters = self._worker.rank_weights.content.parameters().items()
         return next((name for name, parameter in parameters if is_tiled(parameter)), None)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of vllm-ascend this package replaces, and what of it and of vLLM it calls, checked before
-anything is changed; what it replaces of vLLM is in ``patches``.
+"""Checks vllm-ascend and vLLM before anything is changed.
 
-The source is read and not imported: the check changes nothing, and vllm-ascend's worker may not be
-imported in the process of a front end.
+The table lists what this package replaces in vllm-ascend, and what it calls in vllm-ascend and
+vLLM; ``patches`` lists what it replaces in vLLM. The check reads the source without importing it,
+because a front end must not import vllm-ascend's worker.
 """
 
 import ast
@@ -17,7 +17,7 @@ from vllm_sleep_ascend.beside import SWITCH, TESTED
 
 logger = init_logger(f"vllm.{__name__}")
 
-# module -> class -> method -> its parameters after self. A method may have more of them.
+# module -> class -> method -> its parameters after self. Further parameters are allowed.
 SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "vllm_ascend.device_allocator.camem": {
         "CaMemAllocator": {
@@ -71,16 +71,14 @@ SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
 
 
 class SeamError(RuntimeError):
-    """vllm-ascend or vLLM has changed where this package takes hold of it. Nothing was changed."""
+    """vllm-ascend or vLLM lacks something that this package replaces or calls."""
 
 
 def check_seams() -> None:
-    """Compare what is installed with what this package knows.
-
-    Another version than the tested ones gets a warning.
+    """Compare the installed sources with the table, and warn about untested versions.
 
     Raises:
-        SeamError: something is missing or has other parameters; names all of it.
+        SeamError: something is missing or has other parameters; lists all of it.
     """
     from vllm_sleep_ascend import patches
 
@@ -98,7 +96,7 @@ def check_seams() -> None:
     if installed != TESTED:
         logger.warning(
             "vllm_sleep_ascend was tested with %s, and this is %s. The methods that it replaces or "
-            "calls are there, with the parameters that it knows; what they do was not compared. "
+            "calls exist with the expected parameters; their behaviour was not checked. "
             "%s=0 leaves sleep mode to vllm-ascend.",
             tested,
             found,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's worker with our sleep and wake."""
+"""vllm-ascend's worker with our sleep mode."""
 
 import time
 from typing import Any
@@ -23,12 +23,12 @@ from vllm_sleep_ascend.beside.hooks import AscendHooks  # noqa: E402
 
 logger = init_logger(f"vllm.{__name__}")
 
-_TOO_LITTLE_FREE = "Free memory on device"  # how that error of vllm-ascend's begins
+_TOO_LITTLE_FREE = "Free memory on device"  # the start of vllm-ascend's error
 _POLL_S = 0.01
 
 
 class _LaterWorker(NPUWorker):
-    """What our mixin calls and vLLM's own worker has in later versions."""
+    """Methods that our mixin calls, and that later versions of vLLM's worker have."""
 
     def reload_weights(self, **options: Any) -> None:
         """Load all weights in place."""
@@ -42,7 +42,7 @@ class _LaterWorker(NPUWorker):
 
 @needs_weights_awake
 class SleepingNPUWorker(SleepingWorker, _LaterWorker):
-    """Sleep, wake and status as one transaction each, with vllm-ascend's own clean-up in it."""
+    """vllm-ascend's worker with transactional sleep and wake."""
 
     local_rank: int
     model_runner: Any  # vllm-ascend's
@@ -56,18 +56,19 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         return AscendHooks(self)
 
     def init_device(self) -> None:
-        """Take the device and join the other ranks."""
+        """Open the device and join the other ranks."""
         finish_before_torch_npu()
         self.sleep_mode_backend.configure(SleepModeConfig.from_vllm_config(self.vllm_config))
         super().init_device()
         self._join_ranks()
 
     def _init_device(self) -> torch.device:
-        """vllm-ascend refuses a device of which too little is free before it joins other ranks: up
-        to ``wake_timeout_s`` that can be tried again.
+        """Retry for up to ``wake_timeout_s`` while too little device memory is free.
+
+        vllm-ascend checks this before it joins other ranks, so a retry is safe.
 
         Raises:
-            ValueError: vllm-ascend's, as too little stayed free.
+            ValueError: vllm-ascend's, because too little was free all the time.
         """
         wait_s = SleepModeConfig.from_vllm_config(self.vllm_config).wake_timeout_s
         deadline, local_rank, told = time.monotonic() + wait_s, self.local_rank, False
@@ -78,9 +79,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
                 if not str(error).startswith(_TOO_LITTLE_FREE) or time.monotonic() >= deadline:
                     raise
                 if not told:
-                    logger.info("The start waits up to %s s: %s", wait_s, error)
+                    logger.info("Waiting up to %s s to start: %s", wait_s, error)
                 told = True
-            self.local_rank = local_rank  # which later versions shift
+            self.local_rank = local_rank  # later versions of vllm-ascend change it
             time.sleep(_POLL_S)
 
     def _run_largest_batch(self) -> None:
@@ -91,7 +92,7 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self.sleep_mode_backend.prepare(ranks_of_this_host(self.parallel_config))
         return times
 
-    # --- What runs the model or loads weights needs the experts as the kernels want them ---------
+    # --- Running the model or loading weights needs the experts in the kernels' layout -----------
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._sleep_hooks.experts.close()
@@ -106,6 +107,6 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         super().start_weight_update(is_checkpoint_format)
 
     def reload_weights(self, *args: Any, **options: Any) -> None:
-        """Load all weights in place: see ``SleepingWorker.reload_weights``."""
+        """Load all weights in place; see ``SleepingWorker.reload_weights``."""
         self._sleep_hooks.experts.close()
         super().reload_weights(*args, **options)

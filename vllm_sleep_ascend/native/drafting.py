@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft models: vLLM's four Triton kernels of the proposer in plain PyTorch.
+"""Draft models: the proposer's four Triton kernels in plain PyTorch.
 
-The functions have the parameters of the kernels in ``vllm.v1.spec_decode.utils``, by which vLLM
-calls them. R requests; tokens of a batch lie flat, request after request.
+The functions take the same keyword arguments as the kernels in ``vllm.v1.spec_decode.utils``.
+R is the number of requests. The tokens of a batch are flattened, request by request.
 """
 
 import torch
@@ -21,9 +21,9 @@ def eagle_step_slot_mapping_metadata(
     PAD_ID: int,
     batch_size: int,
 ) -> None:
-    """Move each request one position on, and say where its next key and value go.
+    """Advance each request by one position, and compute the slot of its next key and value.
 
-    A request at its greatest length starts at 0 with padding for a slot.
+    A request at ``max_model_len`` wraps to position 0 and gets ``PAD_ID`` as its slot.
     """
     positions = positions_ptr[:batch_size].long() + 1
     beyond = positions >= max_model_len
@@ -46,7 +46,7 @@ def eagle_prepare_inputs_padded(
     num_rejected_tokens_gpu_ptr: torch.Tensor,
     num_reqs: int,
 ) -> None:
-    """Per request: how many drafts were rejected, and the index of its last token that stands."""
+    """Per request: the number of rejected drafts, and the index of the last accepted token."""
     totals = cu_num_draft_tokens_ptr[:num_reqs]
     drafts = totals.diff(prepend=totals.new_zeros(1))
     rejected = drafts + 1 - valid_sampled_tokens_count_ptr[:num_reqs]
@@ -68,8 +68,8 @@ def eagle_prepare_next_token_padded(
     stride_sampled_token_ids: int,
     BLOCK_SIZE_TOKENS: int,
 ) -> None:
-    """Per request: how many sampled tokens ``[R, sampled]`` stand (the others are -1), and the last
-    of them, or the backup where none does or the request is discarded."""
+    """Per request: the number of valid tokens in ``[R, sampled]`` (invalid ones are -1), and the
+    last valid one. Without one, or for a discarded request, the backup token is used."""
     tokens = sampled_token_ids_ptr[:num_reqs, :num_sampled_tokens_per_req]
     stands = (tokens != -1) & (tokens < vocab_size)
     stands &= ~discard_request_mask_ptr[:num_reqs].bool().unsqueeze(1)
@@ -100,10 +100,10 @@ def copy_and_expand_eagle_inputs(
     shift_input_ids: bool,
     BLOCK_SIZE_TOKENS: int,
 ) -> None:
-    """Lay the target's tokens out for the draft model, each request with room for its new ones.
+    """Lay the target's tokens out for the draft model, with room for each request's new tokens.
 
-    A request's outputs are: its tokens that stand (less the first, if shifted), its newly sampled
-    token, placeholders of parallel drafting, and padding in place of rejected tokens.
+    The outputs of a request are its accepted tokens (without the first, if shifted), the newly
+    sampled token, placeholders for parallel drafting, and padding in place of rejected tokens.
     """
     extra, shift = num_padding_slots_per_request, int(shift_input_ids)
     starts, ends = query_start_loc_ptr.long(), query_end_loc_ptr.long()

@@ -5,19 +5,19 @@ import torch
 import torch.nn.functional as F
 
 _STEPS = 127
-# Integers become fractions before a product, so that a sum of many does not overflow float16.
-# A power of two: exact in every dtype.
+# Integers are scaled down before a product, so that long sums do not overflow float16.
+# A power of two is exact in every dtype.
 _UNIT = 2.0**-7
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest int8 weight, and its scales.
+    """Round a weight to int8.
 
     Args:
         weight: ``[..., outputs, inputs]``.
 
     Returns:
-        int8 of that shape, and float32 ``[..., outputs]`` with which ``linear`` multiplies.
+        The int8 weight, and float32 scales ``[..., outputs]`` for ``linear``.
     """
     largest = weight.abs().amax(dim=-1, keepdim=True).float()
     step = (largest / _STEPS).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -31,7 +31,7 @@ def linear(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``F.linear``, also of a weight with its scales, as ``quantize`` returns them."""
+    """``F.linear``; with ``scale``, ``weight`` is int8 as ``quantize`` returns it."""
     if scale is None:
         return F.linear(x, weight, bias)
     out = F.linear(x, weight.to(x.dtype).mul_(_UNIT)) * scale

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch in place of the Triton kernels on the path of vLLM's V1 model runner."""
+"""Replaces the Triton kernels of vLLM's V1 model runner by plain PyTorch."""
 
 import warnings
 from collections.abc import Callable
@@ -26,23 +26,23 @@ KERNELS: dict[str, Callable[..., None]] = {
     f"{_DRAFTING}.eagle_prepare_next_token_padded_kernel": drafting.eagle_prepare_next_token_padded,
     f"{_DRAFTING}.copy_and_expand_eagle_inputs_kernel": drafting.copy_and_expand_eagle_inputs,
 }
-"""Each has its kernel's parameters, by name."""
+"""Each replacement takes its kernel's keyword arguments."""
 
 _done = False
 
 
 def replace_triton_kernels() -> None:
-    """Register the replacements, once per process; later calls do nothing."""
+    """Register the replacements. Calling it again does nothing."""
     global _done
     if _done:
         return
     _done = True
     with warnings.catch_warnings():
-        # vLLM looks at every attribute of every module for copies, deprecated ones included.
+        # vLLM searches all modules for copies of a kernel, and so touches deprecated attributes.
         warnings.simplefilter("ignore", FutureWarning)
         register_kernels(KERNELS)
     if HAS_TRITON:
-        # Where Triton works, vLLM takes its Triton top-k/top-p sampling on every accelerator.
+        # With Triton installed, vLLM uses its Triton top-k/top-p sampling on every accelerator.
         from vllm.v1.sample.ops import topk_topp_sampler
 
         plain = topk_topp_sampler.apply_top_k_top_p_pytorch

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters: their products in plain PyTorch, and their device memory after it was forgotten.
+"""LoRA adapters in plain PyTorch, and restoring their device memory after sleep discarded it.
 
-vLLM keeps an adapter on the host and copies it into one of a few slots of device memory. The slots
-of a layer lie in one tensor: A is ``[slots, 1, rank, inputs]``, B ``[slots, 1, outputs, rank]``.
+vLLM keeps an adapter on the host and copies it into one of a few device slots. The slots of a
+layer are one tensor: A is ``[slots, 1, rank, inputs]``, B ``[slots, 1, outputs, rank]``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,9 @@ Rows = slice | torch.Tensor
 
 
 class NPUPunicaWrapper(PunicaWrapperBase):
-    """vLLM's interface to the products of a batch with its adapters.
+    """Applies the adapters of a batch, each to its own rows.
 
-    Each adapter of a batch takes its own rows. Rows without an adapter are left as they are, and
-    slots that no row uses are never read.
+    Rows without an adapter are left unchanged. Unused slots are never read.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        """Take the adapter of each token and of each output of the coming batch."""
+        """Set the adapter of each token and each output of the next batch."""
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         slots = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter}
         self._tokens = list(_rows(mapping.index_mapping, slots, self.device))
@@ -55,7 +54,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """``y[i] = x @ A[i]^T * scale``; ``y`` is zero where a row has no adapter."""
+        """``y[i] = x @ A[i]^T * scale``. ``y`` is zero in rows without an adapter."""
         x = x.view(-1, x.shape[-1])
         for slot, rows in self._tokens:
             for out, a in zip(y, lora_a_stacked, strict=True):
@@ -71,7 +70,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Add ``x[i] @ B[i]^T`` to the i-th of adjoining slices of ``y``'s columns."""
+        """Add ``x[i] @ B[i]^T`` to the i-th slice of ``y``'s columns. Slices are adjacent."""
         y = y.view(-1, y.shape[-1])
         for slot, rows in self._tokens:
             start = offset_start
@@ -87,7 +86,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Add ``x @ B^T``, where ``x`` holds the tokens' rows of A."""
+        """Add ``x @ B^T``, where ``x`` holds each token's row of A."""
         for slot, rows in self._tokens:
             _add(y, rows, x, lora_b_stacked[slot, 0], add_inputs)
 
@@ -103,7 +102,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``x @ A[i]^T @ B[i]^T * scale`` to the i-th of adjoining slices of the columns."""
+        """Add ``x @ A[i]^T @ B[i]^T * scale`` to the i-th slice of ``y``'s columns."""
         if not self._tokens:
             return
         if buffer is None:
@@ -123,12 +122,12 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``x @ A^T @ B^T * scale``; rows are outputs rather than tokens."""
+        """Add ``x @ A^T @ B^T * scale``. Here a row is an output, not a token."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         for slot, rows in self._outputs:
             a, b = lora_a_stacked[slot, 0], lora_b_stacked[slot, 0]
             part = F.linear(F.linear(x[rows].to(a.dtype), a) * scale, b)
-            width = min(part.shape[1], y.shape[1])  # either may be padded further
+            width = min(part.shape[1], y.shape[1])  # either may have more padding
             y[rows, :width] += part[:, :width].to(y.dtype)
 
     def apply_lora_full_linear(
@@ -139,7 +138,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Replace ``y`` by an adapter's own classification head, where it has one."""
+        """Replace ``y`` by the output of the adapter's classification head, if it has one."""
         own = y.new_zeros((x.shape[0], weight_stacked.shape[-2]), dtype=torch.float32)
         for slot, rows in self._outputs:
             own[rows] = F.linear(x[rows], weight_stacked[slot].flatten(0, -2)).float()
@@ -149,7 +148,7 @@ class NPUPunicaWrapper(PunicaWrapperBase):
 def _rows(
     adapters: Sequence[int], slots: dict[int, int], device: torch.device | str
 ) -> Iterator[tuple[int, Rows]]:
-    """Each slot that is in use, and its rows: a slice where they adjoin."""
+    """Each used slot with its rows; contiguous rows are a slice."""
     rows: dict[int, list[int]] = {}
     for row, adapter in enumerate(adapters):
         if adapter > 0:
@@ -170,9 +169,9 @@ def _add(y: torch.Tensor, rows: Rows, x: torch.Tensor, b: torch.Tensor, add_inpu
 
 
 def restore_adapters(model_runner: Any) -> None:
-    """Copy the loaded adapters from the host into their slots again, pinned ones included.
+    """Copy the loaded adapters, pinned ones included, from the host into their slots again.
 
-    For slots whose content is gone: a sleep of level 2 discards them with the weights.
+    Needed after level 2, which discards the slots together with the weights.
     """
     if not model_runner.lora_config:
         return
@@ -187,7 +186,7 @@ def restore_adapters(model_runner: Any) -> None:
         manager.activate_adapter(adapter)
         if adapter in pinned:
             active.pin(adapter)
-    manager._last_mapping = None  # the index tensors lie in the same memory
+    manager._last_mapping = None  # its index tensors were discarded too
     for module in model_runner.get_model().modules():
         if isinstance(module, LogitsProcessorWithLoRA):
             module.reset_sharded_to_full_mapping()

@@ -15,13 +15,13 @@ from vllm_sleep_ascend.native.lora import restore_adapters
 
 
 def _npu_event(*args: Any, blocking: bool = False, **kwargs: Any) -> Any:
-    """``torch.npu.Event``, which has no ``blocking``: its wait never spins."""
+    """``torch.npu.Event`` has no ``blocking``, because its wait never spins."""
     return torch_npu.npu.Event(*args, **kwargs)
 
 
 @contextmanager
 def cuda_streams_on_npu() -> Iterator[None]:
-    """Point the stream functions of ``torch.cuda`` that vLLM calls at ``torch.npu``'s."""
+    """Redirect the ``torch.cuda`` stream functions that vLLM calls to ``torch.npu``."""
     names = {
         "Stream": torch_npu.npu.Stream,
         "Event": _npu_event,
@@ -41,14 +41,14 @@ def cuda_streams_on_npu() -> Iterator[None]:
 
 
 class _UnwrittenZeros(TorchFunctionMode):
-    """``torch.zeros`` gives memory that nobody has written yet."""
+    """Turns ``torch.zeros`` into an allocation without a write."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (torch.empty if func is torch.zeros else func)(*args, **(kwargs or {}))
 
 
 class NPUModelRunner(GPUModelRunner):
-    """The stock V1 model runner; the methods that use streams see the NPU's."""
+    """The stock V1 model runner. Its methods that use streams get the NPU's."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with cuda_streams_on_npu():
@@ -74,12 +74,14 @@ class NPUModelRunner(GPUModelRunner):
             return super()._dummy_run(*args, **kwargs)
 
     def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave a new cache unwritten, as a wake leaves it: attention reads only written slots."""
+        """Do not zero a new cache. Attention reads only slots that have been written."""
         with _UnwrittenZeros():
             return super().initialize_kv_cache_tensors(*args, **kwargs)
 
     def reset_lora_state(self) -> None:
-        """Keep the loaded adapters when the base weights are replaced, as they do not depend on
-        them. The stock method drops them, and the next request that names one reads its folder
-        again, which may be gone by then: that would end the engine."""
+        """Keep the loaded adapters when the base weights are replaced.
+
+        The stock method drops them. The next request for an adapter would read its folder again,
+        and end the engine if the folder is gone.
+        """
         restore_adapters(self)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers in plain PyTorch.
 
-Importing this module registers it with vLLM: the experts through vLLM's register of out-of-tree
-operators, the router's top-k in place of a compiled kernel.
+Importing this module registers the experts as out-of-tree operators of vLLM, and replaces the
+router's compiled top-k kernels.
 """
 
 from collections.abc import Callable
@@ -38,21 +38,21 @@ def experts(
     gate_up_scale: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum of each token's chosen experts, weighted.
+    """Weighted sum of each token's chosen experts.
 
-    Tokens are sorted by expert, so that every expert that has any runs once over all of its own.
-    Their counts are read on the host: one synchronisation per layer.
+    Tokens are sorted by expert, so each expert runs once over all of its tokens. The counts are
+    read on the host, which costs one synchronisation per layer.
 
     Args:
         x: ``[tokens, hidden]``.
         gate_up: ``[experts, 2 * inner, hidden]``.
         down: ``[experts, hidden, inner]``.
         weights: ``[tokens, chosen]``.
-        ids: ``[tokens, chosen]``; negative entries (another rank's experts) count for nothing.
+        ids: ``[tokens, chosen]``; negative entries (another rank's experts) are skipped.
         gate: applied to the first half of the inner values.
         gate_up_bias: ``[experts, 2 * inner]``.
         down_bias: ``[experts, hidden]``.
-        weigh_input: weigh what goes in rather than what comes out.
+        weigh_input: apply the weights to the input instead of the output.
         gate_up_scale: ``[experts, 2 * inner]``, if ``gate_up`` is int8.
         down_scale: ``[experts, hidden]``, if ``down`` is int8.
 
@@ -60,7 +60,7 @@ def experts(
         ``[tokens, hidden]`` in ``x``'s dtype; sums in float32.
     """
     num_experts, chosen = gate_up.shape[0], ids.shape[1]
-    # Negative ids sort as one more expert, whose part is left at zero.
+    # Negative ids sort as one extra expert, which contributes nothing.
     flat = torch.where(ids < 0, num_experts, ids).flatten().long()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].tolist()
@@ -99,7 +99,7 @@ def topk_softmax(
     gating_output: torch.Tensor,
     renormalize: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Weights and ids ``[tokens, chosen]`` of the likeliest experts; vLLM's signature."""
+    """Weights and ids ``[tokens, chosen]`` of the top experts. The signature is vLLM's."""
     return _choose(gating_output.float().softmax(dim=-1), topk_indices, renormalize)
 
 
@@ -110,7 +110,7 @@ def topk_sigmoid(
     gating_output: torch.Tensor,
     renormalize: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """As ``topk_softmax``, with each expert scored by itself."""
+    """Like ``topk_softmax``, with a sigmoid for each expert."""
     return _choose(gating_output.float().sigmoid(), topk_indices, renormalize)
 
 

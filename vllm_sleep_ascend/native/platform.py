@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NPU as a vLLM platform: what stock vLLM asks of a device that it does not know.
+"""The NPU as an out-of-tree platform for stock vLLM.
 
-Imported while vLLM finds out where it runs: nothing here may import torch_npu at module level.
+vLLM imports this module while it detects the platform, so it must not import torch_npu at module
+level.
 """
 
 import importlib.util
@@ -35,7 +36,7 @@ class NPUPlatform(Platform):
     """Ascend NPUs through torch_npu, without any other plugin."""
 
     _enum = PlatformEnum.OOT
-    # vLLM builds torch.device(f"{device_name}:{index}") from it.
+    # vLLM builds torch.device(f"{device_name}:{index}").
     device_name: str = "npu"
     device_type: str = "npu"
     dispatch_key: str = "PrivateUse1"
@@ -49,7 +50,7 @@ class NPUPlatform(Platform):
 
     @classmethod
     def get_compile_backend(cls) -> str:
-        """vLLM's default. Nothing is compiled, but any other name looks like a user's choice."""
+        """vLLM's default. Nothing is compiled, but another name would look like a user's choice."""
         return "inductor"
 
     # --- Configuration ---------------------------------------------------------------------------
@@ -74,15 +75,15 @@ class NPUPlatform(Platform):
             )
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.NONE
-        # Also where Triton is installed: this platform launches no Triton kernel of vLLM's.
+        # Even with Triton installed, this platform launches none of vLLM's Triton kernels.
         vllm_config.kernel_config.enable_jit_warmup = False
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Fill in what an NPU needs.
+        """Fill in the defaults for an NPU.
 
         Raises:
-            ValueError: the model or an option is not supported; names it and what to do.
+            ValueError: the model or an option is not supported; names it and the remedy.
         """
         from vllm_sleep_ascend.native.unsupported import refuse_unsupported
 
@@ -103,15 +104,15 @@ class NPUPlatform(Platform):
         if parallel_config.distributed_executor_backend == "ray":
             from vllm.v1.executor import ray_utils
 
-            # Ray chooses the devices of each node: those visible to the driver mean nothing there.
+            # Ray assigns devices on each node; the driver's list does not apply there.
             ray_utils.WORKER_SPECIFIC_ENV_VARS.add(cls.device_control_env_var)
-        # A forked child cannot use a device that its parent has touched.
+        # A forked child cannot use a device that its parent has opened.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         _configure_sleep_mode(vllm_config)
 
     @classmethod
     def is_sleep_mode_available(cls) -> bool:
-        """Asked only when sleep mode is wanted.
+        """vLLM calls this only if sleep mode is on.
 
         Raises:
             ValueError: the package was installed without the compiled allocator.
@@ -135,7 +136,7 @@ class NPUPlatform(Platform):
 
     @classmethod
     def check_runner_kv_caches_multi_layer(cls) -> None:
-        """Layers that share an index may each have their own cache here."""
+        """Accept layers that share an index: each has its own cache here."""
 
     @classmethod
     def opaque_attention_op(cls) -> bool:
@@ -150,10 +151,10 @@ class NPUPlatform(Platform):
         attn_selector_config: "AttentionSelectorConfig",
         num_heads: int | None = None,
     ) -> str:
-        """The one attention backend of this platform.
+        """This platform has one attention backend.
 
         Raises:
-            ValueError: another backend was asked for, or the layer needs what this one lacks.
+            ValueError: another backend was requested, or this one does not support the layer.
         """
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -183,11 +184,11 @@ class NPUPlatform(Platform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        """vLLM's compiled kernels are for other devices."""
+        """Nothing to import: vLLM's compiled kernels are for other devices."""
 
     @classmethod
     def import_ir_kernels(cls) -> None:
-        """vLLM's PyTorch implementations are used."""
+        """Nothing to import: vLLM's PyTorch implementations are used."""
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
@@ -215,7 +216,7 @@ class NPUPlatform(Platform):
 
     @classmethod
     def get_device_uuid(cls, device_id: int = 0) -> str:
-        """The device's uuid, or ``npu-<physical id>`` where the driver has none."""
+        """The device's uuid, or ``npu-<physical id>`` if the driver has none."""
         uuid = getattr(_npu().get_device_properties(device_id), "uuid", None)
         return (
             str(uuid) if uuid else f"npu-{cls.visible_device_id_to_physical_device_id(device_id)}"
@@ -227,7 +228,7 @@ class NPUPlatform(Platform):
 
     @classmethod
     def get_current_memory_usage(cls, device: torch.types.Device | None = None) -> float:
-        """Bytes that torch has allocated now."""
+        """Bytes that torch has allocated."""
         npu = _npu()
         npu.empty_cache()
         npu.reset_peak_memory_stats(device)

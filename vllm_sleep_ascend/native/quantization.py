@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in 8 bits: vLLM's online quantisation, with integers in place of its fp8 kernels.
+"""8-bit weights: vLLM's online quantisation with int8 in place of its fp8 kernels.
 
-Each weight matrix of a linear layer or an expert is stored as int8 with one float32 scale per
-output channel; activations and products stay in the model's dtype. Importing this module registers
-it with vLLM, for the schemes in ``INT8_FOR``.
+The weight matrices of linear layers and experts are stored as int8 with one float32 scale per
+output channel. Activations and products stay in the model's dtype. Importing this module registers
+the methods with vLLM for the schemes in ``INT8_FOR``.
 """
 
 from typing import Any
@@ -24,11 +24,11 @@ from vllm_sleep_ascend.native.int8 import linear, quantize
 from vllm_sleep_ascend.native.moe import ExpertsMethod
 
 INT8_FOR = (kFp8StaticTensorSym, kFp8StaticChannelSym, kInt8StaticChannelSym)
-"""Weight schemes of vLLM's that ask for 8 bits with a scale per tensor or per output channel."""
+"""vLLM's weight schemes with 8 bits and a scale per tensor or per output channel."""
 
 
 class NPUInt8LinearMethod(OnlineLinearBase):
-    """A linear layer's weight, quantised as soon as the layer is loaded."""
+    """Quantises a linear layer's weight as soon as the layer is loaded."""
 
     activation_quant_key = None
 
@@ -57,7 +57,7 @@ class NPUInt8MoEMethod(ExpertsMethod, OnlineMoEMethodBase):  # type: ignore[misc
         layer._already_called_process_weights_after_loading = True
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: no kernel of vLLM's runs."""
+        """None, because none of vLLM's kernels run."""
 
 
 for _key in INT8_FOR:
@@ -66,8 +66,10 @@ for _key in INT8_FOR:
 
 
 def compact(model: nn.Module) -> None:
-    """Move the parameters into sleep mode's memory anew, out of segments that they share with what
-    was quantised: those come free when loading ends."""
+    """Copy the parameters into new segments of sleep mode's memory.
+
+    The old segments also held the unquantised weights, and can now be freed.
+    """
     from vllm_sleep_ascend.memory.pool import use_pool
 
     with use_pool("weights"):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding's rejection sampler: vLLM's four Triton kernels in plain PyTorch.
 
-The functions have the parameters of the kernels in ``vllm.v1.sample.rejection_sampler``, by which
-vLLM calls them. Tokens of a batch lie flat, request after request; ``cu_num_draft_tokens_ptr``
-holds the running total. R requests, T draft tokens in all, V vocabulary.
+The functions take the same keyword arguments as the kernels in
+``vllm.v1.sample.rejection_sampler``. The tokens of a batch are flattened, request by request;
+``cu_num_draft_tokens_ptr`` is the cumulative count. R requests, T draft tokens, V vocabulary.
 """
 
 import torch
 
 
 def _grid(totals: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per request: draft tokens ``[R, 1]``, their flat indices ``[R, width]``, which exist."""
+    """Per request: number of drafts ``[R, 1]``, their flat indices ``[R, width]``, and a mask."""
     ends = totals.long().unsqueeze(1)
     starts = torch.cat((ends.new_zeros(1, 1), ends[:-1]))
     places = torch.arange(width, device=totals.device)
@@ -27,17 +27,17 @@ def _write(
     bonus: torch.Tensor,
     wanted: torch.Tensor | None,
 ) -> None:
-    """Write accepted drafts up to the first rejected one, then what takes its place.
+    """Write the accepted drafts up to the first rejected one, then its replacement.
 
     Args:
-        output: ``[R, width + 1]``; entries after the last token are left as they are.
-        totals: ``[R]`` running total of draft tokens.
-        width: most draft tokens of a request.
+        output: ``[R, width + 1]``; entries after the last token are left unchanged.
+        totals: ``[R]``, cumulative number of draft tokens.
+        width: the largest number of draft tokens of a request.
         accepted: ``[T]`` bool.
         drafts: ``[T]``, written where accepted.
         replacements: ``[T]``, written at the first rejected place.
         bonus: ``[R]``, written after the drafts if all are accepted.
-        wanted: ``[R]`` bool, requests to write; None for all.
+        wanted: ``[R]`` bool, the requests to write; None for all.
     """
     counts, flat, exists = _grid(totals, width)
     places = torch.arange(width + 1, device=output.device)
@@ -68,7 +68,7 @@ def rejection_greedy_sample(
     synthetic_conditional_rates_ptr: torch.Tensor | None,
     SYNTHETIC_MODE: bool,
 ) -> None:
-    """Accept drafts while they are the target's best token; greedy requests only."""
+    """Accept drafts as long as they are the target's best token. Greedy requests only."""
     if SYNTHETIC_MODE:
         assert uniform_probs_ptr is not None and synthetic_conditional_rates_ptr is not None
         accepted = (draft_token_ids_ptr >= 0) & _synthetic(
@@ -104,7 +104,7 @@ def rejection_random_sample(
     NO_DRAFT_PROBS: bool,
     SYNTHETIC_MODE: bool,
 ) -> None:
-    """Accept a draft with probability target / draft; requests that are not greedy only."""
+    """Accept a draft with probability target / draft. Non-greedy requests only."""
     drafts = draft_token_ids_ptr.long()
     column = drafts.clamp(min=0).unsqueeze(1)
     if SYNTHETIC_MODE:
@@ -133,7 +133,7 @@ def rejection_random_sample(
 
 
 def _synthetic(totals: torch.Tensor, uniform: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """``[T]``: whether chance accepts each draft, at the rate of its place in its request."""
+    """``[T]``: accept each draft at random, at the rate of its position in the request."""
     tokens = torch.arange(uniform.numel(), device=uniform.device)
     requests = torch.searchsorted(totals.long(), tokens, right=True)
     starts = torch.cat((totals.new_zeros(1), totals[:-1])).long()
@@ -167,9 +167,9 @@ def sample_recovered_tokens(
     NO_DRAFT_PROBS: bool,
     USE_FP64_GUMBEL: bool,
 ) -> None:
-    """Sample each draft's replacement ``[T]`` from what the target has beyond the draft.
+    """Sample each draft's replacement ``[T]`` from ``max(target - draft, 0)``.
 
-    ``inv_q_ptr`` is ``[R, V]``, inverse exponential noise: the largest product is a sample.
+    ``inv_q_ptr`` is ``[R, V]``, inverse exponential noise; the argmax of the product is a sample.
     """
     if draft_token_ids_ptr.numel() == 0:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this platform cannot run, said before a weight is read."""
+"""Refuses what this platform cannot run, before any weight is read."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from vllm.config import VllmConfig
 _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
 _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
-_KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # vLLM's default, and its older name
+_KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # NHD is the old name of LBNHC, vLLM's default
 _SPECULATIVE_METHODS = ("ngram", "draft_model")
 _CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
 def choose_model_runner_v1() -> None:
-    """Keep vLLM from Model Runner V2, which needs Triton kernels and is its choice with Triton.
+    """Choose Model Runner V1. V2 is vLLM's default with Triton, and needs Triton kernels.
 
     Raises:
-        ValueError: the environment asks for it.
+        ValueError: the environment requests V2.
     """
     if os.environ.get(_MODEL_RUNNER_V2, "0").strip().lower() not in ("", "0", "false"):
         raise ValueError(
@@ -29,10 +29,10 @@ def choose_model_runner_v1() -> None:
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Refuse a configuration that would fail later, or compute something else than asked.
+    """Refuse a configuration that would fail later or give wrong results.
 
     Raises:
-        ValueError: names the feature and what to do instead, one line for each.
+        ValueError: one line for each unsupported feature, with its remedy.
     """
     reasons = list(_reasons(vllm_config))
     if reasons:
@@ -98,7 +98,7 @@ def _kv_offloading(vllm_config: VllmConfig) -> Iterator[str]:
 
 
 def _kv_cache_layout(vllm_config: VllmConfig) -> Iterator[str]:
-    requested, copies = envs.VLLM_KV_CACHE_LAYOUT, "in which operators copy a layer's whole cache"
+    requested, copies = envs.VLLM_KV_CACHE_LAYOUT, "with which operators copy a layer's whole cache"
     if requested not in _KV_CACHE_LAYOUTS:
         yield f"KV cache layout {requested}, {copies}; unset VLLM_KV_CACHE_LAYOUT"
     transfer = vllm_config.kv_transfer_config
@@ -108,7 +108,7 @@ def _kv_cache_layout(vllm_config: VllmConfig) -> Iterator[str]:
     if required not in _KV_CACHE_LAYOUTS:
         yield (
             f"KV connector {transfer.kv_connector} with its KV cache layout {required}, {copies}; "
-            "leave it out, or set VLLM_KV_CACHE_LAYOUT=LBNHC if it can do with that"
+            "leave it out, or set VLLM_KV_CACHE_LAYOUT=LBNHC if the connector works with it"
         )
 
 
@@ -117,7 +117,7 @@ def _layout_of_connector(vllm_config: VllmConfig) -> str | None:
 
     try:
         return get_kv_connector_cache_layout(vllm_config)
-    except ImportError:  # vLLM says so where it makes the connector
+    except ImportError:  # vLLM reports it when it creates the connector
         return None
 
 

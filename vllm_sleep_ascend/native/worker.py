@@ -35,16 +35,16 @@ _sleeping_worker: "weakref.ref[NPUWorker] | None" = None  # the one with sleep m
 
 @needs_weights_awake
 class NPUWorker(SleepingWorker, Worker):
-    """The stock worker, with an NPU for its device."""
+    """The stock worker on an NPU."""
 
     def init_device(self) -> None:
-        """Take the device, join the other ranks, and see that the engine's share of it is free.
+        """Open the device, join the other ranks, and check that the engine's share is free.
 
         Raises:
-            ValueError: the rank has no device, or too little memory is free for
-                ``gpu_memory_utilization``, also after ``wake_timeout_s``.
+            ValueError: the rank has no device, or after ``wake_timeout_s`` too little memory is
+                still free for ``gpu_memory_utilization``.
         """
-        # vLLM's start-up collects garbage a dozen times; what is imported by now is not garbage.
+        # vLLM collects garbage a dozen times at start-up. Skip what has been imported so far.
         freeze_gc_heap()
         self._choose_device()
         finish_before_torch_npu()
@@ -69,17 +69,17 @@ class NPUWorker(SleepingWorker, Worker):
         self._init_workspace_and_model_runner()
 
     def _require_no_other_engine(self) -> None:
-        """Sleep puts away the tagged memory of the whole process, so one engine may have it."""
+        """Sleep covers the tagged memory of the whole process, so one engine may use it."""
         if _sleeping_worker is not None and _sleeping_worker() is not None:
             raise ValueError(
-                "another engine of this process has sleep mode on, and a process can have one at a "
-                "time: shut the other down, or start this one in a process of its own"
+                "another engine of this process has sleep mode on, and only one can: shut it down, "
+                "or start this one in a process of its own"
             )
 
     def _choose_device(self) -> None:
         parallel = self.parallel_config
         assigned = parallel.assigned_physical_gpu_ids
-        # vLLM gives each replica of a data-parallel server a list of its own devices alone.
+        # vLLM gives each replica of a data-parallel server a list of only its own devices.
         has_own_list = assigned is not None and len(assigned) <= parallel.local_world_size
         if (
             parallel.distributed_executor_backend not in ("ray", "external_launcher")
@@ -115,7 +115,7 @@ class NPUWorker(SleepingWorker, Worker):
         return NPUModelRunner(self.vllm_config, self.device)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
-        """Where allocations of a tag go: a pool that can sleep, if sleep mode is on."""
+        """The pool for allocations of a tag, if sleep mode is on."""
         if not self.model_config.enable_sleep_mode:
             return nullcontext()
         from vllm_sleep_ascend.memory.pool import use_pool
@@ -129,23 +129,23 @@ class NPUWorker(SleepingWorker, Worker):
     def checkpoint_prepare(self) -> None:
         """
         Raises:
-            NotImplementedError: always. The stock method would say that all is ready.
+            NotImplementedError: always. The stock method would report success.
         """
         raise NotImplementedError(
-            "NPU: a process checkpoint is not supported, as CANN cannot save a device's state with "
-            "its process; to free the device and keep the process, use sleep(level=1)"
+            "NPU: process checkpoints are not supported, because CANN cannot save a device's state "
+            "with its process; to free the device and keep the process, use sleep(level=1)"
         )
 
     checkpoint_restore = checkpoint_prepare
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Make ready to serve. There is nothing to compile, and profiling has run a full batch.
+        """Finish the start-up. Nothing is compiled, and profiling has already run a full batch.
 
-        The stock method is not called: its kernel warm-up imports files that need torchvision.
+        The stock method is not called, because its kernel warm-up needs torchvision.
         """
         global _sleeping_worker
         self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
-        # Sampling must not depend on how much randomness start-up used.
+        # Sampling must not depend on the random numbers that start-up used.
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
         freeze_gc_heap()
         maybe_attach_gc_debug_callback()
@@ -161,7 +161,7 @@ class NPUWorker(SleepingWorker, Worker):
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def shutdown(self) -> None:
-        """End the worker; another engine of this process may then have sleep mode on."""
+        """End the worker. Another engine of this process may then use sleep mode."""
         global _sleeping_worker
         super().shutdown()
         if _sleeping_worker is not None and _sleeping_worker() is self:

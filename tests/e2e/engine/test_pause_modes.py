@@ -305,7 +305,7 @@ def test_a_process_checkpoint_is_refused_with_the_reason(engine_process, expecte
 
     async def test():
         for call in (llm.checkpoint_prepare, llm.checkpoint_restore):
-            words = r"NPU: a process checkpoint is not supported.*sleep\(level=1\)"
+            words = r"NPU: process checkpoints are not supported.*sleep\(level=1\)"
             with pytest.raises(Exception, match=words):
                 await call()
         await serves(llm, expected)

@@ -32,7 +32,7 @@ from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES, Tile, make_tile
 
 @dataclass
 class NPUAttentionMetadata(AttentionMetadata):
-    """What the layers of one KV cache group need for one step."""
+    """What the layers of a KV cache group need for one step."""
 
     num_tokens: int
     tiles: list[Tile]
@@ -40,7 +40,7 @@ class NPUAttentionMetadata(AttentionMetadata):
 
 
 class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]):
-    """Cuts every step's batch into tiles, once for all layers of a KV cache group."""
+    """Splits each step's batch into tiles, once for all layers of a KV cache group."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.encoder = isinstance(kv_cache_spec, EncoderOnlyAttentionSpec)
-        # Layers with different windows may share a group; only this kind promises one window.
+        # Layers of a group may have different windows; only this spec guarantees a single one.
         self.window = (
             kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else None
         )
@@ -70,7 +70,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> NPUAttentionMetadata:
-        """Cut a batch into tiles.
+        """Split a batch into tiles.
 
         Raises:
             NotImplementedError: some requests are causal and some are not.
@@ -115,7 +115,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> NPUAttentionMetadata:
-        """As ``build``: a draft model's sequences have outgrown the lengths known on the host."""
+        """Like ``build``, but the host's sequence lengths are outdated for a draft model."""
         common = replace(common_attn_metadata, seq_lens_cpu_upper_bound=None)
         return self.build(0, common, fast_build=True)
 
@@ -189,7 +189,7 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
                 "use an unquantised model"
             )
         if attn_metadata is None:
-            # Profiling: let vLLM see the scratch memory that a real step may need.
+            # Profiling: allocate the scratch memory that a real step may need.
             torch.empty(PEAK_BYTES, dtype=torch.uint8, device=output.device)
             return output.zero_()
         if self.alibi_slopes is not None and self.rules.alibi_slopes is None:
@@ -240,8 +240,10 @@ class NPUAttentionBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """vLLM's default, in which the rows of a layer's tokens are contiguous: of a cache that is
-        not, the NPU's index operators copy all of a layer before they read or write a token."""
+        """vLLM's default, which keeps a layer's token rows contiguous.
+
+        With other layouts the NPU's index operators copy the layer's whole cache at each access.
+        """
         return (KVCacheLayout.LBNHC,)
 
     @classmethod

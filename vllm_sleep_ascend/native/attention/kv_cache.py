@@ -3,9 +3,8 @@
 
 A cache is the 4-D view that vLLM binds to a layer, ``[blocks, kv_heads, block_size, content]``
 with any strides; ``content`` is the key followed by the value of one token and head. A *slot* is
-``block * block_size + offset``. Block 0 is vLLM's null block, never given to a request: tokens
-without a slot (-1, padding) are written there, so that no host synchronisation is needed to
-leave them out.
+``block * block_size + offset``. Block 0 is vLLM's null block, which no request gets. Padding tokens
+(slot -1) are written there, because filtering them out would need a host synchronisation.
 """
 
 import torch

@@ -2,11 +2,11 @@
 """Attention over tiles, in float32, with plain PyTorch operations.
 
 Scores are ``scale * q·k``, optionally capped (``cap * tanh(score / cap)``) and shifted by ALiBi
-(``slope * (key - query)``); keys out of sight get -inf. An attention sink is one more logit per
-head that takes weight and gives nothing. Keys are walked in chunks with a running maximum and sum
+(``slope * (key - query)``); hidden keys get -inf. An attention sink is an extra logit per head that
+takes weight and has no value. Keys are processed in chunks with a running maximum and sum
 (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), so scratch memory does
-not grow with the context. Only slots that hold a token of the request are ever read: what lies in
-the rest of a block, NaN included, has no effect.
+not grow with the context. Only slots that hold a token of the request are read: the rest of a
+block may hold anything, even NaN.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ from vllm_sleep_ascend.native.attention.kv_cache import read_kv
 from vllm_sleep_ascend.native.attention.tiles import Tile, keys_per_chunk
 
 ReadKV = Callable[[torch.Tensor], torch.Tensor]
-"""Takes slots ``[R, S]``, gives keys and values ``[R, S, kv_heads, content]``."""
+"""Maps slots ``[R, S]`` to keys and values ``[R, S, kv_heads, content]``."""
 
 _MASK_CACHE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a layer's attention computes, apart from its tensors."""
+    """The parameters of a layer's attention."""
 
     scale: float
     head_size: int
     causal: bool = True
     window: int | None = None
-    """Keys in sight of a query row on its left, itself included (on both sides if not causal)."""
+    """Visible keys to the left of a query row, itself included (on both sides if not causal)."""
     soft_cap: float = 0.0
     alibi_slopes: torch.Tensor | None = None
     """``[heads]`` float32."""
@@ -75,7 +75,7 @@ def dense_attention(
     tiles: list[Tile],
     rules: Rules,
 ) -> None:
-    """Attend to the batch's own keys and values, with no cache (encoders).
+    """Attend to the batch's own keys and values, without a cache (encoders).
 
     Args:
         query: ``[tokens, heads, head_size]``.
@@ -88,7 +88,7 @@ def dense_attention(
     both = torch.cat((key, value), dim=-1)
 
     def rows_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
-        # Query row of position p: rows and positions run in step.
+        # Query rows and positions differ by a constant.
         return positions + (tile.rows[:, :1] - tile.positions[:, :1])
 
     def read(rows: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def _attend(
     group = query.shape[1] // kv_heads
     q = query.index_select(0, tile.rows.flatten()).float().mul_(rules.scale)
     q = q.view(num_requests, num_rows, kv_heads, group, rules.head_size)
-    # [R, kv_heads, group * Q, head_size]: a group's heads share their keys without repeating them.
+    # [R, kv_heads, group * Q, head_size]: the heads of a group share keys that are not repeated.
     q = q.permute(0, 2, 3, 1, 4).reshape(num_requests, kv_heads, group * num_rows, rules.head_size)
 
     step = keys_per_chunk(num_requests, kv_heads, content)
@@ -162,7 +162,7 @@ def _chunk(
     keys = tile.first_key + torch.arange(first, first + count, device=tile.rows.device)
     slots = slots_of(tile, torch.minimum(keys, tile.last_key))
     distance = (keys.unsqueeze(1) - tile.positions.unsqueeze(2))[:, None, None]
-    # Keys past the end repeat the last one; they are hidden, so it does not count twice.
+    # Keys past the end repeat the last key, and are hidden so that it counts once.
     hidden = (keys > tile.last_key)[:, None, None, None]
     if rules.causal:
         hidden = hidden | (distance > 0)
@@ -179,7 +179,7 @@ def _chunk(
 def _start(
     scores: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Running maximum, sum and weighted values before any key: only the sink, if there is one."""
+    """The initial maximum, sum and weighted values: those of the sink, if there is one."""
     shape = (*scores.shape[:-1], 1)
     weighted = scores.new_zeros((*scores.shape[:-1], value.shape[-1]))
     if sinks is None:
@@ -195,7 +195,7 @@ def _accumulate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     maximum, total, weighted = running
     new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
-    # A row that has seen no key yet has maximum -inf: shift by 0, and its weights are exp(-inf).
+    # Without a visible key so far, the maximum is -inf: shift by 0, so that weights are exp(-inf).
     shift = new_maximum.masked_fill(new_maximum == float("-inf"), 0.0)
     weights = torch.exp(scores - shift)
     decay = torch.exp(maximum - shift)

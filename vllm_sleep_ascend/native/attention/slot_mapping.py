@@ -21,9 +21,9 @@ def compute_slot_mapping(
 ) -> None:
     """Write the cache slot of every token of a batch.
 
-    The parameters are those of ``vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel``,
-    by which vLLM calls it. With context parallelism a token that another rank keeps, and with or
-    without it every entry after the last token, is ``PAD_ID``.
+    The arguments are those of ``vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel``.
+    Entries after the last token, and tokens that another context-parallel rank keeps, are
+    ``PAD_ID``.
 
     Args:
         num_tokens: tokens in the batch.
@@ -31,14 +31,14 @@ def compute_slot_mapping(
         query_start_loc_ptr: ``[>= requests + 1]`` int32, ascending; first token of each request.
         positions_ptr: ``[>= num_tokens]`` int64, position of each token in its request.
         block_table_ptr: ``[requests, blocks]`` int32.
-        block_table_stride: unused, the tensor knows it.
+        block_table_stride: unused.
         slot_mapping_ptr: ``[>= max_num_tokens]`` int64, written in place.
         KV_CACHE_BLOCK_SIZE: tokens per block.
         TOTAL_CP_WORLD_SIZE: ranks that share a request's tokens.
-        TOTAL_CP_RANK: this one.
-        CP_KV_CACHE_INTERLEAVE_SIZE: neighbouring tokens that stay on one rank.
+        TOTAL_CP_RANK: this rank.
+        CP_KV_CACHE_INTERLEAVE_SIZE: consecutive tokens that stay on one rank.
         PAD_ID: the value for "no slot".
-        BLOCK_SIZE: unused, the Triton kernel's tile.
+        BLOCK_SIZE: unused (the Triton kernel's tile).
     """
     slot_mapping_ptr[num_tokens:max_num_tokens].fill_(PAD_ID)
     if num_tokens == 0:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a batch of requests into rectangular pieces of attention work.
+"""Splits a batch of requests into rectangular tiles of attention work.
 
-A batch holds requests with different numbers of new tokens (query rows) and of tokens in all
-(keys). A tile is a rectangle ``requests by query rows by keys`` that plain tensor operations can
-compute at once. Requests of similar shape share a tile, long prompts are cut into several, and no
-tile needs more than a fixed amount of scratch memory.
+The requests of a batch differ in their number of new tokens (query rows) and of tokens in all
+(keys). A tile is a box ``requests x query rows x keys`` that plain tensor operations compute at
+once. Requests of similar shape share a tile, long prompts are split, and the scratch memory of a
+tile is bounded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,24 +13,24 @@ from dataclasses import dataclass, field
 import torch
 
 SCRATCH_BYTES = 32 << 20
-"""Float32 scratch for the gathered keys and values of a tile, and again for its scores."""
+"""Float32 scratch for a tile's gathered keys and values, and the same again for its scores."""
 
 PEAK_BYTES = 4 * SCRATCH_BYTES
-"""What one tile may hold at its peak, temporary copies included."""
+"""The most memory that a tile may use, temporary copies included."""
 
 _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """A tile in numbers: which requests, which of their query rows, how many keys."""
+    """The extent of a tile: its requests, query rows and number of keys."""
 
     requests: tuple[int, ...]
     first_row: int
     num_rows: int
-    """Query rows per request; requests with fewer repeat their last one, which is not stored."""
+    """Query rows per request. Shorter requests repeat their last row, which is not stored."""
     num_keys: int
-    """Keys per request, counted from its first key in sight; masked where a request has fewer."""
+    """Keys per request, from its first visible key; masked if a request has fewer."""
 
 
 @dataclass
@@ -42,22 +42,22 @@ class Tile:
     positions: torch.Tensor
     """``[R, Q]`` int64: position of each query row in its request."""
     first_key: torch.Tensor
-    """``[R, 1]`` int64: position of the first key in sight."""
+    """``[R, 1]`` int64: position of the first visible key."""
     last_key: torch.Tensor
-    """``[R, 1]`` int64: position of the last key that exists."""
+    """``[R, 1]`` int64: position of the last key."""
     num_keys: int
     block_table: torch.Tensor
     """``[R, blocks]``."""
     stored: torch.Tensor | None
     """Flat indices into ``[R, Q]`` of the rows to store; None for all."""
     stored_rows: torch.Tensor
-    """The flat query's rows that these are written to."""
+    """Rows of the flat query that these are written to."""
     chunks: dict = field(default_factory=dict)
-    """Slots and masks shared by the layers of one step."""
+    """Slots and masks, shared by the layers of a step."""
 
 
 def keys_per_chunk(num_requests: int, kv_heads: int, content: int) -> int:
-    """Keys per request that fit the scratch memory at once (at least 64)."""
+    """Keys per request that fit into the scratch memory (at least 64)."""
     return max(64, SCRATCH_BYTES // (_FLOAT_BYTES * num_requests * kv_heads * content))
 
 
@@ -71,16 +71,16 @@ def plan_tiles(
     causal: bool = True,
     window: int | None = None,
 ) -> Iterator[TilePlan]:
-    """Cut a batch into tiles.
+    """Split a batch into tiles.
 
     Args:
         query_lens: new tokens of each request; requests with none are skipped.
-        seq_lens: tokens of each request in all, or an upper bound.
+        seq_lens: total tokens of each request, or an upper bound.
         heads: query heads.
         kv_heads: key heads.
-        content: numbers per key and value together.
-        causal: whether keys after the query row are out of sight.
-        window: keys in sight of a query row, itself included; None for all.
+        content: elements of a key and its value together.
+        causal: whether keys after the query row are hidden.
+        window: visible keys of a query row, itself included; None for all.
     """
     score_budget = SCRATCH_BYTES // (_FLOAT_BYTES * heads)
     order = sorted(
@@ -89,7 +89,7 @@ def plan_tiles(
     )
     start = 0
     while start < len(order):
-        # A group: query lengths within one power of two, keys that fit in one chunk together.
+        # Requests of a group: query lengths within a power of two, keys that fit in one chunk.
         end = start + 1
         kind = query_lens[order[start]].bit_length()
         while end < len(order) and query_lens[order[end]].bit_length() == kind:
@@ -116,7 +116,7 @@ def _group_tiles(
     keys = max(seq_lens[r] for r in requests)
     step = min(rows, max(1, score_budget // (keys * len(requests))))
     if causal and rows > 1:
-        # Smaller steps leave out more of the half of the scores that is out of sight.
+        # Smaller steps skip more of the hidden half of the scores.
         step = min(step, 512)
     for first in range(0, rows, step):
         here = tuple(r for r in requests if query_lens[r] > first)
@@ -141,10 +141,10 @@ def make_tile(
     block_table: torch.Tensor,
     window: int | None = None,
 ) -> Tile:
-    """Make a plan's index tensors on the device of ``seq_lens``.
+    """Build a plan's index tensors on the device of ``seq_lens``.
 
     Args:
-        plan: one of ``plan_tiles``.
+        plan: from ``plan_tiles``.
         query_lens: as given to ``plan_tiles``.
         query_start: ``[requests + 1]``, first query row of each request.
         seq_lens: ``[requests]``, exact.
