@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running on a simulated Ascend NPU: the `npu-sim` command and its operators."""
+"""Runs programs on a simulated Ascend NPU: the `npu-sim` command and its operators."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-ins for modules that vllm-ascend imports for models that are not simulated.
+"""Stubs for modules that vllm-ascend imports only for models that are not simulated.
 
-torchvision: its wheel for this torch is built for CUDA. Names import, and calling one fails.
+The torchvision wheel for this torch is built for CUDA. Names can be imported; calling one fails.
 """
 
 import importlib.abc
@@ -14,7 +14,7 @@ ABSENT = ("torchvision",)
 
 
 class _Named(type):
-    """A name of an absent module: it has every attribute, and does nothing."""
+    """A name in an absent module. It has every attribute and cannot be called."""
 
     def __getattr__(cls, name: str) -> type:
         if name.startswith("__"):
@@ -22,7 +22,7 @@ class _Named(type):
         return _named(f"{cls.__qualname__}.{name}")
 
     def __call__(cls, *arguments: object, **named: object) -> None:
-        raise RuntimeError(f"{cls.__qualname__} was called, and is not there on the simulated NPU")
+        raise RuntimeError(f"{cls.__qualname__} is not available on the simulated NPU")
 
 
 def _named(path: str) -> type:
@@ -52,5 +52,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """From now on, these modules can be imported where they are not installed."""
+    """Make the absent modules importable."""
     sys.meta_path.append(_Finder())

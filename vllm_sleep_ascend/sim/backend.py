@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def load_operators() -> None:
-    """Entry point of `torch.backends`: a no-op unless the active toolkit ships operators."""
+    """Entry point of `torch.backends`. Does nothing unless the active toolkit has operators."""
     toolkit = os.environ.get("ASCEND_HOME_PATH")
     library = Path(toolkit or "") / "lib64" / "libnpu_sim_operators.so"
     if not toolkit or not library.exists():
         return
     import torch
-    import torch_npu  # noqa: F401  registers the device that the library adds operators to
+    import torch_npu  # noqa: F401  registers the device for which the library has operators
 
     from vllm_sleep_ascend.sim import (
         absent_modules,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests ask of the simulator in this process: counters, calls, faults."""
+"""Tests control this process's simulator through this module: counters, calls, faults."""
 
 import ctypes
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class _Counters(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Counters:
-    """What this process holds, all devices together."""
+    """What this process holds on all devices together."""
 
     device_bytes: int
     physical_handles: int
@@ -46,9 +46,9 @@ class _Costs(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Costs:
-    """What operators of this process cost, since the counters were reset.
+    """The costs of this process's operators since the counters were reset.
 
-    `waits` are the calls of `aclrtSynchronize*`, whoever made them.
+    `waits` counts all calls of `aclrtSynchronize*`.
     """
 
     launches: int
@@ -70,51 +70,51 @@ def _library() -> ctypes.CDLL:
 
 
 def counters() -> Counters:
-    """The figures now."""
+    """The current counters."""
     figures = _Counters()
     _library().npuSimGetCounters(ctypes.byref(figures))
     return Counters(*(getattr(figures, field[0]) for field in figures._fields_))
 
 
 def costs() -> Costs:
-    """The figures since the counters were reset."""
+    """The costs since the counters were reset."""
     figures = _Costs()
     _library().npuSimGetCosts(ctypes.byref(figures))
     return Costs(*(getattr(figures, field[0]) for field in figures._fields_))
 
 
 def set_faults(rules: str) -> None:
-    """Fail calls from now on, by rules as in ``NPU_SIM_FAULTS``; ``""`` ends it.
+    """Replace the fault rules, written as in ``NPU_SIM_FAULTS``; ``""`` removes them.
 
     Raises:
-        ValueError: the rules are not understood.
+        ValueError: the rules are invalid.
     """
     if _library().npuSimSetFaults(rules.encode()) != 0:
         raise ValueError(f"faults {rules!r} are not call:nth:code[:times], comma separated")
 
 
 def fault_hits() -> int:
-    """How many calls the rules have hit since they were set."""
+    """The number of calls that the rules have hit since they were set."""
     return _library().npuSimFaultHits()
 
 
 def call_count(name: str) -> int:
-    """How often this AscendCL function, or operator like `aten::mm`, was called since the reset."""
+    """Calls of an AscendCL function, or an operator such as `aten::mm`, since the reset."""
     return _library().npuSimCallCount(name.encode())
 
 
 def reset_counters() -> None:
-    """Count calls from zero again."""
+    """Set all counts to zero."""
     _library().npuSimResetCounters()
 
 
 def keep_call_log(on: bool) -> None:
-    """Start an empty log of calls, or end it."""
+    """Start an empty log of calls, or stop logging."""
     _library().npuSimKeepCallLog(int(on))
 
 
 def call_log() -> list[str]:
-    """The names of AscendCL's calls since the log was started, in order."""
+    """The AscendCL calls since the log was started, by name and in order."""
     room = _library().npuSimCallLog(None, ctypes.c_size_t(0)) + 1
     text = ctypes.create_string_buffer(room)
     _library().npuSimCallLog(text, ctypes.c_size_t(room))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work around the import of single modules."""
+"""Import hooks: code that runs before and after a module's body."""
 
 import importlib.abc
 import importlib.machinery
@@ -40,5 +40,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def hook(hooks: dict[str, Around]) -> None:
-    """From now on, the body of each named module runs inside its context, given the module."""
+    """Execute each named module inside its context manager, which is called with the module."""
     sys.meta_path.insert(0, _Finder(hooks))

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-# Folder in the toolkit for each CANN version.
+# CANN version -> its folder in the toolkit.
 CANNS = {"8.5": ".", "8.1": "cann-8.1"}
 
 
@@ -15,10 +15,10 @@ def toolkit_path() -> Path:
 
 
 def toolkit_environment(toolkit: Path) -> dict[str, str]:
-    """The variables that the toolkit's `set_env.sh` exports, on top of the current environment."""
+    """The current environment with the variables that the toolkit's `set_env.sh` exports."""
     environment = dict(os.environ)
     libraries = [str(toolkit / "lib64"), environment.get("LD_LIBRARY_PATH", "")]
-    # The kernel that NPU_SIM_KERNEL names; behind what must be loaded first, as a sanitizer must.
+    # Its sitecustomize.py applies NPU_SIM_KERNEL.
     modules = [str(toolkit / "python" / "site-packages"), environment.get("PYTHONPATH", "")]
     environment.update(
         ASCEND_TOOLKIT_HOME=str(toolkit),
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit("usage: npu-sim COMMAND [ARGUMENT …]")
     cann = os.environ.get("NPU_SIM_CANN") or next(iter(CANNS))
     if cann not in CANNS:
-        sys.exit(f"npu-sim: NPU_SIM_CANN={cann}: the simulated ones are {', '.join(CANNS)}")
+        sys.exit(f"npu-sim: NPU_SIM_CANN={cann}: choose one of {', '.join(CANNS)}")
     home = toolkit_path()
     toolkit = home / CANNS[cann]
     if not (toolkit / "lib64" / "libascendcl.so").exists():
@@ -47,7 +47,7 @@ def main() -> None:
             f"`make -C csrc/sim PREFIX={home} PYTHON={sys.executable}` in the source tree, "
             "or name its folder in NPU_SIM_HOME"
         )
-    # Commands of this Python's environment come first, as if it were activated.
+    # As in an activated environment, the commands of this Python come first.
     environment = toolkit_environment(toolkit)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-ins for Triton kernels that vllm-ascend launches on an NPU whatever the model.
+"""Replacements for Triton kernels that vllm-ascend launches on an NPU for every model.
 
-Triton for Ascend is nothing without its compiler. A stand-in takes its kernel's place in the module
-that launches it, as that is imported.
+Triton for Ascend needs its compiler, which is not simulated. A kernel is replaced when the module
+that launches it is imported.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import torch
 
 
 class Kernel:
-    """Launched as ``kernel[grid](...)``."""
+    """Can be launched as ``kernel[grid](...)``."""
 
     def __init__(self, run: Callable[..., None]) -> None:
         self.run = run
@@ -36,7 +36,7 @@ def compute_slot_mapping(
     PAD_ID: int,
     **_: Any,
 ) -> None:
-    """Each token's slot in the cache; ``PAD_ID`` after the last token."""
+    """Write each token's cache slot, and ``PAD_ID`` after the last token."""
     if TOTAL_CP_WORLD_SIZE != 1:
         raise NotImplementedError("slots of a context-parallel cache are not simulated")
     counts = query_start_loc[1:] - query_start_loc[:-1]
@@ -50,9 +50,9 @@ def compute_slot_mapping(
 
 @contextmanager
 def slot_mapping(module: ModuleType) -> Iterator[None]:
-    """After the module's body, it launches the stand-in."""
+    """Replace the kernel after the module's body has run."""
     yield
     name = "_compute_slot_mapping_kernel"
     if not hasattr(module, name):
-        raise ImportError(f"{module.__name__} has no {name}: its stand-in is outdated")
+        raise ImportError(f"{module.__name__} has no {name}: its replacement is outdated")
     setattr(module, name, Kernel(compute_slot_mapping))

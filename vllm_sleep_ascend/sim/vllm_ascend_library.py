@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's own library, which imports.
+"""Makes vllm-ascend's compiled library importable.
 
-What it ships links CANN libraries that are not simulated and does not load. Its operators are
-defined with torch_npu's (``npu``), and where `make setup-ascend` has built its sleep-mode
-allocator, the module has that.
+The shipped library links CANN libraries that are not simulated, so it cannot be loaded. ``npu``
+defines its operators. If `make setup-ascend` has built vllm-ascend's own sleep-mode allocator, the
+module contains it.
 """
 
 import importlib.abc
@@ -35,5 +35,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """From now on, the library can be imported."""
+    """Make the library importable."""
     sys.meta_path.insert(0, _Finder())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch_npu's own operators on the simulated device.
+"""torch_npu's custom operators on the simulated device.
 
-Each is written in PyTorch's operators for tensors of the CPU, after torch_npu's documentation of
-it, in float32 inside. The simulator lets it serve the device, at once or in a graph. What is
-documented and not simulated is refused by name.
+Each follows torch_npu's documentation, is written with PyTorch's CPU operators, and computes in
+float32. The simulator runs it on device tensors, at once or in a graph. Documented arguments that
+are not simulated are refused by name.
 """
 
 import ctypes
@@ -25,16 +25,16 @@ _NOT_SIMULATED = (
     "sgmv_expand(Tensor! x, Tensor! weight, Tensor! lora_indices, Tensor! seq_len, Tensor! y, "
     "int slice_offset, int slice_size) -> Tensor",
 )
-"""Of vllm-ascend's own library, without kernels: it looks for them when it loads the library."""
+"""Operators without kernels: vllm-ascend looks them up when it loads its library."""
 
 _registrations: list[torch.library.Library] = []
 
 
 def register(operators: Path) -> None:
-    """Take the place of torch_npu's kernels, until the process ends.
+    """Replace torch_npu's kernels until the process ends.
 
     Args:
-        operators: the simulator's library, which serves the device.
+        operators: the simulator's library, which runs CPU kernels on device tensors.
     """
     for module in (dense, attention, moe):
         for name, kernel in module.KERNELS.items():
@@ -47,7 +47,7 @@ def register(operators: Path) -> None:
 
 
 def define_vllm_ascend(operators: Path) -> None:
-    """Define the operators of vllm-ascend's own library that it calls, without the library."""
+    """Define the operators of vllm-ascend's library, without the library itself."""
     library = torch.library.Library("_C_ascend", "FRAGMENT")
     _registrations.append(library)
     for schema in _NOT_SIMULATED:
@@ -64,7 +64,7 @@ def _implement(name: str, function: Callable[..., Any], key: str) -> None:
     namespace, operator = name.split("::")
     library = torch.library.Library(namespace, "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it replaces torch_npu's kernel, on purpose
+        warnings.simplefilter("ignore")  # replacing torch_npu's kernel is intended
         library.impl(operator, function, key, allow_override=True)
     _registrations.append(library)
 
@@ -73,4 +73,4 @@ def _serve(operators: Path, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if ctypes.CDLL(str(operators)).npuSimServeOnCpu(name.encode()) != 0:
-            raise RuntimeError(f"{name} has no kernel of the CPU")
+            raise RuntimeError(f"{name} has no CPU kernel")

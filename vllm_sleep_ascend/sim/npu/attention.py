@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over a paged cache, and writing to the cache."""
+"""Paged attention, and writing to the cache."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 MASK = 2048
-"""Rows and columns of the compressed mask that sparse modes 2 to 4 take."""
+"""Rows and columns of the compressed mask for sparse modes 2 to 4."""
 
 
 def reshape_and_cache(
@@ -19,8 +19,10 @@ def reshape_and_cache(
     value_cache: torch.Tensor,
     slot_indices: torch.Tensor,
 ) -> None:
-    """Write each token's key and value, (tokens, heads, size), to its slot; negative slots are
-    padding. The caches are (blocks, block size, heads, size)."""
+    """Write each token's key and value, (tokens, heads, size), to its slot.
+
+    Negative slots are padding. The caches are (blocks, block size, heads, size).
+    """
     kept = slot_indices >= 0
     slots = slot_indices[kept].long()
     for paged, tokens in ((key_cache, key), (value_cache, value)):
@@ -48,12 +50,11 @@ def fused_infer_attention_score(
     softmax_lse_flag: bool = False,
     **unsupported: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * query @ key.T + mask) @ value for a batch of sequences, layout TND.
+    """softmax(scale * query @ key.T + mask) @ value for a batch of sequences in layout TND.
 
-    ``query`` is (tokens, heads, size), ``actual_seq_lengths`` the end of each sequence in it.
-    Without ``block_table``, key and value are laid out as the query, and their lengths are ends
-    too; with it they are (blocks, block size, heads * size), and their lengths are each
-    sequence's own.
+    ``query`` is (tokens, heads, size); ``actual_seq_lengths`` holds the end of each sequence.
+    Without ``block_table``, key and value have the query's layout, and their lengths are ends too.
+    With it, they are (blocks, block size, heads * size), and the lengths are per sequence.
     """
     given = [name for name, argument in unsupported.items() if argument not in (None, 0)]
     _require(not given, f"{', '.join(given)} is not simulated")
@@ -106,7 +107,7 @@ def fused_infer_attention_score_out(
     out: list[torch.Tensor],
     **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Into ``out``: the output, and what ``softmax_lse_flag`` asks for. Spoils the workspace."""
+    """Write the output and the log-sum-exp into ``out``. Overwrites the workspace."""
     if workspace is not None:
         _require(workspace.nbytes >= _workspace_bytes(query), f"a workspace of {workspace.nbytes}")
         workspace.view(torch.uint8).fill_(0xFF)
@@ -127,20 +128,22 @@ def fused_infer_attention_score_out_meta(
 def fused_infer_attention_score_get_max_workspace(
     query: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:
-    """Memory that a call with such arguments can work in: as many elements of the query's type as
-    it takes bytes."""
+    """A workspace for a call with these arguments, with one element for each byte needed."""
     return query.new_empty(_workspace_bytes(query))
 
 
 def _workspace_bytes(query: torch.Tensor) -> int:
-    """CANN's own figure is not public: the output, in float32."""
+    """CANN's figure is not public. This is the size of the output in float32."""
     return max(512, 4 * query.numel())
 
 
 @cache
 def _types() -> tuple[torch.dtype, ...]:
-    """What NPU attention takes; float32 too, by NPU_SIM_FLOAT32_ATTENTION=1, so that tokens can be
-    compared with another implementation's, free of what rounding changes."""
+    """The types that NPU attention supports.
+
+    NPU_SIM_FLOAT32_ATTENTION=1 adds float32, so that tokens can be compared with another
+    implementation without rounding differences.
+    """
     extra = (torch.float32,) if os.environ.get("NPU_SIM_FLOAT32_ATTENTION") == "1" else ()
     return (torch.float16, torch.bfloat16, *extra)
 
@@ -180,15 +183,17 @@ def _paged(
 
 
 def _per_query_head(tokens: torch.Tensor, kv_heads: int, heads: int) -> torch.Tensor:
-    """(heads, tokens, size), float32, of (tokens, …). Without a token the output is 0."""
+    """(heads, tokens, size) in float32 from (tokens, …). Without tokens the output is 0."""
     size = tokens.shape[1:].numel() // kv_heads
     by_head = tokens.reshape(len(tokens), kv_heads, size).transpose(0, 1).float()
     return by_head.repeat_interleave(heads // kv_heads, 0)
 
 
 def _hidden(queries: int, keys: int, mode: int, pre_tokens: int, next_tokens: int) -> torch.Tensor:
-    """True where a query must not look: after itself (3), outside its band (4). The last query
-    stands at the last key."""
+    """True for hidden keys: those after the query (mode 3), or outside its band (mode 4).
+
+    The last query is aligned with the last key.
+    """
     distance = torch.arange(keys) - (torch.arange(queries) + keys - queries).unsqueeze(1)
     if mode == 3:
         return distance > 0
@@ -202,11 +207,11 @@ KERNELS = {
 }
 
 METAS = {"npu::npu_fused_infer_attention_score.out": fused_infer_attention_score_out_meta}
-"""Where torch_npu has none: kernels for tensors without content."""
+"""Meta kernels that torch_npu lacks."""
 
 ON_HOST = {
     "npu::_npu_fused_infer_attention_score_get_max_workspace": (
         fused_infer_attention_score_get_max_workspace
     )
 }
-"""Functions that run no kernel, and so are never recorded."""
+"""Functions that run no kernel, and therefore are never captured."""

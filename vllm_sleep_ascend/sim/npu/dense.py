@@ -8,7 +8,7 @@ import torch.nn.functional as F
 def rms_norm(
     input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``input / rms * gamma`` over gamma's dimensions; and ``1 / rms``, float32."""
+    """``input / rms * gamma`` over gamma's dimensions, and ``1 / rms`` in float32."""
     dims = tuple(range(-gamma.dim(), 0))
     x = input.float()
     rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
@@ -49,7 +49,7 @@ def rotary_embedding(
     cos_sin_cache: torch.Tensor,
     is_neox_style: bool,
 ) -> None:
-    """Rotate query and key in place: halves of a head (neox), or neighbours."""
+    """Rotate query and key in place: the halves of a head (neox), or adjacent pairs."""
     cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, -1)
     rotated = 2 * cos.shape[-1]
     for tensor in (query, key):
@@ -82,4 +82,4 @@ VLLM_ASCEND = {
         add_rms_norm_bias,
     ),
 }
-"""Of vllm-ascend's own library: schema, kernel, and kernel for tensors without content."""
+"""Operators of vllm-ascend's library: schema, kernel and meta kernel."""

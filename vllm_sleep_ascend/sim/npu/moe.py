@@ -27,11 +27,10 @@ def gating_top_k(
     eps: float = 1e-20,
     bias_opt: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights and numbers, int32, of each token's ``k`` best experts; and all experts' norms.
+    """Weights and int32 ids of each token's top ``k`` experts, and the scores of all experts.
 
-    The norm is a softmax (``norm_type`` 0) or a sigmoid (1), of which the chosen are scaled to a
-    sum of one; ``renorm`` 1 takes the softmax over the chosen alone. A bias counts in the choice
-    only.
+    Scores are a softmax (``norm_type`` 0), or a sigmoid (1) whose chosen values are scaled to a sum
+    of one. ``renorm`` 1 takes the softmax of the chosen experts. A bias affects only the choice.
     """
     _require(group_count == 1 and k_group == 1, "moe_gating_top_k", "groups are not simulated")
     scores = x.float()
@@ -60,8 +59,11 @@ def init_routing(
     row_idx_type: int = 0,
     x_dtype: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each row's token, ordered by expert; where each row went (``row_idx_type`` 0), -1 for
-    experts out of range, or came from (1); each expert's number of rows, int64; and no scale."""
+    """Sort the rows by expert.
+
+    Returns each row's token; the row's destination (``row_idx_type`` 0; -1 for experts out of
+    range) or source (1); the int64 number of rows of each expert; and an empty scale.
+    """
     rows = expert_idx.numel()
     name = "moe_init_routing"
     _require(quant_mode == -1 and scale is None, name, "quantization is not simulated")
@@ -106,13 +108,13 @@ def token_unpermute(
     padded_mode: bool = False,
     restore_shape: list[int] | None = None,
 ) -> torch.Tensor:
-    """Each token's rows, weighed by ``probs`` (tokens, choices), and summed."""
+    """The sum of each token's rows, weighted by ``probs`` (tokens, choices)."""
     _require(not padded_mode, "npu_moe_token_unpermute", "padded_mode is not simulated")
     choices = 1 if probs is None else probs.shape[1]
     rows = permuted_tokens[sorted_indices.long()].float()
     rows = rows.view(-1, choices, rows.shape[-1])
     if probs is not None:
-        # A row of an expert elsewhere has weight zero and any content.
+        # A row of another rank's expert has weight zero and arbitrary content.
         rows = torch.where(probs.unsqueeze(-1) == 0, 0.0, rows * probs.float().unsqueeze(-1))
     return rows.sum(1).to(permuted_tokens.dtype)
 
@@ -130,7 +132,7 @@ def grouped_matmul(
     tuning_config: list[int] | None = None,
     **unsupported: Any,
 ) -> list[torch.Tensor]:
-    """The rows of each group times the group's matrix of ``weight[0]``, (groups, inner, outer)."""
+    """Multiply each group's rows by its matrix in ``weight[0]``, (groups, inner, outer)."""
     name = "npu_grouped_matmul"
     given = [key for key, argument in unsupported.items() if argument is not None]
     _require(not given, name, f"{', '.join(given)} is not simulated")
@@ -181,4 +183,4 @@ VLLM_ASCEND = {
         init_routing_meta,
     ),
 }
-"""Of vllm-ascend's own library: schema, kernel, and kernel for tensors without content."""
+"""Operators of vllm-ascend's library: schema, kernel and meta kernel."""
