@@ -15,8 +15,8 @@ using namespace camem;
 
 namespace {
 
-// Releases the GIL. Python ends a thread that asks for it after the interpreter has ended, in the
-// middle of C++ frames that cannot be unwound: such a thread waits for the end of the process.
+// Releases the GIL. After the interpreter has ended, Python terminates threads that request the
+// GIL, and C++ frames cannot be unwound then. Such a thread waits for the process to end instead.
 class WithoutGil {
  public:
   WithoutGil() : alive_(!Pool::instance().has_ended()), state_(PyEval_SaveThread()) {}
@@ -117,7 +117,7 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
   settings.device_timeout = std::chrono::milliseconds(std::llround(device_timeout_s * 1000));
   settings.scratch_chunk_bytes = scratch_chunk_bytes;
   settings.scratch_tags = tag_ids(scratch_tags);
-  const WithoutGil released;  // a transaction may hold the lock for long
+  const WithoutGil released;  // a transaction may hold the lock for a long time
   Pool::instance().configure(settings);
 }
 
@@ -197,7 +197,7 @@ std::optional<py::bytes> read_backup(std::uintptr_t address, std::size_t bytes) 
   return content;
 }
 
-// Raises vllm_sleep_ascend.errors.<type> with the figures of the error as attributes.
+// Raises vllm_sleep_ascend.errors.<type> with the error's figures as attributes.
 void raise_error(const char* type, const std::string& message, const py::dict& figures) {
   const py::object cls = py::module_::import("vllm_sleep_ascend.errors").attr(type);
   const py::object error = cls(message);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two functions that torch's pluggable allocator calls, with torch's allocator lock held and
-// perhaps without the GIL: no Python in here, and no exception gets out.
+// The two functions that torch's pluggable allocator calls. torch holds its allocator lock, and may
+// not hold the GIL, so nothing here calls Python or throws.
 #include <acl/acl.h>
 #include <sys/types.h>
 
@@ -12,9 +12,8 @@
 
 #define CAMEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Device memory of at least `size` bytes, tagged with the calling thread's current tag; nullptr
-// when there is none, upon which torch frees its caches, tries again, then raises
-// torch.OutOfMemoryError.
+// Returns at least `size` bytes of device memory with the calling thread's current tag. If it
+// returns nullptr, torch frees its caches and retries, then raises torch.OutOfMemoryError.
 CAMEM_EXPORT void* camem_malloc(ssize_t size, int device, aclrtStream) {
   if (size <= 0) return nullptr;
   try {
@@ -28,8 +27,7 @@ CAMEM_EXPORT void* camem_malloc(ssize_t size, int device, aclrtStream) {
   }
 }
 
-// Runs when a memory pool is destroyed: perhaps while its memory sleeps, perhaps at interpreter
-// exit.
+// Runs when a memory pool is destroyed, possibly while its memory sleeps or at interpreter exit.
 CAMEM_EXPORT void camem_free(void* address, ssize_t, int, aclrtStream stream) {
   camem::Pool::instance().free(address, stream);
 }

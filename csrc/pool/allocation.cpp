@@ -28,7 +28,7 @@ bool Chunk::is_stuck() const {
 }
 
 void Chunk::require_not_stuck() const {
-  if (is_stuck()) throw std::runtime_error("a copy that has not ended uses this memory");
+  if (is_stuck()) throw std::runtime_error("a copy that has not completed uses this memory");
 }
 
 void Chunk::detach() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One allocation: a reserved address range, its physical chunks and their host backups.
+// An allocation: a reserved address range, its physical chunks and their host backups.
 #pragma once
 
 #include <array>
@@ -15,51 +15,51 @@
 
 namespace camem {
 
-// Where the bytes of a chunk are. It changes only after the work that it names has succeeded, so
-// it is true also in the middle of a failed transaction.
+// Where the bytes of a chunk are. It changes only after the work has succeeded, so it is correct
+// even in the middle of a failed transaction.
 enum class Content : std::uint8_t {
   kDevice,  // mapped, usable
-  kParked,  // in device memory that is not mapped: a sleep may yet be taken back, or could not be
+  kParked,  // in unmapped device memory, until the commit or after a failed rollback
   kHost,    // in the host backup
-  kNone,    // forgotten
+  kNone,    // discarded
 };
 
-// The unit in which device memory is taken, copied and given back.
+// The unit in which device memory is allocated, copied and freed.
 struct Chunk {
   std::byte* address = nullptr;
   std::size_t bytes = 0;
   PhysicalMemory memory;
   HostMemory backup;
   Content content = Content::kNone;
-  std::array<const CopyStream*, 2> copying{};  // where copies of it are in flight, or may be
+  std::array<const CopyStream*, 2> copying{};  // streams that may have copies of it in flight
 
-  // Makes sure that device memory is mapped at `address`. Throws; a repeated call goes on where
-  // the failed one stopped.
+  // Makes sure that device memory is mapped at `address`. Throws; a retry continues where the
+  // failed call stopped.
   void attach(int device);
 
-  // Whether a copy that did not end in time may still touch its memory, on the device and the host.
+  // Whether a timed-out copy may still access its memory, on the device or the host.
   void require_not_stuck() const;  // throws
   bool is_stuck() const;
 
-  // Unmaps without giving the device memory back, so that remap() needs none. Throws.
+  // Unmaps but keeps the device memory, so that remap() needs no new memory. Throws.
   void park();
 
-  // Has it on the device again: what is parked as it was, what is forgotten empty. Throws.
+  // Maps it again: parked memory with its content, discarded memory without. Throws.
   void remap(int device);
 
-  // Unmaps and gives the device memory back. Throws if unmapping fails, and while it is stuck;
-  // memory that is unmapped but could not be given back is left for settle().
+  // Unmaps and frees the device memory. Throws if unmapping fails or the chunk is stuck. settle()
+  // frees memory that was unmapped but could not be freed.
   void detach();
 
-  // Gives back what `content` does not need: device memory unless it is on the device, the backup
-  // unless it is on the host or kept for the next sleep. False if a call failed, or while it is
-  // stuck; then repeat it.
+  // Frees what `content` does not need: device memory unless the content is there, and the backup
+  // unless the content is there or it is kept for the next sleep. False if a call failed or the
+  // chunk is stuck: retry then.
   bool settle(bool keep_backup) noexcept;
 };
 
 using TagId = std::uint16_t;
 
-// What an allocation is as a whole; derived from its chunks.
+// The state of a whole allocation, derived from its chunks.
 enum class State : std::uint8_t { kMapped, kOffloaded, kDiscarded, kTrimmed };
 
 struct Allocation {
@@ -68,23 +68,22 @@ struct Allocation {
 
   State state() const;
 
-  // Whether the backups hold this content, so that it need not be copied again.
+  // Whether the backups already hold this content.
   bool backed_up(std::uint64_t sum) const;
 
-  // Gives back what it holds, device first. Throws at the first failing call, and while it is
-  // stuck, and can be repeated.
+  // Frees everything, device memory first. Throws at the first failing call or while a chunk is
+  // stuck, and can be retried.
   void release();
 
   int device;
   TagId tag;
   Reservation range;
   std::vector<Chunk> chunks;
-  // Checksum of the content that the backups of all chunks hold; empty when that is not certain.
+  // Checksum of the content of all backups; empty if it is not known.
   std::optional<std::uint64_t> backup_sum;
-  // The backups were found not to hold it: the next sleep copies again.
+  // A wake found the backups to be wrong, so the next sleep copies again.
   bool backup_distrusted = false;
-  // torch keeps the segment but uses none of it: its memory was given back for good, and no wake
-  // brings it back.
+  // torch keeps the segment without using it. Its memory was freed for good; no wake maps it again.
   bool trimmed = false;
 };
 

@@ -12,10 +12,11 @@
 namespace camem {
 namespace {
 
-// Locking fewer chunks than this takes less time than measuring which way is faster.
+// Locking fewer chunks than this is faster than measuring which way is faster.
 constexpr std::size_t kWorthMeasuring = 16;
 
-// Sleeps and wakes follow each other closely at times, and the driver's locks are theirs then.
+// A pause before background work: a sleep and a wake may follow each other closely, and should not
+// have to wait for the driver's locks.
 constexpr std::chrono::seconds kQuiet{1};
 
 }  // namespace
@@ -43,7 +44,7 @@ bool Backups::stages(int device, std::size_t bytes) {
   if (!speeds_) {
     if (bytes < kWorthMeasuring * settings_.chunk_bytes) return false;
     speeds_ = transfer_.staging().open_and_measure(device, threads(), source(device));
-    if (!speeds_) return false;  // each block finds out for itself what can be had
+    if (!speeds_) return false;  // each block tries page-locked memory first
   }
   return speeds_->copying > speeds_->locking;
 }
@@ -104,11 +105,11 @@ void Backups::resume_background(const Tasks& to_host) noexcept {
     if (used) release_prepared();
     if (!order_locking_of_plain_backups() && prepared_ && !reserve_.is_working()) order_prepared();
   } catch (const std::exception&) {
-    // Then nothing is prepared, and the next sleep takes what it needs.
+    // Nothing is prepared then, and the next sleep allocates what it needs.
   }
 }
 
-// Takes page-locked memory for what has no backup and would need one.
+// Page-locks memory for everything that needs a backup and has none.
 void Backups::order_prepared() {
   HostReserve::Order order;
   std::vector<std::size_t> sizes;
@@ -126,8 +127,9 @@ void Backups::order_prepared() {
   reserve_.prepare(std::move(order));
 }
 
-// Takes page-locked memory for plain backups, so that the next copy runs at the speed of the link.
-// Not for backups that go with the wake: to give it back takes longer. False: there is none.
+// Replaces plain backups by page-locked memory, so that the next copy runs at the speed of the
+// link. Not for backups that the wake frees, because freeing page-locked memory takes longer. False
+// if there is none to replace.
 bool Backups::order_locking_of_plain_backups() {
   HostReserve::Order order;
   for (auto& [address, allocation] : registry_.allocations()) {
@@ -150,7 +152,7 @@ bool Backups::order_locking_of_plain_backups() {
   return true;
 }
 
-// False: the pool is busy.
+// False if the pool is busy.
 bool Backups::put_in_place_of_plain(HostMemory& block) {
   std::unique_lock<std::mutex> lock(lock_, std::try_to_lock);
   if (!lock.owns_lock()) return false;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The host memory of the backups: where it comes from, and what is taken ahead of its use.
+// The host memory of the backups: where it comes from, and what is allocated in advance.
 #pragma once
 
 #include <cstddef>
@@ -16,61 +16,60 @@
 
 namespace camem {
 
-// Where host memory comes from, and what is held beside the backups, in bytes.
+// Where host memory comes from, and how many bytes are held besides the backups.
 struct HostInfo {
-  std::optional<HostChoice> choice;  // empty: nothing was needed yet
-  std::optional<HostSpeeds> speeds;  // empty: not measured yet
-  std::size_t prepared;              // page-locked, for backups to come
-  std::size_t staging;               // page-locked, through which plain backups are copied
-  std::uint64_t steps;               // of the model, for which what is prepared made room
+  std::optional<HostChoice> choice;  // empty if not needed yet
+  std::optional<HostSpeeds> speeds;  // empty if not measured yet
+  std::size_t prepared;              // page-locked, for future backups
+  std::size_t staging;               // page-locked, for copies of plain backups
+  std::uint64_t steps;               // steps of the model, during which preparation slows down
 };
 
-// Protected by the pool's lock, but for what is said to be thread-safe.
+// The pool's lock protects it, except where a function is called thread-safe.
 class Backups {
  public:
-  // `lock` is the pool's: what is locked in the background is put in place under it.
+  // `lock` is the pool's. Blocks locked in the background are put in place under it.
   Backups(std::mutex& lock, const Settings& settings, const Registry& registry, Transfer& transfer)
       : lock_(lock), settings_(settings), registry_(registry), transfer_(transfer) {}
 
-  // Where page-locked memory comes from is found out anew.
+  // The source of page-locked memory is determined again.
   void forget_source() { choice_.reset(); }
-  // To be asked for when the first memory is allocated: later on, memory and streams may be scarce.
+  // Call it at the first allocation, because memory and streams may be scarce later.
   HostSource source(int device);
 
-  // Throws OutOfHostMemory if the machine cannot give what a sleep of these has yet to take.
+  // Throws OutOfHostMemory if the machine lacks the memory that a sleep of these still needs.
   void require_host_memory(const Tasks& offloads);
-  // Bytes that a sleep of these has yet to take.
+  // Bytes that a sleep of these still has to allocate.
   std::size_t missing(Tasks::const_iterator first, Tasks::const_iterator last);
-  // Whether backups of so many bytes, for which nothing is ready, are better copied into plain
-  // memory.
+  // Whether unprepared backups of this size are copied faster into plain memory.
   bool stages(int device, std::size_t bytes);
-  // Threads that take host memory.
+  // The number of threads that allocate host memory.
   unsigned threads() const;
-  // A block that is ready, or none.
+  // A prepared block, or none.
   std::optional<HostMemory> take(std::size_t bytes) { return reserve_.take(bytes); }
-  // Takes back what a failed sleep took for a backup: it is kept if it was prepared. A sweep gives
-  // back what this cannot.
+  // Takes a backup back from a failed sleep, and keeps it if it was prepared. A sweep frees what
+  // could not be freed here.
   void take_back(const Allocation& allocation, Chunk& chunk) noexcept;
 
-  // Takes page-locked memory for the backups of these tags in the background, and returns at once.
-  // `slowly`: with one thread that rests half of the time.
+  // Page-locks memory for the backups of these tags in the background, and returns at once. With
+  // `slowly`, one thread does it and pauses half of the time.
   void prepare(const std::set<TagId>& tags, bool slowly);
   bool wait_prepared(double seconds) { return reserve_.wait(seconds); }  // thread-safe
-  // Gives back what was prepared and not used.
+  // Frees what was prepared and not used.
   void release_prepared();
-  // Nothing is allocated any more: all goes, but for what the backups hold.
+  // Frees everything but the backups. Nothing is allocated any more.
   void clear() noexcept;
-  void close() noexcept { reserve_.close(); }  // for good; thread-safe
+  void close() noexcept { reserve_.close(); }  // final; thread-safe
 
-  // An operation begins: nothing is put in place meanwhile.
+  // An operation begins. Until it ends, the background puts no blocks in place.
   void pause() { reserve_.cancel(); }
-  // A sleep is going to copy, and needs the driver for itself.
+  // A sleep is about to copy, and should not compete for the driver.
   void stop() { reserve_.stop(); }
-  // An operation has ended, whatever its outcome. `to_host`: what a sleep copied, some of it into
-  // memory that was prepared.
+  // An operation has ended or failed. `to_host` is what a sleep copied, possibly into prepared
+  // memory.
   void resume_background(const Tasks& to_host = {}) noexcept;
 
-  // Thread-safe, and neither waits.
+  // Thread-safe. Neither waits.
   void step_begins() noexcept { reserve_.step_begins(); }
   void step_ends() noexcept { reserve_.step_ends(); }
 
@@ -91,7 +90,7 @@ class Backups {
   const Registry& registry_;
   Transfer& transfer_;
   HostReserve reserve_;
-  std::optional<Prepared> prepared_;  // what is to be ready in the reserve
+  std::optional<Prepared> prepared_;  // what the reserve should hold
   std::optional<HostChoice> choice_;
   std::optional<HostSpeeds> speeds_;
 };

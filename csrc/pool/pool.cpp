@@ -25,7 +25,7 @@ std::size_t round_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Throws where the allocator has been shut down.
+// Throws if the allocator has been shut down.
 void require_alive() {
   if (g_abandoned) {
     throw std::runtime_error(
@@ -46,8 +46,8 @@ Pool::Pool() : tag_names_{"default"} {
   pthread_atfork(nullptr, nullptr, [] { g_abandoned = true; });
 }
 
-// It is asked before the lock, as in a forked child nobody may be left to give that back, and after
-// it, as the process may have ended meanwhile.
+// Checks before locking, because in a forked child the lock may never be released, and afterwards,
+// because the process may have ended meanwhile.
 Pool::Lock Pool::lock() {
   require_alive();
   Lock lock(mutex_);
@@ -59,8 +59,8 @@ void Pool::abandon() noexcept {
   g_ended = true;
   if (g_abandoned.exchange(true)) return;  // a forked child cannot join its parent's threads
   backups_.close();
-  // Contexts have to go before the device that torch resets. An operation that is under way, or a
-  // copy that has not ended, keeps them.
+  // Contexts must be destroyed before torch resets the device, unless an operation is running or a
+  // copy has not completed.
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
   if (lock.owns_lock() && !transfer_.is_stuck()) transfer_.close();
 }
@@ -133,20 +133,19 @@ void Pool::sweep(bool synchronized) noexcept {
   registry_.sweep(settings_.keep_host_backup || prepared_, synchronized);
 }
 
-// A copy that has not ended in time may still use memory that an operation would unmap or free.
+// A timed-out copy may still use memory that an operation would unmap or free.
 void Pool::require_nothing_stuck() {
   if (!transfer_.is_stuck()) return;
   throw std::runtime_error(
       "a copy of an earlier operation has not ended yet; if it never does, end the process");
 }
 
-// The start of every transaction. What torch has queued but not yet launched is the caller's to
-// flush.
+// Every transaction starts here. The caller has flushed the work that torch had queued.
 void Pool::begin(const char* operation, bool waits) {
   backups_.pause();
   try {
     require_nothing_stuck();
-    // Work may run on memory that taking back would unmap.
+    // Work may use memory that a rollback would unmap.
     if (waits || prepared_) wait_for(registry_.contexts(), settings_.device_timeout);
   } catch (...) {
     fail(operation, "nothing was touched, and the same call can be repeated");
@@ -241,7 +240,7 @@ void Pool::wait_for_devices() {
   wait_for(contexts, limit);  // without the lock: torch may allocate and free meanwhile
 }
 
-// Called while what failed is being handled.
+// Called inside a catch block.
 void Pool::fail(const char* operation, const std::string& outcome) {
   std::exception_ptr cause = std::current_exception();
   backups_.resume_background();

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The allocations of this process, and the operations over them: what torch's hooks and Python
-// call.
+// The allocations of this process, and the operations on them that torch's hooks and Python call.
 #pragma once
 
 #include <chrono>
@@ -32,7 +31,7 @@ struct AllocationInfo {
   State state;
   std::size_t device_bytes;                 // physical memory held now
   std::size_t host_bytes;                   // backup held now
-  std::size_t page_locked_bytes;            // of it, page-locked
+  std::size_t page_locked_bytes;            // the page-locked part of the backup
   std::optional<std::uint64_t> backup_sum;  // checksum of the backup, if one was given
 };
 
@@ -44,7 +43,7 @@ class TransactionError : public std::runtime_error {
       : std::runtime_error(message), cause_(cause), tag_(std::move(tag)), device_(device) {}
 
   std::exception_ptr cause() const { return cause_; }
-  const std::string& tag() const { return tag_; }  // empty: it is about none
+  const std::string& tag() const { return tag_; }  // empty if no tag is concerned
   int device() const { return device_; }
 
  private:
@@ -55,12 +54,12 @@ class TransactionError : public std::runtime_error {
 
 // How far an operation goes.
 enum class Until : std::uint8_t {
-  kPrepared,  // all that can fail is done; commit() or abort() follows, and the report is empty
+  kPrepared,  // stops before the commit; the report is empty, and commit() or abort() follows
   kCommitted,
 };
 
-// Thread-safe. An operation holds the lock from start to end, so an allocation on another thread
-// waits for it; nothing under the lock calls Python or torch.
+// Thread-safe. An operation holds the lock from start to end, so allocations on other threads wait.
+// Nothing under the lock calls Python or torch.
 class Pool {
  public:
   // Never destroyed: torch may free memory after static destructors have run.
@@ -71,46 +70,44 @@ class Pool {
   std::string tag_name(TagId tag);
   std::vector<std::string> tag_names();
 
-  // The tag that allocations of the calling thread get; returns the one before.
+  // Sets the tag for allocations of the calling thread, and returns the previous one.
   TagId set_current_tag(TagId tag);
 
-  // Device memory of at least `bytes`. Throws OutOfDeviceMemory or AclError.
+  // Returns at least `bytes` of device memory. Throws OutOfDeviceMemory or AclError.
   void* allocate(std::size_t bytes, int device);
 
-  // Gives an allocation back in whatever state it is: at once where `stream`, on which torch used
-  // it, is idle, else when a later operation finds that it is or has waited for the device. Never
-  // waits, as a stream may be capturing a graph, and never throws; what a failing call leaves
-  // behind is given back later as well.
+  // Frees an allocation in any state: at once if `stream`, on which torch used it, is idle,
+  // otherwise in a later operation. Never waits, because a stream may be capturing a graph, and
+  // never throws; a later operation retries calls that fail.
   void free(void* address, aclrtStream stream) noexcept;
 
-  // As Transaction::prepare_sleep() and prepare_wake() say; `timeout` is how long a wake waits for
-  // device memory. Throw TransactionError, whose message says what is not as it was.
+  // See Transaction::prepare_sleep() and prepare_wake(). A wake waits up to `timeout` for device
+  // memory. Throw TransactionError; its message says what could not be restored.
   Report sleep(const Plan& plan, const Sums& sums = {}, Until until = Until::kCommitted);
   Report wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout,
               Until until = Until::kCommitted);
 
-  // Carries out what is prepared, or takes it back and returns what failed in that, empty: nothing.
-  // Any other operation takes back what is prepared first.
+  // Commits what is prepared, or rolls it back and returns what failed, if anything. Any other
+  // operation first rolls back what is prepared.
   Report commit();
   std::string abort();
 
-  // Waits for all that was launched on the devices in use, no longer than for `device_timeout`.
-  // Throws AclError.
+  // Waits up to `device_timeout` for all work on the devices in use. Throws AclError.
   void wait_for_devices();
 
-  // Gives back for good the memory of segments of which torch uses nothing. Returns bytes.
+  // Frees the memory of segments that torch does not use, for good. Returns bytes.
   std::size_t trim(const std::set<std::uintptr_t>& addresses);
 
-  // The next sleep copies these allocations again, also where their checksum did not change.
+  // The next sleep copies these allocations again, even if their checksum is unchanged.
   void distrust_backups(const std::set<std::uintptr_t>& addresses);
 
   std::vector<AllocationInfo> allocations();
 
   // Copies [address, address + bytes) of a sleeping allocation from its host backup to `target`.
-  // False if that memory is not in a backup.
+  // False if no backup holds that memory.
   bool read_backup(std::uintptr_t address, std::size_t bytes, std::byte* target);
 
-  // See Backups. wait_prepared() is false: not in that time.
+  // See Backups. wait_prepared() returns false on a timeout.
   void prepare(const std::set<TagId>& tags, bool slowly);
   bool wait_prepared(double seconds);
   void release_prepared();
@@ -118,13 +115,13 @@ class Pool {
   void step_ends() noexcept { backups_.step_ends(); }
   HostInfo host_info();
 
-  // Bytes that the operation that runs has copied so far. Never waits for it.
+  // Bytes that the running operation has copied so far. Never waits.
   std::size_t copied_bytes() const { return transfer_.copied_bytes(); }
 
-  // After this the hooks do nothing and everything else throws: the runtime below may be gone. The
-  // same holds in a forked child.
+  // After this the hooks do nothing and everything else throws, because AscendCL may have shut
+  // down. The same holds in a forked child.
   void abandon() noexcept;
-  bool has_ended() const noexcept;  // by abandon() in this process, not by a fork
+  bool has_ended() const noexcept;  // abandon() was called in this process; a fork does not count
 
  private:
   using Lock = std::unique_lock<std::mutex>;
@@ -145,7 +142,7 @@ class Pool {
   RolledBack take_back() noexcept;
   [[noreturn]] void fail(const char* operation, const std::string& outcome);
 
-  std::mutex tags_mutex_;  // of the names alone: whoever asks for one may hold the GIL
+  std::mutex tags_mutex_;  // protects only the names, because their readers may hold the GIL
   std::vector<std::string> tag_names_;
   std::mutex mutex_;
   Settings settings_;
@@ -154,7 +151,7 @@ class Pool {
   Transfer transfer_;
   Backups backups_{mutex_, settings_, registry_, transfer_};
   Steps steps_{settings_, transfer_, backups_};
-  std::optional<Prepared> prepared_;  // and not yet committed
+  std::optional<Prepared> prepared_;  // not committed yet
 };
 
 }  // namespace camem

@@ -12,8 +12,7 @@
 namespace camem {
 namespace {
 
-// Whether all is done that was launched on a stream of the current context; nothing where it cannot
-// be asked.
+// Whether a stream of the current context is idle; empty if it cannot be queried.
 std::optional<bool> is_idle(aclrtStream stream) {
   aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
   if (is_capturing(stream) || aclrtStreamQuery(stream, &status) != ACL_SUCCESS) return {};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// All allocations of this process, and those that torch has freed and AscendCL not yet.
+// All allocations of this process, including those that torch has freed and AscendCL has not yet.
 #pragma once
 
 #include <acl/acl.h>
@@ -16,7 +16,7 @@
 
 namespace camem {
 
-// A chunk that an operation is about, and what it was before.
+// A chunk of an operation, and its content before.
 struct Task {
   Allocation* allocation;
   Chunk* chunk;
@@ -31,28 +31,27 @@ class Registry {
   using Allocations = std::map<std::uintptr_t, std::unique_ptr<Allocation>>;
 
   void add(std::unique_ptr<Allocation> allocation);
-  Allocation* find(std::uintptr_t address) const;  // that starts there, or null
+  Allocation* find(std::uintptr_t address) const;  // the one that starts there, or null
   const Allocations& allocations() const { return allocations_; }
   bool is_empty() const { return allocations_.empty(); }
 
-  // Torch has freed the allocation that starts there. A sweep gives it back.
+  // torch has freed the allocation that starts there. A sweep frees its memory.
   void doom(std::uintptr_t address, aclrtStream stream);
   bool has_doomed() const { return !doomed_.empty(); }
 
-  // The chunks that are wanted, device by device. Nothing of what was trimmed.
+  // The chunks for which `wanted` is true, sorted by device, without trimmed allocations.
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted) const;
 
-  // Torch's contexts of the devices that hold memory, and this thread's, whatever it is: a user's
-  // own work may be about that memory too.
+  // torch's contexts on the devices with allocations, and this thread's context, because a user's
+  // work in it may use that memory too.
   std::set<aclrtContext> contexts() const;
 
-  // Gives back what no chunk needs any more, and what is freed: where `synchronized`, whatever the
-  // stream says on which torch used it. A single failing call is made good at once; after more, the
-  // next sweep tries again.
+  // Frees what no chunk needs any more, and what torch has freed: if `synchronized`, without a look
+  // at the stream on which torch used it. Retries a failing call once; then the next sweep retries.
   void sweep(bool keep_backups, bool synchronized) noexcept;
   void needs_sweep() { unswept_ = true; }
 
-  // Maps again what a failed operation had to leave unmapped, if that is possible by now.
+  // Tries to map what a failed operation had to leave unmapped.
   void unpark() noexcept;
 
  private:

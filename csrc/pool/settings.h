@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the allocator of a process is told once.
+// The allocator's settings, which a process sets once.
 #pragma once
 
 #include <chrono>
@@ -13,25 +13,24 @@
 
 namespace camem {
 
-// What a sleep does for whose backup no page-locked memory is ready.
+// What a sleep does if no page-locked memory was prepared for its backup.
 enum class Unprepared : std::uint8_t {
-  kMeasured,  // what is faster on this host
-  kLock,      // takes page-locked memory
-  kStage,     // takes plain memory, and copies through page-locked blocks
+  kMeasured,  // whichever is faster on this host
+  kLock,      // allocate page-locked memory
+  kStage,     // allocate plain memory, and copy through page-locked blocks
 };
 
 struct Settings {
   std::size_t chunk_bytes = std::size_t{64} << 20;
   bool keep_host_backup = true;
-  unsigned copy_threads = 3;   // threads that copy once the host memory is there
-  unsigned host_threads = 16;  // threads that take host memory; at most one a core
-  // What launched before may take to end, and a copy beyond what the slowest link needs for it.
+  unsigned copy_threads = 3;   // threads that copy into existing host memory
+  unsigned host_threads = 16;  // threads that allocate host memory, at most one per core
+  // How long earlier work may take, and a copy beyond the time that the slowest link needs for it.
   std::chrono::milliseconds device_timeout{60000};
   HostChoice host_choice{HostSource::kAcl, ""};  // registered memory is tried first
   Unprepared unprepared = Unprepared::kMeasured;
-  // Tags whose content nobody needs once a sleep has begun. They take memory in larger chunks
-  // (fewer calls), and a sleep of a single rank gives it back at once: one that fails maps it
-  // again, empty.
+  // The content of these tags is not needed once a sleep has begun. Their chunks are larger (fewer
+  // calls), and a single rank frees them before the commit; a rollback maps them again, empty.
   std::size_t scratch_chunk_bytes = std::size_t{1} << 30;
   std::set<TagId> scratch_tags;
 };

@@ -17,17 +17,17 @@
 namespace camem {
 namespace {
 
-// Large enough for the link's full speed, small enough to be there soon.
+// Large enough for the link's full speed, small enough to be allocated quickly.
 constexpr std::size_t kPiece = std::size_t{2} << 20;
 
-// Does the work on each of so many threads, and returns the seconds until all have done it.
+// Runs the work on each of `threads` threads, and returns the seconds until all have finished.
 double seconds_of(unsigned threads, const std::function<void(unsigned)>& work) {
   const auto start = std::chrono::steady_clock::now();
   std::vector<std::thread> others;
   try {
     for (unsigned i = 1; i < threads; ++i) others.emplace_back(work, i);
   } catch (const std::exception&) {
-    // The machine gives no more threads: go on with those that there are.
+    // No more threads are available: continue with those that were started.
   }
   work(0);
   for (std::thread& thread : others) thread.join();
@@ -46,7 +46,7 @@ void Staging::open(int device, unsigned threads, HostSource source) {
       DeviceGuard guard(device);
       for (HostMemory& block : lanes[thread]) block = HostMemory::page_locked(kPiece, source);
     } catch (const std::exception&) {
-      lanes[thread] = {};  // whose lane it is copies synchronously
+      lanes[thread] = {};  // this thread copies synchronously
     }
   });
   for (Lane& lane : lanes) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Copies between the device and memory that is not page-locked, piece by piece through page-locked
-// blocks: while one piece crosses the link, the thread copies another in host memory.
+// Copies between the device and plain host memory in pieces, through page-locked blocks: while one
+// piece crosses the link, the thread copies another one in host memory.
 #pragma once
 
 #include <acl/acl.h>
@@ -21,19 +21,18 @@ enum class Direction { kDeviceToHost, kHostToDevice };
 
 class Staging {
  public:
-  // Gives each of `threads` threads two blocks, or as many of them as the host gives.
+  // Gives each of `threads` threads two blocks, or fewer if the host has no more.
   void open(int device, unsigned threads, HostSource source);
   void close() noexcept;
   std::size_t bytes();
 
-  // Gives the blocks that it has back, takes all anew, and tells how fast that was and how fast the
-  // threads copy from them. Nothing if the host gives none.
+  // Frees its blocks, allocates them again, and measures how fast that is and how fast the threads
+  // copy from them. Empty if the host has no memory for them.
   std::optional<HostSpeeds> open_and_measure(int device, unsigned threads, HostSource source);
 
-  // Copies the chunk to or from its backup, and returns when that is done. `thread` counts from 0
-  // and uses its own blocks; without any, or without streams, the copy is a synchronous one, for
-  // which the runtime locks pages itself. Throws AclError; then nothing is in flight any more, or
-  // the chunk is stuck.
+  // Copies the chunk to or from its backup, and waits for the copy. `thread` counts from 0 and uses
+  // its own blocks. Without blocks or streams the copy is synchronous, and the runtime locks pages
+  // itself. Throws AclError; nothing is in flight then, or the chunk is stuck.
   void copy(Direction direction, Chunk& chunk, unsigned thread,
             const std::array<CopyStream*, 2>& streams);
 
@@ -46,7 +45,7 @@ class Staging {
 
   std::vector<Lane> lanes_;
   std::mutex mutex_;
-  std::vector<StuckLane> stuck_;  // blocks that copies may still use, and whose threads have none
+  std::vector<StuckLane> stuck_;  // blocks that copies may still use; their threads have none
 };
 
 }  // namespace camem

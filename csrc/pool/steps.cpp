@@ -16,10 +16,10 @@
 namespace camem {
 namespace {
 
-// A short pause between two looks at device memory that another process may give back.
+// The interval between attempts to get device memory that another process may free.
 constexpr std::chrono::milliseconds kPoll{1};
 
-// What this throws is of that allocation.
+// Wraps exceptions of `work` in a StepFailure for that allocation.
 template <class Work>
 void at(const Allocation& allocation, const Work& work) {
   try {
@@ -31,7 +31,7 @@ void at(const Allocation& allocation, const Work& work) {
   }
 }
 
-// With the device of the allocation current on this thread.
+// Runs `work` with the allocation's device current on this thread.
 template <class Work>
 void on_device(const Task& task, const Work& work) {
   at(*task.allocation, [&] {
@@ -40,7 +40,7 @@ void on_device(const Task& task, const Work& work) {
   });
 }
 
-// The end of the tasks that are of the same device as the first.
+// The end of the tasks on the same device as the first.
 template <class Iterator>
 Iterator end_of_device(Iterator first, Iterator last) {
   const int device = first->allocation->device;
@@ -65,8 +65,8 @@ std::string message_of(std::exception_ptr error) {
   }
 }
 
-// Many copies in flight keep the link busy while other processes use the device too; a thread that
-// takes host memory, or copies in it, is slower than the link anyway.
+// Many copies in flight keep the link busy while other processes use the device. A thread that also
+// allocates host memory, or copies within it, is slower than the link, so one copy is enough.
 void Steps::copy(Iterator first, Iterator last, Direction direction, bool takes_host_memory,
                  const Transfer::Step& before, const Transfer::Step& after) {
   std::vector<Chunk*> chunks;
@@ -118,15 +118,15 @@ void Steps::offload(const Tasks& tasks, Release release) {
   }
 }
 
-// Maps chunks on a thread of its own, ahead of the copies into them: device memory that others give
-// back may come slowly, and the link must not wait for each chunk of it.
+// Maps chunks on a separate thread, ahead of the copies into them: other processes may free device
+// memory slowly, and the link should not wait for each chunk.
 class Steps::MapAhead {
  public:
   MapAhead(Tasks tasks, Deadline deadline) : tasks_(std::move(tasks)), deadline_(deadline) {
     try {
       thread_ = std::thread([this] { run(); });
     } catch (const std::system_error&) {
-      run();  // the machine gives no more threads
+      run();  // no more threads are available
     }
   }
 
@@ -135,7 +135,7 @@ class Steps::MapAhead {
     if (thread_.joinable()) thread_.join();
   }
 
-  // Returns when the i-th is mapped. Throws what kept it or one before it from being so.
+  // Returns when the i-th is mapped. Throws what prevented that for it or an earlier one.
   void wait(std::size_t i) {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [&] { return mapped_ > i || error_; });
@@ -184,7 +184,7 @@ class Steps::MapAhead {
   std::thread thread_;
 };
 
-// Chunks without content are mapped last: no copy waits for them.
+// Chunks without content are mapped last, because no copy waits for them.
 void Steps::restore(Tasks tasks, Deadline deadline) {
   const auto with_content = [](const Task& task) { return task.chunk->content == Content::kHost; };
   for (auto first = tasks.begin(); first != tasks.end();) {

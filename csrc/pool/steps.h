@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What transactions do to chunks: copy to the host and back, map, unmap, forget.
+// What transactions do to chunks: copy to the host and back, map, unmap, discard.
 #pragma once
 
 #include <chrono>
@@ -15,16 +15,16 @@
 
 namespace camem {
 
-// When a sleep gives device memory back.
+// When a sleep frees device memory.
 enum class Release : std::uint8_t {
-  kAsItComesFree,  // taking it back maps and copies again
-  kAtCommit,       // taking it back needs neither memory nor copies
+  kAsItComesFree,  // a rollback allocates, maps and copies again
+  kAtCommit,       // a rollback needs neither memory nor copies
 };
 
-// The text of any exception that is one of the standard library's.
+// The text of an exception that is derived from std::exception.
 std::string message_of(std::exception_ptr error);
 
-// A step failed at an allocation. `cause` is what it threw.
+// A step failed at an allocation. `cause` is the original exception.
 class StepFailure : public std::runtime_error {
  public:
   StepFailure(const Allocation& at, std::exception_ptr cause)
@@ -35,8 +35,8 @@ class StepFailure : public std::runtime_error {
   const std::exception_ptr cause;
 };
 
-// Each step throws StepFailure at the first chunk that fails. Every chunk's `content` is true then,
-// so that what was done can be taken back.
+// Each step throws StepFailure at the first chunk that fails. Every chunk's `content` is correct
+// then, so that the work can be rolled back.
 class Steps {
  public:
   using Deadline = std::chrono::steady_clock::time_point;
@@ -44,16 +44,15 @@ class Steps {
   Steps(const Settings& settings, Transfer& transfer, Backups& backups)
       : settings_(settings), transfer_(transfer), backups_(backups) {}
 
-  // Copies the chunks to the host. Each, once its copy is verified, gives its device memory back,
-  // or is parked until the commit.
+  // Copies the chunks to the host. Once its copy is verified, a chunk's device memory is freed, or
+  // parked until the commit.
   void offload(const Tasks& tasks, Release release);
 
-  // Maps the chunks, waiting for device memory until the deadline, and copies back what the host
-  // holds.
+  // Maps the chunks, waiting for device memory until the deadline, and copies the backups back.
   void restore(Tasks tasks, Deadline deadline);
 
   void park(const Tasks& tasks);
-  void discard(const Tasks& tasks);  // gives back memory whose content nobody needs
+  void discard(const Tasks& tasks);  // frees memory whose content is not needed
 
  private:
   class MapAhead;

@@ -13,8 +13,7 @@
 namespace camem {
 namespace {
 
-// Runs the parts at the same time and waits for all. Throws what the first of them that failed has
-// thrown.
+// Runs the parts concurrently and waits for all. Throws the exception of the first failed part.
 void run_parallel(const std::vector<std::function<void()>>& parts) {
   std::vector<std::future<void>> others;
   for (std::size_t i = 1; i < parts.size(); ++i) others.push_back(std::async(parts[i]));
@@ -118,7 +117,7 @@ void Transaction::prepare_wake(const std::set<TagId>& tags,
   steps_.restore(to_device_, deadline.value_or(Steps::Deadline()));
 }
 
-// Memory that AscendCL does not take back now is offered again by each sweep.
+// Each sweep retries to free memory that AscendCL refuses to free now.
 Report Transaction::commit() {
   for (const Task& task : to_host_) {
     task.chunk->content = Content::kHost;
@@ -139,7 +138,7 @@ RolledBack Transaction::take_back() noexcept {
       result.trouble = error.what();
     }
   };
-  // Those that were mapped and whose content is there now.
+  // The chunks that were mapped before and whose content is in this place now.
   const auto for_each_mapped_before = [&](Content content, const auto& work) {
     for (const Tasks* tasks : {&to_host_, &to_none_}) {
       for (const Task& task : *tasks) {
@@ -153,7 +152,7 @@ RolledBack Transaction::take_back() noexcept {
       task.chunk->remap(task.allocation->device);
     });
   };
-  // What is parked needs no memory; what comes back empty needs it least.
+  // Parked chunks need no memory, so they go first. Empty ones matter least.
   for_each_mapped_before(Content::kParked, remap);
   attempt([&] {
     Tasks copied;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A sleep or a wake, which happens as a whole or not at all: what can fail is done first and can be
-// taken back, then it is committed, which cannot fail.
+// A sleep or a wake as a transaction: prepare does everything that can fail and can be rolled back,
+// then commit cannot fail.
 #pragma once
 
 #include <chrono>
@@ -23,7 +23,7 @@ enum class Action : std::uint8_t { kKeep, kOffload, kDiscard };
 
 struct Plan {
   std::map<TagId, Action> actions;
-  Action otherwise = Action::kOffload;  // for tags that nobody named: never lose what is unknown
+  Action otherwise = Action::kOffload;  // for other tags, so that nothing unknown is lost
 
   Action action(TagId tag) const {
     const auto found = actions.find(tag);
@@ -31,11 +31,11 @@ struct Plan {
   }
 };
 
-// Bytes that one operation moved, of one tag.
+// Bytes that an operation moved for one tag.
 struct Moved {
   std::size_t offloaded = 0;  // device to host
   std::size_t unchanged = 0;  // not copied: the backup holds it already
-  std::size_t discarded = 0;  // content forgotten
+  std::size_t discarded = 0;  // freed without a copy
   std::size_t restored = 0;   // host to device
   std::size_t remapped = 0;   // mapped again without content
 };
@@ -49,36 +49,36 @@ struct Report {
 using Sums = std::map<std::uintptr_t, std::uint64_t>;
 
 struct RolledBack {
-  std::string trouble;        // what failed in it, empty: nothing
-  bool lost_scratch = false;  // scratch memory had been given back, and comes again empty
+  std::string trouble;        // what failed, or empty
+  bool lost_scratch = false;  // scratch memory was freed, and is mapped again without content
 };
 
-// One of the two prepares comes first and may throw; then commit() or take_back(). The pool's lock
-// is held during each, and need not be in between.
+// First one of the two prepares, which may throw; then commit() or take_back(). The pool's lock
+// must be held during each call, but not in between.
 class Transaction {
  public:
   Transaction(const Settings& settings, Registry& registry, Backups& backups, Steps& steps)
       : settings_(settings), registry_(registry), backups_(backups), steps_(steps) {}
 
-  // Carries out the plan for everything that is mapped. Sleeping allocations stay as they are,
-  // except that Action::kDiscard drops their host backup. What has a checksum in `sums` equal to
-  // that of its backup is not copied; the sums are kept with the backups that are made.
+  // Applies the plan to everything that is mapped. Sleeping allocations are left unchanged, except
+  // that Action::kDiscard drops their backup. An allocation whose checksum in `sums` equals that of
+  // its backup is not copied. New backups keep their checksums.
   void prepare_sleep(const Plan& plan, const Sums& sums, Release release);
 
-  // Brings back every sleeping allocation of these tags, waiting for device memory until the
-  // deadline, if there is one.
+  // Restores every sleeping allocation of these tags, waiting for device memory until the deadline,
+  // if there is one.
   void prepare_wake(const std::set<TagId>& tags, std::optional<Steps::Deadline> deadline);
 
-  Report commit();  // tells what was prepared, also of what torch has freed since
+  Report commit();  // the report includes what torch has freed since
 
-  // Makes every chunk what it was. What cannot be mapped again is kept with its content, and a wake
-  // brings it back.
+  // Rolls back: every chunk is as before. A chunk that cannot be mapped keeps its content, and a
+  // wake restores it.
   RolledBack take_back() noexcept;
 
-  // Torch has freed this allocation meanwhile.
+  // torch has freed this allocation meanwhile.
   void forget(const Allocation& allocation);
 
-  // What sleeps on the host once this is committed.
+  // What will be on the host after the commit.
   const Tasks& to_host() const { return to_host_; }
 
  private:

@@ -47,7 +47,7 @@ void Transfer::open(int device) {
       lanes.streams.push_back(std::move(stream));
     }
   } catch (const std::exception&) {
-    // Copies are synchronous, until a later operation finds a context to be had.
+    // Copies are synchronous until a later operation gets a context.
     if (lanes.streams.empty()) lanes.context.reset();
   }
 }
@@ -72,7 +72,7 @@ bool Transfer::is_stuck() noexcept {
         ContextGuard guard(*lanes.context);
         stream->look_again();
       } catch (const std::exception&) {
-        // It is taken for stuck.
+        // It counts as stuck.
       }
       stuck = stuck || stream->is_stuck();
     }
@@ -110,7 +110,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
     if (!stream->is_stuck()) streams.push_back(stream.get());
   }
   if (streams.empty() && !lanes.streams.empty()) {
-    throw std::runtime_error("copies that were launched before have not ended");
+    throw std::runtime_error("earlier copies have not completed");
   }
 
   std::atomic<std::size_t> next{0};
@@ -124,8 +124,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
       if (batch.indices.empty()) return;
       index = batch.indices.front();
       batch.stream->wait(chunks[index]->bytes);
-      if (failed)
-        return;  // the failure may have been of these copies, and another thread told of it
+      if (failed) return;  // another thread may have received the error of these copies
       for (const std::size_t done : std::exchange(batch.indices, {})) {
         index = done;
         copied_ += chunks[index]->bytes;
@@ -154,7 +153,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
           index = mine;
           before(index);
           if (batch.stream != nullptr && chunks[index]->backup.is_page_locked()) {
-            batch.indices.push_back(index);  // first: a launch that fails may be in flight in part
+            batch.indices.push_back(index);  // first: a failed launch may be partly in flight
             chunks[index]->copying = {batch.stream};
             start_copy(direction, *chunks[index], *batch.stream);
           } else {
@@ -183,7 +182,7 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
   try {
     for (unsigned i = 1; i < parallelism.threads; ++i) others.emplace_back(work, i);
   } catch (const std::system_error&) {
-    // The machine gives no more threads: go on with those that there are.
+    // No more threads are available: continue with those that were started.
   }
   work(0);
   for (std::thread& thread : others) thread.join();
