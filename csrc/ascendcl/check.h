@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Checked AscendCL calls: every return code becomes a typed error that names the call, the code,
-// the bytes it was about and the place.
+// Checked AscendCL calls: a failure becomes a typed error that names the call, the code, the bytes
+// and the place.
 #pragma once
 
 #include <acl/acl.h>
@@ -26,7 +26,7 @@ class AclError : public std::runtime_error {
   std::size_t bytes_;
 };
 
-// Memory is short. `needed` and `free` are bytes.
+// There is not enough memory. `needed` and `free` are bytes.
 class OutOfMemory : public std::runtime_error {
  public:
   OutOfMemory(const std::string& message, std::size_t needed, std::size_t free)
@@ -40,25 +40,25 @@ class OutOfMemory : public std::runtime_error {
   std::size_t free_;
 };
 
-// `free` is device-wide: other processes move it.
+// `free` is device-wide, and other processes change it.
 class OutOfDeviceMemory : public OutOfMemory {
  public:
   using OutOfMemory::OutOfMemory;
 };
 
-// Host memory is short, or cannot be pinned.
+// There is not enough host memory, or it cannot be pinned.
 class OutOfHostMemory : public OutOfMemory {
  public:
   using OutOfMemory::OutOfMemory;
 };
 
-// Free device memory in bytes, device-wide; other processes move it. 0 if it cannot be asked.
+// Free bytes of the device, which other processes change; 0 if the query fails.
 std::size_t free_device_bytes();
 
 // Throws OutOfDeviceMemory or AclError for a code other than ACL_SUCCESS.
 void check(aclError code, const char* expression, std::size_t bytes, const char* file, int line);
 
-// For clean-up paths: reports a failed call on stderr and goes on.
+// For clean-up paths: reports a failed call on stderr.
 void check_noexcept(aclError code, const char* expression, std::size_t bytes) noexcept;
 
 }  // namespace camem

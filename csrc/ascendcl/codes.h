@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// AscendCL's return codes by name. Headers of older CANNs lack some of them, and an older library
-// may run under a newer driver: so they are written out here.
+// AscendCL's return codes by name. They are listed here because older headers lack some of them,
+// and a newer driver may return codes that the installed CANN does not know.
 #pragma once
 
 #include <acl/acl.h>
@@ -15,7 +15,7 @@ struct AclCode {
   const char* name;
 };
 
-// Every code of acl/error_codes/rt_error_codes.h and acl/acl_base_rt.h but success, in ascending
+// Every code of acl/error_codes/rt_error_codes.h and acl/acl_base_rt.h except success, in ascending
 // order.
 const std::vector<AclCode>& acl_codes();
 

@@ -12,7 +12,7 @@ namespace camem {
 
 namespace {
 
-// torch relies on the context that it chose: a single failing call must not lose it.
+// torch relies on the context that it chose, so a failing call is retried once.
 void put_back(aclrtContext context) noexcept {
   if (aclrtSetCurrentContext(context) == ACL_SUCCESS) return;
   CAMEM_CHECK_NOEXCEPT(aclrtSetCurrentContext(context), 0);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// In which AscendCL context a thread works. torch works in the default context of each device, our
-// copies in one of their own, and a user may have others: whoever changes a thread's context puts
-// it back.
+// The AscendCL context of a thread. torch uses each device's default context, our copies use their
+// own, and users may have others. Code that changes a thread's context restores it afterwards.
 #pragma once
 
 #include <acl/acl.h>
@@ -15,31 +14,31 @@ namespace camem {
 
 class OwnContext;
 
-// Makes a context current on this thread, and at the end the one that was.
+// Makes a context current on this thread, and restores the previous one at the end.
 class ContextGuard {
  public:
   explicit ContextGuard(aclrtContext context);  // throws AclError
-  // A thread that has no context is left with the default one of the device.
+  // A thread without a context gets the device's default context at the end.
   explicit ContextGuard(const OwnContext& own);  // throws AclError
   ~ContextGuard();
   ContextGuard(const ContextGuard&) = delete;
   ContextGuard& operator=(const ContextGuard&) = delete;
 
  private:
-  aclrtContext previous_ = nullptr;  // to be put back; null: none
+  aclrtContext previous_ = nullptr;  // to be restored, if not null
 };
 
-// The context of this thread; null where it has none. Throws AclError.
+// This thread's context, or null. Throws AclError.
 aclrtContext current_context();
 
-// The context that all threads share that chose the device by aclrtSetDevice. Asking for it the
-// first time counts as one such call, which is never taken back. Throws AclError.
+// The context shared by all threads that chose the device with aclrtSetDevice. The first call here
+// counts as one aclrtSetDevice, which is never reset. Throws AclError.
 aclrtContext default_context(int device);
 
-// Waits for all that was launched in these contexts, for each no longer than this. Throws AclError.
+// Waits for all work in these contexts, up to `limit` for each. Throws AclError.
 void wait_for(const std::set<aclrtContext>& contexts, std::chrono::milliseconds limit);
 
-// Makes `device` current on this thread, in whichever context: calls about memory need no more.
+// Makes `device` current on this thread, in any context: calls for memory need nothing else.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);  // throws AclError
@@ -48,12 +47,12 @@ class DeviceGuard {
   std::optional<ContextGuard> guard_;
 };
 
-// A context apart from torch's. Waiting for a device waits for one context and takes the failures
-// of its work away, and it is refused while a stream of the context captures a graph: copies in
-// the context of someone else would be told of their own failures by chance.
+// A context separate from torch's. Synchronising a device covers only one context, consumes the
+// errors of its work, and is refused while one of its streams captures a graph. In a context shared
+// with torch, our copies could miss their own errors.
 class OwnContext {
  public:
-  explicit OwnContext(int device);  // throws AclError, also where the device has no stream left
+  explicit OwnContext(int device);  // throws AclError, also if the device has no stream left
   ~OwnContext();                    // streams in it must be gone
   OwnContext(const OwnContext&) = delete;
   OwnContext& operator=(const OwnContext&) = delete;

@@ -10,7 +10,7 @@
 namespace camem {
 namespace {
 
-// For what is waited for once another copy has not ended in time.
+// The wait for further copies after one has timed out.
 constexpr std::chrono::milliseconds kMoment{1000};
 
 }  // namespace
@@ -52,7 +52,7 @@ bool CopyStream::is_idle() noexcept {
   return aclrtStreamQuery(stream_, &status) == ACL_SUCCESS && status == ACL_STREAM_STATUS_COMPLETE;
 }
 
-// With the lock held.
+// The lock must be held.
 aclError CopyStream::synchronize() {
   const std::size_t launched = launched_;
   auto allowed = kMoment;
@@ -64,7 +64,7 @@ aclError CopyStream::synchronize() {
       std::clamp<std::int64_t>(allowed.count(), 1, std::numeric_limits<std::int32_t>::max());
   aclError code = aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(timeout));
   if (code == kStreamSyncTimeout && is_idle()) {
-    // The process stood still meanwhile: AscendCL looks at the clock before it looks at the stream.
+    // AscendCL checks the clock before the stream, so a suspended process times out: try once more.
     code = aclrtSynchronizeStreamWithTimeout(stream_, static_cast<std::int32_t>(kMoment.count()));
   }
   if (code == ACL_SUCCESS) done_ = launched;
@@ -103,7 +103,7 @@ void CopyStream::drain() noexcept {
 void CopyStream::look_again() noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!is_idle()) return;
-  synchronize();  // takes the failure of what was in flight
+  synchronize();  // consumes the error of what was in flight
   done_ = launched_;
   stuck_ = false;
 }

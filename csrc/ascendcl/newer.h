@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What headers older than those of CANN 8.5 lack, or are not known to have, under names of our own,
-// so that this project compiles with either. The functions are looked up at run time
-// (optional.h).
+// What headers older than CANN 8.5 lack or may lack, under our own names, so that this project
+// compiles with any of them. The functions are looked up at run time (optional.h).
 #pragma once
 
 #include <acl/acl.h>

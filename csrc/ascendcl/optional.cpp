@@ -56,7 +56,7 @@ std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int 
   std::vector<MemUsageInfo> components(kRoom);
   std::size_t count = 0;
   try {
-    const DeviceGuard guard(device);  // it needs a context
+    const DeviceGuard guard(device);  // the call needs a context
     if (usage(device, components.data(), kRoom, &count) != ACL_SUCCESS) return std::nullopt;
   } catch (const std::exception&) {
     return std::nullopt;

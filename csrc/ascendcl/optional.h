@@ -12,23 +12,22 @@
 
 namespace camem {
 
-// Lets copies from and to [address, address + bytes), which must be page-aligned, be asynchronous.
-// Locks no page. Returns 207000 where the installed AscendCL lacks the call (before CANN 8.5).
+// Makes copies from and to [address, address + bytes) asynchronous; the range must be page-aligned.
+// Locks no page. Returns 207000 if the installed AscendCL lacks the call (before CANN 8.5).
 aclError host_register(void* address, std::size_t bytes);
 aclError host_unregister(void* address);
 
-// Streams that the current device can still give to any process; nothing where AscendCL cannot
-// tell.
+// Streams that the current device has left for all processes; empty if AscendCL cannot tell.
 std::optional<std::size_t> available_streams();
 
-// Whether the stream captures a graph, so that even to query it is refused.
+// Whether the stream captures a graph, in which case AscendCL refuses even to query it.
 bool is_capturing(aclrtStream stream);
 
-// Bytes of device memory that this process holds, by component of CANN: APP, HCCL, RUNTIME and so
-// on. Nothing where the installed AscendCL cannot tell.
+// Bytes of device memory that this process holds, by component of CANN (APP, HCCL, RUNTIME, ...).
+// Empty if the installed AscendCL cannot tell.
 std::optional<std::unordered_map<std::string, std::size_t>> component_bytes(int device);
 
-// AscendCL's own words about the last failure on this thread; empty if it has none.
+// AscendCL's message about the last failure on this thread, or empty.
 std::string recent_error_message();
 
 }  // namespace camem

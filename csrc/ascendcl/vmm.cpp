@@ -8,7 +8,7 @@
 namespace camem {
 namespace {
 
-// The one place that says what kind of device memory this project takes.
+// The only place that decides what kind of device memory this project allocates.
 aclrtPhysicalMemProp physical_property(int device) {
   aclrtPhysicalMemProp property{};
   property.handleType = ACL_MEM_HANDLE_TYPE_NONE;

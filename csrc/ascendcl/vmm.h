@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Owners of AscendCL's virtual-memory objects. Each is move-only; explicit verbs (release, map,
-// unmap) throw and leave the object as it was when the call fails, so they can be retried;
+// Owners of AscendCL's virtual-memory objects. They are move-only. Explicit operations (release,
+// map, unmap) throw if the call fails and leave the object unchanged, so they can be retried;
 // destructors never throw.
 //
-// Sizes are bytes and multiples of granularity(). None of these calls synchronises the device:
-// the caller does, before unmapping.
+// Sizes are bytes and multiples of granularity(). Nothing here synchronises the device: the caller
+// must do that before unmapping.
 #pragma once
 
 #include <acl/acl.h>
@@ -14,10 +14,10 @@
 
 namespace camem {
 
-// Bytes of which every physical size on `device` is a multiple (2 MiB on current chips).
+// Physical sizes on `device` are multiples of this many bytes (2 MiB on current chips).
 std::size_t granularity(int device);
 
-// A range of virtual addresses without memory behind it.
+// A range of virtual addresses without memory.
 class Reservation {
  public:
   Reservation() = default;
@@ -35,7 +35,7 @@ class Reservation {
   std::size_t bytes_ = 0;
 };
 
-// Physical device memory, and whether it is mapped somewhere.
+// Physical device memory, and its mapping.
 class PhysicalMemory {
  public:
   PhysicalMemory() = default;

@@ -55,8 +55,8 @@ void note_failure(const std::string& what) {
   g_failure = what;
 }
 
-// Registering alone locks no page: the runtime only notes the range, and later copies are
-// asynchronous to whatever is there then.
+// Registering alone locks no page: the runtime only records the range and makes later copies
+// asynchronous, even if the pages have moved by then.
 bool lock_and_register(std::byte* data, std::size_t bytes) {
   touch(data, bytes);
   if (mlock(data, bytes) != 0) {
@@ -72,7 +72,7 @@ bool lock_and_register(std::byte* data, std::size_t bytes) {
 
 std::size_t read_bytes(const std::string& path) {
   std::size_t value = std::numeric_limits<std::size_t>::max();
-  std::ifstream(path) >> value;  // "max" and a missing file leave the limit as it is
+  std::ifstream(path) >> value;  // unchanged if the file is missing or says "max"
   return value == 0 ? std::numeric_limits<std::size_t>::max() : value;
 }
 
@@ -87,7 +87,7 @@ std::size_t field(const std::string& path, const std::string& name) {
   return 0;
 }
 
-// What one control group leaves to its processes; file pages that can be dropped count as free.
+// What a control group leaves to its processes. Reclaimable file pages count as free.
 std::size_t cgroup_headroom(const std::string& directory, const char* limit, const char* usage,
                             const char* reclaimable) {
   std::ifstream probe(directory + limit);
@@ -120,13 +120,13 @@ void HostSpace::claim(std::size_t bytes) {
   const std::size_t available = available_host_bytes();
   std::lock_guard<std::mutex> lock(mutex_);
   if (bytes > unclaimed_) throw std::logic_error("more host memory taken than was asked for");
-  // It was there when this began: others take it too, other engines of the host above all.
+  // It was available at the start, so other processes (usually other engines) have taken it since.
   if (available < unclaimed_) throw_backup_does_not_fit(unclaimed_, available);
   unclaimed_ -= bytes;
 }
 
-// Starts on a huge-page boundary. A forked child does not inherit it: a copy-on-write of a locked
-// page would leave the device writing to the wrong one.
+// Aligned to huge pages. A forked child does not inherit it: after a copy-on-write of a locked
+// page, the device would write to the wrong page.
 std::byte* HostSpace::map(std::size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (next_ == nullptr) {
@@ -172,7 +172,7 @@ HostMemory HostMemory::plain(std::size_t bytes, HostSpace& space) {
   return {space.map(bytes), bytes, Kind::kPlain};
 }
 
-// A claim has its addresses once: what was mapped and could not be registered is the plain block.
+// A claim is mapped only once, so a block that could not be registered is used as the plain block.
 HostMemory HostMemory::any(std::size_t bytes, HostSource source, HostSpace& space) {
   space.claim(bytes);
   HostMemory block;
@@ -202,7 +202,8 @@ HostMemory HostMemory::allocate(std::size_t bytes) {
   throw AclError("aclrtMallocHost", code, bytes, recent_error_message());
 }
 
-// Plain if it could not be locked or registered, empty if not even mapped.
+// Returns a plain block if it could not be locked or registered, and an empty one if not even
+// mapped.
 HostMemory HostMemory::map_and_register(std::size_t bytes, HostSpace& space) {
   std::byte* data = nullptr;
   try {
@@ -216,7 +217,7 @@ HostMemory HostMemory::map_and_register(std::size_t bytes, HostSpace& space) {
   return {data, bytes, Kind::kPlain};
 }
 
-// A single failing call is made good at once: nobody asks again later.
+// Retries a failing call once, because nothing retries later.
 HostMemory::~HostMemory() {
   for (int attempt = 0; attempt < 2 && data_ != nullptr; ++attempt) {
     try {
@@ -268,8 +269,8 @@ std::size_t available_host_bytes() {
     const bool v2 = controllers.empty();
     if (!v2 && controllers != "memory") continue;
     const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
-    // The group of this process and those around it. In a container the path may be the host's,
-    // which is not there; the root then is the container's group.
+    // This process's group and its ancestors. In a container the path may be the host's and not
+    // exist; the root is the container's group then.
     for (std::string path = line.substr(second + 1);; path.erase(path.rfind('/'))) {
       const std::string group = root + path + (path == "/" ? "" : "/");
       available = std::min(

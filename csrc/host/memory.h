@@ -3,12 +3,11 @@
 // Host memory for backups: exact sizes, huge pages advised, never rounded up.
 //
 // Asynchronous copies need page-locked memory. It comes from aclrtMallocHost, or is mapped, locked
-// and registered here. Memory that is neither is plain: copies to it go through the blocks of a
-// Staging.
+// and registered here. Other memory is plain, and copies to it go through the blocks of a Staging.
 //
-// Whoever touches a page first decides its NUMA node, and the threads that do inherit the affinity
-// of the thread that sleeps: where the worker is bound to the node of its device, the backup lies
-// there too.
+// The first touch of a page decides its NUMA node. The threads that touch pages inherit the
+// affinity of the thread that calls sleep, so if the worker is bound to the node of its device, the
+// backup is there too.
 #pragma once
 
 #include <atomic>
@@ -19,27 +18,27 @@
 
 namespace camem {
 
-// How page-locked memory is had.
+// The source of page-locked memory.
 enum class HostSource : std::uint8_t { kAcl, kRegistered };
 
-// What one operation is going to take of the host's memory, by several threads.
+// The host memory that the threads of an operation are going to allocate.
 class HostSpace {
  public:
   explicit HostSpace(std::size_t bytes) : bytes_(bytes), unclaimed_(bytes) {}
-  ~HostSpace();  // unmaps what nobody took
+  ~HostSpace();  // unmaps what was not used
   HostSpace(const HostSpace&) = delete;
   HostSpace& operator=(const HostSpace&) = delete;
 
-  // Takes `bytes` off what is left to take. Throws OutOfHostMemory when the machine could not give
-  // all that is left any more, std::logic_error when nothing is left.
+  // Claims a part of the space. Throws OutOfHostMemory if the machine no longer has enough for the
+  // unclaimed part, and std::logic_error if less than `bytes` is unclaimed.
   void claim(std::size_t bytes);
 
-  // Addresses for `bytes` that were claimed, which are the caller's to unmap. All are mapped in one
-  // go: a thread that maps has to wait for all that touch their pages meanwhile, and they for it.
-  // Throws OutOfHostMemory.
+  // Returns addresses for claimed `bytes`; the caller unmaps them. The whole space is mapped at
+  // once, because mapping and touching pages block each other across threads. Throws
+  // OutOfHostMemory.
   std::byte* map(std::size_t bytes);
 
-  // aclrtMallocHost failed once: nobody else of this operation asks it.
+  // aclrtMallocHost failed once, so this operation does not try it again.
   std::atomic<bool> without_locking{false};
 
  private:
@@ -50,7 +49,7 @@ class HostSpace {
   std::byte* end_ = nullptr;
 };
 
-// One block. Blocks are made on the calling thread, so that several threads make several at once.
+// A block of host memory. The calling thread does the work, so several threads work in parallel.
 class HostMemory {
  public:
   HostMemory() = default;
@@ -58,15 +57,15 @@ class HostMemory {
   HostMemory(HostMemory&& other) noexcept;
   HostMemory& operator=(HostMemory&& other) noexcept;
 
-  // Where memory cannot be mapped, locked or registered, whatever the reason, it comes from
-  // aclrtMallocHost. Throws OutOfHostMemory or AclError.
+  // Falls back to aclrtMallocHost if memory cannot be mapped, locked or registered. Throws
+  // OutOfHostMemory or AclError.
   static HostMemory page_locked(std::size_t bytes, HostSource source, HostSpace& space);
   static HostMemory page_locked(std::size_t bytes, HostSource source);  // in a space of its own
 
   // Throws OutOfHostMemory.
   static HostMemory plain(std::size_t bytes, HostSpace& space);
 
-  // Page-locked if that can be had, else plain. Throws OutOfHostMemory.
+  // Page-locked if possible, otherwise plain. Throws OutOfHostMemory.
   static HostMemory any(std::size_t bytes, HostSource source, HostSpace& space);
 
   explicit operator bool() const { return data_ != nullptr; }
@@ -75,7 +74,7 @@ class HostMemory {
   std::byte* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
 
-  // Gives the memory back. Throws AclError and keeps the block if that fails.
+  // Frees the memory. If that fails, throws AclError and keeps the block.
   void release();
 
  private:
@@ -89,18 +88,17 @@ class HostMemory {
   Kind kind_ = Kind::kPlain;
 };
 
-// Bytes that this process could still take: the machine's available memory, or what its control
+// Bytes that this process can still allocate: the machine's available memory, or what its control
 // group leaves if that is less.
 std::size_t available_host_bytes();
 
 [[noreturn]] void throw_backup_does_not_fit(std::size_t needed, std::size_t available);
 
-// Bytes of all live HostMemory blocks of this process that are page-locked, and of those that are
-// not.
+// Bytes of this process's page-locked HostMemory blocks, and of its plain ones.
 std::size_t page_locked_host_bytes();
 std::size_t plain_host_bytes();
 
-// Why the last block could not be registered, or page-locked at all; empty if none failed.
+// Why the last block could not be registered or page-locked; empty if none failed.
 std::string last_locking_failure();
 
 }  // namespace camem

@@ -29,7 +29,7 @@ HostReserve::Work::Work(Order ordered)
       wanted(order.sizes.begin(), order.sizes.end()),
       space(sum(order.sizes)) {}
 
-// The thread counts until its function has returned.
+// The thread is counted until its function has returned.
 void HostReserve::start(std::function<void()> function) {
   std::thread([this, function = std::move(function)] {
     function();
@@ -53,7 +53,7 @@ void HostReserve::prepare(Order order) {
       ++work_->running;
     }
   } catch (const std::exception&) {
-    // The machine gives no more threads: what is not taken ahead is taken when it is needed.
+    // No more threads are available: the blocks are allocated when they are needed.
     if (work_->running == 0) work_->wanted.clear();
   }
 }
@@ -74,7 +74,7 @@ void HostReserve::carry_out(const std::shared_ptr<Work>& work) noexcept {
       ++work->taking;
       lock.unlock();
       const auto start = std::chrono::steady_clock::now();
-      // Blocks that take the place of others need the host's memory one by one.
+      // Blocks that replace others need host memory one at a time.
       HostMemory block = order.use ? HostMemory::page_locked(bytes, order.source)
                                    : HostMemory::page_locked(bytes, order.source, work->space);
       const auto end = std::chrono::steady_clock::now();
@@ -102,12 +102,12 @@ void HostReserve::step_ends() noexcept {
   --steps_;
 }
 
-// Steps follow each other closely: between two, the engine does not stand still.
+// The engine also counts as serving in the short time between two steps.
 bool HostReserve::is_serving() const {
   return steps_ > 0 || std::chrono::steady_clock::now() - last_step_.load() < kBetweenSteps;
 }
 
-// While the engine serves, one thread of an order works at a time.
+// While the engine serves, only one thread of an order works at a time.
 void HostReserve::wait_for_turn(std::unique_lock<std::mutex>& lock, const Work& work) {
   while (!work.wanted.empty() && is_serving() &&
          (work.taking > 0 || std::chrono::steady_clock::now() < work.rests_until)) {
@@ -180,7 +180,7 @@ void HostReserve::give_back() {
   blocks->swap(ready_);
   try {
     start([this, device = device_, blocks] {
-      // Without a context AscendCL takes nothing back, and this thread has none yet.
+      // AscendCL needs a context to free memory, and this thread has none yet.
       std::optional<DeviceGuard> guard;
       for (int attempt = 0; attempt < 2 && !guard; ++attempt) {
         try {
@@ -191,7 +191,7 @@ void HostReserve::give_back() {
       blocks->clear();
     });
   } catch (const std::exception&) {
-    // The machine gives no more threads: they are given back on this one.
+    // No more threads are available: free the blocks on this one.
   }
 }
 

@@ -15,9 +15,9 @@ namespace {
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
 constexpr int kCopies = 16;
-constexpr int kAttempts = 5;  // the thread may be kept from looking until the copies are done
+constexpr int kAttempts = 5;  // a busy host may delay the thread until its copies are done
 
-// What the copies are tried on.
+// The memory for the trial copies.
 struct Sample {
   explicit Sample(int device, std::size_t bytes)
       : host(HostMemory::page_locked(bytes, HostSource::kRegistered)),
@@ -31,7 +31,7 @@ struct Sample {
   PhysicalMemory memory;
 };
 
-// Empty: copies from and to registered memory are exact, and return before they are done.
+// Empty if copies from and to registered memory are exact and asynchronous.
 std::string why_registered_copies_are_not_used(int device, CopyStream& stream) {
   const std::size_t unit = granularity(device);
   const std::size_t bytes = (4 * kMiB + unit - 1) / unit * unit;
@@ -56,7 +56,7 @@ std::string why_registered_copies_are_not_used(int device, CopyStream& stream) {
     stream.wait(bytes);
   } catch (...) {
     stream.drain();
-    if (stream.is_stuck()) (void)sample.release();  // a copy may use it at any time to come
+    if (stream.is_stuck()) (void)sample.release();  // a copy may still use it
     throw;
   }
   if (std::memcmp(host, pattern.data(), bytes) != 0) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where this process has its page-locked memory from, and what that costs, found out by trying.
+// Determines by trial where this process gets page-locked memory, and how fast that is.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace camem {
 
-// A way to page-locked memory, and the reason why it is this one, in words.
+// The source of page-locked memory, and why it was chosen.
 struct HostChoice {
   HostSource source;
   std::string why;
@@ -20,12 +20,12 @@ struct HostChoice {
   }
 };
 
-// Registered memory, if copies from and to it are asynchronous and exact on `stream`, else
-// aclrtMallocHost. Needs the device to be current; `stream` may be null.
+// Registered memory if copies from and to it are asynchronous and exact on `stream`, otherwise
+// aclrtMallocHost. The device must be current; `stream` may be null.
 HostChoice try_registered_memory(int device, CopyStream* stream);
 
-// Bytes per second that several threads together take from the host as page-locked memory, and that
-// they copy into memory which is touched for the first time.
+// Bytes per second, of several threads together: allocating page-locked memory, and copying into
+// memory that is touched for the first time.
 struct HostSpeeds {
   double locking;
   double copying;
