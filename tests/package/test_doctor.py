@@ -313,7 +313,7 @@ def test_a_communicator_without_memory_tells_nothing(hccl_without_memory):
     communicator = found["probes"]["communicator"]
     assert communicator["status"] == "not probed"
     assert communicator["figures"] == {"held_bytes": 0, "kept_bytes": 0}
-    assert "not known whether HCCL gives memory back" in communicator["found"]
+    assert "not known whether HCCL frees memory" in communicator["found"]
     assert found["verdict"] == "usable"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vllm_sleep_ascend.doctor``, which needs the standard library alone."""
+"""``python -m vllm_sleep_ascend.doctor``; needs only the standard library."""
 
 import argparse
 import sys

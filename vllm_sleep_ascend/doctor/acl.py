@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AscendCL by ctypes: calls that raise, and owners that give back what they took.
+"""AscendCL through ctypes: calls that raise, and context managers that free what they allocate.
 
-The signatures are those of the headers in the torch_npu wheel. Nothing is loaded on import.
+The signatures are those of the headers in the torch_npu wheel. Importing this loads nothing.
 """
 
 import ctypes
@@ -68,7 +68,7 @@ class _MemUsageInfo(ctypes.Structure):
     ]
 
 
-# Every function that is called, with its parameters. All but the optional ones must be there.
+# Every function that is called, with its parameters. All but the optional ones must exist.
 FUNCTIONS: dict[str, list[Any]] = {
     "aclInit": [c_char_p],
     "aclFinalize": [],
@@ -99,7 +99,7 @@ OPTIONAL_FUNCTIONS: dict[str, list[Any]] = {
     "aclrtGetMemUsageInfo": [c_int32, POINTER(_MemUsageInfo), c_size_t, POINTER(c_size_t)],
     "aclrtGetVersion": [POINTER(c_int32), POINTER(c_int32), POINTER(c_int32)],
 }
-# They return text.
+# These return text.
 _TEXTS = ("aclrtGetSocName", "aclGetRecentErrMsg")
 
 
@@ -117,15 +117,15 @@ class AclError(Exception):
 
 
 class AclMissing(Exception):
-    """AscendCL, or a function of it, cannot be loaded; the text says which and why."""
+    """AscendCL or one of its functions cannot be loaded; the text says which and why."""
 
 
 class Acl:
-    """AscendCL of this process, initialised.
+    """This process's AscendCL, initialised.
 
     Raises:
-        AclMissing: there is none, or it lacks a function that sleep mode needs.
-        AclError: it does not start.
+        AclMissing: it is not installed, or lacks a function that sleep mode needs.
+        AclError: it cannot be initialised.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Acl:
         for name in _TEXTS:
             if self.has(name):
                 getattr(self._library, name).restype = c_char_p
-        self._set: list[int] = []  # a device as often as it was set
+        self._set: list[int] = []  # one entry per aclrtSetDevice
         try:
             self.call("aclInit", None)
         except AclError as error:
@@ -154,7 +154,7 @@ class Acl:
     def call(self, name: str, *arguments: Any) -> None:
         """
         Raises:
-            AclError: its code is not 0.
+            AclError: the call returned a code other than 0.
         """
         code = getattr(self._library, name)(*arguments)
         if code != 0:
@@ -172,7 +172,7 @@ class Acl:
         return self._text("aclrtGetSocName")
 
     def version(self) -> str:
-        """Of AscendCL's interface, which is not CANN's; ``""``: it cannot tell."""
+        """The version of AscendCL's interface (not of CANN), or ``""`` if it is unknown."""
         if not self.has("aclrtGetVersion"):
             return ""
         parts = [c_int32() for _ in range(3)]
@@ -190,26 +190,26 @@ class Acl:
         return count.value
 
     def set_device(self, device: int) -> None:
-        """Each thread needs it; ``reset_devices`` makes up for every call."""
+        """Every thread needs this call. ``reset_devices`` reverts them all."""
         self.call("aclrtSetDevice", device)
         self._set.append(device)
 
     def reset_devices(self) -> None:
-        """Reset what this process has set, as often as it did."""
+        """Reset each device as often as it was set."""
         while self._set:
             self.call("aclrtResetDevice", self._set.pop())
 
     def free_and_total(self) -> tuple[int, int]:
-        """Of the current device, device-wide: other processes move it."""
+        """Bytes of the current device. They are device-wide: other processes change them."""
         free, total = c_size_t(), c_size_t()
-        for attribute in (_HBM, _DDR):  # chips without HBM have DDR alone
+        for attribute in (_HBM, _DDR):  # chips without HBM have only DDR
             self.call("aclrtGetMemInfo", attribute, byref(free), byref(total))
             if total.value:
                 break
         return free.value, total.value
 
     def component_bytes(self, device: int) -> dict[str, int] | None:
-        """Device memory that this process holds, by component of CANN; None: it cannot tell."""
+        """Device memory that this process holds, by component of CANN; None if unknown."""
         if not self.has("aclrtGetMemUsageInfo"):
             return None
         components, count = (_MemUsageInfo * 128)(), c_size_t()
@@ -240,7 +240,7 @@ class Acl:
         self.call("aclrtSynchronizeStream", stream)
 
     def streams_left(self) -> int | None:
-        """None: this CANN cannot tell."""
+        """Streams that the device has left; None if this CANN cannot tell."""
         if not self.has("aclrtGetStreamAvailableNum"):
             return None
         count = c_uint32()
@@ -280,7 +280,7 @@ class Acl:
 
     @contextmanager
     def device_memory(self, device: int, size: int) -> Iterator[int]:
-        """Memory at an address, as sleep mode takes it."""
+        """Allocate and map device memory in the same way as sleep mode."""
         with (
             self.reservation(size) as address,
             self.physical(device, size) as handle,
@@ -312,7 +312,7 @@ def _property(device: int) -> _PhysicalMemProp:
 
 @contextmanager
 def plain_memory(size: int) -> Iterator[int]:
-    """Anonymous host memory, page-aligned and touched, that nothing locks."""
+    """Anonymous host memory, page-aligned, touched and not locked."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     view = (ctypes.c_char * size).from_buffer(memory)
     ctypes.memset(view, 0, size)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that loads AscendCL and probes: it answers one question at a time.
 
-A device is set by the first question about it, and given back at the end.
+The first request for a device sets it; the end of the process resets it.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from vllm_sleep_ascend.doctor.probes import PROBES, run
 from vllm_sleep_ascend.doctor.probes.base import Device
 
 _END_S = 5.0
-_KILLED_S = 2.0  # one that is killed ends at once, or hangs in the driver
+_KILLED_S = 2.0  # a killed process ends at once, unless it hangs in the driver
 _ALLOCATOR = "vllm_sleep_ascend._camem"
 _PR_SET_PDEATHSIG = 1
-_PYTHON_OPTIONS = ("-S",) * sys.flags.no_site  # the child finds the same packages
+_PYTHON_OPTIONS = ("-S",) * sys.flags.no_site  # so that the child finds the same packages
 
 
 class Silence(Exception):
@@ -33,7 +33,7 @@ class Silence(Exception):
 
 
 class Crash(Exception):
-    """The child ended; the text says how, and what it printed last."""
+    """The child ended; the text says how, and the last line that it printed."""
 
 
 class Seen(TypedDict):
@@ -47,10 +47,10 @@ class Seen(TypedDict):
 
 
 class Child:
-    """The parent's side. One that did not answer or crashed is replaced at the next question.
+    """The parent's side. A child that hung or crashed is replaced at the next request.
 
-    Nothing is waited for beyond ``latest``, a moment of ``time.monotonic()``: a process that hangs
-    in the driver cannot be killed, and is left behind.
+    No wait goes beyond ``latest``, a time of ``time.monotonic()``. A process that hangs in the
+    driver cannot be killed, and is left behind.
     """
 
     def __init__(self, latest: float = math.inf) -> None:
@@ -95,7 +95,7 @@ class Child:
         return answer
 
     def end(self) -> None:
-        """Let it give back its device and exit; kill it if it does not."""
+        """Ask the child to reset its device and exit, and kill it if it does not."""
         if self._process is None:
             return
         self._connection.close()
@@ -104,7 +104,7 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """What it holds of the device comes back with its end."""
+        """Kill the child; the driver frees what it holds of the device."""
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -187,8 +187,11 @@ class Answers:
         return self._acl
 
     def close(self) -> None:
-        """Reset the device, unless the allocator was used: it keeps streams until the process ends,
-        and a reset would destroy them. The end of the process gives all back as well."""
+        """Reset the device, unless the allocator was used.
+
+        The allocator keeps streams until the process ends, and a reset would destroy them. The end
+        of the process frees everything as well.
+        """
         if self._acl is None or _ALLOCATOR in sys.modules:
             return
         self._acl.reset_devices()
@@ -196,7 +199,7 @@ class Answers:
 
 
 def main() -> None:
-    # A call that hangs would hold the device for ever if the parent were killed.
+    # If the parent is killed, a call that hangs must not hold the device for ever.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = Answers()
     with Connection(int(sys.argv[1])) as connection:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: what is asked of the child, in which order and for how long."""
+"""The command: which probes run, in which order and for how long."""
 
 import argparse
 import json
@@ -27,20 +27,20 @@ from vllm_sleep_ascend.memory.host import available_host_bytes
 
 HELP = "find out whether sleep mode can work on this machine"
 _DETAILS = """
-Looks at the host, the driver, CANN, the packages and the environment, then probes each rule that
-sleep mode rests on. Give it an idle device; no engine has to run. Takes less than a minute.
+Checks the host, the driver, CANN, the packages and the environment, then probes what sleep mode
+needs of the device. The device should be idle; no engine has to run. Takes less than a minute.
 Exit codes: 0 sleep mode can be used (pass or degraded), 1 something failed, 2 wrong usage or
 refused.
 """
 _TIMEOUT_S = 10.0
-_WHOLE_S = 42.0  # with the default of --timeout; what was not probed by then is not
-_LATEST_S = 55.0  # then nothing is waited for any more, not even for the end of a process
-_IN_USE_BELOW = 0.9  # of the memory free: somebody else holds the rest
-_LOOK_S = 25.0  # at the device: it has to be set
+_WHOLE_S = 42.0  # no probe starts later, with the default --timeout
+_LATEST_S = 55.0  # no wait goes on longer, not even for the end of a process
+_IN_USE_BELOW = 0.9  # with less free memory, other processes use the device
+_LOOK_S = 25.0  # for a look at the device, which has to be set
 _LAST_LOOK_S = 8.0
-_OTHER_LOOK_S = 3.0  # at each of the others, which may be slow or stuck
-_LEAST_S = 2.0  # a probe with less time left says nothing
-_NOT_GIVEN_BACK = 64 * MIB  # more than contexts of processes differ by
+_OTHER_LOOK_S = 3.0  # for each other device, which may be slow or stuck
+_LEAST_S = 2.0  # with less time left, a probe is skipped
+_NOT_GIVEN_BACK = 64 * MIB  # larger than the differences between contexts of processes
 _UNIT = 2 * MIB
 _SEE_LOG = "See npu-smi info, and CANN's log."
 
@@ -48,16 +48,16 @@ _SEE_LOG = "See npu-smi info, and CANN's log."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{HELP}.{_DETAILS}"
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", help="a checkpoint, held against the host's memory"
+        "--model", type=Path, metavar="PATH", help="compare a checkpoint with the host's memory"
     )
     parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="among those that are visible (0)"
+        "--device", type=int, default=0, metavar="N", help="index of a visible device (0)"
     )
     parser.add_argument(
         "--gib",
         type=float,
         metavar="N",
-        help="memory that sleeps and wakes (at most 1, and half of what is free)",
+        help="memory that sleeps and wakes (1, or half of the free memory if that is less)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -69,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=_TIMEOUT_S,
         metavar="S",
-        help="seconds that most probes may take; some get up to three times that (10)",
+        help="time limit of a probe in seconds; some get up to three times as long (10)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; gives the exit code."""
+    """Print the report, and return the exit code."""
     try:
         report = _examine(args)
     except ValueError as error:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _examine(args: argparse.Namespace) -> Report:
     """
     Raises:
-        ValueError: an argument that cannot be; it names the value.
+        ValueError: an argument is invalid; it names the value.
     """
     _check(args)
     started = time.monotonic()
@@ -129,7 +129,7 @@ class _Examination:
         self._report.probes["given_back"] = ("all given back", self._given_back(free))
 
     def _find_device(self) -> int | None:
-        """Free bytes of the device that is to be probed; None: it cannot be, the report says why.
+        """Free bytes of the device, or None if it cannot be probed; the report says why.
 
         Raises:
             ValueError: there is no such device.
@@ -168,7 +168,7 @@ class _Examination:
         return free
 
     def _look_at_all(self, count: int, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-        """The memory of every device; those that do not answer say so, and hold nothing up."""
+        """The memory of every device. A device that does not answer delays nothing else."""
         devices = [chosen]
         for device in range(count):
             if device == chosen["device"] or self._within(_OTHER_LOOK_S) <= 0:
@@ -190,7 +190,7 @@ class _Examination:
     def _size(self, free: int) -> int:
         """
         Raises:
-            ValueError: what is asked for does not fit.
+            ValueError: the requested size does not fit.
         """
         available = available_host_bytes()
         if self._args.gib is None:
@@ -222,7 +222,7 @@ class _Examination:
         self._report.timings[probe.name] = time.monotonic() - started
         if finding.status != "fail":
             return finding
-        self._child.end()  # what a failing probe may have left goes with its process
+        self._child.end()  # frees what a failed probe may have left
         if not probe.extra:
             return finding
         means = "Sleep mode works without it."

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Content in which no page is like another, and comparing it.
+"""Test content in which all pages differ, and its comparison.
 
-It is made once, of ``LIMIT`` bytes: fresh memory for each probe would take longer than the probes.
+``LIMIT`` bytes are created once, because new memory for each probe would be slower than the probes.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ PAGE = 4096
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
-# Not a multiple of a page: what repeats begins elsewhere in each page.
+# Not a multiple of the page size, so that the pattern starts at a different place in each page.
 _PERIOD = (1 << 18) + 509
 
 
@@ -30,7 +30,7 @@ def _scratch() -> ctypes.Array:
 
 
 def content(number: int) -> int:
-    """The address of ``LIMIT`` bytes, other ones for each number below 500."""
+    """The address of ``LIMIT`` bytes that differ for each number below 500."""
     return ctypes.addressof(_source()) + number * 509
 
 
@@ -40,7 +40,7 @@ def scratch() -> int:
 
 
 def wrong_pages(address: int, expected: int, size: int) -> int:
-    """How many pages at this address of the host are not as expected."""
+    """The number of pages at this host address that differ from what is expected."""
     if _libc.memcmp(address, expected, size) == 0:
         return 0
     return sum(

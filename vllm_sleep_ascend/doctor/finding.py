@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was found about one thing, and how well it is."""
+"""The result of one check."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,8 +9,10 @@ Status = Literal["info", "pass", "degraded", "fail", "not probed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """``found`` is one line for the page, ``means`` and ``remedy`` are for whoever has to act,
-    ``figures`` for a program. Sizes are bytes, speeds GB/s (10^9 bytes)."""
+    """``found`` is one line; ``means`` and ``remedy`` say what it means and what to do.
+
+    ``figures`` are for programs: sizes in bytes, speeds in GB/s (10^9 bytes).
+    """
 
     status: Status
     found: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page that people read, and the same as one JSON object."""
+"""The report as text for people, and as a JSON object."""
 
 from dataclasses import asdict, dataclass, field
 from textwrap import TextWrapper
@@ -15,7 +15,7 @@ _MARKS = {"info": "-"}
 
 @dataclass
 class Report:
-    """``surroundings`` and ``probes``: title and finding, by name."""
+    """``surroundings`` and ``probes`` map a name to title and finding."""
 
     device: int
     seconds: float = 0
@@ -84,7 +84,7 @@ class Report:
         return "\n".join([*lines, "", self._summary()])
 
     def _probe_rows(self, width: int) -> list[str]:
-        """A row for each; one for all those that were left out for the same reason."""
+        """A row for each probe; probes skipped for the same reason share one."""
         reasons = {finding.found for _, finding in self.probes.values()}
         if len(reasons) > 1:
             return _rows(self.probes, width)

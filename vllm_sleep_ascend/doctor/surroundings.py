@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be found without touching a device: host, driver, CANN, packages, environment, model."""
+"""Checks that need no device: host, driver, CANN, packages, environment, model."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from vllm_sleep_ascend.memory.host import available_host_bytes, why_registered_p
 
 _CAP_IPC_LOCK = 14
 
-# The combinations that the tests run, by the names of the distributions.
+# The tested combinations, by distribution name.
 TESTED: tuple[Mapping[str, str], ...] = (
     {"vllm": "0.32.0", "torch": "2.13.0", "torch_npu": "2.13.0"},
     {"vllm": "0.23.0", "vllm-ascend": "0.23.0", "torch": "2.13.0", "torch_npu": "2.13.0"},
@@ -31,7 +31,7 @@ SET_ENV = "source CANN's set_env.sh, such as /usr/local/Ascend/ascend-toolkit/se
 
 
 def find() -> dict[str, tuple[str, Finding]]:
-    """Title and finding of each thing, by its name."""
+    """Title and finding of each check, by name."""
     things: tuple[tuple[str, str, Callable[[], Finding]], ...] = (
         ("kernel", "kernel", kernel),
         ("driver", "driver", driver),
@@ -67,7 +67,7 @@ def driver(file: Path = DRIVER) -> Finding:
     except TimeoutError as error:
         return degraded(
             str(error),
-            "The driver may hang: what asks it then hangs as well, and cannot be killed.",
+            "The driver may hang. Processes that use it then hang too, and cannot be killed.",
             "See dmesg; if npu-smi info does not answer in a shell either, reset the device or "
             "restart the host.",
             version=None,
@@ -76,11 +76,11 @@ def driver(file: Path = DRIVER) -> Finding:
 
 
 def _npu_smi() -> str:
-    """The version that npu-smi prints, which is the driver's; ``""``: there is no npu-smi.
+    """The driver's version as npu-smi prints it, or ``""`` without npu-smi.
 
     Raises:
-        TimeoutError: it does not end in time. It is left behind: it may hang in the driver, where
-            it cannot be killed.
+        TimeoutError: npu-smi does not end in time. It is left behind, because a process that hangs
+            in the driver cannot be killed.
     """
     program = shutil.which("npu-smi")
     if program is None:
@@ -108,7 +108,7 @@ def cann() -> Finding:
         where = f"there is {' and '.join(there)}" if there else "none in /usr/local/Ascend"
         return failed(
             f"ASCEND_HOME_PATH is not set; {where}",
-            "No program finds AscendCL, torch_npu does not load.",
+            "Programs do not find AscendCL, and torch_npu does not load.",
             f"Install CANN, and {SET_ENV}.",
             version=None,
         )
@@ -116,8 +116,8 @@ def cann() -> Finding:
     if version is None:
         return degraded(
             f"{home} has no version file",
-            "The version of CANN is not known.",
-            "See whether ASCEND_HOME_PATH names the toolkit, not a folder around it.",
+            "The version of CANN is unknown.",
+            "Check that ASCEND_HOME_PATH names the toolkit, not a parent folder.",
             version=None,
             home=home,
         )
@@ -125,7 +125,7 @@ def cann() -> Finding:
 
 
 def _cann_version(home: Path) -> str | None:
-    """From the files that CANN's packages have: those of its own name first."""
+    """From the files of CANN's packages; ascend_*_install.info first."""
     for file in sorted(home.glob("*-linux/ascend_*_install.info")):
         for line in _lines(file):
             if line.startswith("version="):
@@ -146,19 +146,19 @@ def page_size(size: int = resource.getpagesize()) -> Finding:
     if huge <= 2 * MIB:
         return info(f"{size} bytes", bytes=size)
     return info(
-        f"{size} bytes: a huge page has {huge // MIB} MiB, more than a block of host memory, which "
-        "takes longer to get without",
+        f"{size} bytes: a huge page has {huge // MIB} MiB, more than a block of host memory, so "
+        "blocks take longer to allocate",
         bytes=size,
     )
 
 
 def memlock(weights: int = 0) -> Finding:
-    """Against the bytes of weights that one process may have to lock."""
+    """Compare the limit with the bytes of weights that a process may have to lock."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return info("unlimited", bytes=None)
     if _has_capability(_CAP_IPC_LOCK):
-        return info(f"{soft} bytes, and CAP_IPC_LOCK, which has no limit", bytes=None)
+        return info(f"{soft} bytes, but CAP_IPC_LOCK lifts the limit", bytes=None)
     if weights > soft and not why_registered_pages_move():
         return degraded(
             f"{soft} bytes, and {gib(weights)} of weights",
@@ -217,8 +217,8 @@ def versions() -> Finding:
     if not figures["tested_together"]:
         return degraded(
             f"{text}: not tested together",
-            "Names that sleep mode builds on may have moved.",
-            f"Tested are: {tested}.",
+            "APIs that sleep mode uses may have changed.",
+            f"Tested versions: {tested}.",
             **figures,
         )
     return passed(f"{text}: tested together", **figures)
@@ -290,7 +290,8 @@ def visible_devices() -> Finding:
     if len(numbers) <= value.count(",") or numbers != sorted(set(numbers)):
         return degraded(
             f"{value}: not numbers in ascending order",
-            "CANN shows the devices before the first entry that is none; in another order, none.",
+            "CANN ignores the list from the first entry that is not a device. In another order, no "
+            "device is visible.",
             "Name each device once, in ascending order.",
             value=value,
         )
@@ -301,7 +302,7 @@ def visible_devices() -> Finding:
 
 
 def weight_bytes(model: Path) -> int:
-    """What the safetensors of a checkpoint hold on disk.
+    """The size of a checkpoint's safetensors on disk.
 
     Raises:
         ValueError: there are none.
@@ -314,7 +315,7 @@ def weight_bytes(model: Path) -> int:
         files = [model / name for name in sorted(names)]
     else:
         files = sorted(model.glob("*.safetensors"))
-        # Mistral's checkpoints have the same weights twice.
+        # Mistral's checkpoints contain the same weights twice.
         files = [file for file in files if not file.name.startswith("consolidated")] or files
     sizes = [file.stat().st_size for file in files if file.exists()]
     if not sizes:
@@ -323,7 +324,7 @@ def weight_bytes(model: Path) -> int:
 
 
 def weights(model: Path, devices: int) -> Finding:
-    """Host memory against the weights of a model.
+    """Compare the host's memory with the weights of a model.
 
     Raises:
         ValueError: the folder holds no checkpoint.
@@ -344,9 +345,9 @@ def weights(model: Path, devices: int) -> Finding:
     if fits < devices:
         return degraded(
             f"{text}: {fits} of {devices} whole copies fit",
-            "Ranks of tensor parallel share one copy, and fit. With a whole copy on each device "
+            "Tensor-parallel ranks share one copy, which fits. With a whole copy on each device "
             "(data parallel, several servers), not all can sleep at level 1.",
-            "Use level 2 for some, or more host memory.",
+            "Use level 2 for some of them, or add host memory.",
             **figures,
             fits=fits,
         )

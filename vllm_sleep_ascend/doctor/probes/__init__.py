@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules that sleep mode rests on, in the order in which they are probed."""
+"""The probes, in the order in which they run."""
 
 from vllm_sleep_ascend.doctor.acl import OUT_OF_MEMORY, AclError
 from vllm_sleep_ascend.doctor.finding import Finding, failed, of_call
@@ -26,7 +26,7 @@ PROBES = (
 
 
 def run(probe: Probe, device: Device) -> Finding:
-    """The probe's finding; a call that failed is one too."""
+    """Run the probe; a failed call becomes a finding."""
     try:
         return probe.run(device)
     except Exception as error:
@@ -34,7 +34,7 @@ def run(probe: Probe, device: Device) -> Finding:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What failed first: giving back after it may have failed as well."""
+    """The first failure, because cleaning up after it may have failed too."""
     while error.__context__ is not None:
         error = error.__context__
     return error

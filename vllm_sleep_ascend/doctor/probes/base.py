@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What probes share: the device, and copies that are looked at."""
+"""Shared by the probes: the device, and verified copies."""
 
 import ctypes
 import time
@@ -19,15 +19,14 @@ from vllm_sleep_ascend.doctor.content import LIMIT, content, scratch, wrong_page
 from vllm_sleep_ascend.doctor.finding import Finding, failed
 
 CHUNK = LIMIT  # the default of chunk_mib
-STREAMS = 6  # that sleep mode keeps at most
-SYNCHRONOUS = 0.5  # the part of a copy's time that its launch takes, from which on it is that
+STREAMS = 6  # the most that sleep mode keeps
+SYNCHRONOUS = 0.5  # a copy counts as synchronous if its launch takes this part of its time
 _TRIES, _LAUNCHES = 10, 4
 
 
 @dataclass(frozen=True)
 class Device:
-    """The device that is probed, which is current; ``size``: bytes that a probe may take, a
-    multiple of ``unit``."""
+    """The current device. Probes may use ``size`` bytes, a multiple of ``unit``."""
 
     acl: Acl
     index: int
@@ -36,26 +35,28 @@ class Device:
 
     @property
     def block(self) -> int:
-        """What sleep mode copies at a time, or less where less is to be taken."""
+        """The size of sleep mode's copies, or ``size`` if that is smaller."""
         return min(CHUNK, self.size)
 
     def memory(self, size: int) -> AbstractContextManager[int]:
         return self.acl.device_memory(self.index, size)
 
     def write(self, address: int, number: int, size: int) -> None:
-        """Put the content of this number there, by a synchronous copy."""
+        """Write the content of this number with a synchronous copy."""
         self.acl.copy(address, content(number), size, HOST_TO_DEVICE)
 
     def wrong(self, address: int, number: int, size: int) -> int:
-        """How many pages there are not of the content of this number."""
+        """The number of pages there that differ from the content of this number."""
         self.acl.copy(scratch(), address, size, DEVICE_TO_HOST)
         return wrong_pages(scratch(), content(number), size)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """``needs`` names probes without which this one would tell nothing new. The worst that an
-    ``extra`` probe can find is ``degraded``: sleep mode works without what it looks at."""
+    """A probe is skipped unless the probes in ``needs`` have passed.
+
+    An ``extra`` probe can at worst be ``degraded``: sleep mode works without what it checks.
+    """
 
     name: str
     title: str
@@ -66,7 +67,7 @@ class Probe:
 
 
 class Copies(NamedTuple):
-    """Pages that arrived wrong, and the part of the time that the launches took."""
+    """The number of wrong pages, and the part of the time that the launches took."""
 
     wrong_to_device: int
     wrong_to_host: int
@@ -90,7 +91,7 @@ class Copies(NamedTuple):
 
 
 def copies_of(device: Device, address: int, host: int, size: int, stream: int | None) -> Copies:
-    """Asynchronous copies from and to memory of the host, looked at byte by byte."""
+    """Asynchronous copies from and to host memory, compared byte by byte."""
     ctypes.memmove(host, content(1), size)
     share = launch_share(device, address, host, size, HOST_TO_DEVICE, stream)
     wrong_to_device = device.wrong(address, 1, size)
@@ -103,9 +104,9 @@ def copies_of(device: Device, address: int, host: int, size: int, stream: int | 
 def launch_share(
     device: Device, to: int, source: int, size: int, kind: int, stream: int | None
 ) -> float:
-    """Copies several times, and tells which part of the time the launches took.
+    """Copy several times, and return the part of the time that the launches took.
 
-    It is tried again while the copies look synchronous: a busy machine may hold the caller up.
+    Repeated while the copies look synchronous, because a busy machine may delay the caller.
     """
     least = 1.0
     for _ in range(_TRIES):
@@ -122,7 +123,7 @@ def launch_share(
 
 @contextmanager
 def a_stream(acl: Acl) -> Iterator[int | None]:
-    """A stream, or the context's own where the device has none left."""
+    """A stream, or the context's default stream if the device has none left."""
     with ExitStack() as stack:
         made = open_streams(acl, stack, 1)
         if not made:
@@ -131,7 +132,7 @@ def a_stream(acl: Acl) -> Iterator[int | None]:
 
 
 def open_streams(acl: Acl, stack: ExitStack, count: int) -> list[int]:
-    """As many of them as the device gives."""
+    """Open ``count`` streams, or as many as the device has left."""
     streams: list[int] = []
     try:
         while len(streams) < count:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual memory: what sleep mode takes, maps, unmaps and gives back."""
+"""Virtual memory: allocating, mapping, unmapping and freeing."""
 
 import time
 from contextlib import ExitStack
@@ -69,9 +69,9 @@ def comes_free(device: Device) -> Finding:
         "give_ms_per_gib": round(given_s * 1e3 * GIB / size, 2),
     }
     if after - during < 0.9 * size:
-        return late(f"{gib(size)} were given back, {gib(after - during)} came free", **figures)
+        return late(f"{gib(size)} were freed, {gib(after - during)} became free", **figures)
     return passed(
-        f"{gib(size)} taken in {taken_s * 1e3:.1f} ms, free again in {given_s * 1e3:.1f} ms",
+        f"{gib(size)} allocated in {taken_s * 1e3:.1f} ms, freed in {given_s * 1e3:.1f} ms",
         **figures,
     )
 
@@ -79,8 +79,8 @@ def comes_free(device: Device) -> Finding:
 def late(found: str, **figures: Any) -> Finding:
     return degraded(
         found,
-        "Memory that sleeps may not reach other processes at once.",
-        "Repeat it on a device that nobody else uses; if it stays so, see the driver's log.",
+        "Other processes may not get the memory of a sleeping engine at once.",
+        "Repeat it on a device that nobody else uses; if it persists, see the driver's log.",
         **figures,
     )
 
@@ -88,7 +88,7 @@ def late(found: str, **figures: Any) -> Finding:
 def _broken(wrong: int) -> Finding:
     return failed(
         f"{wrong} pages are wrong",
-        "The driver does not keep what virtual memory promises: weights would be lost.",
+        "The driver loses the content of virtual memory, so weights would be lost.",
         "Do not use sleep mode here. Install a newer driver and CANN, and run this again.",
         wrong_pages=wrong,
     )

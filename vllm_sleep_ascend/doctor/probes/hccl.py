@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether HCCL gives back what a communicator holds (``release_communicators``)."""
+"""Whether HCCL frees the memory of a communicator (``release_communicators``)."""
 
 import ctypes
 from ctypes import byref, c_int, c_uint32, c_uint64, c_void_p
@@ -12,14 +12,14 @@ from vllm_sleep_ascend.doctor.sizes import MIB, mib
 
 _ROOT_INFO_BYTES, _FP32, _SUM = 4108, 4, 0
 _ELEMENTS = 1024
-_VISIBLE = MIB  # less than this may be anything
+_VISIBLE = MIB  # less than this may be noise
 
 
 def communicator(device: Device) -> Finding:
     try:
         hccl = ctypes.CDLL("libhccl.so")
     except OSError as error:
-        remedy = "Engines of several ranks need it: install CANN whole."
+        remedy = "Engines with several ranks need it: install all of CANN."
         return not_probed(f"HCCL cannot be loaded: {error}", remedy)
 
     def call(name: str, *arguments: Any) -> None:
@@ -46,24 +46,24 @@ def communicator(device: Device) -> Finding:
     figures = {"held_bytes": took, "kept_bytes": kept}
     if took < _VISIBLE:
         return not_probed(
-            "a communicator of one rank took no memory that can be seen: not known whether HCCL "
-            "gives memory back",
-            "If release_communicators is to be used, start an engine of two ranks with it: its "
-            "first sleep says whether HCCL kept the memory.",
+            "a communicator with one rank used no visible memory, so it is not known whether HCCL "
+            "frees memory",
+            "To use release_communicators, start an engine with two ranks: its first sleep reports "
+            "whether HCCL kept the memory.",
             **figures,
         )
     if kept > max(0.1 * took, device.unit):
         return degraded(
-            f"{mib(kept)} of {mib(took)} stayed when it was destroyed",
-            "release_communicators does not free all that communicators hold.",
+            f"{mib(kept)} of {mib(took)} were kept when it was destroyed",
+            "release_communicators does not free all memory of communicators.",
             "See HCCL's log, or leave out release_communicators.",
             **figures,
         )
-    return passed(f"one of one rank took {mib(took)}, which came free with it", **figures)
+    return passed(f"a communicator with one rank used {mib(took)} and freed them", **figures)
 
 
 def _held(device: Device) -> int:
-    """By CANN's own account, or from what the device has left, which other processes move."""
+    """From CANN's accounting, or from the device's free memory, which other processes change."""
     components = device.acl.component_bytes(device.index)
     if components is not None and "HCCL" in components:
         return components["HCCL"]

@@ -23,8 +23,8 @@ from vllm_sleep_ascend.doctor.sizes import GIB, MIB, mib
 from vllm_sleep_ascend.memory.host import KERNEL_THAT_KEEPS_PAGES, why_registered_pages_move
 
 USES_ACL = (
-    'Backups are in memory from aclrtMallocHost (host_memory="acl"), which is right on every '
-    "kernel and takes longer to get."
+    'Backups use memory from aclrtMallocHost (host_memory="acl"), which works on every kernel and '
+    "is slower to allocate."
 )
 
 
@@ -55,10 +55,10 @@ def page_locked(device: Device) -> Finding:
         return broken_copies(f"{copies.wrong} pages arrived wrong", **figures)
     if not copies.asynchronous:
         return degraded(
-            f"{mib(size)} from aclrtMallocHost: copies are exact, and not asynchronous",
-            "Sleep and wake work; copies do not overlap with what else there is to do.",
-            "Look for the runtime's settings that make launches blocking "
-            "(ASCEND_LAUNCH_BLOCKING), and for a newer driver.",
+            f"{mib(size)} from aclrtMallocHost: copies are exact, but not asynchronous",
+            "Sleep and wake work, but copies do not overlap with other work.",
+            "Check for settings that make launches blocking (ASCEND_LAUNCH_BLOCKING), and for a "
+            "newer driver.",
             **figures,
         )
     return passed(
@@ -113,14 +113,14 @@ def page_locking(device: Device) -> Finding:
     seconds = 14 * GIB / 1e9 / max(take_1, take_4)
     return passed(
         f"{take_1:.1f} GB/s with 1 thread, {take_4:.1f} with 4 ({seconds:.1f} s for 14 GiB); "
-        f"given back at {give:.1f} GB/s",
+        f"freed at {give:.1f} GB/s",
         take_gb_per_s={"1": round(take_1, 2), "4": round(take_4, 2)},
         give_gb_per_s=round(give, 2),
     )
 
 
 def _take_blocks(device: Device, blocks: int, threads: int) -> tuple[float, float]:
-    """GB/s of taking blocks from aclrtMallocHost by so many threads, and of giving them back."""
+    """GB/s of allocating blocks with aclrtMallocHost on several threads, and of freeing them."""
     acl = device.acl
 
     def take() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole: memory sleeps and wakes, by the allocator that engines use."""
+"""End to end: memory sleeps and wakes with the allocator that engines use."""
 
 import ctypes
 from collections.abc import Iterator
@@ -28,20 +28,22 @@ def sleep_and_wake(device: Device) -> Finding:
     address = hooks.camem_malloc(device.size, device.index, None)
     if address is None:
         return failed(
-            f"the allocator gave no {gib(device.size)}",
+            f"the allocator could not allocate {gib(device.size)}",
             "No weights could be loaded.",
-            "Free device memory, or name less with --gib.",
+            "Free device memory, or choose a smaller --gib.",
         )
     try:
         return _twice(device, address, camem)
     finally:
         hooks.camem_free(address, device.size, device.index, None)
-        camem.trim(set())  # a free may be left for later, and this is the last
+        camem.trim(set())  # completes a deferred free
 
 
 def _twice(device: Device, address: int, camem: ModuleType) -> Finding:
-    """The first sleep takes the host memory that the second one has: once it is page-locked, if it
-    was plain at first."""
+    """Sleep and wake twice. The second sleep reuses the first one's host memory.
+
+    If that was plain memory, wait until it has been page-locked.
+    """
     size = device.size
     figures: dict[str, Any] = {"bytes": size, "by": "the compiled allocator"}
     _write(device, address, size)
@@ -64,7 +66,7 @@ def _twice(device: Device, address: int, camem: ModuleType) -> Finding:
         return broken_copies(f"{wrong} pages came back wrong after {gib(size)} slept", **figures)
     if figures["second_freed_bytes"] < 0.9 * size:
         freed = gib(figures["second_freed_bytes"])
-        return late(f"{gib(size)} slept and came back exact; {freed} came free", **figures)
+        return late(f"{gib(size)} slept and came back exact; {freed} became free", **figures)
     plain = size - figures["second_page_locked_bytes"]
     return passed(
         f"{gib(size)} twice, exact; sleep {figures['first_sleep_gb_per_s']}, then "
@@ -75,7 +77,7 @@ def _twice(device: Device, address: int, camem: ModuleType) -> Finding:
 
 
 def _by_hand(device: Device, why: str) -> Finding:
-    """The calls that the allocator makes, where it is not there."""
+    """The allocator's calls, without the allocator."""
     acl, size = device.acl, device.size
     with acl.reservation(size) as address, acl.page_locked(size) as host:
         with acl.physical(device.index, size) as handle, acl.mapped(address, size, handle):
@@ -91,8 +93,8 @@ def _by_hand(device: Device, why: str) -> Finding:
     if wrong:
         return broken_copies(f"{wrong} pages came back wrong after {gib(size)} slept", **figures)
     return degraded(
-        f"{gib(size)}, exact, without the compiled allocator, by the calls that it makes",
-        "The device can sleep and wake; engines cannot before the allocator is installed.",
+        f"{gib(size)}, exact, with the allocator's calls, but without the compiled allocator",
+        "The device supports sleep mode, but engines need the allocator.",
         f"Install the package with COMPILE_CUSTOM_KERNELS=1 (COMPILE.md). The import said: {why}",
         **figures,
     )
@@ -103,7 +105,7 @@ def _speed(size: int, report: dict[str, Any]) -> float:
 
 
 def _parts(size: int) -> Iterator[tuple[int, int, int]]:
-    """Number, offset and size of each piece that has a content of its own."""
+    """Number, offset and size of each piece with its own content."""
     for number, offset in enumerate(range(0, size, CHUNK)):
         yield number % 500, offset, min(CHUNK, size - offset)
 

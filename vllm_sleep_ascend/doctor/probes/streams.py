@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams, waiting for them, and how fast they copy."""
+"""Streams: their number, timeouts, and the speed of copies."""
 
 import ctypes
 import time
@@ -19,7 +19,7 @@ from vllm_sleep_ascend.doctor.sizes import MIB
 
 CHUNKS_MIB = (2, 16, 64)
 STREAM_COUNTS = (1, 2, STREAMS)
-_WHOLE_S = 8.0  # what the table of speeds may take
+_WHOLE_S = 8.0  # time limit of the table of speeds
 
 
 def streams(device: Device) -> Finding:
@@ -27,13 +27,13 @@ def streams(device: Device) -> Finding:
     with ExitStack() as stack:
         made = len(open_streams(device.acl, stack, STREAMS))
     figures: dict[str, Any] = {"left": left, "made": made}
-    said = "this CANN does not say how many are left" if left is None else f"{left} left"
+    said = "this CANN does not tell how many are left" if left is None else f"{left} left"
     if made == STREAMS:
         return passed(f"{said}; sleep mode keeps at most {STREAMS}", **figures)
     return degraded(
-        f"{said}, {made} of the {STREAMS} that sleep mode keeps could be made",
-        "Copies share fewer streams, or are synchronous where none is left: both are slower.",
-        "End other processes on the device, or have them capture fewer graphs: each takes streams.",
+        f"{said}, {made} of the {STREAMS} that sleep mode keeps could be created",
+        "Copies are slower: they share fewer streams, or are synchronous if none is left.",
+        "End other processes on the device, or let them capture fewer graphs, which use streams.",
         **figures,
     )
 
