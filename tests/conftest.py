@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated machine of a test process, and what tests share."""
+"""The simulated machine of a test process, and shared fixtures."""
 
 import importlib.util
 import os
@@ -14,8 +14,8 @@ from helpers import ROOT
 from helpers.models import make_model
 from helpers.patience import patience
 
-# Before torch is imported. Engines run in this process unless a test says otherwise: the allocator
-# can then be looked into.
+# Set before torch is imported. Engines run in this process unless a test says otherwise, so that
+# tests can inspect the allocator.
 os.environ.setdefault("NPU_SIM_DEVICES", "4")
 os.environ.setdefault("NPU_SIM_HBM_GIB", "2")
 os.environ.setdefault("HCCL_BUFFSIZE", "4")
@@ -24,22 +24,22 @@ if "PYTEST_XDIST_WORKER" in os.environ or "NPU_SIM_MACHINE" not in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-# Several processes compute at once on few processors: threads that wait must not spin.
+# Many processes share few processors, so waiting threads must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Processes that tests start find the helpers, and import what they are sent by name.
+# Processes started by tests can import the helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH")))
 )
 
 pytest_plugins = ["helpers.groups", "helpers.report"]
 
-# make test-ascend, in an environment of its own, runs these.
+# make test-ascend runs these in a separate environment.
 collect_ignore = [] if importlib.util.find_spec("vllm_ascend") else ["ascend"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--long", action="store_true", help="run also the tests marked long, which are left out"
+        "--long", action="store_true", help="also run the tests marked long"
     )
 
 
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish() -> None:
-    """Remove the simulated machines of this run; their names end with its process id."""
+    """Remove this run's simulated machines, whose names end with its process id."""
     if engine := sys.modules.get("helpers.engine"):
         engine.shared.close()
     for machine in Path("/dev/shm").glob(f"npu-sim-{os.getuid()}-*-{os.getpid()}"):
@@ -71,7 +71,7 @@ def tiny_model() -> Path:
 
 @pytest.fixture(scope="session")
 def expected(tiny_model: Path) -> list[list[int]]:
-    """What ``few`` gives of an engine with the weights of the tiny model."""
+    """The result of ``few`` for an engine with the tiny model's weights."""
     from helpers.reference import hf_few
 
     return hf_few(tiny_model)
@@ -79,7 +79,7 @@ def expected(tiny_model: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file from which the shared server's simulated device reads its faults."""
+    """The file with the fault rules of the shared server's simulated device."""
     path = tmp_path_factory.mktemp("faults") / "rules"
     path.touch()
     return path
@@ -87,7 +87,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def left_awake(server: Any, faults: Path) -> Iterator[None]:
-    """Whatever the test did, the next one finds the server awake and its device in order."""
+    """After the test, the server is awake and its device has no faults."""
     from helpers.faults import set_faults
 
     yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine and the server that tests share."""
+"""The shared engine and the shared server."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import MIB, warm
 
-ONE_ENGINE = 40 * MIB  # weights of a tiny model; of the last engine, vLLM may still hold some
+ONE_ENGINE = 40 * MIB  # a tiny model's weights, of which vLLM may still hold some
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -20,7 +20,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left() -> Iterator[None]:
-    """The engines of a module give their memory back; none piles up."""
+    """The engines of a module free their memory."""
     yield
     gc.collect()
     if torch_npu := sys.modules.get("torch_npu"):
@@ -40,7 +40,7 @@ def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def llm(tiny_model: Path) -> Iterator[Any]:
-    """The shared engine with sleep mode, in this process; awake again when the test is over."""
+    """The shared engine with sleep mode in this process, woken after the test."""
     from helpers.engine import shared
 
     from vllm_sleep_ascend.sim import control
@@ -56,10 +56,11 @@ def llm(tiny_model: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, faults: Path):
-    """A server with sleep mode and the development endpoints, on a simulated NPU of its own.
+    """A server with sleep mode and the development endpoints, on its own simulated NPU.
 
-    In float32: an interrupted request is computed again in one piece, whose sums in bfloat16 may
-    round otherwise than those of its tokens one by one."""
+    It uses float32: an interrupted request is computed again in one prefill, which in bfloat16 may
+    round differently from single tokens.
+    """
     from helpers.server import HBM_GIB, MEMORY, SMALL, Server
 
     env = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests share, by subject. Nothing here is a test."""
+"""Code shared by tests, by subject."""
 
 from pathlib import Path
 

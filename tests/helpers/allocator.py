@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled allocator without torch: its hooks by ctypes, its memory by aclrtMemcpy."""
+"""The compiled allocator without torch: hooks through ctypes, memory through aclrtMemcpy."""
 
 import ctypes
 import hashlib
@@ -63,7 +63,7 @@ def configure(
 
 
 class Block:
-    """One allocation through the hooks, with content that is known."""
+    """An allocation through the hooks, with known content."""
 
     def __init__(self, tag: str, size: int, seed: int = 0, device: int = 0):
         self.tag, self.size, self.device = tag, size, device

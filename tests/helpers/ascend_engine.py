@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's engines in this process, and what they should answer."""
+"""vllm-ascend's engines in this process, and their expected tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ ITS_OWN = {
     "ascend_service_profiling",
     "VLLM_ASCEND_ENABLE_NZ": "0",
 }
-"""vllm-ascend as it is, set up as its guide to sleep mode says."""
+"""Unmodified vllm-ascend, set up as its guide to sleep mode says."""
 
 
 @contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
-    """An ``LLM``; gone afterwards."""
+    """An ``LLM``, shut down at the end."""
     from helpers import engine as plain
 
     with plain.engine(model, **{"enforce_eager": True, **options}) as llm:
@@ -27,12 +27,14 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def engine_of_ranks(model: Path, **options: Any) -> Iterator[Any]:
-    """An ``LLM`` with sleep mode, its ranks and its engine in processes of their own: vLLM 0.23 may
-    wait for ever for a zmq context when it ends an engine in this process with ranks in others."""
+    """An ``LLM`` with sleep mode, whose engine and ranks run in separate processes.
+
+    vLLM 0.23 may hang in a zmq context at the end of an in-process engine with ranks elsewhere.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of the tests' functions
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the tests' functions
         with engine(
             model, enable_sleep_mode=True, distributed_executor_backend="mp", **options
         ) as llm:

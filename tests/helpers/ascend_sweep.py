@@ -3,10 +3,10 @@
 
     PYTHONPATH=tests npu-sim python -m helpers.ascend_sweep [own]
 
-``own`` is vllm-ascend's allocator as it ships, otherwise it is ours in its place. Three tensors of
-weights and two of KV cache sleep at level 1 and wake; one call fails with 507899; the operation
-that failed is repeated once. Each fault has a process of its own: some end it, and some calls come
-only once in a process.
+With ``own`` it is vllm-ascend's allocator, otherwise ours. Three weight tensors and two KV-cache
+tensors sleep at level 1 and wake. One call fails with 507899, and the failed operation is retried
+once. Each fault has a separate process, because some faults end it, and some calls happen only once
+in a process.
 """
 
 import json
@@ -21,8 +21,8 @@ from helpers import MIB
 from helpers.faults import DRIVER_ERROR, calls_of
 from vllm_sleep_ascend.sim import control
 
-ASKED_ONLY = ("aclrtGetDevice", "aclrtGetCurrentContext")  # of the thread, not of the device
-OUTCOMES = ("survived", "lost", "aborted", "stuck", "never")  # never: the call did not come
+ASKED_ONLY = ("aclrtGetDevice", "aclrtGetCurrentContext")  # queries of the thread, not the device
+OUTCOMES = ("survived", "lost", "aborted", "stuck", "never")  # never: the call did not happen
 
 
 def allocator(own: bool) -> Any:
@@ -36,7 +36,7 @@ def allocator(own: bool) -> Any:
 
 
 class World:
-    """Three weights and two caches, put to sleep and woken through the allocator."""
+    """Three weights and two caches that sleep and wake through the allocator."""
 
     def __init__(self, own: bool):
         memory = allocator(own)
@@ -57,14 +57,14 @@ class World:
         }
 
     def calls(self) -> dict[str, list[str]]:
-        """What each operation asks of AscendCL."""
+        """The AscendCL calls of each operation."""
         calls = {}
         for name, operation in self.operations.items():
             calls[name] = calls_of(operation)
         return calls
 
     def outcome(self, faulty: str, call: str, nth: int) -> str:
-        """Of a cycle in which that call of one operation fails."""
+        """The outcome of a cycle in which that call of one operation fails."""
         for name, operation in self.operations.items():
             control.set_faults(f"{call}:{nth}:{DRIVER_ERROR}" if name == faulty else "")
             try:
@@ -85,7 +85,7 @@ class World:
 
 
 def in_a_process(own: bool, fault: tuple[str, str, int] | None) -> Any:
-    """The outcome of a fault, or the calls; None if the process ended."""
+    """The outcome of a fault, or without one the calls; None if the process ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -105,7 +105,7 @@ def in_a_process(own: bool, fault: tuple[str, str, int] | None) -> Any:
 
 
 def sweep(own: bool) -> dict[str, Counter]:
-    """Outcomes by call, over every call of a sleep and a wake."""
+    """Outcomes by call, for every call of a sleep and a wake."""
     calls = in_a_process(own, None)
     faults = [
         (operation, call, nth)

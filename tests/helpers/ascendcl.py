@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AscendCL by ctypes, as the tests of the simulator call it: every call returns its code."""
+"""AscendCL through ctypes, for the tests of the simulator: every call returns its code."""
 
 import ctypes
 import os
@@ -67,7 +67,7 @@ library.aclGetRecentErrMsg.restype = c_char_p
 
 
 def call(name: str, *arguments: Any) -> int:
-    """Addresses and handles may be plain integers."""
+    """Call a function. Addresses and handles may be plain integers."""
     converted = [c_void_p(a) if isinstance(a, int) and a >= 1 << 32 else a for a in arguments]
     return getattr(library, name)(*converted)
 
@@ -166,7 +166,7 @@ def streams_left() -> int:
 
 
 def event(flags: int = 1 | 8) -> int:
-    """One that streams can wait for (1) and that tells its time (8)."""
+    """An event that streams can wait for (1) and that records its time (8)."""
     handle = c_void_p()
     ok("aclrtCreateEventExWithFlag", byref(handle), c_uint32(flags))
     return handle.value or 0
@@ -194,12 +194,12 @@ def bytes_at(address: int, count: int) -> bytes:
 
 
 HostFunction = ctypes.CFUNCTYPE(None, c_void_p)
-_kept: list[Any] = []  # functions that a stream may still be in
+_kept: list[Any] = []  # functions that a stream may still be running
 
 
 @contextmanager
 def held(queue: int) -> Iterator[threading.Event]:
-    """Holds the stream until the event is set, or the block ends."""
+    """Hold the stream until the event is set or the block ends."""
     released = threading.Event()
     _kept.append(HostFunction(lambda _: released.wait()))
     ok("aclrtLaunchHostFunc", queue, _kept[-1], None)
@@ -212,7 +212,7 @@ def held(queue: int) -> Iterator[threading.Event]:
 def run_python(
     code: str, timeout: float = 30, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs code that starts with everything of this module, on device 0, in its own process."""
+    """Run code in a separate process, on device 0, with everything of this module imported."""
     prelude = "from helpers.ascendcl import *\nimport os, sys, time\nok('aclrtSetDevice', 0)\n"
     return subprocess.run(
         [sys.executable, "-c", prelude + code],

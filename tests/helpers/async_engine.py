@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AsyncLLM with its engine in a process of its own, and requests to it that are under way."""
+"""AsyncLLM with its engine in a separate process, and running requests."""
 
 import asyncio
 import threading
@@ -17,7 +17,7 @@ LONG = 240
 
 
 def async_llm(model: Path, **options: Any) -> Iterator[tuple[Any, Callable]]:
-    """An engine, and ``run``, which waits for a coroutine in the loop that the engine lives in."""
+    """An engine, and ``run``, which runs a coroutine in the engine's event loop."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -53,7 +53,7 @@ def async_llm(model: Path, **options: Any) -> Iterator[tuple[Any, Callable]]:
 
 
 class Request:
-    """One request under way, token by token."""
+    """A running request, token by token."""
 
     def __init__(self, llm: Any, name: str, tokens: int, n: int = 1) -> None:
         self._arguments = llm, name, tokens, n
@@ -82,7 +82,7 @@ class Request:
 
 
 def greedy(model: Path) -> list[int]:
-    """The tokens of a request that nothing disturbs."""
+    """The tokens of an undisturbed request."""
     (tokens,) = hf_greedy(model, [PROMPT], LONG)
     return tokens
 

@@ -75,14 +75,14 @@ def end_group(queue: int) -> tuple[int, int]:
 
 
 class Graph:
-    """What a block captured; its handle is known once the block has ended."""
+    """A captured graph. Its handle is set at the end of the block."""
 
     handle = 0
 
 
 @contextmanager
 def captured(queue: int, mode: int = GLOBAL) -> Iterator[Graph]:
-    """Captures what the block lets the stream do."""
+    """Capture the stream's work inside the block."""
     graph = Graph()
     ok("aclmdlRICaptureBegin", queue, mode)
     yield graph

@@ -6,7 +6,7 @@ import sys
 
 
 def vllm_sleep(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    """What it printed; it must end with this exit code."""
+    """Run it, and check its exit code."""
     done = subprocess.run(
         [sys.executable, "-m", "vllm_sleep_ascend.client.cli", *arguments],
         capture_output=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank that runs checks of this file by name, for tests of communication.
+"""A rank that runs checks of this file by name, for tests of communication.
 
 collectives.py CHECK[,CHECK…] STORE WORLD RANK [DEVICE]
 """
@@ -31,11 +31,11 @@ OPERATIONS = {
     "min": dist.ReduceOp.MIN,
 }
 SIZES = (1, 7, 5000, 100_003)
-"""Elements: less than there are ranks, odd, and enough to be reduced in slices."""
+"""Elements: fewer than ranks, odd, and enough to be reduced in slices."""
 
 
 def values(rank: int, count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """What that rank has, on the host."""
+    """That rank's values, on the host."""
     generator = torch.Generator().manual_seed(seed * 100 + rank)
     low, high = TYPES.get(dtype, (0, 100))
     if dtype.is_floating_point:
@@ -66,7 +66,7 @@ class Rank:
         self.gloo = dist.new_group(backend="gloo")
 
     def results_equal_gloo(self) -> None:
-        """Every collective over every type that HCCL takes, against gloo or plain arithmetic."""
+        """Every collective with every type of HCCL, compared with gloo or plain arithmetic."""
         world, rank = self.world, self.rank
         for dtype in TYPES:
             for name, operation in OPERATIONS.items():
@@ -147,7 +147,7 @@ class Rank:
     def check_point_to_point(self) -> None:
         world, rank = self.world, self.rank
         after, before = (rank + 1) % world, (rank - 1) % world
-        large = 300_000  # more than a socket holds
+        large = 300_000  # more than a socket buffers
         got = torch.empty(large, device="npu")
         if rank % 2 == 0:
             dist.send(values(rank, large, torch.float32).npu(), after)
@@ -166,7 +166,7 @@ class Rank:
         equal_bits(got, values(before, large, torch.float32, seed=5))
 
     def streams_order_the_work(self) -> None:
-        """Two streams and 200 dependent steps: each sees what the one before wrote."""
+        """Two streams and 200 dependent steps: each sees what the previous one wrote."""
         x = torch.ones(1000, device="npu")
         side = torch.npu.Stream()
         for _ in range(100):
@@ -180,7 +180,7 @@ class Rank:
         assert torch.equal(x.cpu(), torch.full((1000,), 101.0)), x[:4]
 
     def in_a_graph(self) -> None:
-        """A graph with collectives between products gives each time what it would give without."""
+        """A graph with collectives between products gives the eager result each time."""
         weight = values(self.rank, 64 * 64, torch.float32).view(64, 64).npu()
         x = torch.empty(4, 64, device="npu")
 
@@ -204,7 +204,7 @@ class Rank:
             assert torch.equal(captured, step()), seed
 
     def in_a_graph_that_is_refused(self) -> None:
-        """A graph on two streams at once fails on the second; the group goes on."""
+        """A graph on two streams at once fails on the second one; the group survives."""
         x, begun = torch.ones(4, device="npu"), torch.zeros(4).pin_memory()
         dist.all_reduce(x)
         gate, graph = torch.npu.ExternalEvent(), torch.npu.NPUGraph()
@@ -246,7 +246,7 @@ class Rank:
         graph.replay()
 
     def groups_split(self) -> None:
-        """Groups of half the ranks, with communicators of their own."""
+        """Groups of half the ranks, with separate communicators."""
         world, rank = self.world, self.rank
         halves = [list(range(0, world, 2)), list(range(1, world, 2))]
         groups = [dist.new_group(half, backend="hccl") for half in halves]
@@ -259,7 +259,7 @@ class Rank:
         assert torch.equal(x.cpu(), torch.full((10,), expected))
 
     def sub_communicators(self) -> None:
-        """HCCL's own calls: the odd ranks, in reverse order, without a word to the even ones."""
+        """HCCL's own calls: the odd ranks in reverse order, without the even ones."""
         hccl = ctypes.CDLL("libhccl.so")
         info = torch.zeros(4108, dtype=torch.uint8)
         if self.rank == 0:
@@ -279,7 +279,7 @@ class Rank:
             assert hccl.HcclCreateSubCommConfig(ctypes.byref(whole), *new) == 0
             rank = ctypes.c_uint32()
             assert hccl.HcclGetRankId(part, ctypes.byref(rank)) == 0 and rank.value == place
-            # Root 0 of the part is the last odd rank of all.
+            # Root 0 of the sub-communicator is the last odd rank.
             arguments = (buffer, ctypes.c_uint64(10), 4, 0, part, stream)
             assert hccl.HcclBroadcast(*arguments) == 0
         arguments = (buffer, buffer, ctypes.c_uint64(10), 4, 0, whole, stream)
@@ -292,8 +292,10 @@ class Rank:
         assert hccl.HcclCommDestroy(whole) == 0
 
     def stages_share_a_communicator(self) -> None:
-        """As in vLLM's pipeline, a stage receives once the one before it has sent it word. Their
-        communicator is released before anything was sent, and later."""
+        """As in vLLM's pipeline, a stage receives after the previous one has announced it.
+
+        Their communicator is released before the first message, and once more later.
+        """
         from vllm_sleep_ascend.rank.communicators import Communicators, meet
 
         group = dist.new_group(backend="hccl")
@@ -362,7 +364,7 @@ def fails(operation, reason: str) -> None:
         print("failed:", error)
     else:
         raise AssertionError("nothing failed")
-    os._exit(0)  # a device with failed work cannot be shut down in order
+    os._exit(0)  # a device with failed work cannot be shut down properly
 
 
 def main() -> None:

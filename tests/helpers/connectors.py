@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV connectors that keep blocks in a folder: vLLM's example, and one that can empty it."""
+"""KV connectors that keep blocks in a folder, derived from vLLM's example."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import Examp
 
 
 class EmptiedConnector(ExampleConnector):
-    """vLLM's example with what it lacks: its store can be emptied."""
+    """vLLM's example with a store that can be emptied."""
 
     def reset_cache(self) -> bool:
         for folder in Path(self._storage_path).iterdir():
@@ -17,14 +17,14 @@ class EmptiedConnector(ExampleConnector):
 
 
 class RegisteringConnector(EmptiedConnector):
-    """As one that moves blocks by their registered addresses."""
+    """Registers addresses, like a connector that transfers blocks by address."""
 
     def register_kv_caches(self, kv_caches: dict) -> None:
         self._addresses = [cache.data_ptr() for cache in kv_caches.values()]
 
 
 class HeadMajorConnector(EmptiedConnector):
-    """As NIXL's, which asks for a layout that it moves faster."""
+    """Requests another layout, as NIXL's does for speed."""
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: object) -> str | None:
@@ -32,7 +32,7 @@ class HeadMajorConnector(EmptiedConnector):
 
 
 class TokenMajorConnector(EmptiedConnector):
-    """As one that asks for the default."""
+    """Requests the default layout."""
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: object) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits of host memory, as containers set them."""
+"""Limits of host memory as in containers."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def control_group(limit: int, processes: list[int]) -> Iterator[None]:
-    """The processes are two control groups deep in one with this limit of memory, in bytes."""
+    """Put the processes two levels below a control group with this memory limit, in bytes."""
     groups = Path("/proc/self/cgroup").read_text().splitlines()
     own = next((line.split(":", 2)[2] for line in groups if ":memory:" in line), None)
     v2 = next((line.split(":", 2)[2] for line in groups if line.startswith("0::")), "/")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines in this process, and what tests ask of them."""
+"""Engines in this process."""
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +21,10 @@ _DEFAULTS = {
 
 @contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
-    """An ``LLM`` in float32, so that its tokens must equal the reference's; gone afterwards.
+    """An ``LLM`` in float32, so that its tokens equal the reference's; shut down at the end.
 
-    A shared engine of this process ends first: a process can have one that sleeps."""
+    A shared engine is shut down first, because a process can have only one with sleep mode.
+    """
     shared.close()
     llm = start(model, **options)
     try:
@@ -35,7 +36,7 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 
 
 def start(model: Path, **options: Any) -> Any:
-    """An ``LLM`` as the tests want it, whatever else runs in this process."""
+    """An ``LLM`` with the tests' defaults."""
     from vllm import LLM
 
     with report.start_of("engine"):
@@ -50,13 +51,13 @@ def _clean_up() -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
-    _ROPE_DICT.clear()  # vLLM keeps rotary tables for the life of a process
+    _ROPE_DICT.clear()  # vLLM caches rotary tables for the life of a process
     gc.collect()
     cleanup_dist_env_and_memory()
 
 
 class _Shared:
-    """One engine that the tests of a run share as long as they want the same options."""
+    """An engine that tests share as long as they use the same options."""
 
     def __init__(self) -> None:
         self._key: tuple | None = None
@@ -87,7 +88,7 @@ shared = _Shared()
 def tokens(
     llm: Any, prompts: Sequence[str] = PROMPTS, n: int = 24, **kwargs: Any
 ) -> list[list[int]]:
-    """Greedy tokens of the prompts, all in one batch, ``n`` of each, end-of-text included."""
+    """``n`` greedy tokens of each prompt, in one batch, end-of-text included."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
@@ -96,12 +97,12 @@ def tokens(
 
 
 def few(llm: Any) -> list[list[int]]:
-    """A few tokens of a few prompts: enough to tell one set of weights from another."""
+    """A few tokens of a few prompts, enough to distinguish weights."""
     return tokens(llm, FEW, FEW_TOKENS)
 
 
 def sleep_and_wake(llm: Any, level: int) -> None:
-    """One cycle; after level 2 with weights from the checkpoint before the cache wakes."""
+    """One cycle. After level 2 the checkpoint is loaded before the cache wakes."""
     llm.sleep(level=level)
     llm.wake_up(tags=["weights"])
     if level == 2:
@@ -110,8 +111,10 @@ def sleep_and_wake(llm: Any, level: int) -> None:
 
 
 def send_update(llm: Any, weights: Mapping[str, Any], folder: Path, draft: bool = False) -> None:
-    """A weight update in two parts, of the model or its draft model, as a trainer sends one to an
-    engine whose backend for that is ``safetensors``."""
+    """Send a weight update of the model or its draft model in two parts.
+
+    The engine's weight-transfer backend is ``safetensors``.
+    """
     from safetensors.torch import save_file
 
     llm.collective_rpc("start_draft_weight_update") if draft else llm.start_weight_update()
@@ -123,8 +126,7 @@ def send_update(llm: Any, weights: Mapping[str, Any], folder: Path, draft: bool 
 
 
 def draft_counts(llm: Any) -> tuple[float, float]:
-    """Tokens that were drafted, and those of them that the model took, since the start of an engine
-    that counts them."""
+    """Drafted and accepted tokens since the start of an engine that logs its statistics."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     drafted, taken = (
         metrics[f"vllm:spec_decode_num_{kind}_tokens"].value for kind in ("draft", "accepted")
@@ -133,19 +135,19 @@ def draft_counts(llm: Any) -> tuple[float, float]:
 
 
 def driver_worker(llm: Any) -> Any:
-    """The worker of an engine of one rank."""
+    """The worker of an engine with one rank."""
     return llm.llm_engine.model_executor.driver_worker.worker
 
 
 def mapped(tag: str | None = None) -> int:
-    """Device bytes of this process's allocations, of one tag or of all."""
+    """Device bytes of this process's allocations, for one tag or all."""
     from vllm_sleep_ascend import _camem
 
     return sum(a["device_bytes"] for a in _camem.allocations() if tag in (None, a["tag"]))
 
 
 def used() -> int:
-    """Bytes of the current device that all processes hold."""
+    """Bytes of the current device held by all processes."""
     import torch
 
     free, total = torch.npu.mem_get_info()

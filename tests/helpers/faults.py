@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the simulated device that fail: in another process by a file, in this one by a log."""
+"""Injects failing calls: rules for another process through a file, and the calls of this one."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from vllm_sleep_ascend.sim import control
 DRIVER_ERROR = 507899
 OUT_OF_MEMORY = 207001
 HCCL_ERROR = 4
-# What calls that take or register host memory return in the field: old drivers, containers, limits.
+# Codes of host-memory calls in the field: old drivers, containers, limits.
 HOST_MEMORY_CODES = (
     *(107000, 107017, 200000, 200001, 207000),
     *(207001, 207005, 500000, 507899, 507900),
@@ -19,10 +19,11 @@ HOST_MEMORY_CODES = (
 
 
 def set_faults(file: Path, rules: str) -> None:
-    """From its next call on, the simulated device of the server that reads this file obeys them.
+    """Set the fault rules of the server that reads this file; its next call obeys them.
 
-    It looks at the file's time every few milliseconds, in which it would miss a second change, and
-    would read a file that is being written."""
+    The simulator checks the file's time every few milliseconds, so a second change within that time
+    would be missed, and a partly written file would be read.
+    """
     new = file.with_name(f"{file.name}.new")
     new.write_text(rules)
     os.replace(new, file)
@@ -30,7 +31,7 @@ def set_faults(file: Path, rules: str) -> None:
 
 
 def calls_of(operation: Callable[[], object]) -> list[str]:
-    """The names of the calls of AscendCL that this process makes in the operation, in order."""
+    """The names of this process's AscendCL calls in the operation, in order."""
     control.reset_counters()
     control.keep_call_log(True)
     operation()

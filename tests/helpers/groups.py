@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tests share two processes: a pytest plugin that orders them and hands them out in groups."""
+"""A pytest plugin that orders tests and distributes them in groups over two processes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-# The groups that take longest begin first, so that all processes end together.
+# The longest groups start first, so that all processes end at about the same time.
 LONGEST = (
     "tests/sim/test_simulator.py",
     "tests/allocator/test_faults.py",
@@ -23,8 +23,10 @@ LONGEST = (
 
 
 def group_of(nodeid: str) -> str:
-    """Tests of a group run one after the other in one process, as they share what is costly: those
-    of a file, and all of the proxy, which share its servers."""
+    """The tests of a group run in one process, because they share costly fixtures.
+
+    A group is a file, or all tests of the proxy, which share servers.
+    """
     file = nodeid.partition("::")[0]
     return "tests/e2e/proxy" if file.startswith("tests/e2e/proxy/") else file
 
@@ -33,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {group: number for number, group in enumerate(LONGEST)}
 
     def place(item: pytest.Item) -> tuple[bool, int]:
-        # Engines leave a little of their memory behind, and tests of the allocator count it all.
+        # Engines leave a little memory behind, and tests of the allocator count all of it.
         return "e2e" in item.path.parts, first.get(group_of(item.nodeid), len(first))
 
     items.sort(key=place)
@@ -44,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
-        """Where a process crashes, its test has failed and the rest of its group runs elsewhere."""
+        """If a process crashes, its test fails and the rest of its group runs in another one."""
 
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
@@ -52,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
             super().add_node_collection(node, collection)
             if node not in self.registered_collections:
-                node.shutdown()  # it has found other tests than the first ones had
+                node.shutdown()  # it collected different tests
 
         def remove_node(self, node: Any) -> str | None:
             if self.collection is None:
@@ -62,18 +64,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 (name for group in tests for name, done in group.items() if not done), None
             )
             if crashed is not None:
-                # xdist would run it again and again.
+                # Otherwise xdist would run it again and again.
                 self.assigned_work[node][group_of(crashed)][crashed] = True
             super().remove_node(node)
             return crashed
 
         def _reschedule(self, node: Any) -> None:
             if node not in self.registered_collections:
-                return  # it has yet to collect
+                return  # it has not collected yet
             super()._reschedule(node)
-            # A process begins its last test only once it knows of another or of the end.
+            # A process starts its last known test only after it gets another one or a shutdown.
             while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
                 super()._reschedule(node)
 
-    config.option.loadscopereorder = False  # as collected
+    config.option.loadscopereorder = False  # keep the order of collection
     return Groups(config, log)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each rank does that torchrun starts: an engine with ``external_launcher``, whose memory a
-trainer in the same process wants, as verl and TRL have it. Ends with 0 if all was as expected."""
+"""The program of each rank under torchrun: an ``external_launcher`` engine beside a trainer.
+
+Engine and trainer share a process and the device, as in verl and TRL. Exits with 0 on success.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ WAKE_FAULTS = ("aclrtMapMem", "aclrtMallocPhysical")
 
 
 class Engine:
-    """The engine of this rank; ``alone``: the model is not spread over the ranks."""
+    """The engine of this rank. With ``alone``, each rank has a whole model."""
 
     def __init__(self, model: Path, alone: bool) -> None:
         self.alone = alone
@@ -36,7 +38,7 @@ class Engine:
         )
 
     def load(self, weights: dict | Iterator, through_rpc: bool = False) -> None:
-        """As verl and TRL do it, or through the engine."""
+        """Load weights as verl and TRL do, or through the engine's RPC."""
         named = weights.items() if isinstance(weights, dict) else weights
         if through_rpc:
             self.llm.collective_rpc(lambda worker: worker.model_runner.model.load_weights(named))
@@ -53,7 +55,7 @@ class Engine:
         self.llm.reset_prefix_cache()
 
     def fails_on_rank_1(self, call: str, operation: Callable[[], Any]) -> None:
-        """One call fails on one rank: ranks of one engine all raise, an engine of its own alone."""
+        """One call fails on one rank. All ranks of an engine raise; separate engines do not."""
         before = mapped()
         control.set_faults(f"{call}:1:{DRIVER_ERROR}" if RANK == 1 else "")
         try:
@@ -75,7 +77,7 @@ def torn(weights: dict) -> Iterator:
 
 def main(case: dict[str, Any]) -> None:
     alone = case["alone"]
-    if alone:  # the trainer's, which is there before the engine
+    if alone:  # the trainer's group, which exists before the engine
         torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("cpu:gloo,npu:hccl")
     paths = [Path(path) for path in case["models"]]
@@ -89,7 +91,7 @@ def main(case: dict[str, Any]) -> None:
         engine.cycle(weights[n % 2], through_rpc=n > 2)
         assert few(llm) == expected[n % 2], n
 
-    enough = 1 if alone else 2  # ranks of one engine have more ways to come apart
+    enough = 1 if alone else 2  # ranks of one engine can diverge in more ways
     for call in SLEEP_FAULTS[:enough]:
         engine.fails_on_rank_1(call, lambda: llm.sleep(level=2))
         engine.cycle(weights[0], through_rpc=False)
@@ -100,7 +102,7 @@ def main(case: dict[str, Any]) -> None:
         llm.wake_up()
         assert few(llm) == expected[0], call
 
-    # One rank's load breaks off: no rank of the engine serves, rather than wait for that one.
+    # One rank's load is interrupted: no rank of the engine serves, instead of waiting for that one.
     llm.sleep(level=2)
     llm.wake_up()
     try:

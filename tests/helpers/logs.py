@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the product logs in this process."""
+"""The product's log messages in this process."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def messages_of(module: str, level: int = logging.WARNING) -> Iterator[list[str]]:
-    """What a module of ``vllm_sleep_ascend`` logs inside at this level or above, as it comes."""
+    """The messages that a module of ``vllm_sleep_ascend`` logs inside, from this level on."""
     messages: list[str] = []
     handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated machines that a test names, whatever machine the run is on."""
+"""Simulated machines that a test chooses, independent of the run's machine."""
 
 import sys
 
-# A command line behind it runs with the simulated CANN that its environment names.
+# A prefix: the command after it runs with the simulated CANN that its environment selects.
 LAUNCHER = (sys.executable, "-m", "vllm_sleep_ascend.sim.launcher")
 
 # The variables of the default profile (csrc/sim/README.md).

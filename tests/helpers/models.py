@@ -18,7 +18,7 @@ MODELS = ROOT / "build" / "models"
 
 @cache
 def make_model(name: str) -> Path:
-    """The seeded model of that name, made if it is not there yet."""
+    """The seeded model of that name, created if it does not exist yet."""
     out = MODELS / name
     MODELS.mkdir(parents=True, exist_ok=True)
     with (MODELS / f".{name}.lock").open("w") as lock:  # another process may want it too
@@ -36,7 +36,7 @@ def _maker() -> dict[str, Any]:
 
 
 def other_weights(model: Path, out: Path) -> Path:
-    """A copy of the model in which every matrix has its rows in another, seeded order."""
+    """A copy of the model with the rows of every matrix in another, seeded order."""
     import torch
     from safetensors.torch import load_file, save_file
 

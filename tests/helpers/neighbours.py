@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other processes on the device of an engine that starts, and the moments of its start.
+"""Other processes on the device of a starting engine, and the steps of its start.
 
-With ``--worker-extension-cls helpers.neighbours.StopsAtMoments`` a test can hold the start of a
-server: at each moment of ``STOP_MOMENTS`` a file of that name appears in ``STOP_FOLDER``, and the
-start goes on when the test removes it.
+With ``--worker-extension-cls helpers.neighbours.StopsAtMoments`` a test can stop a server's start:
+at each step in ``STOP_MOMENTS`` a file with its name appears in ``STOP_FOLDER``, and the start
+continues when the test removes the file.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ for line in sys.stdin:
 
 
 class Neighbour:
-    """A process that holds as much memory of device 0 as it is told to."""
+    """A process that holds a given amount of memory of device 0."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -47,11 +47,11 @@ class Neighbour:
         )
 
     def hold(self, mib: int) -> None:
-        """Take or give back until it holds so many MiB, an even number."""
+        """Allocate or free until it holds this many MiB (an even number)."""
         assert self._tell(mib // 2) == mib // 2
 
     def take_all(self) -> None:
-        """Take what is free."""
+        """Allocate all free memory."""
         self._tell(1 << 20)
 
     def _tell(self, pieces: int) -> int:
@@ -65,7 +65,7 @@ class Neighbour:
 
 
 def wrap_start(hook: Callable[[str], None], replace: Callable[[Any, str, Any], None]) -> None:
-    """Have ``hook`` called with each moment of a start in this process: "before load_model" …
+    """Call ``hook`` at each step of a start in this process, with its name: "before load_model" …
 
     ``replace`` sets an attribute, as ``monkeypatch.setattr`` does.
     """
@@ -106,7 +106,7 @@ def wrap_start(hook: Callable[[str], None], replace: Callable[[Any, str, Any], N
 
 
 class StopsAtMoments:
-    """Adds nothing to a worker: what counts is that its process imports this module."""
+    """Adds nothing to a worker. It exists so that the worker's process imports this module."""
 
 
 def _stop(moment: str) -> None:

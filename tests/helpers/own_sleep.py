@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's own sleep and wake in one process: prints, as JSON, what each step left.
+"""vllm-ascend's own sleep and wake: prints the memory after each step as JSON.
 
 python -m helpers.own_sleep MODEL LEVEL
 
-A process of its own: it allows one engine with sleep mode in each.
+Run it in a separate process, because vllm-ascend allows one engine with sleep mode in each.
 """
 
 import json
@@ -31,7 +31,7 @@ def run(model: Path, level: int) -> dict[str, Any]:
         llm.sleep(level=level)
         seen["free asleep"] = torch.npu.mem_get_info()[0]
         llm.wake_up(tags=["weights"])
-        if level == 2:  # it has no reload_weights
+        if level == 2:  # vllm-ascend has no reload_weights
             network.load_weights(load_file(model / "model.safetensors").items())
         llm.wake_up(tags=["kv_cache"])
         seen["free again"] = torch.npu.mem_get_info()[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting for a condition, with a deadline that stretches on a busy machine.
+"""Waiting for a condition, with a longer deadline on a busy machine.
 
-``TEST_PATIENCE`` multiplies every deadline. Without it the load at the start of the run decides.
+``TEST_PATIENCE`` multiplies every deadline. Without it, the load at the start of the run does.
 """
 
 import os
@@ -12,7 +12,7 @@ from functools import cache
 
 @cache
 def patience() -> float:
-    """The factor: 2 with a processor for each process that runs, more with less of them."""
+    """The factor: 2 if every running process has a processor, more otherwise."""
     given = os.environ.get("TEST_PATIENCE")
     if given is not None:
         return float(given)
@@ -21,7 +21,7 @@ def patience() -> float:
 
 
 def deadline(seconds: float) -> float:
-    """So many seconds of a quiet machine from now, on ``time.monotonic``."""
+    """A time of ``time.monotonic``: this many seconds from now, times the factor."""
     return time.monotonic() + seconds * patience()
 
 
@@ -31,7 +31,7 @@ def wait_for(
     """Return once the condition holds.
 
     Raises:
-        AssertionError: it does not hold within ``seconds``, stretched.
+        AssertionError: it does not hold within ``seconds`` times the factor.
     """
     end = deadline(seconds)
     while not condition():

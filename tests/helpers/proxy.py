@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy process, and what tests ask through it."""
+"""A proxy process, and requests through it."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def command(servers: list[Server], *options: str) -> list[str]:
 
 
 class Proxy:
-    """A proxy process before some servers."""
+    """A proxy process in front of some servers."""
 
     def __init__(self, servers: list[Server], *options: str, env: dict[str, str] | None = None):
         self.port, self.admin_port = free_ports(2)
@@ -48,7 +48,7 @@ class Proxy:
         return [server["state"] for server in self.status()]
 
     def metric(self, name: str) -> float:
-        """The sum over all labels."""
+        """The value of a metric, summed over all labels."""
         lines = self.admin.get("/metrics").text.splitlines()
         return sum(float(x.split()[-1]) for x in lines if x.startswith(f"sleep_proxy_{name}"))
 
@@ -86,12 +86,12 @@ def url(server: Server) -> str:
 
 
 def used(server: Server) -> int:
-    """Bytes of the device that all its processes use."""
+    """Bytes of the server's device used by all processes."""
     status = server.rank_status()
     return status["total"] - status["free"]
 
 
 def generated(server: Server) -> float:
-    """Tokens that it has said so far."""
+    """Tokens that the server has generated so far."""
     lines = server.http.get("/metrics").text.splitlines()
     return sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total"))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every AscendCL and HCCL call of a sleep and of a wake fails once, on each of two ranks.
+"""Every AscendCL and HCCL call of a sleep and a wake fails once on each of two ranks.
 
-Whatever fails, all ranks are awake or all sleep, the call can be repeated, and the tokens stay. Two
-calls are left out, by which a thread of torch_npu's looks after its communicators and collectives:
-if HcclGetCommAsyncError or aclrtQueryEventStatus fails there, that thread ends, and the process
-with it. When it looks is chance.
+After each failure all ranks are awake or all sleep, the call can be retried, and the tokens are the
+same. HcclGetCommAsyncError and aclrtQueryEventStatus are left out: a thread of torch_npu calls them
+at random times to watch its communicators, and their failure ends that thread and the process.
 """
 
 from collections import Counter
@@ -32,7 +31,7 @@ class Fault:
 
     @property
     def leaves_others_waiting(self) -> bool:
-        """For this rank, to make the first communicator."""
+        """Whether other ranks then wait for this one to create the first communicator."""
         return self.call in MEETINGS and self.nth == 1
 
     @property
@@ -54,8 +53,8 @@ def fault_hits(worker: Any) -> int:
 
 
 class Sweep:
-    """One engine, and what it has gone through: faults that an operation reported, or made good,
-    or that did not happen since the call did not come."""
+    """An engine and the outcomes: faults that an operation reported or handled, or whose call did
+    not happen."""
 
     def __init__(self, llm: Any, level: int, tokens: Callable[[], Any]) -> None:
         self.llm, self.tokens = llm, tokens
@@ -68,8 +67,11 @@ class Sweep:
         self.llm.wake_up()
 
     def faults(self) -> Iterator[Fault]:
-        """Of one cycle, by what each rank calls in each of three: torch_npu's own threads call now
-        and then. Not in the first one: some calls come once."""
+        """The faults of a cycle: calls that each rank makes in all of three cycles.
+
+        This excludes occasional calls of torch_npu's threads. The first cycle is left out, because
+        some calls happen only once.
+        """
         for operation in self.operations.values():
             operation()
         self._serve()
@@ -89,7 +91,7 @@ class Sweep:
                     yield from (Fault(name, rank, call, n + 1) for n in range(times))
 
     def run(self, fault: Fault) -> None:
-        """One cycle with the fault, or a few where its call does not come at once."""
+        """One cycle with the fault, or a few until its call happens."""
         try:
             for _ in range(TRIES):
                 outcome = self._run(fault)
@@ -135,7 +137,7 @@ class Sweep:
 
 
 def first_of_each_name(faults: Iterator[Fault]) -> list[Fault]:
-    """The ranks take turns."""
+    """The first fault of each call; the ranks alternate."""
     chosen: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
         if fault.nth == 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of several ranks: what tests ask of all of them, and faults on one."""
+"""Engines with several ranks: assertions on all ranks, and faults on one."""
 
 import gc
 import os
@@ -17,8 +17,8 @@ from helpers.reference import hf_few, hf_greedy
 from vllm_sleep_ascend import safe_while_asleep
 from vllm_sleep_ascend.sim import control
 
-# What may stay on a device: two buffers of 4 MiB for each communicator of a group and of 20 MiB for
-# each pair of pipeline stages, and the little that torch holds outside the pools.
+# What a sleeping rank may hold: two buffers for each communicator, of 4 MiB in a group or 20 MiB
+# between two pipeline stages, and the little that torch holds outside the pools.
 RESIDENT = 64 * MIB
 
 
@@ -32,7 +32,7 @@ def process_id(worker: Any) -> int:
 
 
 def footprint(worker: Any) -> dict[str, int]:
-    """What the rank holds, apart from the events and pinned blocks that torch keeps for reuse."""
+    """What the rank holds, without the events and pinned blocks that torch keeps for reuse."""
     gc.collect()
     torch.npu.synchronize()
     torch.npu.empty_cache()
@@ -42,7 +42,7 @@ def footprint(worker: Any) -> dict[str, int]:
 
 
 def fail_on(llm: Any, rank: int, rules: str) -> None:
-    """Calls of this rank fail by these rules, "" for none, and those of the others do not."""
+    """Set the fault rules of this rank, and remove those of the others."""
     llm.collective_rpc(_set_faults, args=(rank, rules))
 
 
@@ -53,9 +53,10 @@ def _set_faults(worker: Any, rank: int, rules: str) -> None:
 
 @contextmanager
 def brief_meetings(llm: Any) -> Iterator[None]:
-    """A rank waits a second for one that does not come to make a communicator.
+    """Ranks wait only a second for each other to create a communicator.
 
-    For what fails on one rank in any case: else a busy machine makes others late as well."""
+    Use it only if a rank fails anyway: on a busy machine other ranks may be late too.
+    """
     before = llm.collective_rpc(_connect_timeout, args=("1",))[0]
     try:
         yield
@@ -65,14 +66,14 @@ def brief_meetings(llm: Any) -> Iterator[None]:
 
 @safe_while_asleep
 def _connect_timeout(worker: Any, seconds: str) -> str:
-    """The one before; HCCL reads it for each communicator."""
+    """Set HCCL's timeout for later communicators, and return the previous one."""
     before = os.environ["HCCL_CONNECT_TIMEOUT"]
     os.environ["HCCL_CONNECT_TIMEOUT"] = seconds
     return before
 
 
 def assert_all(llm: Any, state: str) -> None:
-    """Every rank is in this state, with all of its memory."""
+    """Every rank is in this state with all of its memory."""
     ranks = status(llm)
     assert [rank["state"] for rank in ranks] == [state] * len(ranks)
     for rank in ranks:
@@ -82,8 +83,7 @@ def assert_all(llm: Any, state: str) -> None:
 
 
 def assert_asleep(llm: Any, backup: bool) -> None:
-    """Every rank sleeps and holds next to nothing of its device, with or without a backup of its
-    weights on the host."""
+    """Every rank sleeps with almost no device memory, with or without a backup on the host."""
     assert_all(llm, "SUSPENDED")
     for rank in status(llm):
         assert rank["total"] - rank["free"] < RESIDENT, rank
@@ -91,7 +91,7 @@ def assert_asleep(llm: Any, backup: bool) -> None:
 
 
 def assert_tokens_survive_sleep(llm: Any, model: Path) -> None:
-    """Of both levels: the tokens are the reference's before and after."""
+    """At both levels the tokens equal the reference before and after a sleep."""
     expected = hf_greedy(model)
     assert tokens(llm) == expected
     assert all(rank["total"] - rank["free"] > RESIDENT for rank in status(llm))
@@ -111,7 +111,7 @@ def assert_tokens_survive_sleep(llm: Any, model: Path) -> None:
 
 
 def assert_cycles_leave_nothing(llm: Any, model: Path) -> None:
-    """Ten times asleep and awake: the tokens are the reference's, and nothing piles up."""
+    """In ten cycles the tokens equal the reference, and no memory accumulates."""
     expected = hf_few(model)
 
     def cycle() -> list:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Ray cluster of two nodes on this machine, each with a simulated NPU of its own.
+"""A Ray cluster of two nodes on this machine, each with its own simulated NPU.
 
-Each node is a raylet with a simulated machine and, where the system allows it, a network namespace
-of its own: nothing but a pair of virtual network interfaces connects the two.
+Each node is a raylet with its own simulated machine and, if the system allows it, its own network
+namespace, so that only a pair of virtual network interfaces connects the two.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Network:
     addresses = ("10.231.7.1", "10.231.7.2")
 
     def on(self, node: int) -> list[str]:
-        """The beginning of a command that is to run on a node."""
+        """The prefix of a command that runs on a node."""
         return ["ip", "netns", "exec", self.names[node]] if self.separate else []
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class Network:
                 _ip("netns", "delete", name)
 
 
-# The first node's raylet is given the second of two devices, the second node has one.
+# The first node has two devices and its raylet gets the second one; the second node has one.
 DEVICES: tuple[dict[str, str], ...] = (
     {"NPU_SIM_DEVICES": "2", "ASCEND_RT_VISIBLE_DEVICES": "1"},
     {"NPU_SIM_DEVICES": "1"},
@@ -72,11 +72,11 @@ DEVICES: tuple[dict[str, str], ...] = (
 
 
 class RayCluster:
-    """The two nodes. Usable as a context manager."""
+    """The two nodes, as a context manager."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        ray["RAY_worker_niceness"] = "0"  # of workers: else they wait for all else that runs
+        ray["RAY_worker_niceness"] = "0"  # otherwise workers wait for everything else
         self._environment = {**os.environ, **ray, **environment}
         self._environment.pop("PYTEST_XDIST_WORKER", None)  # of a node's tests, its own machine
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # socket names are short
@@ -94,14 +94,14 @@ class RayCluster:
             raise
 
     def environment(self, node: int) -> dict[str, str]:
-        """Of processes on a node."""
+        """The environment of processes on a node."""
         own = {"NPU_SIM_MACHINE": f"ray-{node}-{os.getpid()}", **DEVICES[node]}
         if self.network.separate:
             own.update(HCCL_SOCKET_IFNAME=INTERFACE, GLOO_SOCKET_IFNAME=INTERFACE)
         return {**self._environment, **own, "RAY_ADDRESS": self.address}
 
     def _start(self, node: int, *options: str, attempts: int = 3) -> None:
-        """Ray waits 30 s for a part of itself, whatever the machine has to do: try again then."""
+        """Start a node. Ray waits only 30 s for its own parts, so retry on a busy machine."""
         separate = self.network.separate
         address = [f"--node-ip-address={self.network.addresses[node]}"] if separate else []
         command = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model should answer: Hugging Face's greedy tokens on the CPU."""
+"""The expected tokens: Hugging Face's greedy tokens on the CPU."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Change = Callable[[torch.nn.Module], None]
 
 MAX_NUM_BATCHED_TOKENS = 256
-"""Of the engines under test; one prompt is longer, so that its prefill comes in chunks."""
+"""For the engines under test. One prompt is longer, so that its prefill is chunked."""
 
 PROMPTS = (
     "Hello",
@@ -27,7 +27,7 @@ PROMPTS = (
     "".join(f"Line {i} says that {i * 7919 % 101} is its number.\n" for i in range(60)),
 )
 FEW = PROMPTS[:3]
-"""Enough to see that an engine serves the weights that it should."""
+"""Enough to see which weights an engine serves."""
 FEW_TOKENS = 8
 
 
@@ -50,10 +50,10 @@ def merge(adapter: Path, network: torch.nn.Module) -> None:
 
 
 class _Network:
-    """A model of Hugging Face's, and what it has answered so far."""
+    """A Hugging Face model and its cached answers."""
 
     def __init__(self, model: Path, change: Change | None) -> None:
-        # Eager attention: the one that knows soft caps.
+        # Only eager attention supports soft caps.
         self._network = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -87,12 +87,14 @@ def hf_greedy(
     n: int = 24,
     change: Change | None = None,
 ) -> list[list[int]]:
-    """Greedy tokens of ``prompts``, each alone, ``n`` of each, end-of-text included; after
-    ``change`` of the model's weights."""
+    """``n`` greedy tokens of each prompt, one by one, end-of-text included.
+
+    ``change`` changes the model's weights first.
+    """
     network = _network(Path(model), change)
     return [network.answer(prompt, n) for prompt in prompts]
 
 
 def hf_few(model: str | os.PathLike[str], change: Change | None = None) -> list[list[int]]:
-    """A few tokens of a few prompts: enough to tell one set of weights from another."""
+    """A few tokens of a few prompts, enough to distinguish weights."""
     return hf_greedy(model, FEW, FEW_TOKENS, change)

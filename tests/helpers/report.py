@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run spent its time on: a pytest plugin that counts the starts of engines and servers."""
+"""A pytest plugin that reports slow tests and the number of engine and server starts."""
 
 import os
 import time
@@ -12,12 +12,12 @@ import pytest
 
 SLOWEST = 15
 
-_FOLDER = "TEST_REPORT"  # the variable with the folder in which processes of the run leave figures
+_FOLDER = "TEST_REPORT"  # names the folder in which the run's processes write figures
 
 
 @contextmanager
 def start_of(kind: str) -> Iterator[None]:
-    """Count one start of that kind and the seconds that it takes."""
+    """Record a start of that kind and its duration."""
     began = time.monotonic()
     yield
     if folder := os.environ.get(_FOLDER):

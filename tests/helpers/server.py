@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real ``vllm serve`` process, and what tests ask of it."""
+"""A real ``vllm serve`` process."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ MEMORY = ("--gpu-memory-utilization", "0.5")
 
 
 def free_ports(count: int) -> list[int]:
-    """Of the loopback, no two alike."""
+    """Different free ports of the loopback interface."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -30,9 +30,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class Server:
-    """One server process group on a loopback port (0: a free one). Usable as a context manager.
+    """A server process group on a loopback port (0 for a free one), as a context manager.
 
-    ``cold``: in a new interpreter, as users start it, where its start-up itself is in question."""
+    ``cold`` starts it in a new interpreter, as users do, for tests of the start-up itself.
+    """
 
     def __init__(
         self,
@@ -70,13 +71,13 @@ class Server:
         return False
 
     def post(self, path: str, **kwargs: Any) -> Any:
-        """The JSON answer of a POST that must succeed."""
+        """POST, check for success, and return the JSON answer."""
         answer = self.http.post(path, **kwargs)
         assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 
     def rank_status(self) -> dict[str, Any]:
-        """What the one rank says of itself."""
+        """The status of the server's only rank."""
         (status,) = self.http.get("/sleep_status").json()["ranks"]
         return status
 
@@ -84,7 +85,7 @@ class Server:
         return self.http.get("/is_sleeping").json()["is_sleeping"]
 
     def runs_requests(self) -> bool:
-        """Whether an engine of it computes a request now."""
+        """Whether one of its engines is computing a request."""
         lines = self.http.get("/metrics").text.splitlines()
         return any("num_requests_running{" in line and line[-4:] != " 0.0" for line in lines)
 
@@ -93,13 +94,13 @@ class Server:
         return self.post("/v1/completions", json=body)["choices"][0]["text"]
 
     def engine(self) -> psutil.Process:
-        """The process of its engine."""
+        """The engine's process."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         (engine,) = [child for child in children if "EngineCore" in "".join(child.cmdline())]
         return engine
 
     def kill(self) -> None:
-        """End the server and every process that it started, at once, and wait for the last."""
+        """Kill the server and every process that it started, and wait for them."""
         group = self._group()
         warm.kill_group(self.process.pid)
         self.process.wait(60)
@@ -122,7 +123,7 @@ class Server:
 
 
 class InBackground:
-    """A POST whose answer is awaited later."""
+    """A POST in a thread, whose answer is read later."""
 
     def __init__(self, server: Server, path: str, **options: Any) -> None:
         self._answers: list[httpx.Response] = []

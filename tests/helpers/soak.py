@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions under way while a server sleeps and wakes at random.
+"""Clients request completions while a server sleeps and wakes at random.
 
-Some clients ask for completions at temperature 0 all the time, and know each answer. Another puts
-the server to sleep and wakes it, at random levels, in random pause modes, tags in random order,
-and loads the weights again after level 2. No answer may be wrong, no request may be lost but those
-that the mode ``abort`` aborts, and nothing may grow.
+Some clients request completions at temperature 0 all the time, with known answers. Another one puts
+the server to sleep and wakes it, with random levels, pause modes and orders of tags, and loads the
+weights again after level 2. No answer may be wrong, only requests aborted by mode ``abort`` may be
+lost, and no memory may grow.
 """
 
 import os
@@ -34,7 +34,7 @@ CLIENTS = 4
 
 @dataclass
 class Result:
-    """What came of it; times are seconds, memory is bytes."""
+    """The result; times are seconds, memory is bytes."""
 
     seed: int
     answered: int = 0
@@ -47,7 +47,7 @@ class Result:
 
 
 class Soak:
-    """The clients of one server, all of this process."""
+    """The clients of one server, in this process."""
 
     def __init__(self, server: Server, seed: int) -> None:
         self.server = server
@@ -116,7 +116,7 @@ class Soak:
                 self.result.answered += 1
 
     def cycles(self, chance: random.Random, rounds: int) -> None:
-        """In each round every level in every mode, in random order."""
+        """Each round covers every level in every mode, in random order."""
         for _ in range(rounds):
             ways = list(product((0, 1, 2), ("abort", "wait", "keep")))
             chance.shuffle(ways)
@@ -130,7 +130,7 @@ class Soak:
                 self.let_some_be_answered()
 
     def let_some_be_answered(self) -> None:
-        """Some requests are answered before the next sleep, if clients are there."""
+        """Wait until some requests are answered, if there are clients."""
         before, end = self.result.answered, deadline(30)
         while self.clients and not self.stop.is_set() and self.result.answered < before + 2:
             assert time.monotonic() < end, "no request is answered"
@@ -156,7 +156,7 @@ class Soak:
             self.server.post("/wake_up", params={"tags": "weights"})
             self.server.post("/collective_rpc", json={"method": "reload_weights"})
             self.server.post("/wake_up", params={"tags": "kv_cache"})
-            # While requests hold blocks, a plain reset answers 200 and does nothing.
+            # While requests hold blocks, a plain reset returns 200 and does nothing.
             reset = self.server.post("/reset_prefix_cache?reset_running_requests=true")
             assert reset["success"], f"the prefix cache was not reset: {reset}"
             return
@@ -165,7 +165,7 @@ class Soak:
             self.server.post("/wake_up", params={} if tag is None else {"tags": tag})
 
     def figures(self) -> dict[str, int]:
-        """What the server holds, awake after level 1 and with nothing to do."""
+        """What the idle server holds after a wake from level 1."""
         self.server.post("/sleep", params={"level": 1, "mode": "wait"})
         self.server.post("/wake_up")
         for prompt in PROMPTS:
@@ -191,12 +191,12 @@ class Soak:
                 figures["threads"] += int(fields["Threads"])
                 figures["descriptors"] += len(list((process / "fd").iterdir()))
             except (OSError, KeyError):
-                continue  # it ended, or is a kernel's
+                continue  # it has ended, or is a kernel thread
         return figures
 
 
 def growth(result: Result) -> list[str]:
-    """Figures that grew by more than noise."""
+    """Figures that grew beyond noise."""
     allowed = {
         "device_used": 2 * MIB,
         "device_tagged": 0,
@@ -213,7 +213,7 @@ def growth(result: Result) -> list[str]:
 
 
 def soak(model: Path, rounds: int, seed: int, log: Path) -> Result:
-    """Start a server on a simulated NPU of its own and treat it so for that many rounds."""
+    """Start a server on its own simulated NPU, and run that many rounds."""
     env = {
         "VLLM_SERVER_DEV_MODE": "1",
         "NPU_SIM_MACHINE": f"soak-{os.getpid()}",

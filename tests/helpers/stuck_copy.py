@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of torch's, on the device of this process, that does not end until it is let go."""
+"""torch's work on this process's device that hangs until it is released."""
 
 import torch
 
@@ -24,6 +24,6 @@ class StuckCopy:
 
 
 def let_go() -> None:
-    """Have what is stuck end, and wait for it."""
+    """Release the stuck work, and wait for it."""
     control.set_faults("")
     torch.npu.synchronize()

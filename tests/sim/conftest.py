@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for the tests of the simulator, which need a process and a machine of their own.
+"""Fixtures for the tests of the simulator, which need a separate process and machine.
 
-A run of this folder alone, under `npu-sim`, is that process. In any other run one test stands for
-them all: it starts that process.
+A run of only this folder under `npu-sim` is that process. In any other run, one test starts that
+process and stands for all of them.
 """
 
 import os
@@ -55,7 +55,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Device 0 in this thread; the test gives back all that it takes."""
+    """Device 0 in this thread. The test must free everything that it allocates."""
     if request.path.name == "test_simulator.py":
         yield
         return
@@ -71,12 +71,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
     assert control.counters() == before
 
 
-# The library is there under `npu-sim` alone, so what needs it is imported by the fixtures.
+# The library exists only under `npu-sim`, so the fixtures import what needs it.
 
 
 @pytest.fixture
 def queue() -> Iterator[int]:
-    """A stream. What it still captures is ended, and no stream of the device may be lost."""
+    """A stream. The fixture ends its capture, and checks that no stream of the device is lost."""
     from helpers import ascendcl, captures
 
     left = ascendcl.streams_left()
@@ -91,7 +91,7 @@ def queue() -> Iterator[int]:
 
 @pytest.fixture
 def other() -> Iterator[int]:
-    """A stream that captures nothing by itself."""
+    """Another stream."""
     from helpers import ascendcl
 
     handle = ascendcl.stream()
@@ -102,7 +102,7 @@ def other() -> Iterator[int]:
 
 @pytest.fixture
 def memory() -> "Iterator[Mapped]":
-    """Device memory. Tests name it before the streams that use it, which then end first."""
+    """Device memory. Tests request it before the streams that use it, which then end first."""
     from helpers import ascendcl
 
     block = ascendcl.mapped()

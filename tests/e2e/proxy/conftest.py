@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real servers that take turns on one simulated NPU.
 
-The device has room for all, so that the proxy alone keeps them from being awake together.
+The device has room for all of them, so only the proxy prevents that two are awake at once.
 """
 
 import contextlib
@@ -22,8 +22,11 @@ Start = Callable[..., Server]
 
 @pytest.fixture(scope="package")
 def start(tmp_path_factory) -> Iterator[Start]:
-    """Starts a server of a model and puts it to sleep; ``texts`` has what it says to each prompt,
-    and ``alone`` the bytes of the device that are used while it alone is awake."""
+    """Start a model's server and put it to sleep.
+
+    ``texts`` are its answers to the prompts; ``alone`` is the device memory used while only this
+    server is awake.
+    """
     logs = tmp_path_factory.mktemp("servers")
     faults = logs / "faults"
     faults.touch()
@@ -67,7 +70,7 @@ def pair(start) -> list[Server]:
 
 @pytest.fixture(scope="package")
 def third(start, pair) -> Server:
-    """One more, which asks for an API key."""
+    """A third server, which requires an API key."""
     for server in pair:
         server.post("/sleep")
     return start("tiny-gemma2", "model-c", "--api-key", API_KEY, key=API_KEY)

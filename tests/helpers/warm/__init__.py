@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that start with vLLM imported, which saves each of them ten seconds of a processor.
+"""Processes that start with vLLM imported, which saves each of them ten seconds of CPU time.
 
-A fork server (``multiprocessing.forkserver``) imports torch, torch_npu and vLLM once and touches no
-device. ``WarmProcess`` runs a Python command line in a fork of it; what that command spawns by
-``multiprocessing`` comes from a fork of its own first moment, with nothing but the imports done. So
-do the ranks that an engine in this process spawns, after ``start``.
+A fork server (``multiprocessing.forkserver``) imports torch, torch_npu and vLLM once, and opens no
+device. ``WarmProcess`` runs a Python command line in a fork of it. What that command spawns with
+``multiprocessing`` is forked from a second server in which only the imports have been done. After
+``start``, the ranks of an engine in this process are forked like that too.
 
-Everything else is as without it: the command has a session, a working directory, an environment and
-an output of its own, is found by its process id, and ends as an interpreter does.
+Otherwise nothing changes: the command has its own session, working directory, environment and
+output, has its own process id, and exits like an interpreter.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _PRELOAD = "helpers.warm.preload"
 
 
 def start() -> None:
-    """Start the fork server of this process, if there is none, and do not wait for it."""
+    """Start this process's fork server if there is none, without waiting for it."""
     if forkserver._forkserver._forkserver_pid is None:
         spawning.install()
         multiprocessing.set_forkserver_preload([_PRELOAD])
@@ -35,7 +35,7 @@ def start() -> None:
 
 
 class WarmProcess:
-    """``python *command`` with vLLM imported: as much of ``subprocess.Popen`` as tests need.
+    """``python *command`` with vLLM imported, and the parts of ``subprocess.Popen`` that tests use.
 
     ``command`` begins with ``-m MODULE`` or with the path of a script; both outputs go to ``log``.
     """
@@ -66,7 +66,7 @@ class WarmProcess:
 
 
 class ColdProcess(subprocess.Popen):
-    """The same in an interpreter of its own, with nothing imported."""
+    """The same in a new interpreter with nothing imported."""
 
     def __init__(
         self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
@@ -93,7 +93,7 @@ def run(
     env: Mapping[str, str] | None = None,
     cold: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the command to its end; its two outputs are one. All that it left running is killed."""
+    """Run the command with stdout and stderr merged, and kill everything that it leaves running."""
     process = (ColdProcess if cold else WarmProcess)(command, log, env)
     try:
         code = process.wait(timeout)
@@ -103,6 +103,6 @@ def run(
 
 
 def kill_group(leader: int) -> None:
-    """Kill a process that leads a group, and all of the group."""
+    """Kill a group leader and its whole group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of a warm process, in the fork that becomes it."""
+"""Runs the command line of a warm process in the fork."""
 
 import ctypes
 import os
@@ -35,12 +35,12 @@ def run(command: list[str], environment: dict[str, str], folder: str, log: str) 
 
 
 def _die_with_parent() -> None:
-    """Nothing outlives the run of the tests, however that ends."""
+    """No process outlives the test run, however that ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _spawn_from_here() -> None:
-    """A fork server of this process's own, in its group, and a resource tracker."""
+    """Give this process its own fork server, in its group, and a resource tracker."""
     resource_tracker._resource_tracker._fd = None
     resource_tracker._resource_tracker._pid = None
     address = connection.arbitrary_address("AF_UNIX")

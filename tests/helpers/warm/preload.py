@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fork server imports: everything heavy that servers, engines and ranks import.
+"""Imports of the fork server: everything slow that servers, engines and ranks import.
 
-No call of AscendCL may be made meanwhile: a fork could not use the device, and the simulator would
-keep the settings of this process.
+These imports must not call AscendCL: a fork could not use the device, and the simulator would keep
+the settings of this process.
 """
 
 import gc
@@ -39,8 +39,8 @@ _MODULES = (
     "helpers.warm.command",
 )
 
-# vLLM and transformers ask for devices while they are imported. They are told of ours, and each
-# process lets vLLM find its platform again.
+# vLLM and transformers query devices on import. They get fixed answers, and each process detects
+# its platform again.
 vllm.platforms._current_platform = NPUPlatform()
 with (
     mock.patch.object(torch_npu.npu, "is_available", return_value=True),
@@ -50,8 +50,8 @@ with (
         import_module(_name)
 vllm.platforms._current_platform = None
 
-setproctitle.getproctitle()  # finds its place in memory before the environment changes
+setproctitle.getproctitle()  # must run before the environment changes
 spawning.install()
-gc.freeze()  # forks share what is not looked at
+gc.freeze()  # so that forks share these objects' pages
 
 assert "vllm_sleep_ascend._camem" not in sys.modules, "the allocator does not survive a fork"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the start method ``spawn`` of ``multiprocessing`` fork from a server with imports done.
+"""Makes ``multiprocessing``'s start method ``spawn`` fork from a server with the imports done.
 
-What the standard library's fork server leaves out of a spawned process is added: the environment of
-its parent, and an interpreter that ends in order.
+Adds what the standard library's fork server lacks compared with ``spawn``: the environment of the
+parent, and an interpreter that exits properly.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def _prepare_with_environment(data: dict[str, Any]) -> None:
 def _run_to_the_end(fd: int, parent_sentinel: int) -> None:
     code = _main(fd, parent_sentinel)
     gc.unfreeze()
-    ctypes.pythonapi.Py_Exit(code)  # the fork server would leave out what runs at exit
+    ctypes.pythonapi.Py_Exit(code)  # the fork server would skip exit handlers
 
 
 def set_environment(environment: dict[str, str]) -> None:
@@ -41,7 +41,7 @@ class _Spawn(context.ForkServerContext):
 
 
 def install() -> None:
-    """In this process, and in all that are forked or spawned from it."""
+    """Install it in this process and all that are forked or spawned from it."""
     spawn.get_preparation_data = _with_environment
     spawn.prepare = _prepare_with_environment
     spawn._main = _run_to_the_end
