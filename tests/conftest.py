@@ -38,9 +38,7 @@ collect_ignore = [] if importlib.util.find_spec("vllm_ascend") else ["ascend"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--long", action="store_true", help="also run the tests marked long"
-    )
+    parser.addoption("--long", action="store_true", help="also run the tests marked long")
 
 
 def pytest_configure(config: pytest.Config) -> None:

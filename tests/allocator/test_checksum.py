@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of device memory see what a plain sum does not; unchanged memory is not copied."""
+"""Checksums of device memory detect what a plain sum misses; unchanged memory is not copied."""
 
 import pytest
 import torch

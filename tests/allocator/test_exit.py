@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that hold sleeping or waking memory end in every way there is: cleanly, with the device
-memory back and nothing on stderr."""
+"""Processes with sleeping or waking memory end in every possible way: cleanly, with all device
+memory freed and nothing on stderr."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def announce(call, nth):
     threading.Thread(target=lambda: (reach(call, nth), say("there")), daemon=True).start()
 """
 
-# Takes as much device memory as the argument says, in one piece.
+# Allocates as much device memory as the argument says, in one piece.
 TAKE = """
 import ctypes, sys
 acl = ctypes.CDLL("libascendcl.so")
@@ -76,7 +76,7 @@ def finish(child: subprocess.Popen) -> tuple[int, str, str]:
     except subprocess.TimeoutExpired:
         child.kill()
         raise
-    # A line that torch_npu logs when its queue is woken at the exit and finds nothing to do.
+    # torch_npu logs this line if its queue wakes at the exit with nothing to do.
     err = re.sub(r"^I\d{4} .*NPUQueue\.cpp.* taskqueue is empty.*\n", "", err, flags=re.M)
     return child.returncode, out, err
 
@@ -98,7 +98,7 @@ SLEEPER = SLOW + (
     "thread.start()\n"
     "reach('aclrtMemcpyAsync')\n"
 )
-# What lives in sys.modules goes after the interpreter has begun to end; the sleep ends meanwhile.
+# Objects in sys.modules are destroyed late in the interpreter's exit; the sleep ends meanwhile.
 LINGER = """
 class Linger:
     def __del__(self, sleep=time.sleep):
@@ -165,7 +165,7 @@ TORCH_EXITS = {
     "pools alive": "",
     "pools alive and asleep": "_camem.sleep(PLAN)",
     "pools released asleep": "_camem.sleep(PLAN); del weights, cache; pool.release_pools()",
-    # As an engine's worker does: it owns tensors and wakes nothing when it goes.
+    # Like an engine's worker: it owns tensors and wakes nothing when it is destroyed.
     "a holder that is asleep": (
         "class Worker:\n"
         "    def __init__(self, *tensors):\n"
@@ -182,7 +182,7 @@ TORCH_EXITS = {
 
 @pytest.mark.parametrize("name", TORCH_EXITS)
 def test_the_interpreter_exits_with_tensors(name):
-    # torch_npu warns of its alignment as soon as it is used.
+    # torch_npu warns about its alignment at the first use.
     child = start(
         TORCH_EXITS[name],
         prelude=TORCH,
@@ -318,7 +318,7 @@ PHASES = {
     "copying to the device": "sleep_1()\nannounce('aclrtMemcpyAsync', 3)\nwake()\n",
     "after": "sleep_1()\nwake()\nsay('there')\ntime.sleep(60)\n",
 }
-# What another process can take meanwhile, where that is certain.
+# What another process can allocate meanwhile, if that is certain.
 FREE_MEANWHILE = {
     "before": DEVICE_BYTES - HELD,
     "asleep": DEVICE_BYTES,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every single AscendCL call of every operation fails once: nothing is lost, nothing leaks, and the
-same operation can be repeated."""
+"""Every AscendCL call of every operation fails once: nothing is lost, nothing leaks, and the
+operation can be retried."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def device():
 
 
 class World:
-    """Three weights, one runtime tensor and two caches, each of several chunks."""
+    """Three weights, one runtime tensor and two caches, each with several chunks."""
 
     def __init__(self, operation: Operation):
         self.before = control.counters()
@@ -71,7 +71,7 @@ class World:
         self.forgotten |= {tag for tag, action in plan.items() if action == "discard"}
 
     def check(self) -> None:
-        """Every mapped block that was not discarded by a completed operation has its content."""
+        """Every mapped block has its content, unless a completed operation discarded it."""
         for block in self.blocks:
             if block.state == "mapped" and block.tag not in self.forgotten:
                 assert block.intact(), f"{block.tag} lost its content"
@@ -102,8 +102,10 @@ def calls_of(operation: Operation) -> Counter:
 
 
 def fail_at(operation: Operation, rules: str) -> tuple[bool, int]:
-    """Run the operation with these faults, then repeat it without. Whether the first run failed,
-    and how many calls of it."""
+    """Run the operation with these faults, then retry it without.
+
+    Returns whether the first run failed, and the number of its calls.
+    """
     world = World(operation)
     control.set_faults(rules)
     failed = False
@@ -115,7 +117,7 @@ def fail_at(operation: Operation, rules: str) -> tuple[bool, int]:
     hits = control.fault_hits()
     control.set_faults("")
     if operation.plan:
-        # A sleep that fails maps scratch memory again, without its content.
+        # A failed sleep maps scratch memory again without its content.
         scratch = {tag: operation.plan.get(tag, "keep") for tag in allocator.SCRATCH}
         world.forget(scratch if failed else operation.plan)
     world.check()
@@ -139,8 +141,8 @@ THOROUGH = pytest.mark.parametrize(
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_call_may_fail_once(operation, thorough, record_property):
     calls_of(operation)  # streams are made once
-    # How many lanes copy, and so wait for a stream, differs from run to run: the last of those
-    # calls may be in one run alone.
+    # The number of copying lanes, and so of waits for a stream, differs from run to run: the last
+    # of these calls may happen in only one of them.
     runs = [calls_of(operation) for _ in range(5)]
     cases = failed = hits = 0
     for call, times in min(runs, key=Counter.total).items():
@@ -163,7 +165,7 @@ def test_every_call_may_fail_once(operation, thorough, record_property):
     ids=lambda operation: operation.name,
 )
 def test_a_second_fault_during_the_roll_back_loses_nothing(operation, thorough):
-    """Two faults a few calls apart: the roll back of the first meets the second."""
+    """Two faults a few calls apart: the second one hits the rollback of the first."""
     calls = calls_of(operation)
     pairs = [
         f"{call}:{nth}:{DRIVER_ERROR},{other}:{1 + (nth + shift) % (times + 3)}:{DRIVER_ERROR}"

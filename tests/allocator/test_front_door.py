@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm_sleep_ascend.memory`` for a program of its own: alone, and beside an engine's memory."""
+"""``vllm_sleep_ascend.memory`` in a program without vLLM, and beside an engine's memory."""
 
 import gc
 import os
@@ -97,7 +97,7 @@ def test_without_a_region_there_is_nothing_to_do() -> None:
 def test_an_engine_in_the_process_and_the_program_leave_each_other_alone(
     regions: Regions, level: int
 ) -> None:
-    """Also by the same tag."""
+    """Even with the same tag."""
     engine, weights = CamemBackend(), Block("weights", SIZE)
     awake = device()
     try:

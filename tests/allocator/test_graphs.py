@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graphs over memory that sleeps: they hold addresses, and memory comes back at its own."""
+"""Graphs that use sleeping memory: they hold addresses, and a wake restores the same addresses."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ SIZE = 512
 
 
 class Captured:
-    """A graph whose weights, input and own memory are ours."""
+    """A graph whose weights, input and private memory are in our pools."""
 
     def __init__(self) -> None:
         with pool.use_pool("weights"):
@@ -91,7 +91,7 @@ def test_a_graph_sees_new_weights_after_level_2(captured: Captured) -> None:
 
 
 def test_a_sleep_during_a_replay_waits_for_it(captured: Captured) -> None:
-    """The simulator ends the process if memory is taken from a graph that uses it."""
+    """The simulator aborts the process if memory is taken away from a running graph."""
     x = torch.randn(8, SIZE)
     expected = captured.replay(x)
     for _ in range(20):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory of backups: exact, page-locked where that can be had, and within the limits."""
+"""Host memory of backups: exact, page-locked if possible, and within the limits."""
 
 import os
 import subprocess
@@ -20,12 +20,11 @@ from vllm_sleep_ascend.sim import control
 SIZES = (2, 6, 10)  # MiB; chunks are 4 MiB
 CHUNKS = 6
 TOTAL = sum(SIZES) * MIB
-# No chunk gets a page-locked block; the two threads have got the two blocks each that copies go
-# through.
+# No chunk gets a page-locked block; each of the two threads has got its two staging blocks.
 ONLY_STAGING = f"aclrtMallocHost:5:{OUT_OF_MEMORY}:*"
 
 
-# Whatever the host, its page-locked memory comes from AscendCL; test_host_source.py has the rest.
+# On any host, page-locked memory comes from aclrtMallocHost here; test_host_source.py has the rest.
 configure = partial(allocator.configure, host_memory="acl")
 
 
@@ -43,7 +42,7 @@ def weights():
 
 
 def backups() -> tuple[int, int]:
-    """Bytes of all backups, and of those that are page-locked."""
+    """Bytes of all backups, and of the page-locked ones."""
     allocations = _camem.allocations()
     return (
         sum(a["host_bytes"] for a in allocations),
@@ -79,7 +78,7 @@ def test_a_backup_has_exactly_the_bytes_of_what_sleeps_and_is_page_locked(weight
 @pytest.mark.parametrize("code", HOST_MEMORY_CODES)
 @pytest.mark.parametrize("nth", [1, 4])
 def test_what_cannot_be_page_locked_sleeps_in_plain_memory(weights, code, nth):
-    """Also where not even the blocks can be had that copies go through."""
+    """Even if the staging blocks cannot be allocated either."""
     control.set_faults(f"aclrtMallocHost:{nth}:{code}:*")
     sleep()
     size, page_locked = backups()
@@ -108,7 +107,7 @@ def test_copies_of_plain_backups_go_through_page_locked_blocks(weights, keep):
         wake(weights)
         assert backups()[0] == (TOTAL if keep else 0)
         copies += control.call_count("aclrtMemcpyAsync")
-    # Pieces of 2 MiB, and none of them synchronously.
+    # In pieces of 2 MiB, all asynchronously.
     assert copies == 3 * 2 * TOTAL // (2 * MIB)
 
 
@@ -140,7 +139,7 @@ def test_a_wake_does_not_wait_for_a_block_that_is_slow_to_get(weights):
 
 
 def test_blocks_that_are_prepared_are_not_for_backups_that_are_there(weights):
-    """A sleep counts on them for what has no backup yet."""
+    """A sleep needs them for memory without a backup."""
     configure(unprepared="stage")
     control.set_faults(ONLY_STAGING)
     sleep()
@@ -232,7 +231,7 @@ def test_without_a_kept_backup_host_memory_goes_back_at_the_wake(weights):
 
 
 class Child:
-    """A process with 24 MiB of weights, in a control group with this limit from then on."""
+    """A process with 24 MiB of weights, then put into a control group with this limit."""
 
     def __init__(self, code: str, limit: int):
         prepare = (
@@ -271,8 +270,8 @@ def test_host_memory_that_a_control_group_around_this_process_leaves_is_what_is_
 
 
 def test_what_others_take_while_a_backup_is_made_ends_the_sleep_and_not_the_process():
-    """The first block of six is taken, and meanwhile somebody takes the memory of the
-    others: they would not fit into the control group."""
+    """While the first of six blocks is allocated, another thread takes the memory for the others,
+    which then no longer fit into the control group."""
     child = Child(
         "control.set_faults('aclrtMallocHost:1:delay_ms=60000')\n"
         "errors = []\n"
@@ -304,7 +303,7 @@ def test_what_others_take_while_a_backup_is_made_ends_the_sleep_and_not_the_proc
 
 
 def test_a_copy_that_fails_on_a_stream_of_several_threads_fails_the_sleep(weights):
-    """Any one of the threads that wait for the stream may be told of it."""
+    """Any of the threads that wait for the stream may get the error."""
     configure(threads=8)
     more = [allocator.Block("weights", 4 * MIB, seed) for seed in range(10)]
     for nth in range(1, CHUNKS + 10 + 1):

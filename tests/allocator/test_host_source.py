@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process finds out once, each in a process of its own: where its page-locked memory comes
-from, how fast it is had, and how many streams the device leaves it."""
+"""What a process determines once, so each test uses a separate process: the source of page-locked
+memory, the speed of allocating it, and the number of available streams."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def in_process(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-# 64 MiB in chunks of 4: enough to be worth a measurement, which a process makes once.
+# 64 MiB in chunks of 4: enough for a measurement, which a process makes once.
 LARGE = (
     "allocator.configure()\n"
     "blocks = [allocator.Block('weights', 16 * MIB, seed) for seed in range(4)]\n"
@@ -111,8 +111,8 @@ def test_registered_memory_is_used_where_its_pages_stay(wish, machine, source):
 
 
 def test_copies_from_registered_memory_that_are_not_exact_rule_it_out():
-    """mlock that does nothing, as in some containers: the range is registered, and the simulated
-    runtime then copies wrong data, as a real one may."""
+    """mlock does nothing, as in some containers: the range is registered, and the simulated runtime
+    then copies wrong data, as real hardware may."""
     output = in_process(
         f"allocator.configure()\n{CYCLE}print(host['source'], host['why'])\n",
         **NEW,
@@ -164,7 +164,7 @@ def test_what_can_be_neither_registered_nor_allocated_is_plain():
 
 
 def test_a_limit_on_locked_memory_is_met_by_memory_that_does_not_count():
-    """RLIMIT_MEMLOCK of two chunks, which counts for whoever has not CAP_IPC_LOCK."""
+    """RLIMIT_MEMLOCK of two chunks; it applies to processes without CAP_IPC_LOCK."""
     output = in_process(
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 * MIB, 8 * MIB))\n"
@@ -188,13 +188,13 @@ def test_a_limit_on_locked_memory_is_met_by_memory_that_does_not_count():
 
 @pytest.mark.parametrize("left", [0, 1, 5, 20])
 def test_whatever_streams_are_left_are_enough(left):
-    """The device's default stream is one of those that ``NPU_SIM_STREAMS`` counts."""
+    """``NPU_SIM_STREAMS`` includes the device's default stream."""
     output = in_process(
         f"allocator.configure(threads=4)\n{CYCLE}"
         "print(counters.streams, control.call_count('aclrtMemcpyAsync') > 0)\n",
         NPU_SIM_STREAMS=str(left + 1),
         NPU_SIM_MACHINE=f"streams-{left}-{os.getpid()}",
     )
-    # At most six, and no more than half of what there was. The first is that of the context of our
-    # own, which is not counted.
+    # At most six, and at most half of the available ones. The default stream of our own context is
+    # not counted.
     assert output.split() == [str(max(0, min(6, (left + 1) // 2) - 1)), str(left > 0)]

@@ -42,7 +42,7 @@ def used() -> int:
 
 
 def empty(mib: int) -> torch.Tensor:
-    """A tensor with a segment of its own of exactly that size: torch_npu pads what it asks for."""
+    """A tensor with its own segment of exactly that size, given torch_npu's padding."""
     return torch.empty(mib * MIB - 4096, dtype=torch.uint8, device="npu")
 
 
@@ -239,7 +239,7 @@ def test_expandable_segments_pause_inside_a_pool(variable):
         "_camem.sleep({'weights': 'offload'})\n"
         "print((torch.npu.mem_get_info()[0] - before) >> 20)\n"
     )
-    # With an older CANN torch_npu reserves addresses before it has a context, which is refused.
+    # With an older CANN, torch_npu reserves addresses without a context, which is refused.
     environment = {**os.environ, **USUAL_MACHINE, variable: "expandable_segments:True"}
     done = subprocess.run(
         [*LAUNCHER, "python", "-c", code],
@@ -276,7 +276,7 @@ def test_expandable_segments_switched_on_at_run_time_are_noticed():
 
 
 def test_a_backup_that_does_not_fit_into_host_memory_is_refused_before_anything_is_copied():
-    """Device memory that nobody wrote costs the simulated machine nothing, a backup would."""
+    """Unwritten device memory costs the simulated machine nothing, but a backup would."""
     done = run(
         "from helpers import allocator\n"
         "from vllm_sleep_ascend import _camem\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``host_backup``: when page-locked memory of the weights' size is taken, and when it goes back."""
+"""``host_backup``: when page-locked memory for the weights is allocated, and when it is freed."""
 
 import logging
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def need(engine: CamemBackend) -> int:
 
 
 def ranks_for(engine: CamemBackend, times: float) -> int:
-    """So many ranks that the host has this many times what they need."""
+    """The number of ranks for which the host has this many times the memory that they need."""
     needed, available = engine.host_need({"weights": "offload"}, "keep")
     return int(available / times / needed)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random operations against a plain model of contents and states.
+"""Random operations compared with a simple model of contents and states.
 
-``CAMEM_RANDOM_STEPS=10000`` runs that many steps with fresh random seeds; without it a fixed subset
+``CAMEM_RANDOM_STEPS=10000`` runs that many steps with new random seeds; by default a fixed subset
 runs.
 """
 
@@ -60,7 +60,7 @@ for line in sys.stdin:
 
 
 class Allocator(RuleBasedStateMachine):
-    """The model: for each block whether it is awake, and which content it must have, if any."""
+    """The model knows for each block whether it is awake, and its expected content, if any."""
 
     blocks = Bundle("blocks")
 
@@ -120,7 +120,7 @@ class Allocator(RuleBasedStateMachine):
     @rule(plan=st.dictionaries(TAG, ACTION), otherwise=ACTION)
     def sleep(self, plan, otherwise):
         if not self.attempt(lambda: _camem.sleep(plan, otherwise)):
-            for block in self.alive:  # mapped again or not, scratch has lost its content
+            for block in self.alive:  # scratch has lost its content, mapped again or not
                 if block.tag in allocator.SCRATCH and plan.get(block.tag, otherwise) == "discard":
                     self.known.discard(block.address)
             return
@@ -162,7 +162,7 @@ class Allocator(RuleBasedStateMachine):
         control.set_faults("")
 
     def attempt(self, operation) -> bool:
-        """Whether it succeeded. A failure must leave every state as it was."""
+        """Return whether it succeeded. A failure must not change any state."""
         try:
             operation()
             return True
@@ -174,8 +174,8 @@ class Allocator(RuleBasedStateMachine):
         return False
 
     def settle(self) -> None:
-        """After a double fault some blocks may sleep that were awake: take the allocator's word,
-        provided that it lost nothing."""
+        """After a double fault, blocks that were awake may sleep: adopt the allocator's states,
+        provided that nothing was lost."""
         for block in self.alive:
             state = block.state
             if state == "discarded":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that allocate, free and look while another one sleeps and wakes."""
+"""Threads that allocate, free and query while another one sleeps and wakes."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ def device():
     import torch
 
     allocator.start()
-    torch.npu.empty_cache()  # else one of these tests gives back what others left there
+    torch.npu.empty_cache()  # otherwise a test here frees what other tests left
     allocator.configure(chunk_mib=2)
     before = control.counters()
     yield
@@ -38,7 +38,7 @@ def device():
 
 
 class Worker(threading.Thread):
-    """A thread with a device, which ends in time and hands its exception on."""
+    """A thread with a device, which ends in time and passes on its exception."""
 
     def __init__(self, work: Callable[[], None]):
         super().__init__(daemon=True)
@@ -61,7 +61,7 @@ class Worker(threading.Thread):
 
 
 def held_sleep(copy: str = HELD_COPY) -> Worker:
-    """A sleep that has begun and copies until it is let go."""
+    """A sleep that has begun and is held at a copy until ``let_go``."""
     control.set_faults(copy)
     sleeper = Worker(lambda: _camem.sleep(*WEIGHTS_ONLY))
     wait_for(lambda: control.fault_hits() == 1, "the copy begins")
@@ -69,7 +69,7 @@ def held_sleep(copy: str = HELD_COPY) -> Worker:
 
 
 def let_go(sleeper: Worker) -> None:
-    """What was done since it began did not wait for its end."""
+    """Release the sleep, after checking that nothing waited for its end."""
     assert sleeper.is_alive(), "the sleep had to end first"
     control.set_faults("")
 
@@ -134,7 +134,7 @@ def test_tags_belong_to_their_thread():
 
 
 def test_other_python_threads_go_on_during_a_sleep():
-    """Also those that ask the allocator for what needs no waiting."""
+    """Even those that call the allocator, if the call need not wait."""
     block = allocator.Block("weights", 4 * MIB)
     sleeper = held_sleep()
     for _ in range(200):
@@ -163,7 +163,7 @@ def test_what_waits_for_a_sleep_waits_without_the_gil(wait):
     }[wait]
     waiter = Worker(lambda: (begun.set(), waiting()))
     assert begun.wait(60)
-    for _ in range(200):  # which would not pass while the waiter holds the GIL
+    for _ in range(200):  # would block if the waiter held the GIL
         time.sleep(0.001)
     assert waiter.is_alive(), "it did not wait"
     let_go(sleeper)
@@ -221,8 +221,8 @@ def test_torch_allocates_in_several_threads_while_another_sleeps_and_wakes():
 
 
 def test_torch_neither_deadlocks_with_the_gil_nor_with_its_own_lock():
-    """During a sleep one thread allocates (torch's lock, then ours) while another destroys
-    pools (the GIL, torch's lock, then ours)."""
+    """During a sleep one thread allocates (torch's lock, then ours), and another destroys pools
+    (the GIL, torch's lock, then ours)."""
     import torch
 
     from vllm_sleep_ascend.memory import pool
@@ -240,7 +240,7 @@ def test_torch_neither_deadlocks_with_the_gil_nor_with_its_own_lock():
         with pool.use_pool("stays"):
             made.append(torch.full((3 * MIB,), 1, dtype=torch.uint8, device="npu"))
 
-    # Destroying a pool keeps the GIL, so that nobody here could let the sleep go.
+    # Destroying a pool keeps the GIL, so nothing in this process could release the sleep.
     sleeper = held_sleep(SLOW_COPY)
     allocating = Worker(allocate)
     del cache

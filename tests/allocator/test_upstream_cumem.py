@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's own tests ask of its allocator and of sleep-mode backends, asked of ours.
+"""vLLM's own tests of its allocator and of sleep-mode backends, adapted to ours.
 
-Each test has the name of vLLM's; docs/upstream_tests.md lists them all.
+The tests have the same names as vLLM's; docs/upstream_tests.md lists them all.
 """
 
 import gc
@@ -18,7 +18,7 @@ from vllm_sleep_ascend.errors import DeviceOutOfMemoryError
 from vllm_sleep_ascend.memory import pool
 from vllm_sleep_ascend.memory.backend import CamemBackend
 
-SEGMENT = 32 * MIB - 4096  # torch_npu pads what it asks for: a segment of exactly 32 MiB
+SEGMENT = 32 * MIB - 4096  # with torch_npu's padding, a segment of exactly 32 MiB
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_runtime_state_survives_sleep(backend, level):
 
 
 def test_level2_discards_ordinary_tensor_with_weights_tag(backend):
-    """The simulator fills new memory with a pattern, so that old content cannot seem to survive."""
+    """The simulator fills new memory with a pattern, so old content cannot survive by accident."""
     tensors = [tensor("weights", 0x44), tensor("weights", 0x55)]
     addresses = [t.data_ptr() for t in tensors]
     backend.suspend(level=2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of experts beside vllm-ascend: its weights in the layout that is needed next."""
+"""A mixture of experts beside vllm-ascend: its weights are in the layout that is needed next."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_level_1_and_serve(llm, expected):
     for _ in range(2):
         llm.sleep(level=1)
         llm.wake_up()
-        assert layouts(llm) == turned(for_kernels)  # as vllm-ascend shows them to trainers
+        assert layouts(llm) == turned(for_kernels)  # the checkpoint's, as in vllm-ascend
         assert tokens(llm, PROMPTS, TOKENS) == expected
         assert layouts(llm) == for_kernels
 
@@ -81,7 +81,7 @@ def test_level_2_and_a_trainer_that_loads_into_the_model(llm, model, expected):
 
 
 def test_a_trainer_that_makes_new_weights_for_the_kernels(llm, expected):
-    """As process_weights_after_loading does: what it made is copied to where the weights belong."""
+    """As process_weights_after_loading does. New weights are copied into the original memory."""
     for_kernels = layouts(llm)
     llm.sleep(level=1)
     llm.wake_up()

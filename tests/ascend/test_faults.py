@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One failing AscendCL call through vllm-ascend's allocator class, ours in its place."""
+"""One failing AscendCL call, through our replacement of vllm-ascend's allocator class."""
 
 import subprocess
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend as it starts by default: compiled, with captured graphs, over two ranks.
+"""vllm-ascend in its default mode: compiled, with captured graphs, on two ranks.
 
-Capture sizes are few, to save time. Engines run in processes of their own: what vLLM compiled stays
-in a process, with the model and its memory.
+There are few capture sizes, to save time. Engines run in separate processes, because compiled code
+keeps the model and its memory alive in its process.
 """
 
 from typing import Any
@@ -28,9 +28,9 @@ def calls(_worker: Any) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("mode", "graphs", "clean_up"),
     [
-        # The pieces around each layer's attention; and what decodes, as a whole.
+        # Pieces around each layer's attention, and whole graphs for decoding.
         ("FULL_AND_PIECEWISE", len(SIZES) * (LAYERS + 1) + len(SIZES), False),
-        # Compiled by npugraph_ex. The clean-up destroys communicators, and so drops the graphs.
+        # Compiled by npugraph_ex. The clean-up destroys communicators, so it drops the graphs.
         ("FULL_DECODE_ONLY", len(SIZES), True),
     ],
 )

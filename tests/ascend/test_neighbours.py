@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other processes take and give back device memory while an engine starts beside vllm-ascend."""
+"""Other processes allocate and free device memory while an engine starts beside vllm-ascend."""
 
 import os
 import re
@@ -25,14 +25,14 @@ def machine(monkeypatch) -> dict[str, str]:
 
 
 def at(folder: Path, moment: str) -> Path:
-    """The file that holds the start of a server at this moment, once it has come there."""
+    """Wait until a server's start is held at this step; returns the file that holds it."""
     file = folder / moment
     wait_for(file.exists, moment, 240)
     return file
 
 
 def test_a_start_bears_what_others_take_and_give_back(tiny_model, tmp_path, machine):
-    """All is taken at first; and a server sleeps, wakes and sleeps again beside it."""
+    """At first nothing is free; later a server sleeps, wakes and sleeps again beside it."""
     options = ("--enable-sleep-mode", "--enforce-eager", "--dtype", "float32", *SMALL)
     options += ("--gpu-memory-utilization", SHARE)
     waiting = ("--additional-config", '{"sleep_mode": {"wake_timeout_s": 600}}')

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline script of vllm-ascend's guide as it is written, with our sleep mode and its own: the
-same text."""
+"""The unchanged offline script of vllm-ascend's guide prints the same text with our sleep mode and
+with its own."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def test_the_guides_offline_script(tiny_model, tmp_path):
 
 
 def text_of_the_script(tiny_model, tmp_path, switch: str, log: str) -> str:
-    """The model is on this machine; the hub that it would come from (ModelScope) is left out."""
+    """The model is on this machine, so the hub (ModelScope) is replaced."""
     script = tmp_path / "guide.py"
     script.write_text(
         OFFLINE.replace(GUIDE_MODEL, str(tiny_model)).replace(
@@ -29,7 +29,7 @@ def text_of_the_script(tiny_model, tmp_path, switch: str, log: str) -> str:
         **os.environ,
         "NPU_SIM_MACHINE": f"guide-{os.getpid()}",
         "OMP_NUM_THREADS": "2",
-        "TORCH_COMPILE_DISABLE": "1",  # vLLM's way to eager mode for a script that does not ask
+        "TORCH_COMPILE_DISABLE": "1",  # eager mode for a script that does not set it
         "VLLM_SLEEP_ASCEND": switch,
     }
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of vllm-ascend's own library that are simulated."""
+"""The simulated operators of vllm-ascend's own library."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend's own sleep mode, without ours: what ours is compared with."""
+"""vllm-ascend's own sleep mode without ours, for comparison."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def own_sleep(model: Path, level: int) -> dict:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_dense_model(tiny_model, level):
-    """Weights and cache are freed and come back, and the answers are the same."""
+    """Weights and cache are freed and restored, and the answers are the same."""
     seen = own_sleep(tiny_model, level)
     assert seen["tokens"] == hf_greedy(tiny_model)
     assert seen["pool"] >= 64 * MIB
@@ -37,8 +37,8 @@ def test_a_dense_model(tiny_model, level):
 
 
 def test_experts():
-    """A level-1 wake turns the experts' weights to the checkpoint's layout, from which they were
-    not loaded again, and the next step is refused."""
+    """A wake from level 1 switches the experts' weights to the checkpoint's layout. Nothing loads
+    them again, so the next step is refused."""
     model = make_model("tiny-qwen3-moe")
     seen = own_sleep(model, 1)
     assert seen["tokens"] == hf_greedy(model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks beside vllm-ascend, with its extra clean-up on: all sleep and wake, or none."""
+"""Two ranks beside vllm-ascend with its extra clean-up: all sleep and wake, or none."""
 
 import pytest
 from helpers.ascend_engine import engine_of_ranks
@@ -63,7 +63,7 @@ def test_a_fault_on_one_rank_keeps_all_as_they_were(llm, expected):
 
 
 class Dispatcher:
-    """Of experts, in vllm-ascend's list of those that know a communicator by name."""
+    """An expert dispatcher in vllm-ascend's list of those that refer to a communicator by name."""
 
     def __init__(self, fails: bool) -> None:
         self.token_dispatcher = self

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve`` beside vllm-ascend: the commands of its guide, and what they answer now."""
+"""``vllm serve`` beside vllm-ascend: the commands of its guide, and their answers."""
 
 import test_published_guides as guides
 from helpers.faults import set_faults

@@ -106,7 +106,7 @@ def test_level_2_with_reload_keeps_the_tokens(llm, expected):
 
 def test_level_2_keeps_buffers_and_what_is_neither_buffer_nor_parameter(llm, expected):
     """vllm-ascend keeps tables and derived matrices in attributes and globals, some in FRACTAL_NZ
-    whatever VLLM_ASCEND_ENABLE_NZ says. Two parameters are preserved by an option."""
+    regardless of VLLM_ASCEND_ENABLE_NZ. An option preserves two parameters."""
     import torch_npu
 
     model = worker(llm).model_runner.model
@@ -202,7 +202,7 @@ def test_the_allocators_own_calls(llm, expected):
     from vllm_ascend.device_allocator.camem import CaMemAllocator
 
     allocator = CaMemAllocator.get_instance()
-    llm.sleep(level=1)  # gives back what tests before this one left unused
+    llm.sleep(level=1)  # frees unused memory of earlier tests
     llm.wake_up()
     usage = allocator.get_current_usage()
     allocator.sleep(offload_tags=("weights",))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three pipeline stages beside vllm-ascend that send each other through one communicator."""
+"""Three pipeline stages beside vllm-ascend that share one communicator."""
 
 from helpers.ascend_engine import engine_of_ranks
 from helpers.engine import sleep_and_wake, tokens
@@ -10,7 +10,7 @@ TOKENS = 6
 
 
 def test_stages_meet_before_their_first_message(tiny_model, monkeypatch):
-    """The first message waits for all three, and the third comes only for the second one."""
+    """The first message needs all three stages, and the third one arrives for the second only."""
     monkeypatch.setenv("P2P_HCCL_BUFFSIZE", "0")
     expected = hf_greedy(tiny_model, PROMPTS[:4], TOKENS)
     with engine_of_ranks(tiny_model, pipeline_parallel_size=3) as llm:

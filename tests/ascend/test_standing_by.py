@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When this package stays out of vllm-ascend's way, and when it refuses to go in."""
+"""When this package leaves vllm-ascend alone, and when it refuses to take over."""
 
 import importlib.metadata
 import json
@@ -19,7 +19,7 @@ from vllm_sleep_ascend import beside
 
 OURS, STOCK = beside.WORKER, "vllm_ascend.worker.worker.NPUWorker"
 
-# The worker, or the error, of each configuration that is asked for.
+# Prints the worker or the error of each configuration.
 CONFIGURE = """
 import json, sys
 from vllm.engine.arg_utils import EngineArgs
@@ -53,7 +53,7 @@ for options in json.loads(sys.argv[2]):
 print("RESULT", json.dumps(answers))
 """
 
-# An engine without sleep mode, and every function of vLLM's and vllm-ascend's that is ours.
+# Starts an engine without sleep mode, and prints every function of ours in vLLM and vllm-ascend.
 GENERATE = """
 import inspect, json, sys
 from vllm import LLM, SamplingParams
@@ -89,8 +89,8 @@ print("RESULT", json.dumps({
 
 
 def run(script: str, *arguments: object, **env: str) -> tuple[object, str]:
-    """What the script found, and everything that it said."""
-    # Engines of this process had sleep mode; that of the script need not.
+    """The script's result, and its whole output."""
+    # Engines of this process had sleep mode; the script's need not have it.
     own = {name: value for name, value in os.environ.items() if name != beside.IN_USE}
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -107,7 +107,7 @@ def run(script: str, *arguments: object, **env: str) -> tuple[object, str]:
 
 
 def ahead(folder: Path) -> dict[str, str]:
-    """An environment in which this folder's packages are found before those installed."""
+    """An environment in which this folder's packages precede the installed ones."""
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 
 
@@ -200,7 +200,7 @@ def test_this_vllm_has_all_that_is_replaced_of_it():
 
 
 def test_a_changed_seam_is_an_error_that_names_all_of_it_and_changes_nothing(tiny_model, tmp_path):
-    """vllm-ascend as it is installed, but for its worker and its allocator."""
+    """The installed vllm-ascend, except for its worker and its allocator."""
     origin = importlib.metadata.distribution("vllm_ascend").locate_file("vllm_ascend")
     shutil.copytree(str(origin), tmp_path / "vllm_ascend", ignore=shutil.ignore_patterns("*.so"))
     for name, old, new in (

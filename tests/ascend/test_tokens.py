@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-ascend on the simulated NPU answers as Hugging Face does on the CPU."""
+"""vllm-ascend on the simulated NPU gives the same tokens as Hugging Face on the CPU."""
 
 import pytest
 from helpers.ascend_engine import engine
@@ -26,6 +26,6 @@ def test_batched(llm, tiny_model):
 
 
 def test_one_by_one(llm, tiny_model):
-    """From the prefix cache of the first pass."""
+    """With the prefix cache of the first pass."""
     for prompt, expected in zip(PROMPTS, hf_greedy(tiny_model), strict=True):
         assert tokens(llm, [prompt]) == [expected]

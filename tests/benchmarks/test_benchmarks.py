@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks run at toy size on the simulated NPU; contents are asserted, times are not."""
+"""The benchmarks at toy size on the simulated NPU. Contents are asserted, times are not."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost model against the simulator with a throttled link."""
+"""The cost model compared with the simulator with a throttled link."""
 
 import os
 import subprocess
@@ -35,5 +35,5 @@ def test_a_throttled_link_takes_what_the_model_says():
     command = [sys.executable, "-c", CODE, str(1.3 * expected)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     for seconds in map(float, done.stdout.split()[-2:]):
-        # None is faster. The host's own copies come on top, on a busy machine more.
+        # None is faster. Copies in host memory add to the time, more so on a busy machine.
         assert 0.95 * expected <= seconds <= 1.3 * expected

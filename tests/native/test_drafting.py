@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proposer's kernels in PyTorch against one request, one token at a time."""
+"""The proposer's kernels in PyTorch compared with a loop over requests and tokens."""
 
 import pytest
 import torch

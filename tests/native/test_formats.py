@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in tiles (FRACTAL_NZ): their bytes are kept, and marks of unwritten weights seen in them.
+"""Tensors in tiles (FRACTAL_NZ): their bytes are kept, and marks of unwritten weights are found.
 Needs CANN or the simulator."""
 
 import pytest
@@ -15,7 +15,7 @@ NZ = 29
 
 
 def numbers(dtype: torch.dtype) -> torch.Tensor:
-    """No multiple of a tile in either direction."""
+    """Sizes are not multiples of a tile."""
     return torch.arange(40 * 35).remainder(113).view(40, 35).to(dtype)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as 8-bit integers: how far they are from the weights that they stand for."""
+"""Weights as 8-bit integers: their deviation from the original weights."""
 
 import pytest
 import torch

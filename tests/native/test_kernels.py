@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The replacements take the kernels' own parameters: vLLM passes arguments by name."""
+"""The replacements have the kernels' parameters, because vLLM passes arguments by name."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ def test_parameters_are_the_kernels():
         kernel = importlib.import_module(".".join(parts[:at]))
         for part in parts[at:]:
             kernel = getattr(kernel, part)
-        # Registered already, in a process that made a worker: then it has the kernel's names.
+        # In a process that made a worker it is registered already, with the kernel's names.
         names = getattr(kernel, "arg_names", None)
         names = names or list(inspect.signature(getattr(kernel, "func", kernel)).parameters)
         assert list(inspect.signature(ours).parameters) == list(names), name

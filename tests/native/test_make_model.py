@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model maker: the same model every time, whole or not at all."""
+"""The model maker: the same model every time, and never a partial one."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch experts against one token, one expert at a time. Needs CANN or the simulator."""
+"""Plain-PyTorch experts against a loop over tokens and experts. Needs CANN or the simulator."""
 
 import pytest
 import torch

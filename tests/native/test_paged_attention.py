@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch attention against one request, one head, one row at a time."""
+"""Plain-PyTorch attention compared with a loop over requests, heads and rows."""
 
 import math
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ CASES = {
 
 
 def reference(query, key, value, position, case, rules):
-    """Attention of one query row ``[head_size]`` to ``[keys, ...]`` of its head, in float64."""
+    """Attention of a query row ``[head_size]`` to ``[keys, ...]`` of its head, in float64."""
     scores = []
     for j in range(key.shape[0]):
         distance = j - position
@@ -123,7 +123,7 @@ def make_tiles(case, rules, block_table, seq_lens_known=None):
 
 
 def batch(case, seed=0):
-    """Query, per-request keys and values, and a poisoned cache that holds them, permuted."""
+    """Query, keys and values per request, and a poisoned cache with them, permuted."""
     torch.manual_seed(seed)
     lens = [new + cached for new, cached in case.requests]
     query = torch.randn(sum(new for new, _ in case.requests), case.heads, case.head_size)
@@ -135,7 +135,7 @@ def batch(case, seed=0):
     physical = torch.full([shape[i] for i in case.layout], NAN)
     cache = physical.permute([case.layout.index(i) for i in range(4)])
     ids = iter((torch.randperm(num_blocks - 1) + 1).tolist())
-    # Entries past a request's last block point at poisoned blocks.
+    # Entries after a request's last block point to poisoned blocks.
     block_table = torch.zeros(len(lens), max(per_request) + 2, dtype=torch.int32)
     for row, (count, key, value) in enumerate(zip(per_request, keys, values, strict=True)):
         blocks = torch.tensor([next(ids) for _ in range(count)], dtype=torch.int32)
@@ -213,7 +213,7 @@ def test_layers_with_other_windows_share_tiles():
 
 
 def test_windowed_layer_reads_nothing_older():
-    """A cache manager gives blocks that left the window to other requests."""
+    """The cache manager reuses blocks outside the window for other requests."""
     case = Case([(1, 100), (3, 60)], window=8)
     rules = make_rules(case)
     query, keys, values, cache, block_table = batch(case)

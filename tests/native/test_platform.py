@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the platform answers vLLM, and what it refuses. Needs CANN or the simulator."""
+"""What the platform tells vLLM, and what it refuses. Needs CANN or the simulator."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -97,7 +97,7 @@ def test_the_contiguous_kv_cache_layout_is_the_only_one(model, monkeypatch):
 
 
 def test_connectors_with_another_kv_cache_layout_are_refused_by_name(model, monkeypatch):
-    """Unless it is said that the default will do."""
+    """Unless the user says that the default layout works."""
     connector = {
         "kv_connector": "HeadMajorConnector",
         "kv_connector_module_path": "helpers.connectors",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rejection sampler's kernels against loops over requests and tokens."""
+"""The rejection sampler's kernels compared with loops over requests and tokens."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slot mapping against the Triton kernel's arithmetic, token by token."""
+"""Slot mapping compared with the Triton kernel's arithmetic, token by token."""
 
 import pytest
 import torch

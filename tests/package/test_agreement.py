@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation that failed says of what it could not take back."""
+"""The message of a failed operation about what it could not roll back."""
 
 import pytest
 

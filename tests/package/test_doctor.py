@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-sleep doctor`` on simulated machines: what it finds, and that it leaves nothing behind."""
+"""``vllm-sleep doctor`` on simulated machines: its findings, and that it leaves nothing behind."""
 
 import json
 import os
@@ -23,14 +23,14 @@ from helpers.patience import patience
 from vllm_sleep_ascend.doctor import acl, surroundings
 from vllm_sleep_ascend.doctor.child import Child, Silence
 
-MACHINE = f"doctor-{os.getpid()}"  # the session removes what ends so
+MACHINE = f"doctor-{os.getpid()}"  # the session removes machines with this ending
 TOTAL = 1 * GIB
 SIZE = 32 * MIB
 OPTIONS = ("--quiet", "--gib", str(SIZE / GIB), "--timeout", str(10 * patience()))
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of an idle machine with two devices, with these variables on top."""
+    """The environment of an idle machine with two devices, plus these variables."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -48,7 +48,7 @@ def doctor(
     before: Callable[[], object] | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """What it printed; it must end with this exit code, None: with any."""
+    """Run it, and check its exit code unless that is None."""
     done = subprocess.run(
         [*python, "-m", "vllm_sleep_ascend.client.cli", "doctor", *OPTIONS, *arguments],
         cwd=folder,
@@ -72,7 +72,7 @@ def statuses(found: dict[str, Any]) -> dict[str, str]:
 
 
 def free_bytes(**variables: str) -> int:
-    """Of the first device, as another process sees it."""
+    """Free bytes of the first device, seen from another process."""
     done = run_python("print(free_and_total()[0])", **environment(**variables))
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -97,7 +97,7 @@ ALL_PASS = dict.fromkeys(
 
 
 def test_the_most_common_host(checkpoint):
-    """Kernel 5.10: registered memory is not safe, and nothing else is missing."""
+    """Kernel 5.10: registered memory is not safe; everything else passes."""
     found = report("--model", str(checkpoint))
     assert statuses(found) == {**ALL_PASS, "registered": "degraded"}
     assert (found["verdict"], found["exit_code"], found["refusal"]) == ("usable", 0, "")
@@ -138,7 +138,7 @@ def test_the_most_common_host(checkpoint):
 
 @pytest.mark.parametrize("driver", ["25.0", "26.0"])
 def test_a_newer_kernel_has_registered_memory(driver):
-    """Copies of it are exact: locked by mlock, or by a driver that pins too."""
+    """Its copies are exact, whether mlock or also the driver locks the pages."""
     found = report(NPU_SIM_KERNEL="6.1", NPU_SIM_DRIVER=driver)
     assert statuses(found)["registered"] == "pass"
     figures = found["probes"]["registered"]["figures"]
@@ -165,7 +165,7 @@ def test_a_newer_kernel_has_registered_memory(driver):
 def test_where_nothing_can_be_registered_the_rest_holds(
     kernel, machine, soc, version, left, lacks, remedy
 ):
-    """What a newer kernel does not bring, the doctor does not say that it does."""
+    """The doctor does not suggest a newer kernel if that would not help."""
     found = report(python=(*LAUNCHER, "python"), NPU_SIM_KERNEL=kernel, **machine)
     assert statuses(found) == {**ALL_PASS, "registered": "degraded"}
     registered = found["probes"]["registered"]
@@ -181,7 +181,7 @@ def test_where_nothing_can_be_registered_the_rest_holds(
 
 @pytest.mark.parametrize("left", [0, 2])
 def test_few_streams_are_degraded(left):
-    """One of them is the context's own."""
+    """One of them is the context's default stream."""
     found = report(code=None, NPU_SIM_STREAMS=str(left + 1))
     assert statuses(found)["streams"] == "degraded"
     assert found["probes"]["streams"]["figures"] == {"left": left, "made": left}
@@ -218,11 +218,11 @@ def test_without_page_locked_memory_it_fails():
     [
         ("map_at_offset", "aclrtMapMem"),
         ("map_at_offset", "aclrtUnmapMem"),
-        ("page_locked", "aclrtSynchronizeStream"),  # with the copy still under way
+        ("page_locked", "aclrtSynchronizeStream"),  # with the copy still in flight
     ],
 )
 def test_a_failing_call_is_named_and_leaves_no_memory_behind(probe, call):
-    """From its second time on in each process, for ever: what was taken cannot be undone."""
+    """The call fails from its second time on in each process, so cleaning up fails as well."""
     found = report(code=1, NPU_SIM_FAULTS=f"{call}:2:507899:*")
     failed = found["probes"][probe]
     assert (failed["status"], failed["figures"]) == ("fail", {"call": call, "code": 507899})
@@ -259,7 +259,7 @@ def test_nothing_is_waited_for_beyond_the_latest_moment(monkeypatch):
 
 
 def sleep_and_wake(times: int = 1, before: str = "") -> list[dict[str, Any]]:
-    """The findings of the probe, in one process that ends its questions after each."""
+    """The probe's findings, in one process that closes its answers after each."""
     code = f"""
 import json
 from dataclasses import asdict
@@ -277,7 +277,7 @@ for _ in range({times}):
 
 
 def test_the_second_sleep_has_page_locked_memory():
-    """Also where the first one copied into plain memory, since that is faster at first."""
+    """Even if the first one copied into plain memory, which is faster at first."""
     staging = (
         f"_camem.configure(chunk_bytes={2 * MIB}, keep_host_backup=True, copy_threads=3, "
         "host_threads=3, unprepared='stage')"
@@ -290,7 +290,7 @@ def test_the_second_sleep_has_page_locked_memory():
 
 
 def test_the_device_is_not_reset_under_the_allocator():
-    """Which keeps its streams: what it does next still works."""
+    """The allocator keeps its streams, and continues to work."""
     findings = sleep_and_wake(times=2)
     assert [finding["status"] for finding in findings] == ["pass", "pass"]
     assert free_bytes() == TOTAL
@@ -298,7 +298,7 @@ def test_the_device_is_not_reset_under_the_allocator():
 
 @pytest.fixture
 def hccl_without_memory(tmp_path) -> Path:
-    """A folder with a HCCL whose communicators hold no memory of the device."""
+    """A folder with an HCCL whose communicators use no device memory."""
     source = tmp_path / "hccl.cpp"
     calls = ("GetRootInfo", "CommInitRootInfo", "AllReduce", "CommDestroy")
     source.write_text("".join(f'extern "C" int Hccl{call}() {{ return 0; }}\n' for call in calls))
@@ -318,7 +318,7 @@ def test_a_communicator_without_memory_tells_nothing(hccl_without_memory):
 
 
 def little_to_lock() -> None:
-    """For a process about to start: 64 KiB, for root as well."""
+    """Limit locked memory of the started process to 64 KiB, even for root."""
     import ctypes
 
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
@@ -328,7 +328,7 @@ def little_to_lock() -> None:
 
 @pytest.mark.parametrize(("kernel", "status"), [("5.10", "info"), ("6.1", "degraded")])
 def test_the_limit_of_locked_memory_is_held_against_the_model(checkpoint, kernel, status):
-    """It matters where registered memory is used."""
+    """The limit matters only if registered memory is used."""
     options: dict[str, Any] = {"before": little_to_lock, "NPU_SIM_KERNEL": kernel}
     found = report("--model", str(checkpoint), **options)
     locked = found["surroundings"]["memlock"]
@@ -386,7 +386,7 @@ def test_a_list_of_devices_that_cann_refuses_is_named_with_its_remedy(visible):
 
 
 def test_a_bare_python_needs_nothing_installed(tmp_path):
-    """The package alone, without the compiled allocator, all that pip brings, and HCCL."""
+    """Only the package, without the compiled allocator, its dependencies and HCCL."""
     shutil.copytree(
         ROOT / "vllm_sleep_ascend",
         tmp_path / "vllm_sleep_ascend",
@@ -466,7 +466,7 @@ time.sleep(3600)
 
 
 def test_an_npu_smi_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
-    """One that is traced stays for those that wait for it, as one that hangs in the driver does."""
+    """A traced process cannot be reaped, like one that hangs in the driver."""
     tracer = tmp_path / "tracer"
     (tmp_path / "npu-smi").write_text(UNKILLABLE)
     (tmp_path / "npu-smi").chmod(0o755)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors cross vLLM's processes as texts, and arrive as they were raised."""
+"""Errors cross vLLM's processes as text, and arrive with their type."""
 
 from types import SimpleNamespace
 from typing import NoReturn
@@ -13,7 +13,7 @@ from vllm_sleep_ascend.errors import HostOutOfMemoryError, RankGoneError, SleepM
 
 
 def from_engine(error: Exception) -> Exception:
-    """What the front end's process gets of an error of a call in the engine's."""
+    """An engine's error as the front end receives it."""
 
     def fail() -> NoReturn:
         raise error
@@ -24,13 +24,13 @@ def from_engine(error: Exception) -> Exception:
 
 
 def from_rank(error: Exception) -> Exception:
-    """What the engine's process gets of an error in a rank's (see test_rank_answers.py)."""
+    """A rank's error as the engine receives it (see test_rank_answers.py)."""
     text = f"Worker failed with error '{error}', please check the stack trace above for the cause"
     return RuntimeError(text)
 
 
 class BadLevel(ValueError):
-    """A subclass that the other process does not know."""
+    """A subclass that is unknown in the other process."""
 
 
 KINDS = {
@@ -48,7 +48,7 @@ TEXT = "weights: 3 bytes\nare short (TimeoutError: 5 s)"
 def test_an_error_keeps_its_type_and_its_text(raised: type, expected: type, crossing) -> None:
     error = raised(TEXT)
     write_type(error)
-    write_type(error)  # every process on the way may
+    write_type(error)  # each process on the way may do it
     arrived = restored(crossing(error), otherwise=RuntimeError)
     assert (type(arrived), str(arrived)) == (expected, TEXT)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A test process that crashes fails the test that it ran, and no other."""
+"""If a test process crashes, only the test that it was running fails."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def test(number):
 
 
 def run(folder: Path, crashing: dict[int, tuple], first: str = "pass") -> tuple[int, str]:
-    """The exit code and the output of two processes with these files and tests that crash."""
+    """Exit code and output of a run with two processes, in which these tests crash."""
     for number in range(FILES):
         numbers = crashing.get(number, ())
         program = PROGRAM.format(tests=TESTS_OF_A_FILE, crashing=numbers, first=first)

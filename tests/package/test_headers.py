@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """csrc/ compiles with the headers of CANN 8.1, and links only what CANN 8.1 has.
 
-No headers of CANN 8.1 can be had here. The present ones take their place, in which every name of
-AscendCL that is not in cann_8_1.txt is another one.
+CANN 8.1's headers are not available here. The current ones are used instead, with every AscendCL
+name that is not in cann_8_1.txt renamed.
 """
 
 import os

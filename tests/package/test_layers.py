@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom: the folders are processes and layers (CONTRIBUTING.md)."""
+"""Which folder may import which: the folders are processes and layers (CONTRIBUTING.md)."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from helpers import ROOT
 NAME = "vllm_sleep_ascend"
 PACKAGE = ROOT / NAME
 
-BASE = ("config", "policy", "errors", "error_text", "status")  # what every process knows
+BASE = ("config", "policy", "errors", "error_text", "status")  # shared by all processes
 MAY_IMPORT = {
     "memory": BASE,
     "rank": (*BASE, "memory"),
@@ -40,7 +40,7 @@ def files(folder: str) -> Iterator[Path]:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """Names of modules as they are imported, also inside functions; not those for types alone."""
+    """Imported modules, also inside functions, but not those for type checking only."""
     tree = ast.parse(file.read_text())
     for_types = {
         id(node)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is replaced of vLLM: it is there, it is named where it is not, and the docs have all of it.
+"""What is replaced in vLLM exists, is named if it is missing, and is documented.
 
-Beside vllm-ascend, tests/ascend/test_standing_by.py asks the same of that vLLM.
+tests/ascend/test_standing_by.py checks the same for vllm-ascend's version of vLLM.
 """
 
 import inspect
@@ -18,7 +18,7 @@ ALL = (*EVERYWHERE, *DEVELOPMENT, *OFFLINE)
 
 
 class Engine:
-    """In place of a class of vLLM's."""
+    """Stands for a class of vLLM."""
 
     def sleep(self, level: int = 1, mode: str = "abort") -> str:
         return f"stock {level}"
@@ -53,7 +53,7 @@ def test_each_callable_is_replaced_once_and_repeating_it_changes_nothing() -> No
 
 @pytest.mark.parametrize("each", ALL, ids=lambda each: f"{each.owner}.{each.name}")
 def test_ours_takes_what_vllm_s_takes(each: Patch) -> None:
-    """By position or by name, as many as vLLM's; the rest goes on as it comes."""
+    """Parameters by position or by name, as in vLLM; other arguments are passed on."""
     patches.install((each,))
     installed = getattr(pkgutil.resolve_name(each.owner), each.name)
     ours = inspect.signature(installed, follow_wrapped=False).parameters.values()
@@ -63,7 +63,7 @@ def test_ours_takes_what_vllm_s_takes(each: Patch) -> None:
     assert named == stock[: len(named)]
     by_position = {inspect.Parameter.VAR_POSITIONAL}
     by_both = by_position | {inspect.Parameter.VAR_KEYWORD}
-    # vLLM gives what follows a method's name by position.
+    # vLLM passes the arguments after a method's name by position.
     needed = by_position if each.name.startswith("call_utility") else by_both
     assert rest >= needed or len(named) == len(stock)
 
@@ -74,8 +74,8 @@ def test_what_is_missing_or_different_is_named_and_nothing_is_changed() -> None:
         good,
         patch("doze"),
         patch("wake_up", "level"),
-        patch("pause", "mode"),  # takes anything
-        patch("release", since="999.0"),  # of a vLLM to come
+        patch("pause", "mode"),  # accepts any arguments
+        patch("release", since="999.0"),  # in a future vLLM
         Patch("vllm.to_come:Engine", "doze", lambda stock: stock, (), "", since="999.0"),
         patch("forget", since="0.1"),
         Patch("vllm.no_such_module:Engine", "sleep", lambda stock: stock, (), ""),
@@ -95,7 +95,7 @@ def test_what_is_missing_or_different_is_named_and_nothing_is_changed() -> None:
 
 
 def test_a_replacement_gets_the_stock_callable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "sleep", Engine.sleep)  # put back afterwards
+    monkeypatch.setattr(Engine, "sleep", Engine.sleep)  # restored afterwards
     to_come = Patch("vllm.to_come:Engine", "doze", lambda stock: stock, (), "", since="999.0")
     patches.install((patch("sleep", "level"), patch("release", since="999.0"), to_come))
     assert Engine().sleep(2) == "ours, then stock 2"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of ranks, over vLLM's own queues: none is lost, and none stays for the next call."""
+"""Answers of ranks over vLLM's own queues: none is lost, and none is left for the next call."""
 
 import inspect
 import pickle
@@ -22,12 +22,12 @@ from vllm_sleep_ascend.errors import RankGoneError
 from vllm_sleep_ascend.rank.guarded_calls import GuardedCall
 
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
-CHUNK = 4096  # bytes of a queue's slot; a larger answer comes over a socket
+CHUNK = 4096  # bytes of a queue's slot; a larger answer uses a socket
 
 
 @pytest.fixture
 def queues():
-    """Of two ranks: where they write, and where the executor reads."""
+    """The queues of two ranks: where they write, and where the executor reads."""
     writers = [MessageQueue(1, 1, max_chunk_bytes=CHUNK) for _ in range(2)]
     readers = []
     for writer in writers:
@@ -42,7 +42,7 @@ def queues():
 
 
 class SlowSocket:
-    """What is written to it is sent later."""
+    """Sends what is written to it later."""
 
     def __init__(self, socket: Any, delay_s: float) -> None:
         self._socket, self._delay_s = socket, delay_s
@@ -67,7 +67,7 @@ def test_a_large_answer_that_comes_after_its_mark_is_waited_for(queues) -> None:
 
     config = SimpleNamespace(additional_config={}, model_config=None)
     executor = SimpleNamespace(is_failed=False, response_mqs=readers, vllm_config=config)
-    # Rank 0 takes its time, and meanwhile a look is taken at rank 1, whose mark is there.
+    # Rank 0 is slow; meanwhile rank 1 is checked, whose slot is already marked.
     ranks = [
         threading.Thread(target=answer, args=arguments)
         for arguments in ((0, 3.0, "first"), (1, 0.0, large))
@@ -82,11 +82,11 @@ def test_a_large_answer_that_comes_after_its_mark_is_waited_for(queues) -> None:
     assert collective_rpc(executor, "save_sharded_state") == ["next", "next"]
 
 
-Work = Callable[[int, str], str]  # what a rank answers to a method
+Work = Callable[[int, str], str]  # a rank's answer to a method
 
 
 class Executor(SimpleNamespace):
-    """vLLM's calls, to ranks that are threads."""
+    """vLLM's calls to ranks, which are threads here."""
 
     collective_rpc = reads_every_answer(inspect.unwrap(MultiprocExecutor.collective_rpc))
 
@@ -168,7 +168,7 @@ def test_answers_that_come_after_the_timeout_are_of_no_other_call(queues, slow) 
 
 
 def repeated(call: Callable[[], Any]) -> Any:
-    """Its result once the rank that is still at work has answered."""
+    """The result of a call, repeated until the busy rank has answered."""
     while True:
         try:
             return call()

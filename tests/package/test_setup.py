@@ -14,7 +14,7 @@ INSTALL = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no
 
 @pytest.fixture
 def sources(tmp_path):
-    """A copy of what a build needs, so that the installed package stays as it is."""
+    """A copy of what a build needs, so that the installed package is not changed."""
     copy = tmp_path / "sources"
     shutil.copytree(
         ROOT,

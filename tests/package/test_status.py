@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state and the level of an engine, by what its ranks say."""
+"""The state and the level of an engine, computed from its ranks' status."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks in memory: every type of weight, ranges that were left out, and the names of shards."""
+"""Marks in memory: every type of weight, ranges that were not written, and the names of shards."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ SHAPES = ((), (1,), (7,), (4, 6), (3, 5, 4))
 
 
 def anything(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values that may be weights, with the greatest and the least among them."""
+    """Possible weights, including the greatest and the least."""
     if dtype not in FLOATS:
         info = torch.iinfo(dtype)
         return torch.randint(info.min + 1, info.max, shape, dtype=dtype)
@@ -74,7 +74,7 @@ def test_other_nans_are_numbers_that_somebody_wrote():
 
 
 class Fused(nn.Module):
-    """A model as vLLM makes them, with one layer of each fused kind."""
+    """A model like vLLM's, with one layer of each fused kind."""
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
 
@@ -106,6 +106,6 @@ def test_shards_have_the_names_of_checkpoints_and_cover_the_parameter():
     for name, parameter in model.named_parameters():
         shards = shards_of(model, name, parameter)
         assert {shard: part.numel() for shard, part in shards.items()} == names[name]
-    # One that is not cut as its layer says is named as it is.
+    # A parameter whose parts do not match its layer is named as a whole.
     other = SimpleNamespace(shape=(5, 3), dim=lambda: 2)
     assert list(shards_of(model, "qkv_proj.weight", other)) == ["qkv_proj.weight"]

@@ -34,7 +34,7 @@ SIMULATED = Path(os.environ["ASCEND_HOME_PATH"], "lib64", "libascendcl.so")
 
 
 def rows(section: str) -> list[list[str]]:
-    """The cells of its tables, without their heads."""
+    """The cells of its tables, without header rows."""
     text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     cells = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
     heads = [index for index, row in enumerate(cells) if set(row[0]) == {"-"}]
@@ -100,7 +100,7 @@ def test_the_tests_that_it_names_are_there() -> None:
 
 
 SIZE, NONE = c_size_t(HUGE), c_size_t(0)
-ADDRESS = 1 << 40  # nothing is there
+ADDRESS = 1 << 40  # unused
 NULL_ARGUMENTS: list[tuple[Any, ...]] = [
     ("aclrtReserveMemAddress", None, SIZE, NONE, None, c_uint64(0)),
     ("aclrtReleaseMemAddress", None),

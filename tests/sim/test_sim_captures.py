@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams that capture a graph, and what is refused meanwhile."""
+"""Streams that capture a graph, and what is refused during a capture."""
 
 import os
 from ctypes import (
@@ -116,7 +116,7 @@ def test_which_streams_can_capture(flags: int, code: int) -> None:
     ok("aclrtCreateStreamWithConfig", byref(queue), c_uint32(0), c_uint32(flags))
     assert begin(queue.value) == code
     if code == SUCCESS:
-        # Of streams that are not waited for, the device's synchronising takes no notice.
+        # Synchronising the device ignores streams that are not waited for.
         expected = SUCCESS if flags == 4 else STREAM_CAPTURED
         assert call("aclrtSynchronizeDevice") == expected
         ok("aclmdlRIDestroy", end(queue.value)[1])

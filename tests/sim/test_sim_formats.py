@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FRACTAL_NZ: matrices lie in tiles, and the storage has the format, whatever tensor is over it."""
+"""FRACTAL_NZ: matrices are stored in tiles, and the format belongs to the storage."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ NZ, ND = 29, 2
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """torch keeps streams and events: what a test takes of them is not compared."""
+    """torch keeps streams and events, so their numbers are not compared."""
     torch.npu.set_device(0)
     torch.npu.config.allow_internal_format = True
     yield
@@ -26,7 +26,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def in_tiles(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Of 16 rows; the tiles of the same columns one after the other; zeros beyond the matrix."""
+    """Tiles of 16 rows, column by column, with zeros beyond the matrix."""
     padded = F.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % 16))
     tiles = padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, 16))
     return tiles.movedim(-2, -4).contiguous()
@@ -39,7 +39,7 @@ def cast(x: torch.Tensor) -> torch.Tensor:
 
 
 def memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's storage as numbers of its type: another storage over the same address."""
+    """The tensor's storage as plain elements: another storage at the same address."""
     storage = tensor.untyped_storage()
     where = storage.data_ptr(), tensor.device, storage.nbytes()
     own = torch_npu._C._construct_storage_from_data_pointer(*where)
@@ -67,7 +67,7 @@ def test_a_cast_puts_matrices_into_tiles_and_back(shape, dtype, width) -> None:
 
 
 def test_every_view_of_the_storage_has_its_format() -> None:
-    """A copy of one is not a copy of the bytes. Writing through one ends the process."""
+    """Copying a view is not a copy of the bytes. Writing through a view aborts the process."""
     x = numbers(40, 48)
     tiled = cast(x)
     exact = memory(tiled).cpu()

@@ -175,7 +175,7 @@ def test_one_graph_on_two_streams_at_once_fails_on_the_second(
 
 
 def test_executions_of_several_threads_do_not_mix(memory: Mapped, queue: int) -> None:
-    """One stream runs one graph after the other, whoever gives them."""
+    """A stream runs one graph after the other, whichever threads submit them."""
     with captured(queue) as graph:
         for value in range(8):
             assert fill(memory.address, value, queue, 64) == SUCCESS
@@ -205,7 +205,7 @@ def test_a_graph_that_executes_is_not_destroyed(queue: int) -> None:
 
 
 def test_a_graph_needs_its_memory_where_it_was() -> None:
-    """Memory that is there again at its address keeps a graph right: so sleep may take it."""
+    """A graph stays valid if memory is mapped again at its address, so memory may sleep."""
     script = (
         "from helpers.captures import *\n"
         "queue, block = stream(), mapped()\n"

@@ -48,7 +48,7 @@ def ranks(
 
 
 def run(tmp_path: Path, check: str, world: int, **options) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each rank."""
+    """Exit code, stdout and stderr of each rank."""
     with ranks(tmp_path, check, world, **options) as processes:
         results = []
         for process in processes:
@@ -90,7 +90,7 @@ def test_a_rank_that_dies_fails_the_others_at_once(tmp_path) -> None:
 
 @pytest.mark.parametrize(("setting", "megabytes"), [("", 200), ("3", 4)])
 def test_a_communicator_takes_device_memory(tmp_path, setting: str, megabytes: int) -> None:
-    """Twice HCCL_BUFFSIZE, which is 200 if it is not set; the device gives whole 2 MiB."""
+    """Twice HCCL_BUFFSIZE (default 200), rounded up to the device's 2 MiB."""
     for code, output, errors in run(
         tmp_path, "buffers_are_device_memory", 2, HCCL_BUFFSIZE=setting
     ):
@@ -118,7 +118,7 @@ def root_info(hccl) -> ctypes.Array:
 
 @pytest.fixture
 def comm(hccl, root_info, monkeypatch) -> Iterator[ctypes.c_void_p]:
-    """Of one rank."""
+    """A communicator with one rank."""
     comm = ctypes.c_void_p()
     assert hccl.HcclCommInitRootInfo(1, root_info, 0, ctypes.byref(comm)) == SUCCESS
     yield comm
@@ -164,7 +164,7 @@ def test_no_communicator_without_memory(hccl, root_info, monkeypatch) -> None:
 
 
 def test_three_pipeline_stages_share_a_communicator(tmp_path) -> None:
-    """Which all have to be there to make: else the first two wait for the third, as it for them."""
+    """All three must take part to create it, otherwise they wait for each other."""
     options = {"P2P_HCCL_BUFFSIZE": "0", "HCCL_CONNECT_TIMEOUT": "10"}
     for code, _, errors in run(tmp_path, "stages_share_a_communicator", 3, **options):
         assert code == 0, errors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events in captures, and streams that join one by waiting for an event of it."""
+"""Events in captures, and streams that join a capture by waiting for one of its events."""
 
 import os
 from collections.abc import Iterator
@@ -155,7 +155,7 @@ def test_events_of_a_capture(queue: int, other: int, marks: tuple[int, ...]) -> 
     with held(queue):
         assert execute(graph, queue) == SUCCESS
         ok("aclrtStreamWaitEvent", other, mark)
-        ok("aclrtSynchronizeStream", other)  # the graph has an event of its own for it
+        ok("aclrtSynchronizeStream", other)  # the graph has its own copy of the event
     ok("aclrtSynchronizeEvent", mark)
     ok("aclrtSynchronizeStream", queue)
     destroy(graph)
@@ -199,7 +199,7 @@ def test_a_group_is_interrupted_by_other_streams_of_the_capture(
 
 
 def test_external_events_are_tasks_of_a_graph(queue: int, other: int) -> None:
-    """A stream beside the graph lets it go on; what it was reset to, it waits for again."""
+    """Another stream releases the graph. After a reset the graph waits for the event again."""
     calls: list[int] = []
     note = HostFunction(lambda _: calls.append(1))
     gate = old_event(EXTERNAL)

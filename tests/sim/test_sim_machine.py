@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes of one simulated machine share, and how a process ends."""
+"""What the processes of a simulated machine share, and how a process ends."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ from helpers.ascendcl import (
 
 
 class Neighbour:
-    """Another process of the machine, which takes memory and then waits."""
+    """Another process of the machine, which allocates memory and then waits."""
 
     def __init__(self, code: str, **environment: str) -> None:
         setup = "from helpers.ascendcl import *\nimport sys\nok('aclrtSetDevice', 0)\n"
@@ -94,7 +94,7 @@ def test_many_processes_never_take_more_than_there_is() -> None:
         assert free_and_total()[0] == GIB
         return sorted(counts)
 
-    # Two at once at least, which a busy machine may prevent now and then.
+    # At least two at once, which a busy machine may prevent now and then.
     assert any(race()[-2] > 0 for _ in range(10))
 
 
@@ -316,7 +316,7 @@ def test_the_link_is_as_slow_as_it_is_set() -> None:
     result = run_python(code, timeout=120, NPU_SIM_LINK_GBPS="0.2")
     assert result.returncode == 0, result.stderr
     alone, duplex, shared = map(float, result.stdout.split())
-    # None is faster than the link. A busy machine may hold most of them up, but not all.
+    # None is faster than the link. A busy machine may delay most of them, but not all.
     assert 0.95 * once < alone < 1.4 * once
     assert 0.95 * once < duplex < 1.4 * once, "two directions do not share the link"
     assert 1.95 * once < shared < 2.4 * once, "two copies of one direction do"

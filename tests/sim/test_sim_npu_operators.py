@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch_npu's own operators, against the formulas in its documentation."""
+"""torch_npu's own operators, compared with the formulas in its documentation."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ close = torch.testing.assert_close
 
 @pytest.fixture(autouse=True)
 def device():
-    """torch keeps memory that it has freed. Operators are called as an engine calls them."""
+    """torch caches freed memory. Operators are called in the same way as by an engine."""
     with torch.inference_mode():
         yield
 
@@ -46,7 +46,7 @@ def test_swiglu():
 
 @pytest.mark.parametrize("neox", [True, False])
 def test_rotary_embedding(neox):
-    """As complex numbers: each pair turns by its angle; what lies past the rotated part stays."""
+    """As complex numbers: each pair is rotated by its angle; the rest of a head is unchanged."""
     size, rotated = 8, 6
     angles = random(20, rotated // 2, dtype=torch.float32)
     table = torch.cat([angles.cos(), angles.sin()], -1)
@@ -75,7 +75,7 @@ def test_matmul_add():
 
 
 def attend(query, key, value, visible):
-    """One sequence, all of it at once: (tokens, heads, size)."""
+    """Attention of a whole sequence, (tokens, heads, size)."""
     group = query.shape[1] // key.shape[1]
     key, value = (t.float().repeat_interleave(group, 1).transpose(0, 1) for t in (key, value))
     q = query.float().transpose(0, 1)
@@ -88,7 +88,7 @@ QUERIES, KEYS, SIZE = (5, 1, 3), (5, 9, 7), 16
 
 @pytest.fixture
 def batch():
-    """Keys and values as tokens, and the same in blocks of 4 that lie in another order."""
+    """Keys and values as tokens, and the same in permuted blocks of 4."""
     query, key, value = random(9, 4, SIZE), random(21, 2, SIZE), random(22, 2, SIZE)[1:]
     table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().view(3, 4)
     blocks = torch.zeros(2, 12, 4, 2, SIZE, dtype=torch.float16).npu()
@@ -193,7 +193,7 @@ def test_attention_knows_no_float32(monkeypatch):
 
 
 def test_experts():
-    """Routing, the experts' products and the way back, against a loop over tokens."""
+    """Routing, the experts' products and unpermuting, compared with a loop over tokens."""
     tokens, choices, experts = 6, 2, 4
     x, weight = random(tokens, 8), random(experts, 8, 5)
     chosen = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [1, 3]], dtype=torch.int32)

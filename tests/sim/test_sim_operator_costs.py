@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What operators cost on the device: launches, the AI CPU, hidden copies, waits of the host."""
+"""The costs of operators: launches, use of the AI CPU, hidden copies, waits of the host."""
 
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_void_p
@@ -22,7 +22,7 @@ DRIVER_ERROR = 507899
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """torch keeps memory and streams: what a test takes of them is not compared."""
+    """torch keeps memory and streams, so their numbers are not compared."""
     torch.npu.set_device(0)
     yield
     control.set_faults("")
@@ -121,7 +121,7 @@ F16, F32, F64 = torch.float16, torch.float32, torch.float64
 I32, I64, U8, BOOL = torch.int32, torch.int64, torch.uint8, torch.bool
 
 Operation = Callable[[torch.Tensor], Any]
-# By operator: what runs it on the AI Core and what runs it on the AI CPU.
+# For each operator: a call that runs on the AI Core, and one that runs on the AI CPU.
 AI_CPU: dict[str, tuple[Operation, list[torch.dtype], list[torch.dtype]]] = {
     "add": (lambda x: x + x, [F16, F32, I32, I64, BOOL], [F64, torch.int16]),
     "add a number": (lambda x: x + 1, [F16, F32, I32, I64], [F64]),
@@ -196,7 +196,7 @@ def numbers() -> torch.Tensor:
 
 @pytest.fixture(autouse=True, scope="module")
 def made_before() -> Iterator[None]:
-    """What operations take besides is not measured."""
+    """What operations need besides, so that it is not measured."""
     for tensor_of in (rows, mask, two_rows, numbers):
         tensor_of()
     yield

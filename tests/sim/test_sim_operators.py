@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators on the device give the CPU's results, on the device."""
+"""Operators on the device give the CPU's results."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -146,7 +146,7 @@ def compare(actual: Any, expected: Any, tolerance: float) -> None:
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """torch keeps memory and streams: what a test takes of them is not compared."""
+    """torch keeps memory and streams, so their numbers are not compared."""
     torch.npu.set_device(0)
     torch.manual_seed(1)
     yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registered host memory: asynchronous copies are right only where its pages are locked."""
+"""Registered host memory: asynchronous copies are correct only if its pages are locked."""
 
 import ctypes
 import mmap
@@ -33,14 +33,14 @@ SIZE = 4 * PAGE
 DATA = b"data" * (SIZE // 4)
 WRONG = b"\x7f" * PAGE
 
-# Each profile of a host: what the environment says of it.
-OLD_KERNEL = {"NPU_SIM_KERNEL": "5.10"}  # what the tests of this process have
+# The environment of each host profile.
+OLD_KERNEL = {"NPU_SIM_KERNEL": "5.10"}  # as in this process
 NEW_KERNEL = {"NPU_SIM_KERNEL": "5.15"}
 NEW_DRIVER = {"NPU_SIM_KERNEL": "6.1", "NPU_SIM_DRIVER": "26.0"}
 MLOCK = "assert ctypes.CDLL(None).mlock(c_void_p(host), c_size_t(SIZE)) == 0"
 
 
-# Of a process of its own: pages with DATA at `host`.
+# The start of a separate process: pages with DATA at `host`.
 HOST_MEMORY = """
 from test_sim_page_locks import *
 memory = (ctypes.c_char * SIZE).from_buffer(mmap.mmap(-1, SIZE))
@@ -78,14 +78,14 @@ def queue() -> Iterator[int]:
 
 
 def copied(on_device: int, host: int, queue: int, size: int = SIZE) -> bytes:
-    """What arrives on the device, of an asynchronous copy that reports success."""
+    """What arrives on the device after an asynchronous copy that reports success."""
     assert memcpy_async(on_device, host, size, HOST_TO_DEVICE, queue) == SUCCESS
     ok("aclrtSynchronizeStream", queue)
     return bytes_at(on_device, size)
 
 
 def came_back(on_device: int, host: int, queue: int) -> bytes:
-    """What arrives on the host, likewise."""
+    """What arrives on the host after such a copy."""
     source = ctypes.create_string_buffer(DATA, SIZE)
     assert memcpy(on_device, ctypes.addressof(source), SIZE, HOST_TO_DEVICE) == SUCCESS
     ctypes.memset(host, 0, SIZE)
@@ -149,7 +149,7 @@ def test_a_copy_that_starts_in_registered_memory_is_asynchronous_beyond_it() -> 
 
 
 def profile(environment: dict[str, str]) -> dict[str, str]:
-    """A process with this environment, that finds this module."""
+    """Run a process with this environment, which can import this module."""
     return {**environment, "PYTHONPATH": ":".join(sys.path)}
 
 

@@ -33,7 +33,7 @@ from vllm_sleep_ascend.sim import control
 
 
 class Recorder:
-    """Functions for streams that note when they ran."""
+    """Functions for streams that record when they ran."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -61,7 +61,7 @@ def queues() -> Iterator[tuple[int, int]]:
         ok("aclrtDestroyStream", queue)
 
 
-# Contexts are tested in processes of their own: torch, in this one, configures a default device.
+# Contexts are tested in separate processes, because torch configures a default device in this one.
 
 IN_A_THREAD = """
 import threading
@@ -241,7 +241,7 @@ def test_a_stream_waits_for_an_event(queues: tuple[int, int], recorder: Recorder
             recorder.launch(queues[0], "after the event")
             ok("aclrtStreamWaitEvent", queues[1], mark)
             recorder.launch(queues[1], "second")
-            ok("aclrtDestroyEvent", mark)  # what waits for it goes on waiting
+            ok("aclrtDestroyEvent", mark)  # streams that wait for it continue to wait
             assert call("aclrtSynchronizeStreamWithTimeout", queues[1], 100) == SYNC_TIMEOUT
             assert recorder.ran == []
             begin.set()
@@ -317,7 +317,7 @@ def test_idle_streams_cost_no_threads(recorder: Recorder) -> None:
     streams = control.counters().streams
     queues = [stream() for _ in range(300)]
     assert control.counters().streams == streams + 300
-    assert count_threads() <= before  # those of earlier tests' streams end meanwhile
+    assert count_threads() <= before  # threads of earlier tests' streams may end meanwhile
     for queue in queues:
         ok("aclrtDestroyStream", queue)
 

@@ -19,7 +19,7 @@ from vllm_sleep_ascend.sim import control
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """torch keeps streams and events: what a test takes of them is not compared."""
+    """torch keeps streams and events, so their numbers are not compared."""
     torch.npu.set_device(0)
     torch.npu.empty_cache()
     yield
@@ -58,7 +58,7 @@ def test_out_of_memory() -> None:
         torch.empty(2 * GIB, dtype=torch.uint8, device="npu")
     half = torch.empty(GIB // 2, dtype=torch.uint8, device="npu")
     del half
-    torch.empty(GIB - 32 * MIB, dtype=torch.uint8, device="npu")  # what was cached is given back
+    torch.empty(GIB - 32 * MIB, dtype=torch.uint8, device="npu")  # frees what was cached
 
 
 def test_pools() -> None:

@@ -18,7 +18,7 @@ FRACTAL_NZ = 29
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """torch keeps streams and events: what a test takes of them is not compared."""
+    """torch keeps streams and events, so their numbers are not compared."""
     torch.npu.set_device(0)
     yield
     torch.npu.synchronize()
@@ -27,7 +27,7 @@ def device() -> Iterator[None]:
 
 @contextmanager
 def graph(**options) -> Iterator[torch.npu.NPUGraph]:
-    """Captures the block without gradients."""
+    """Capture the block without gradients."""
     captured = torch.npu.NPUGraph()
     with torch.no_grad(), torch.npu.graph(captured, **options):
         yield captured
@@ -39,7 +39,7 @@ def replay(captured: torch.npu.NPUGraph) -> None:
 
 
 def is_any(tensor: torch.Tensor) -> bool:
-    """Nothing was written to it yet."""
+    """Whether nothing has been written to it yet."""
     return bool(tensor.isnan().all())
 
 
@@ -89,7 +89,7 @@ def test_nothing_is_computed_while_it_is_captured() -> None:
 def test_a_graph_reads_what_lies_at_its_addresses() -> None:
     x, one = torch.ones(4, device="npu"), torch.tensor(1.0)
     with graph() as captured:
-        y = x + one  # a number of the host is an argument, which the graph keeps
+        y = x + one  # a host scalar is an argument, which the graph keeps
     one.fill_(100)
     x.fill_(5)
     captured.replay()
@@ -217,7 +217,7 @@ def test_streams_join_a_capture() -> None:
 
 
 def test_kernels_are_exchanged_behind_an_external_event() -> None:
-    """As attention gives each step's lengths to a graph. torch_npu keeps the event's memory."""
+    """As attention passes each step's lengths to a graph. torch_npu keeps the event's memory."""
     result = run_python(
         "import torch, torch_npu\n"
         "x, y = torch.ones(4, device='npu'), torch.empty(4, device='npu')\n"
@@ -250,7 +250,7 @@ def test_kernels_are_exchanged_behind_an_external_event() -> None:
 
 
 def test_tensors_in_tiles_in_a_graph() -> None:
-    """Their casts are operators of another kind, which torch_npu does not let be captured."""
+    """Their casts are another kind of operator, which torch_npu does not allow in a capture."""
     x = torch.randn(4, 32, dtype=torch.float16, device="npu")
     weight = torch.randn(64, 32, dtype=torch.float16, device="npu")
     tiled = torch_npu.npu_format_cast(weight.clone(), FRACTAL_NZ)
@@ -288,7 +288,7 @@ def test_operators_of_torch_npu_in_a_graph() -> None:
     ],
 )
 def test_kernels_in_python_run_while_somebody_waits(ending: str) -> None:
-    """On hardware no kernel needs the GIL, which torch_npu keeps in some of these."""
+    """On hardware no kernel needs the GIL, and torch_npu holds it in some waits."""
     result = run_python(
         "import torch, torch_npu\n"
         "x, gamma = torch.randn(64, 64, device='npu'), torch.ones(64, device='npu')\n"

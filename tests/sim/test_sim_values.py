@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in device memory that streams write and wait for."""
+"""Values in device memory that streams write and wait for."""
 
 from ctypes import c_uint32, c_uint64
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual memory management: what hardware refuses is refused, with its code."""
+"""Virtual memory management: what hardware refuses is refused, with the same code."""
 
 import ctypes
 import os

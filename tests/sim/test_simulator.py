@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands for all tests of the simulator in a run that is not theirs alone."""
+"""Runs all tests of the simulator in a run with other tests."""
 
 import subprocess
 import sys
