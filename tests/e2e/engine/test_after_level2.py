@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that level 2 discarded and nobody loaded: ``after_level2`` warns, refuses or reloads."""
+"""Weights that level 2 discarded and nothing loaded: ``after_level2`` warns, refuses or reloads."""
 
 import shutil
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ def test_refuse_serves_once_all_is_loaded(tiny_model, expected):
         llm.wake_up(tags=["kv_cache"])
         assert few(llm) == expected
 
-        # Level 1 keeps what is there: nothing, after a level 2 without a load.
+        # Level 1 keeps the content: none, after a level 2 without a load.
         llm.sleep(level=2)
         llm.wake_up()
         llm.sleep(level=1)
@@ -105,7 +105,7 @@ def test_reload_loads_all_or_says_what_is_missing_and_can_be_repeated(
             llm.reset_prefix_cache()
             assert few(llm) == expected
 
-        # What is written between the parts of a wake is not loaded over.
+        # Weights written between the parts of a wake are not overwritten by a load.
         llm.sleep(level=2)
         llm.wake_up(tags=["weights"])
         norm = driver_worker(llm).model_runner.get_model().get_parameter("model.norm.weight")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong uses of an engine, each with its answer; after each the engine serves the same tokens.
+"""Wrong uses of an engine and their errors; after each the engine serves the same tokens.
 
-More of them, each where its module is tested: levels, modes and tags in ``test_policy.py``, options
-in ``test_config.py``, HTTP in ``test_server.py``, set-up in ``test_setup.py``, memory that is not
-there in ``test_pool.py`` and ``test_faults.py``.
+More of them are in the tests of each module: levels, modes and tags in ``test_policy.py``, options
+in ``test_config.py``, HTTP in ``test_server.py``, set-up in ``test_setup.py``, missing memory in
+``test_pool.py`` and ``test_faults.py``.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that reach a worker while its memory sleeps are refused before they run, or known to be
-safe. One that touched the weights would end this process."""
+"""Calls that reach a worker while its memory sleeps are refused before they run, unless they are
+known to be safe. A call that accessed the weights would abort this process."""
 
 import re
 from contextlib import nullcontext
@@ -47,7 +47,7 @@ ARGUMENTS = {
     "init_weight_transfer_engine": ({},),
     "give_weight_version": ("default",),
 }
-# What the method itself says in an engine without its option.
+# The method's own error in an engine without its option.
 NEEDS_AN_OPTION = {
     "profile": "Profiling is not enabled",
     "init_weight_transfer_engine": "Weight transfer not configured",
@@ -66,7 +66,7 @@ def test_what_may_touch_weights_is_refused_while_they_sleep(llm, expected, level
         llm.apply_model(total)
     for method in ("get_encoder_timing_stats", "checkpoint_prepare", "no_such_method"):
         refused(llm, method)
-    # The executor of an engine in this process can be reached as well.
+    # An in-process engine's executor can be called directly as well.
     with pytest.raises(SleepModeError, match="total_of was not run"):
         llm.llm_engine.model_executor.collective_rpc(total_of)
     assert not ran

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV connectors: one whose blocks a sleep would leave stale is refused, one that can be emptied
-serves no keys and values of old weights."""
+"""KV connectors: one whose blocks would become stale is refused, and one that can be emptied serves
+no keys and values of old weights."""
 
 import pytest
 from helpers.engine import engine, tokens
@@ -68,11 +68,11 @@ def test_no_keys_and_values_of_old_weights_are_served(tiny_model, tmp_path):
     assert old != new
 
     options = with_connector("EmptiedConnector", store)
-    options["max_num_batched_tokens"] = 2048  # the connector stores a prompt that is not in chunks
+    options["max_num_batched_tokens"] = 2048  # the connector does not store chunked prompts
     with engine(tiny_model, enable_sleep_mode=True, **options) as llm:
 
         def serves(expected) -> None:
-            """Computed, then with blocks of the connector, which keeps all but the last one."""
+            """Computed, then with the connector's blocks (all but the last one)."""
             for _ in range(2):
                 assert tokens(llm, LONG, 8) == expected
                 assert len(list(store.iterdir())) == len(LONG)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV-cache events: who follows the cache is told with the sleep that it is empty."""
+"""KV-cache events: a sleep tells subscribers that the cache is empty."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ PROMPT = "Once upon a time, in a land far away, there lived a programmer."
 
 
 class Subscriber:
-    """What an engine publishes, in a list."""
+    """Collects an engine's events."""
 
     def __init__(self, endpoint: str) -> None:
         from vllm.distributed.kv_events import KVEventBatch
@@ -27,21 +27,21 @@ class Subscriber:
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
 
     def take(self, timeout_s: float) -> list[str]:
-        """The names of the next batch's events; none if none comes in time."""
+        """The names of the next batch's events; empty if none comes in time."""
         if not self._socket.poll(int(timeout_s * 1000)):
             return []
         _, _, payload = self._socket.recv_multipart()
         return [type(event).__name__ for event in self._decoder.decode(payload).events]
 
     def wait_for(self, event: str) -> None:
-        """Read up to a batch that ends with this event, which nothing follows."""
+        """Read until a batch ends with this event, and check that nothing follows."""
         wait_for(lambda: self.take(0.1)[-1:] == [event], event)
 
     def assert_silent(self) -> None:
         assert self.take(0.2) == []
 
     def drain(self) -> None:
-        """Read what was published up to now."""
+        """Read what has been published so far."""
         wait_for(lambda: self.take(0.2) == [], "silence")
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class Subscriber:
 
 @pytest.fixture(scope="module")
 def published(tiny_model, tmp_path_factory):
-    """An engine in a process of its own, a function that runs coroutines, and a subscriber."""
+    """An engine in a separate process, a function that runs coroutines, and a subscriber."""
     from vllm import AsyncEngineArgs
     from vllm.config import KVEventsConfig
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -109,7 +109,7 @@ async def generate(llm, n: int, started: Callable[[], None] = lambda: None) -> N
 async def wake(llm) -> None:
     await llm.wake_up()
     await llm.collective_rpc("reload_weights")
-    await llm.resume_generation()  # from a pause before a release, which outlives the wake
+    await llm.resume_generation()  # ends the pause before the release, which outlives the wake
 
 
 async def release(llm, mode: str) -> None:

@@ -18,7 +18,7 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 
 
 def last_sleep(llm) -> dict[str, dict[str, int]]:
-    """Bytes by tag of the last operation of the one worker."""
+    """Bytes by tag of the last operation of the only worker."""
     (status,) = llm.collective_rpc("sleep_status")
     return status["last_operation"]["tags"]
 
@@ -43,13 +43,13 @@ def test_tokens_and_bytes(tiny_model, options):
         for _ in range(2):
             steps = _camem.host_memory()["steps"]
             assert few(llm) == expected
-            # Preparing makes room for each of them.
+            # Preparation slows down during each of them.
             assert _camem.host_memory()["steps"] - steps >= max(map(len, expected))
             llm.sleep(level=1)
             moved.append(last_sleep(llm)["weights"])
             llm.wake_up()
         assert moved[0]["offloaded"] > 0
-        # An earlier engine's rotary tables live on in the process, perhaps backed up already.
+        # An earlier engine's rotary tables stay in the process, and may be backed up already.
         total = moved[0]["offloaded"] + moved[0]["unchanged"]
         skips = "skip_unchanged" in options or "verify_wake" in options
         assert moved[1]["unchanged"] == (total if skips else 0)
@@ -59,10 +59,12 @@ def test_tokens_and_bytes(tiny_model, options):
 
 
 def change_every_backup(first: int | None = None) -> int:
-    """All of their bytes, or the ``first`` ones; a second time changes them back. Backups are the
-    anonymous memory that a forked child does not get. Returns their bytes."""
+    """Invert all bytes of the backups, or the ``first`` ones; a second call restores them.
+
+    Backups are the anonymous memory that a forked child does not inherit. Returns their bytes.
+    """
     total = 0
-    _camem.prepare([])  # waits until no block is given back in the background any more
+    _camem.prepare([])  # waits until the background has freed its blocks
     for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         header, flags = block.split("\n", 1)[0].split(), block.rsplit("VmFlags:", 1)[1].split()
         if len(header) > 5 or "dc" not in flags or "wr" not in flags:
@@ -88,7 +90,7 @@ def test_a_backup_that_changed_is_found_and_not_served(tiny_model):
         llm.wake_up()
         assert few(llm) == expected
 
-        # A load mends all of this: the memory has its old checksum, and the backup has not.
+        # A load repairs this: the memory has its old checksum, but the backup does not.
         llm.sleep(level=1)
         change_every_backup(first=1)
         with pytest.raises(WeightsError, match="Load the weights again"):
@@ -135,7 +137,7 @@ def test_what_a_rank_knew_of_its_weights_is_taken_back_with_the_wake(tiny_model)
         llm.reset_prefix_cache()
         assert few(llm) == expected
 
-        # Rank 1 finds another backup, and the right one the next time: all is well.
+        # Rank 1 finds a wrong backup, and the right one at the retry, which succeeds.
         llm.sleep(level=1)
         llm.collective_rpc(change_backups_of, args=(1,))
         with pytest.raises(WeightsError, match=r"rank 1, device 1: .*checksum.*Repeat the wake"):
@@ -160,7 +162,7 @@ def test_a_long_transfer_says_how_far_it_is(llm, monkeypatch, caplog):
         wait_for(lambda: len(lines()) >= 2, "two lines of progress", 60)
         control.set_faults("")
 
-    control.set_faults("aclrtMemcpyAsync:1:delay_ms=300000")  # or until it is let go
+    control.set_faults("aclrtMemcpyAsync:1:delay_ms=300000")  # or until it is released
     with caplog.at_level("INFO", logger=progress.logger.name), ThreadPoolExecutor() as pool:
         watching = pool.submit(let_go)
         llm.sleep(level=1)

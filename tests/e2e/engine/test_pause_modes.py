@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that are under way when an engine goes to sleep: aborted, awaited or kept."""
+"""Running requests when an engine goes to sleep: aborted, awaited or kept."""
 
 import asyncio
 import threading
@@ -62,7 +62,7 @@ def test_wait_lets_requests_finish_first(engine_process, expected, level):
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_keep_goes_on_after_the_wake(engine_process, expected, level):
-    """At levels 1 and 2 the KV cache is gone: what was computed is computed again."""
+    """At levels 1 and 2 the KV cache is discarded, so it is computed again."""
     llm, run = engine_process
 
     async def test():
@@ -73,7 +73,7 @@ def test_keep_goes_on_after_the_wake(engine_process, expected, level):
         await asyncio.sleep(0.3)
         assert not task.done()
         assert not late.done()
-        assert len(request.tokens) - asleep <= 2  # what was on its way already
+        assert len(request.tokens) - asleep <= 2  # they were in flight already
         if level == 2:
             await llm.wake_up(tags=["weights"])
             await llm.collective_rpc("reload_weights")
@@ -108,7 +108,7 @@ def test_kept_requests_are_computed_again_after_the_cache_was_released(engine_pr
     ("level", "call"), [(1, "wake_up"), (1, "wake_up weights"), (0, "wake_up"), (1, "resume")]
 )
 def test_a_sleep_that_waits_for_requests_can_be_called_off(engine_process, expected, level, call):
-    """Its caller may be there still, or have given up."""
+    """Its caller may still be waiting, or have given up."""
     from vllm_sleep_ascend.errors import SleepModeError
 
     llm, run = engine_process
@@ -196,7 +196,7 @@ def test_a_second_sleep_ends_the_wait_of_the_first(engine_process, expected):
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_pauses_of_an_engine_that_sleeps_start_nothing(engine_process, expected, level):
-    """With requests kept, stock vLLM would go on with them on memory that is not there."""
+    """Stock vLLM would continue kept requests on memory that is not mapped."""
     llm, run = engine_process
 
     async def test():
@@ -220,7 +220,7 @@ def test_pauses_of_an_engine_that_sleeps_start_nothing(engine_process, expected,
 
 @pytest.mark.parametrize(("mode", "level"), [("abort", 0), ("wait", 2), ("keep", 1)])
 def test_a_pause_outlives_a_sleep(engine_process, expected, mode, level):
-    """Whatever wakes the engine, only the user's own call ends the user's own pause."""
+    """Only the user's own call ends the user's own pause, whatever wakes the engine."""
     llm, run = engine_process
 
     async def test():
@@ -260,7 +260,7 @@ def test_a_pause_outlives_a_sleep(engine_process, expected, mode, level):
 
 
 def test_a_pause_by_level_0_ends_with_the_wake(engine_process, expected):
-    """vLLM's contract: a level-0 sleep is a sleep, which a wake of everything ends."""
+    """vLLM's contract: a sleep at level 0 is ended by a wake of everything."""
     llm, run = engine_process
 
     async def test():

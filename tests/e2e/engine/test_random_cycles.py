@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random cycles of sleep and wake with new weights, pauses and faults between them, while another
-process takes what they give back and a server starts, sleeps and wakes on the same device: no token
-is ever wrong. ``RANDOM_CYCLES_SEED`` has other cycles run."""
+"""Random cycles of sleep and wake with new weights, pauses and faults: no token is ever wrong.
+
+Meanwhile another process allocates what a sleep frees, and a server starts, sleeps and wakes on the
+same device. ``RANDOM_CYCLES_SEED`` chooses other cycles.
+"""
 
 import os
 import random
@@ -26,7 +28,7 @@ NEIGHBOUR_MIB = 128
 
 
 class NextDoor:
-    """A server on the same device. Each move of it runs beside what the test does."""
+    """A server on the same device. Its operations run in parallel with the test's."""
 
     def __init__(self, model: Path, folder: Path, stack: ExitStack) -> None:
         self._command = (model, "--enable-sleep-mode", "--dtype", "float32", *SMALL)
@@ -39,8 +41,8 @@ class NextDoor:
         return self._beside.submit(self._move, level, pause)
 
     def _move(self, level: int, pause: bool) -> str:
-        """Start; then, in turns, sleep at this level, perhaps after a pause, and wake and answer as
-        before."""
+        """Start, and then in turns: sleep at this level, perhaps after a pause; wake and give the
+        same answers as before."""
         if self._server is None:
             env = {"VLLM_SERVER_DEV_MODE": "1"}
             options = ("--gpu-memory-utilization", "0.3")
@@ -68,7 +70,7 @@ class NextDoor:
 
 
 class Cycles:
-    """An engine, two checkpoints for it, and which of them it has; and its draft model, if any."""
+    """An engine, two checkpoints, which of them is loaded, and the draft model, if any."""
 
     def __init__(
         self, llm, models: list[Path], folder: Path, seed: int, next_door: NextDoor, drafts: bool
@@ -113,7 +115,7 @@ class Cycles:
             self.surely(lambda: self.llm.sleep(level=level))
             with pytest.raises(SleepModeError):
                 few(self.llm)
-            self.neighbour.hold(NEIGHBOUR_MIB)  # what the engine gave back
+            self.neighbour.hold(NEIGHBOUR_MIB)  # what the engine has freed
             self.neighbour.hold(0)
             first = ["weights"] if level == 2 else self.chance.choice((None, ["weights"]))
             self.surely(lambda: self.llm.wake_up(tags=first))
@@ -123,7 +125,7 @@ class Cycles:
         self.check()
 
     def surely(self, operation) -> None:
-        """Do it; sometimes a call of the device fails first, and then it is repeated."""
+        """Do it. Sometimes a call of the device fails first, and the operation is retried."""
         if self.chance.random() < 0.4:
             rule = f"{self.chance.choice(FAULTY)}:{self.chance.randint(1, 3)}:{DRIVER_ERROR}"
             control.set_faults(rule)
@@ -136,7 +138,7 @@ class Cycles:
         operation()
 
     def load(self, is_there: bool) -> None:
-        """The weights of one of the checkpoints, by any of the ways; some fail before one does."""
+        """Load one of the checkpoints in any of the ways; some attempts fail first."""
         for _ in range(self.chance.choice((0, 0, 1, 2))):
             self.fail_to_load()
             if is_there and self.chance.random() < 0.5:
@@ -164,7 +166,7 @@ class Cycles:
             self.done["draft"] += 1
 
     def fail_to_load(self) -> None:
-        """What is there stays, and where there is nothing, nothing is served."""
+        """A failed load keeps loaded weights; without loaded weights nothing is served."""
         other = self.weights[1 - self.present]
         missing = self.chance.choice(
             [name for name in other if "k_proj" in name or "up_proj" in name]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``while_asleep="refuse"``: requests that are past the front end's check when the engine falls
-asleep are refused as well, wherever they are; none waits for the wake."""
+"""``while_asleep="refuse"``: requests that have passed the front end's check when the engine goes
+to sleep are refused as well, wherever they are; none waits for the wake."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from vllm_sleep_ascend.errors import SleepModeError
 
 @pytest.fixture(scope="module")
 def engine_process(tiny_model):
-    """Two requests run at a time; more wait in the scheduler."""
+    """Two requests run at a time; others wait in the scheduler."""
     yield from async_llm(
         tiny_model,
         max_num_seqs=2,
@@ -27,7 +27,7 @@ def expected(tiny_model):
 
 
 async def refused(task: asyncio.Task) -> str:
-    """The reason that the request's caller is told."""
+    """The reason that the request's caller gets."""
     with pytest.raises(SleepModeError) as found:
         await asyncio.wait_for(task, 20 * patience())
     assert type(found.value).__name__ == "NotServingError"
@@ -71,7 +71,7 @@ def test_requests_that_wait_in_the_scheduler(engine_process, expected, mode):
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_request_that_reaches_the_engine_after_the_sleep(engine_process, expected, level):
-    """It passed the front end's check before: here as a session, whose input comes later."""
+    """It has passed the front end's check: here as a session, whose input comes later."""
     from vllm import SamplingParams
     from vllm.engine.protocol import StreamingInput
     from vllm.sampling_params import RequestOutputKind
@@ -103,7 +103,7 @@ def test_a_request_that_reaches_the_engine_after_the_sleep(engine_process, expec
 
 
 def test_requests_all_around_a_sleep_end(engine_process, expected):
-    """With tokens, aborted or refused; and of those that the engine took all tokens are right."""
+    """With tokens, aborted or refused; the tokens of accepted requests are right."""
     llm, run = engine_process
 
     async def test():

@@ -9,7 +9,7 @@ from vllm_sleep_ascend.sim import control
 
 
 def repeat(operation) -> int:
-    """How often it failed before it succeeded."""
+    """Repeat it until it succeeds; returns the number of failures."""
     for failures in range(3):
         try:
             operation()
@@ -20,7 +20,7 @@ def repeat(operation) -> int:
 
 
 def test_level_2_survives_any_failed_call(llm, expected):
-    # The process knows another device too: a call that fails must not leave it at that one.
+    # The process uses another device too: a failing call must not leave that one current.
     torch.npu.mem_get_info(1)
     assert few(llm) == expected
     llm.sleep(level=2)

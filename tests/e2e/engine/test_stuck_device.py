@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of torch's that does not end: nothing waits for it longer than ``device_timeout_s``."""
+"""torch's work hangs: nothing waits for it longer than ``device_timeout_s``."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,7 +20,7 @@ def llm(tiny_model) -> Iterator[object]:
 
 @pytest.fixture
 def stuck() -> Iterator[Callable[[], None]]:
-    """Launches a copy of torch's that ends with the test, or when it is let go."""
+    """Launches a copy by torch that hangs until the test ends or releases it."""
     copy = StuckCopy()
     yield copy.launch
     let_go()
@@ -59,7 +59,7 @@ def test_a_wake_gives_up_and_can_be_repeated(llm, stuck, expected) -> None:
 
 
 def test_work_that_comes_between_is_waited_for_as_long(llm, stuck, expected, monkeypatch) -> None:
-    """After vLLM's own wait, and behind memory that is awake already."""
+    """After vLLM's own wait, when the memory is already awake."""
     worker, awake = driver_worker(llm), mapped()
     with monkeypatch.context() as patch:
         patch.setattr(worker._sleep_hooks, "before_sleep", stuck)
@@ -75,7 +75,7 @@ def test_work_that_comes_between_is_waited_for_as_long(llm, stuck, expected, mon
         with pytest.raises(SleepModeError, match="device_timeout_s"):
             llm.wake_up()
     assert mapped() == awake
-    assert llm.llm_engine.is_sleeping()  # not all that belongs to a wake is done
+    assert llm.llm_engine.is_sleeping()  # the wake is not complete
     let_go()
     llm.wake_up()
     assert few(llm) == expected
@@ -89,7 +89,7 @@ def test_trimming_gives_up(llm, stuck) -> None:
 
 def test_a_release_of_the_kv_cache_gives_up_and_can_be_repeated(llm, stuck, expected) -> None:
     cache = mapped("kv_cache")
-    llm.sleep(level=0)  # it wants a pause
+    llm.sleep(level=0)  # only a pause
     stuck()
     with pytest.raises(SleepModeError, match="device_timeout_s"):
         llm.llm_engine.release_kv_cache_memory()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's own tests ask of an engine with sleep mode, asked of ours.
+"""vLLM's own tests of an engine with sleep mode, adapted to ours.
 
-Each test has the name of vLLM's; docs/upstream_tests.md lists them all, with those that other files
-of ours hold.
+The tests have the same names as vLLM's; docs/upstream_tests.md lists them all, including those in
+other files.
 """
 
 import pytest
@@ -115,7 +115,7 @@ def test_kv_wake_does_not_run_model_runner_recovery(llm):
 
 
 def test_sleep_preservation(llm, expected):
-    """Parameters that the trainer leaves out: kept over level 2 at their place, as buffers are."""
+    """Parameters that the trainer leaves out are kept in place at level 2, as buffers are."""
     model = driver_worker(llm).model_runner.model
     parameters = dict(model.named_parameters())
     kept = parameters["model.norm.weight"]
@@ -147,7 +147,7 @@ def test_sleep_preservation_allows_empty_draft_but_rejects_target_typo(llm, expe
 
 @pytest.mark.parametrize("asleep", [[], ["weights"], ["kv_cache"]])
 def test_kv_cache_release_rejects_nonresident_memory(llm, asleep):
-    """Of v1/core/test_scheduler.py."""
+    """From v1/core/test_scheduler.py."""
     llm.sleep(level=1)
     if asleep:
         llm.wake_up(tags=asleep)
@@ -158,7 +158,7 @@ def test_kv_cache_release_rejects_nonresident_memory(llm, asleep):
 
 
 def test_requests_queued_while_paused_run_as_one_batch(llm, expected):
-    """Of compile/fullgraph/test_full_cudagraph.py, without graphs."""
+    """From compile/fullgraph/test_full_cudagraph.py, without graphs."""
     params = SamplingParams(temperature=0, max_tokens=FEW_TOKENS, ignore_eos=True)
     llm.sleep(level=0, mode="keep")
     llm.enqueue(FEW, params, use_tqdm=False)
@@ -169,7 +169,7 @@ def test_requests_queued_while_paused_run_as_one_batch(llm, expected):
 
 
 def test_sleep_wake_preserves_mm_cache_consistency(llm, expected):
-    """Of multimodal/test_cache.py; a text model has nothing in these caches, and they are reset."""
+    """From multimodal/test_cache.py. A text model's caches are empty, and are reset."""
     llm.llm_engine.reset_mm_cache()
     llm.sleep(level=1)
     llm.llm_engine.reset_mm_cache()
@@ -179,7 +179,7 @@ def test_sleep_wake_preserves_mm_cache_consistency(llm, expected):
 
 
 def test_the_prefix_cache_is_reset_by_a_sleep_that_forgets_the_kv_cache(llm, expected):
-    """Nothing is taken from a cache whose content is gone, and level 0 keeps it."""
+    """A discarded cache is not used; level 0 keeps the cache."""
 
     def cached() -> int:
         params = SamplingParams(temperature=0, max_tokens=FEW_TOKENS, ignore_eos=True)

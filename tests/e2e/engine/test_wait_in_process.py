@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mode="wait"`` of an engine in the caller's process, which nobody else steps."""
+"""``mode="wait"`` of an in-process engine, which only the caller steps."""
 
 import pytest
 from helpers.engine import engine, few, mapped, tokens
@@ -15,7 +15,7 @@ def params(n: int):
 
 
 def finish(llm) -> dict[str, list[int]]:
-    """Step the engine as its users do: tokens of each request once it has ended."""
+    """Step the engine as its users do, and return the tokens of each finished request."""
     done = {}
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():

@@ -57,7 +57,7 @@ def test_reload_weights_with_a_new_path(llm, tiny_model, other_model, old, new):
     assert after.keys() == before.keys()
     assert after != before
 
-    # From where they were last loaded; then from the first checkpoint again.
+    # From the checkpoint that was loaded last; then from the first one again.
     llm.sleep(level=2)
     llm.wake_up(tags=["weights"])
     llm.collective_rpc("reload_weights")
@@ -92,7 +92,7 @@ def test_a_weight_update_in_parts_between_wakes(llm, tiny_model, other_model, ol
         path = tmp_path / f"{part}.safetensors"
         save_file({name: weights[name] for name in names[part::3]}, path)
         llm.update_weights({"update_info": {"path": str(path)}})
-    # All is sent and nothing is finished: it must not serve, nor sleep.
+    # All is sent but not finished: the engine must neither serve nor sleep.
     assert llm.wake_up(tags=["kv_cache"]) is True
     with pytest.raises(SleepModeError, match="under way; call finish_weight_update"):
         few(llm)
@@ -141,7 +141,7 @@ def test_backends_for_cuda_are_refused_with_the_one_to_use(tiny_model, backend):
 
 
 def test_a_trainer_updates_a_server_between_the_wakes(tiny_model, other_model, tmp_path):
-    """vLLM's own trainer interface and HTTP routes, with the engine in a process of its own."""
+    """vLLM's own trainer interface and HTTP routes, with the engine in a separate process."""
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource
 
     from vllm_sleep_ascend.weight_transfer import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rank knows where its weights came from, and no wake puts a checkpoint in their place."""
+"""Each rank knows where its weights came from, and no wake replaces them with a checkpoint."""
 
 from contextlib import contextmanager
 
@@ -50,7 +50,7 @@ def llm(tiny_model):
 
 @pytest.fixture
 def from_the_start(llm, tiny_model):
-    """Each test begins with the first checkpoint, and a version that nobody gave."""
+    """Each test begins with the first checkpoint and without a version."""
     llm.wake_up(tags=["weights"])
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model)})
     llm.wake_up()
@@ -79,8 +79,8 @@ def served_version(llm) -> str:
 
 @pytest.fixture
 def drafting(tiny_model):
-    """An engine with a draft model. A process can have one engine at a time, so its test comes
-    before those of ``llm``."""
+    """An engine with a draft model. A process can have only one engine, so its test precedes those
+    of ``llm``."""
     options = {"model": str(make_model("tiny-qwen2-draft")), "num_speculative_tokens": 3}
     speculative = {**options, "method": "draft_model"}
     with reloading_engine(tiny_model, speculative_config=speculative) as llm:
@@ -229,7 +229,7 @@ def test_weights_from_code_are_in_no_checkpoint(llm, other_model, new):
         with pytest.raises(SleepModeError, match=rf"\(source: {kind}, version: mine\) are lost"):
             llm.wake_up()
         llm.wake_up(tags=["weights"])
-    # The word of a user completes a load that was seen.
+    # A user's call completes a load that was detected.
     train(llm, other_model, "step-2")
     llm.collective_rpc("mark_weights_loaded")
     assert source(llm) == ("trainer", None, "step-2")

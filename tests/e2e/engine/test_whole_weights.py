@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing is served that was not loaded: an update is whole or did not happen, and what counts as
-loaded is what was written."""
+"""Only loaded weights are served: an update is complete or rolled back, and only what was written
+counts as loaded."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ EXPERT = "model.layers.1.mlp.experts.1.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def model_with_tensors() -> str:
-    """The name of a model that keeps tensors where no list of parameters or buffers has them."""
+    """The name of a model with tensors that are neither parameters nor buffers."""
     from vllm import ModelRegistry
     from vllm.config import VllmConfig
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -53,11 +53,11 @@ def case(request, tmp_path_factory, model_with_tensors):
         case = Case(llm, model, other, (KEY, UP, BIAS) if dense else (KEY, EXPERT))
         del llm
         yield case
-        case.llm = None  # a frame that is left must not keep the engine's memory
+        case.llm = None  # so that no frame keeps the engine's memory
 
 
 class Direct(SafetensorsEngine):
-    """Files of parameters, as the model has them."""
+    """Writes files directly into the model's parameters."""
 
     def start_weight_update(self) -> None:
         pass
@@ -100,7 +100,7 @@ def test_an_update_that_lacks_a_shard_leaves_the_weights_before_it(case, tmp_pat
     case.llm.start_weight_update()
     with pytest.raises(SleepModeError, match="under way; call finish_weight_update"):
         few(case.llm)
-    case.llm.finish_weight_update()  # which has brought nothing, and leaves everything
+    case.llm.finish_weight_update()  # an empty update changes nothing
     assert case.tokens() == case.old
     case.update(tmp_path)
     assert case.tokens() == case.new
@@ -109,7 +109,7 @@ def test_an_update_that_lacks_a_shard_leaves_the_weights_before_it(case, tmp_pat
 
 
 def test_an_update_that_brings_a_shard_twice_is_taken_back(case):
-    """vLLM counts numbers: the second time would stand for a shard that never comes."""
+    """vLLM counts elements, so the duplicate would hide a missing shard."""
     twice = [(name, w) for name, w in case.weights.items() for _ in range(1 + ("q_proj" in name))]
     with pytest.raises(WeightsError, match=r"brings .*q_proj.* twice; .* before it"):
         case.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(twice)})
@@ -128,7 +128,7 @@ def test_requests_under_way_wait_for_the_end_of_an_update(case):
     with pytest.raises(SleepModeError, match=r"mode='wait'\) refused: .* finish_weight_update"):
         case.llm.sleep(level=0, mode="wait")
     with pytest.raises(SleepModeError, match="sleep refused: a weight update is under way"):
-        case.llm.sleep(level=1)  # and nothing was aborted
+        case.llm.sleep(level=1)  # nothing was aborted
     case.llm.finish_weight_update()
     answers = []
     while engine.has_unfinished_requests():
@@ -153,7 +153,7 @@ def test_an_update_after_level_2_that_lacks_a_shard_is_not_served(case, tmp_path
 
 
 def test_what_user_code_writes_counts_to_the_byte(case):
-    """As RL frameworks do: into the parameters, or through the model's own loader."""
+    """As RL frameworks do, into the parameters or through the model's own loader."""
     llm, model = case.llm, driver_worker(case.llm).model_runner.get_model()
     content = {name: parameter.cpu() for name, parameter in model.named_parameters()}
 
@@ -168,7 +168,7 @@ def test_what_user_code_writes_counts_to_the_byte(case):
     llm.collective_rpc(write)
     assert case.tokens() == case.old
 
-    # All but the rows of one shard, which is then named.
+    # All but the rows of one shard, which the error names.
     name = "model.layers.0.self_attn.qkv_proj.weight"
     query, key, _ = model.get_submodule(name.rpartition(".")[0]).output_partition_sizes
 
@@ -188,7 +188,7 @@ def test_what_user_code_writes_counts_to_the_byte(case):
 
 
 def test_a_load_by_user_code_after_one_that_left_a_layer_out_writes_all(case, tmp_path):
-    """vLLM would drop the biases of that layer without a word."""
+    """vLLM would silently drop the biases of that layer."""
     from vllm.model_executor.model_loader import reload
 
     def load(worker):
@@ -221,7 +221,7 @@ def test_a_load_by_user_code_after_one_that_left_a_layer_out_writes_all(case, tm
 
 
 def test_a_load_by_parameter_is_whole_or_taken_back(case):
-    """In the kernels' format, past the loaders: a layer in part, and a load that breaks off."""
+    """In the kernels' format, without the loaders: a partial layer, and an interrupted load."""
     llm, model = case.llm, driver_worker(case.llm).model_runner.get_model()
 
     def load(weights) -> None:
@@ -262,7 +262,7 @@ def test_a_load_by_parameter_is_whole_or_taken_back(case):
 
 
 def test_an_update_past_the_loaders_is_whole_or_taken_back(case, tmp_path):
-    """By a backend that writes into the parameters itself."""
+    """With a backend that writes directly into the parameters."""
     worker = driver_worker(case.llm)
     model, usual = worker.model_runner.get_model(), worker.weight_transfer_engine
     old = {name: parameter.cpu() for name, parameter in model.named_parameters()}

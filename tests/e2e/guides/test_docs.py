@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guides' commands are executed as they are written, and both languages say the same.
+"""The guides' commands are executed as written, and both languages have the same ones.
 
-``llm`` is the engine and ``http://127.0.0.1:8000`` the server that the tests share. Lines that
-start something of their own are run by the tests named here; of ``make demo``, its program is.
+``llm`` is the shared engine and ``http://127.0.0.1:8000`` the shared server. Lines that start
+something else are run by the tests named here; for ``make demo``, its program is.
 """
 
 import json
@@ -34,7 +34,7 @@ RUN_ELSEWHERE = {
 
 
 def fenced(path: Path) -> list[tuple[str, str]]:
-    """Language and text of each block of code."""
+    """Language and text of each code block."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), flags=re.S | re.M)
 
 

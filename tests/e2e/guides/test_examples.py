@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples run as the guides write them."""
+"""The examples, run as in the guides."""
 
 import json
 import os
@@ -104,12 +104,12 @@ def test_the_rlhf_example(tiny_model, devices, tmp_path):
     assert run["rewards"][-1] > run["rewards"][0]
 
     def used(phase: str) -> list[int]:
-        """By all steps and devices, at the end of the phase."""
+        """Memory in use on each device at the end of the phase, for all steps."""
         return [n for p in run["phases"] if p["name"] == phase for n in p["used_bytes"]]
 
     awake, asleep, updated = used("wake KV cache"), used("sleep"), used("update")
     assert len(awake) == len(updated) == 3 * devices
     assert max(asleep) < 40 * MIB < 128 * MIB < min(awake)
     assert max(updated) < 64 * MIB  # no KV cache yet
-    # The first step makes what torch keeps; after that nothing grows.
+    # torch keeps what the first step allocates; after that nothing grows.
     assert max(asleep[2 * devices :]) <= max(asleep[devices : 2 * devices])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiments by the command lines of their guide, and the report of their logs."""
+"""The experiments with the command lines of their guide, and the report of their logs."""
 
 import json
 import os
@@ -16,13 +16,13 @@ FOLDER = ROOT / "examples" / "sleep_experiments"
 
 
 def short() -> str:
-    """Options of a run that is over soon, on ports that are free."""
+    """Options of a short run on free ports."""
     a, b = free_ports(2)
     return f"--tokens 8 --port-a {a} --port-b {b}"
 
 
 def run(line: str) -> int:
-    """The exit code of a command line of the guide, in the folder of the experiments."""
+    """Run a command line of the guide in the experiments' folder; returns the exit code."""
     python = shlex.quote(sys.executable)
     environment = {
         **os.environ,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client that knows only the published guides to sleep mode gets what they promise, in order.
+"""A client that follows the published guides to sleep mode gets what they promise.
 
 The guides are vllm-ascend's (English, and a later one in Chinese), vLLM's own page, a Russian
-introduction and vLLM's experiments. Their commands are run by bash and curl as they are written;
-only the model, the host and the port are replaced.
+introduction and vLLM's experiments. bash and curl run their commands as written; only the model,
+the host and the port are replaced.
 """
 
 import json
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def run(server, left_awake):
-    """A guide's command against the shared server; the answer's JSON, None if there is none."""
+    """Run a guide's command against the shared server; returns the answer's JSON, if any."""
 
     def run(command: str):
         for host in ("http://127.0.0.1:8000", "http://localhost:8000"):
@@ -83,7 +83,7 @@ def run(server, left_awake):
 
 
 def held(server) -> int:
-    """Bytes of device memory of everything that can sleep."""
+    """Device bytes of all memory that can sleep."""
     return sum(tag["device"] for tag in server.rank_status()["tags"].values())
 
 
@@ -159,9 +159,9 @@ def test_the_russian_page_lists_the_calls_of_level_2(run, server):
 
 @pytest.mark.parametrize("imports", ["vllm.utils.mem_constants", "vllm.utils"])
 def test_the_guides_offline_scripts(tiny_model, tmp_path, imports):
-    """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM 0.32 has it no more:
-    its script then ends before it has done anything, with stock vLLM as with ours. The model is on
-    this machine, so that the hub it would come from (ModelScope) is replaced with it.
+    """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM 0.32 no longer has it,
+    so its script ends at once, with or without this package. The model is on this machine and
+    replaces the hub (ModelScope).
     """
     script = tmp_path / "guide.py"
     script.write_text(

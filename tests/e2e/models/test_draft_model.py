@@ -16,7 +16,7 @@ SOME = PROMPTS[:4]
 
 @pytest.fixture(scope="module", params=["itself", "another"])
 def llm(request, tiny_model):
-    """With itself for a draft every draft is right, with other weights hardly any."""
+    """If the model is its own draft model, every draft is accepted; otherwise hardly any."""
     from vllm.config import WeightTransferConfig
 
     draft = tiny_model if request.param == "itself" else make_model("tiny-qwen2-draft")
@@ -39,7 +39,7 @@ def expected(tiny_model):
 
 
 def answer(llm):
-    """Tokens, how many were drafted for them, and how many of those were taken."""
+    """Tokens, the number of drafted tokens, and the number of accepted ones."""
     llm.reset_prefix_cache()
     before = draft_counts(llm)
     said = tokens(llm, SOME, TOKENS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embedding models: vectors as Hugging Face's, before and after sleep, offline and over HTTP."""
+"""Embedding models: vectors equal Hugging Face's before and after sleep, offline and over HTTP."""
 
 import os
 
@@ -15,7 +15,7 @@ SOME = list(PROMPTS[:7])
 
 @pytest.fixture(scope="module")
 def expected(tiny_model):
-    """The last token's hidden state, at length 1."""
+    """The last token's hidden state, normalised."""
     network = AutoModel.from_pretrained(tiny_model, dtype=torch.float32).eval()
     vectors = []
     for prompt in SOME:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters: tokens as of a model into which the adapter is merged, before and after sleep."""
+"""LoRA adapters: tokens equal those of the merged model, before and after sleep."""
 
 import shutil
 from functools import partial
@@ -16,7 +16,7 @@ SOME = PROMPTS[:3] + PROMPTS[6:7]
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Folders by adapter id, copied so that a test can take one away; id 0 is no adapter."""
+    """Folders by adapter id, copied so that a test can remove one; id 0 is no adapter."""
     folder = tmp_path_factory.mktemp("adapters")
     names = {1: "tiny-qwen2-lora", 2: "tiny-qwen2-lora-attention"}
     return {
@@ -51,7 +51,7 @@ def request_of(adapters):
 
 @pytest.fixture
 def all_answers(llm, request_of):
-    """Tokens of every prompt with every adapter and with none, by adapter id, in one batch."""
+    """Tokens of every prompt with each adapter and without one, by adapter id, in one batch."""
 
     def answers():
         ids = [i % 3 for i in range(3 * len(SOME))]
@@ -93,7 +93,7 @@ def test_level_2_with_reload(llm, all_answers, expected):
 
 
 def test_level_2_and_weights_written_into_the_parameters(llm, all_answers, expected):
-    """Adapters come back with the wake itself, however the weights are loaded."""
+    """The wake itself restores adapters, however the weights are loaded."""
     parameters = dict(driver_worker(llm).model_runner.model.named_parameters())
     saved = {name: parameter.cpu() for name, parameter in parameters.items()}
     llm.sleep(level=2)

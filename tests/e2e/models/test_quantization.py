@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in 8 bits: half the memory, tokens as of a model with the same rounded weights."""
+"""8-bit weights: half the memory, and the tokens of a model with the same rounded weights."""
 
 import pytest
 import torch
@@ -32,12 +32,12 @@ def _matrices(identity, levels, scale):
 
 
 def weight_bytes(llm):
-    """Held on the device under the tag ``weights``."""
+    """Device bytes of the tag ``weights``."""
     return driver_worker(llm).sleep_status()["tags"]["weights"]["device"]
 
 
 def logprobs(llm):
-    """Of each prompt's tokens."""
+    """Log-probabilities of each prompt's tokens."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
     values = []
     for answer in llm.generate(list(SOME), params, use_tqdm=False):
@@ -46,7 +46,7 @@ def logprobs(llm):
 
 
 def test_experts():
-    # First: the fixture below leaves its engine up, and a process can have one that sleeps.
+    # Comes first, because the fixture below keeps its engine, and a process can have only one.
     model = make_model("tiny-qwen3-moe")
     expected = hf_greedy(model, SOME, TOKENS, change=round_weights)
     with engine(model, enable_sleep_mode=True, dtype="float16", quantization="fp8") as llm:

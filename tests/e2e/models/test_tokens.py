@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock vLLM on the NPU answers as Hugging Face does on the CPU, before and after sleep."""
+"""Stock vLLM on the NPU gives Hugging Face's tokens before and after sleep."""
 
 import pytest
 from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
@@ -26,19 +26,19 @@ def test_batched(llm, tiny_model):
 
 
 def test_one_by_one(llm, tiny_model):
-    """In a second pass, with prefix caching, from the cache of the first."""
+    """The second pass uses the first one's prefix cache."""
     for prompt, expected in zip(PROMPTS, hf_greedy(tiny_model), strict=True):
         assert tokens(llm, [prompt]) == [expected]
 
 
 def test_common_prefix(llm, tiny_model):
-    """Prompts that share their beginning: with prefix caching, blocks of each other's."""
+    """Prompts with a common prefix share blocks of the prefix cache."""
     prompts = [PROMPTS[-1] + end for end in ("", "And", "And then the end.")]
     assert tokens(llm, prompts) == hf_greedy(tiny_model, prompts)
 
 
 def assert_caches_are_contiguous(llm):
-    """Token by token: what NPUs' index operators need, or they copy a layer's cache."""
+    """Tokens must be contiguous, otherwise the NPU's index operators copy a layer's cache."""
     runner = driver_worker(llm).model_runner
     assert runner.cache_config.kv_cache_layout == "LBNHC"
     assert runner.kv_caches
@@ -57,8 +57,10 @@ def assert_caches_are_contiguous(llm):
     ids=["llama", "gemma2", "gemma2 in one cache group", "qwen3 moe", "synchronous, small blocks"],
 )
 def test_other_models(name, options):
-    """Sliding window, soft cap, experts; other block sizes; scheduling one step at a time. Before
-    sleep, and after each level with fewer prompts."""
+    """Sliding window, soft cap, experts; other block sizes; scheduling one step at a time.
+
+    Before sleep, and after each level with fewer prompts.
+    """
     model = make_model(name)
     few = PROMPTS[1:7:2]
     with engine(model, enable_sleep_mode=True, **options) as llm:

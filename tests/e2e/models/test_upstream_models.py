@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of vLLM's model_executor/test_sleep_mode_tensor_ownership.py: what models hold beside their
-parameters."""
+"""From vLLM's model_executor/test_sleep_mode_tensor_ownership.py: tensors besides parameters."""
 
 import pytest
 from helpers.engine import engine, few
@@ -10,7 +9,7 @@ from helpers.reference import hf_few
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2", "tiny-qwen3-moe"])
 def test_static_model_tensors_survive_level2_restore(name):
-    """Scales, soft caps, rotary tables and expert maps, which are in no checkpoint."""
+    """Scales, soft caps, rotary tables and expert maps, which no checkpoint contains."""
     model = make_model(name)
     expected = hf_few(model)
     with engine(model, enable_sleep_mode=True) as other:

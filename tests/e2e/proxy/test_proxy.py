@@ -58,7 +58,7 @@ def test_clients_that_leave_hold_nothing_up(pair, proxy):
     long = body(a, tokens=450, stream=True, ignore_eos=True)
     with proxy.users.stream("POST", "/v1/completions", json=long) as answer:
         next(answer.iter_lines())
-        # One that waits for b, and leaves before its turn.
+        # A client that waits for b and leaves before its turn.
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{proxy.url}/v1/completions", json=body(b), timeout=0.2)
     wait_for(proxy.quiet)
@@ -80,7 +80,7 @@ def test_running_answers_end_before_their_model_sleeps(pair, proxy):
                 await asyncio.sleep(0.02)
             other = await http.post("/v1/completions", json=body(b))
             assert text(other) == b.texts[PROMPTS[0]]
-            # Whether this process has read the first answer by now is up to the scheduler.
+            # Whether this process has read the first answer yet depends on the scheduler.
             assert generated(a) - before == 400
             assert (await long).json()["usage"]["completion_tokens"] == 400
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A closed loop of clients over two models, and over three of which two fit awake."""
+"""A closed loop of clients over two models, and over three models of which two can be awake."""
 
 import asyncio
 import math
@@ -20,9 +20,12 @@ KEY = {"Authorization": f"Bearer {API_KEY}"}
 
 
 class Load:
-    """What a closed loop over ``servers`` through ``proxy`` gave: the model of each answer, all of
-    which were right, and the device's bytes in use and the proxy's states meanwhile. It goes on for
-    ``seconds``, and a minute longer at most until there were as many ``switches``."""
+    """A closed loop over ``servers`` through ``proxy``, and its results.
+
+    Records the model of each answer (all must be right), the device's memory and the proxy's
+    states. Runs for ``seconds``, or up to a minute longer until there have been that many
+    ``switches``.
+    """
 
     def __init__(
         self, proxy: Proxy, servers: list[Server], seconds: float, switches: int = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that nobody should send, and what the proxy's ports give away."""
+"""Bad requests, and what the proxy's ports reveal."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ MANY = b"x" * (2 << 20)
 
 @pytest.fixture(scope="module")
 def strict(pair):
-    """A proxy on all addresses that takes bodies of up to 1 MiB."""
+    """A proxy on all addresses that accepts bodies of up to 1 MiB."""
     with Proxy(pair, "--host", "0.0.0.0", "--max-body-mib", "1") as proxy:
         yield proxy
 
@@ -85,7 +85,7 @@ def test_the_admin_port_is_on_loopback_alone(strict):
 
 
 def test_a_server_that_wants_a_key(pair, third):
-    """The proxy asks with its own, and users need theirs."""
+    """The proxy uses its own key, and users need theirs."""
     with Proxy([third], env={"VLLM_API_KEY": API_KEY}) as proxy:
         assert proxy.status()[0]["models"] == [third.model]
         assert proxy.complete(third).status_code == 401

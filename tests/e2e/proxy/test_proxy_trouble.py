@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that fail, die and wake unasked, and proxies that end. The last tests kill servers."""
+"""Servers that fail, die or wake on their own, and proxies that end. The last tests kill some."""
 
 import http.server
 import os
@@ -23,7 +23,7 @@ KEY = {"VLLM_API_KEY": API_KEY}
 
 
 def weights(server) -> int:
-    """Bytes of its weights on the device."""
+    """Device bytes of the server's weights."""
     return server.rank_status()["tags"]["weights"]["device"]
 
 
@@ -41,7 +41,7 @@ def test_a_wake_that_fails_fails_its_requests_alone(pair, proxy):
 
 
 def test_a_server_that_woke_unasked_sleeps_before_another_wakes(pair, proxy):
-    """As one that was restarted does: it is awake, and the proxy does not know."""
+    """Like a restarted server: it is awake, and the proxy does not know."""
     a, b = pair
     assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
     assert text(proxy.complete(b)) == b.texts[PROMPTS[0]]
@@ -97,7 +97,7 @@ def test_a_port_in_use_is_said(proxy):
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):
-    """Answers everything in JSON, but not as vLLM does."""
+    """Answers everything in JSON, but not like vLLM."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -116,7 +116,7 @@ class Url:
 
 
 def test_strangers_hold_nobody_up(pair):
-    """Nobody at an address, something else than vLLM at another."""
+    """One address is not served; another one has something other than vLLM."""
     a, b = pair
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
         threading.Thread(target=stranger.serve_forever, daemon=True).start()
@@ -128,7 +128,7 @@ def test_strangers_hold_nobody_up(pair):
 
 
 def test_a_server_killed_while_it_falls_asleep(pair, third):
-    """Its memory is free then: whoever waits for another model is served."""
+    """Its memory is free then, so requests for another model are served."""
     a, _ = pair
     with Proxy([a, third], env=KEY) as proxy, ThreadPoolExecutor() as pool:
         assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
@@ -143,7 +143,7 @@ def test_a_server_killed_while_it_falls_asleep(pair, third):
         gone = proxy.complete(third)
         assert gone.status_code == 503
         assert "cannot connect" in gone.json()["error"]["message"]
-        # Nobody slept for a server that is not there.
+        # No server was put to sleep for the missing one.
         assert not a.is_sleeping() and proxy.metric("sleeps_total") == sleeps
 
 
@@ -157,7 +157,7 @@ def test_an_engine_that_died_under_its_server(pair, proxy):
 
 
 def test_a_server_killed_while_it_answers_and_restarted(pair, proxy, start):
-    """The client sees that the end is missing; the next is told that nobody is there."""
+    """The client sees a truncated answer; the next one gets an error that the server is gone."""
     a, _ = pair
     long = body(a, tokens=450, stream=True, ignore_eos=True)
     with (

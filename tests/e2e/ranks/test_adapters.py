@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters over two ranks: tokens as of one rank, before and after sleep."""
+"""LoRA adapters on two ranks: the tokens of one rank, before and after sleep."""
 
 from functools import partial
 

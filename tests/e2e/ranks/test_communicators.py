@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Communicators of sleeping ranks: HCCL's device memory comes back, and so do they."""
+"""Communicators of sleeping ranks: their device memory is freed, and a wake creates them again."""
 
 import gc
 import os
@@ -27,8 +27,8 @@ from vllm_sleep_ascend.memory.pool import trim, use_pool
 from vllm_sleep_ascend.policy import POLICY
 from vllm_sleep_ascend.rank.host_budget import host_need
 
-# Of one communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair of pipeline stages by
-# P2P_HCCL_BUFFSIZE.
+# Bytes of a communicator: of a group by HCCL_BUFFSIZE (conftest.py), of a pair of pipeline stages
+# by P2P_HCCL_BUFFSIZE.
 BUFFERS = 2 * 4 * MIB
 LAYOUTS = {"tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
 
@@ -38,7 +38,7 @@ def ranks(request, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCCL_CONNECT_TIMEOUT", "5")
         patch.setenv("P2P_HCCL_BUFFSIZE", "4")
-        # On these devices nobody else holds memory, such as engines of this process before it.
+        # Nothing else, such as an earlier engine of this process, holds memory on these devices.
         patch.setenv("NPU_SIM_MACHINE", f"communicators-{request.param}-{os.getpid()}")
         with engine(
             tiny_model,
@@ -55,7 +55,7 @@ def held(llm) -> list[int]:
 
 
 def hold(worker, size: int) -> None:
-    """As if the weights were larger by this: else a limit between one and both is too fine."""
+    """Make the weights larger, so that a limit between one and both ranks is not too close."""
     with use_pool("weights"):
         worker.more_weights = torch.ones(size, dtype=torch.uint8, device="npu")
 
@@ -66,14 +66,14 @@ def drop(worker) -> None:
 
 
 def needed(worker) -> int:
-    # A sleep drops these first: what a cycle of Python's still holds, and memory without tensors.
+    # A sleep first drops what a reference cycle still holds, and memory without tensors.
     gc.collect()
     trim()
     return host_need(worker.sleep_mode_backend, worker.rank, POLICY[1]).needed
 
 
 def prepare(worker) -> int:
-    """As a start with this option does. Returns the bytes that are pinned then."""
+    """Prepare as a start with this option does. Returns the pinned bytes."""
     backend = worker.sleep_mode_backend
     options = backend._config
     backend.configure(options.model_copy(update={"host_backup": "prepared"}))
@@ -84,7 +84,7 @@ def prepare(worker) -> int:
 
 
 def test_host_memory_is_looked_at_for_all_ranks_together(ranks) -> None:
-    """Before the first sleep: what one rank needs is there, what both need is not."""
+    """Before the first sleep there is enough for one rank, but not for both."""
     ranks.collective_rpc(hold, args=(64 * MIB,))
     needs = ranks.collective_rpc(needed)
     limit = max(needs) * 3 // 2
@@ -112,7 +112,7 @@ def test_buffers_come_free_and_come_back(ranks, tiny_model) -> None:
         ranks.sleep(level=level)
         assert held(ranks) == [0, 0]
         for rank in status(ranks):
-            # Of the process, nothing is left but what torch holds outside the pools.
+            # The process holds only torch's memory outside the pools.
             assert rank["total"] - rank["free"] == rank["resident"]["other"]
             assert rank["resident"]["context"] == rank["resident"]["graphs"] == 0
         ranks.wake_up(tags=["weights"])
@@ -136,7 +136,7 @@ def test_a_wake_that_fails_leaves_all_ranks_asleep(ranks, tiny_model) -> None:
     for rank in (0, 1):
         for call in ("HcclGetRootInfo", "HcclCommInitRootInfoConfig"):
             if rank == 1 and call == "HcclGetRootInfo":
-                continue  # rank 0 makes it
+                continue  # rank 0 creates it
             fail_on(ranks, rank, f"{call}:1:4")
             named = rf"rank {rank}, device {rank}: .*{call[4:8]}"
             with brief_meetings(ranks), pytest.raises(RuntimeError, match=named):
@@ -151,7 +151,7 @@ def test_a_wake_that_fails_leaves_all_ranks_asleep(ranks, tiny_model) -> None:
 
 
 class FailsOnce:
-    """A group of the engine's ranks whose first destruction fails."""
+    """A group of ranks whose first destruction fails."""
 
     failed = False
 
@@ -189,7 +189,7 @@ def remove_group(worker, rank: int) -> None:
 
 
 def test_a_release_that_fails_leaves_all_ranks_as_they_were(ranks, tiny_model) -> None:
-    """With their communicators, which some have destroyed by then."""
+    """Including communicators that some ranks had already destroyed."""
     expected = hf_few(tiny_model)
     awake = held(ranks)
     for rank in (0, 1):
@@ -215,7 +215,7 @@ def heard(worker) -> list[str]:
 
 
 def test_memory_that_hccl_keeps_is_a_warning_and_shown(ranks, tiny_model) -> None:
-    """The last test here: that memory is lost to the process."""
+    """This is the last test, because that memory is lost for the process."""
     expected = hf_few(tiny_model)
     awake = held(ranks)
     ranks.collective_rpc(listen)

@@ -17,7 +17,7 @@ from vllm_sleep_ascend.sim import control
 
 
 class FailingReplica:
-    """Of the server's workers, by ``--worker-extension-cls``."""
+    """An extension of the server's workers (``--worker-extension-cls``)."""
 
     @safe_while_asleep
     def fail_on_replica(self, replica: int, rules: str) -> None:
@@ -31,8 +31,8 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
     expected = hf_greedy(tiny_model, prompts)
 
     def used_of(device: int) -> int:
-        # mem_get_info(device) would leave the process at that device: mem_get_info(0) after
-        # mem_get_info(1) tells what device 1 has.
+        # mem_get_info(device) would leave that device current: mem_get_info(0) after
+        # mem_get_info(1) reports device 1.
         torch.npu.set_device(device)
         free, total = torch.npu.mem_get_info()
         return total - free

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker extension on two ranks, as trainers use it: refused on both while the weights sleep, and
-called with the weights back while the KV cache still sleeps."""
+allowed once they are awake, even while the KV cache still sleeps."""
 
 import os
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from vllm_sleep_ascend.errors import SleepModeError
 
 
 class Trainer:
-    """Of both workers, by ``worker_extension_cls``."""
+    """An extension of both workers (``worker_extension_cls``)."""
 
     calls = 0
 
     def update_weights_from(self, path: str) -> list[int]:
-        """A collective of both ranks: it would hang if one refused alone."""
+        """A collective of both ranks: it would hang if only one refused."""
         Trainer.calls += 1
         self.model_runner.model.load_weights(load_file(path).items())  # type: ignore[attr-defined]
         ranks: list[Any] = [None] * dist.get_world_size()

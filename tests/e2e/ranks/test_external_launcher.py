@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that torchrun starts, one in each process beside a trainer: one over two ranks, and two
-of their own."""
+"""Engines under torchrun, in each process beside a trainer: one engine over two ranks, and two
+separate engines."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_weights_come_from_a_trainer_in_the_same_process(tiny_model, tmp_path, a
     program = ROOT / "tests" / "helpers" / "launched.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     if not alone:
-        launcher.append("--run-path")  # ranks by multiprocessing, which start warm
+        launcher.append("--run-path")  # starts ranks through multiprocessing, so they are warm
     run = warm.run(
         [*launcher, program, case],
         tmp_path / "log",

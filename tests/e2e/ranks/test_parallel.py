@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of several ranks, each on a simulated NPU of its own: the tokens are those of one device,
+"""Engines with several ranks, each on its own simulated NPU: the tokens are those of one device,
 and sleep frees the memory of every device."""
 
 import pytest
@@ -47,7 +47,7 @@ def test_cycles_leave_nothing_behind(ranks, tiny_model) -> None:
 
 
 def test_an_update_that_lacks_a_shard_happens_on_no_rank(ranks, tiny_model, tmp_path) -> None:
-    """With pipeline stages, the first one alone knows that it is missing."""
+    """With pipeline stages, only the first one knows that it is missing."""
     missing = "model.layers.0.self_attn.k_proj.weight"
     other = other_weights(tiny_model, tmp_path / "model")
     weights = load_file(other / "model.safetensors")
@@ -73,7 +73,7 @@ def test_an_update_that_lacks_a_shard_happens_on_no_rank(ranks, tiny_model, tmp_
     assert few(ranks) == hf_few(tiny_model)
 
 
-# One call of each step that a rank goes through: what it waits for, copies, unmaps and maps.
+# One call of each step of a rank: a wait, a copy, an unmapping and a mapping.
 SLEEP_FAULTS = ("aclrtSynchronizeDeviceWithTimeout", "aclrtMemcpyAsync", "aclrtUnmapMem")
 WAKE_FAULTS = ("aclrtMallocPhysical", "aclrtMapMem", "aclrtMemcpyAsync")
 

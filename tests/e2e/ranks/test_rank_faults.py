@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call fails on one of two ranks: the first of each name, and every one with ``--long``."""
+"""A call fails on one of two ranks: the first of each name, or with ``--long`` every one."""
 
 import pytest
 from helpers.engine import engine, tokens
@@ -10,7 +10,7 @@ from helpers.reference import FEW
 @pytest.fixture(scope="module")
 def ranks(tiny_model):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HCCL_CONNECT_TIMEOUT", "4")  # tries to meet a rank that failed end soon
+        patch.setenv("HCCL_CONNECT_TIMEOUT", "4")  # short waits for a rank that failed
         with engine(
             tiny_model,
             enable_sleep_mode=True,

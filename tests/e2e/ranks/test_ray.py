@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Ray executor: one engine over two nodes, each with a simulated NPU of its own."""
+"""The Ray executor: one engine over two nodes, each with its own simulated NPU."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ TESTS = Path(__file__).with_name("on_ray.py")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_over_two_nodes(tiny_model, record_property) -> None:
-    # Workers import what the tests send them.
+    # Workers import the functions that tests send.
     path = os.pathsep.join((str(TESTS.parent), os.environ["PYTHONPATH"]))
     with RayCluster({"PYTHONPATH": path, "NPU_SIM_HBM_GIB": "1"}) as cluster:
         record_property("separate_networks", cluster.network.separate)

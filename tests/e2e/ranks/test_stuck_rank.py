@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that does not end on the device of one of two ranks: both are as they were."""
+"""Work hangs on the device of one of two ranks: both are unchanged."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +36,7 @@ def get_stuck(worker: Any) -> None:
 
 @safe_while_asleep
 def get_stuck_when_awake(worker: Any) -> None:
-    """Behind the next wake's memory, before the ranks agree that all of it is done."""
+    """Hang in the next wake after the memory is back, before the ranks agree that it succeeded."""
     if worker.rank != STUCK_RANK:
         return
     backend = worker.sleep_mode_backend
@@ -68,7 +68,7 @@ def test_no_rank_sleeps_while_work_runs_on_one(ranks, expected) -> None:
 
 
 def test_nothing_is_unmapped_while_work_runs_on_it(ranks, expected) -> None:
-    """The simulator ends a process that does. What stays mapped goes with the next operation."""
+    """The simulator would abort the process. The next operation frees what stays mapped."""
     ranks.sleep(level=1)
     ranks.collective_rpc(get_stuck_when_awake)
     with pytest.raises(AclError, match=r"rank 1, device 1: .*could not be taken back \(.*rank 1"):

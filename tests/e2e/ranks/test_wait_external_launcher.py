@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that a launcher starts (``torchrun``), each with the engine in its own process."""
+"""Ranks under ``torchrun``, each with the engine in its own process."""
 
 import os
 from multiprocessing import get_context
@@ -16,7 +16,7 @@ TOKENS = 24
 
 
 def rank_of(number: int, port: int, model: Path, results: Queue) -> None:
-    """Of each level: device bytes while asleep, and the tokens after the wake."""
+    """For each level: device bytes while asleep, and the tokens after the wake."""
     os.environ |= {
         "RANK": str(number),
         "LOCAL_RANK": str(number),

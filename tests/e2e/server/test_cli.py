@@ -49,7 +49,7 @@ def report(*arguments: str) -> dict:
 
 @pytest.fixture
 def a_is_awake(pair):
-    """Whatever a test did, a is awake and b sleeps at level 1 before and after it."""
+    """Before and after each test, a is awake and b sleeps at level 1."""
     a, b, _ = pair
     yield
     vllm_sleep("sleep", url(b))
@@ -98,7 +98,7 @@ def test_a_load_that_failed_is_made_up_for(pair, a_is_awake, command):
     a.post("/sleep", params={"level": 2})
     a.post("/wake_up", params={"tags": "weights"})
     body = {"method": "reload_weights", "kwargs": {"weights_path": "/nowhere"}}
-    # On a connection of its own, which the server closes.
+    # On a separate connection, which the server closes.
     assert httpx.post(f"{url(a)}/collective_rpc", json=body, timeout=60).status_code == 500
     assert a.rank_status()["parameters_without_content"] > 20
     urls = [url(b), url(a)] if command[0] == "switch" else [url(a)]
@@ -124,7 +124,7 @@ def test_the_steps_overlap_and_are_as_right(pair, a_is_awake):
         assert b.is_sleeping() and a.complete() == a.text
         return steps_overlap(there) and steps_overlap(back)
 
-    # A busy machine may hold one step up until the other is over, but not each time.
+    # A busy machine may delay one step until the other one has ended, but not each time.
     assert any(there_and_back() for _ in range(20))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other processes take and give back device memory while an engine starts, sleeps or wakes."""
+"""Other processes allocate and free device memory while an engine starts, sleeps or wakes."""
 
 import logging
 import os
@@ -33,9 +33,9 @@ STORIES = {
     "both": lambda moment: MOST * (moment % 2),
 }
 
-NO_ACCOUNT = "aclrtGetMemUsageInfo:1:207000:*"  # a chip without one
+NO_ACCOUNT = "aclrtGetMemUsageInfo:1:207000:*"  # a chip without per-process accounting
 
-LEFT_BEHIND = 128  # blocks: as much as an engine leaves in this process, 4 MiB
+LEFT_BEHIND = 128  # blocks: an engine leaves up to 4 MiB in this process
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def neighbour() -> Iterator[Neighbour]:
 
 @pytest.fixture(scope="module")
 def quiet(tiny_model) -> int:
-    """The blocks of a start beside nobody."""
+    """The blocks of a start without other processes."""
     with engine(tiny_model, **OPTIONS) as llm:
         return blocks(llm)
 
 
 @pytest.fixture
 def sleep_log() -> Iterator[list[str]]:
-    """What the worker says of its sleeps."""
+    """The worker's log messages about its sleeps."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -74,7 +74,7 @@ def waiting(seconds: float) -> dict:
 
 
 def until_asked(neighbour: Neighbour, call: str) -> threading.Thread:
-    """Take all, and give it back once this process has asked for it in vain a few times."""
+    """Take all memory, and free it after this process has failed to allocate a few times."""
     neighbour.take_all()
     before = control.call_count(call)
 
@@ -89,7 +89,7 @@ def until_asked(neighbour: Neighbour, call: str) -> threading.Thread:
 
 @pytest.fixture
 def refusing(request) -> Iterator[None]:
-    """The simulated device of this process fails calls."""
+    """Fail calls of this process's simulated device."""
     control.set_faults(request.param)
     yield
     control.set_faults("")

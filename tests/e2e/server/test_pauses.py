@@ -22,7 +22,7 @@ def is_paused(server) -> bool:
 
 
 async def wake(server) -> None:
-    """As the command line does it, which looks whether the server is awake."""
+    """Wake as the command line does, which checks that the server is awake."""
     async with SleepClient(str(server.http.base_url)) as client:
         await client.wake()
 
@@ -39,7 +39,7 @@ def undisturbed(server) -> str:
 
 @contextlib.contextmanager
 def under_way(server, undisturbed) -> Iterator[InBackground]:
-    """A long request; at the end it has answered as one that nothing disturbed."""
+    """A long request, whose answer in the end equals that of an undisturbed one."""
     request = completion(server, LONG)
     wait_for(server.runs_requests, "the request runs")
     yield request
@@ -52,7 +52,7 @@ def test_a_pause_outlives_a_sleep(server, mode):
     text = server.complete()
     server.post(f"/pause?mode={mode}")
     server.post("/sleep?level=1")
-    assert server.http.post("/resume").status_code == 500  # there is nothing to run on
+    assert server.http.post("/resume").status_code == 500  # the memory sleeps
     asyncio.run(wake(server))
     assert is_paused(server)
     assert server.http.get("/sleep_status").json()["state"] == "paused"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of the device fails inside a running server: it answers with a reason and serves on."""
+"""A call of the device fails in a running server: it answers with the reason and continues."""
 
 import pytest
 from helpers.faults import DRIVER_ERROR, OUT_OF_MEMORY, set_faults
@@ -10,7 +10,7 @@ RESIDENT = ("weights", "kv_cache")
 
 
 def asleep(server) -> set[str]:
-    """The tags of which nothing is on the device, by the worker's own figures."""
+    """The tags without device memory, by the worker's own figures."""
     tags = server.rank_status()["tags"]
     return {tag for tag in RESIDENT if tags[tag]["device"] == 0}
 

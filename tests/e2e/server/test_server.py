@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("left_awake")
 
 
 def held(server) -> int:
-    """Bytes that all processes hold on the device."""
+    """Device bytes of all processes."""
     status = server.rank_status()
     return status["total"] - status["free"]
 
@@ -32,7 +32,7 @@ def test_the_guides_curl_sequence_as_written(server):
     assert server.post("/wake_up?tags=weights")["status"] == "awake"
     assert not server.is_sleeping()
     body = {"model": server.model, "prompt": "Hi", "max_tokens": 7}
-    answer = server.http.post("/v1/completions", json=body)  # level 2 forgot the weights
+    answer = server.http.post("/v1/completions", json=body)  # level 2 discarded the weights
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     reload_weights(server)
     server.post("/reset_prefix_cache")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``/metrics``, ``/sleep_status`` and ``/health`` say of a server that sleeps, or fails."""
+"""``/metrics``, ``/sleep_status`` and ``/health`` of a server that sleeps or fails."""
 
 import os
 
@@ -63,7 +63,7 @@ def test_gauges_are_there_before_the_first_sleep_and_follow_partial_wakes(server
     server.post("/sleep?level=1")
     assert sleep_state(server) == {"discard_all"}
     server.post("/wake_up?tags=weights")
-    server.post("/sleep?level=1")  # what nobody has loaded is still lost
+    server.post("/sleep?level=1")  # weights that were not loaded are still lost
     assert sleep_state(server) == {"discard_all"}
     server.post("/wake_up")
     server.post("/collective_rpc", json={"method": "reload_weights"})
@@ -181,7 +181,7 @@ def test_options_refuse_requests_and_a_dead_engine_is_told_from_a_sleeping_one(
         refusing.post("/collective_rpc", json={"method": "reload_weights"})
         assert refusing.complete() == text
 
-        # The engine itself refuses what passed the server's check and waits for its turn.
+        # The engine itself refuses requests that have passed the server's check and wait.
         every_place = {**body, "n": 8, "max_tokens": 480, "ignore_eos": True}
         long = InBackground(refusing, "/v1/completions", json=every_place)
         wait_for(refusing.runs_requests, "the long request runs")

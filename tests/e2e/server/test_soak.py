@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server sleeps and wakes at random under completions: a few rounds, and many with ``--long``."""
+"""A server sleeps and wakes at random under load: a few rounds, and many with ``--long``."""
 
 import pytest
 from helpers.soak import growth, soak

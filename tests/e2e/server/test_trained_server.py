@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-sleep`` and the proxy at level 2, before a server whose weights a trainer sent."""
+"""``vllm-sleep`` and the proxy at level 2, with a server whose weights come from a trainer."""
 
 import json
 import os
@@ -18,8 +18,8 @@ TRAINED = "the weights (source: trainer, version: step-1)"
 
 @pytest.fixture(scope="module")
 def servers(tiny_model, other_model, tmp_path_factory) -> Iterator[list[Server]]:
-    """One that trainers update (``old`` and ``new`` are what it says without and with it), and
-    another model."""
+    """A server that trainers update (``old`` and ``new`` are its answers before and after), and one
+    with another model."""
     logs = tmp_path_factory.mktemp("servers")
     env = {
         "VLLM_SERVER_DEV_MODE": "1",
@@ -41,7 +41,7 @@ def servers(tiny_model, other_model, tmp_path_factory) -> Iterator[list[Server]]
 
 @pytest.fixture
 def pair(servers, other_model) -> list[Server]:
-    """Both, when a trainer has sent weights to one, and the other sleeps."""
+    """Both servers, after a trainer has sent weights to one, and while the other one sleeps."""
     trained, other = servers
     other.post("/sleep")
     trained.post("/wake_up?tags=weights")
@@ -84,7 +84,7 @@ def test_sleep_and_switch_at_level_2_are_refused_before_anything_is_lost(pair):
 
     vllm_sleep("switch", url(trained), url(other))
     assert other.complete() == other.text
-    vllm_sleep("sleep", url(trained), "--level", "2", code=1)  # its backup is what there is
+    vllm_sleep("sleep", url(trained), "--level", "2", code=1)  # the backup is the only copy
     vllm_sleep("switch", url(other), url(trained), "--level", "2")
     assert (trained.complete(), version(trained)) == (trained.new, "step-1")
 
@@ -130,7 +130,7 @@ def test_the_proxy_puts_it_to_sleep_at_level_1(pair):
         assert version(trained) == "step-1"
         assert other.rank_status()["tags"]["weights"]["discarded"] > 0
 
-        # Somebody else discards them: what the proxy could load is not what was served.
+        # Something else discards them: what the proxy could load is not what was served.
         assert text(proxy.complete(other)).startswith(other.text)
         trained.post("/sleep?level=2")
         answer = proxy.complete(trained)
