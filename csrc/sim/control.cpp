@@ -20,7 +20,7 @@
 
 namespace {
 
-// Null: the default stream of the current context.
+// A null handle is the default stream of the current context.
 aclError find_any_stream(aclrtStream handle, std::shared_ptr<sim::Stream>* stream) {
   *stream = sim::streams().find(handle);
   return *stream != nullptr ? ACL_SUCCESS : sim::find_stream("simulated operator", handle, stream);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Counts what operators cost. `operators/cost.*` knows which operator costs what.
+// Counts the costs of operators. `operators/cost.*` knows the cost of each operator.
 #include "costs.h"
 
 #include <atomic>
@@ -20,7 +20,7 @@ namespace {
 std::atomic<uint64_t> launches{0};
 std::atomic<uint64_t> on_ai_cpu_launches{0};
 std::atomic<uint64_t> copy_bytes{0};
-thread_local int kernels = 0;  // that run in this thread, one inside the other
+thread_local int kernels = 0;  // running in this thread, nested
 
 constexpr const char* kWaits[] = {"aclrtSynchronizeStream", "aclrtSynchronizeStreamWithTimeout",
                                   "aclrtSynchronizeEvent",  "aclrtSynchronizeEventWithTimeout",

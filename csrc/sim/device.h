@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The device under the simulated AscendCL: primitive memory, copy and stream operations.
+// The device below the simulated AscendCL: basic memory, copy and stream operations.
 //
-// Callers (the AscendCL layer) have validated everything: sizes are positive and page granular,
-// addresses lie in reservations, handles are alive. A backend checks nothing and keeps no counts.
-// Functions returning bool or a pointer answer false or nullptr when the operating system or the
-// driver refuses; nothing throws.
+// The AscendCL layer above has validated everything: sizes are positive multiples of the page size,
+// addresses are in reservations, handles are alive. A backend checks and counts nothing. Functions
+// that return bool or a pointer return false or nullptr if the operating system or the driver
+// refuses. Nothing throws.
 #pragma once
 
 #include <cstddef>
@@ -28,12 +28,12 @@ void destroy_physical(Physical* memory);  // not mapped
 bool map(void* address, Physical* memory);
 void unmap(void* address, Physical* memory);
 
-// Makes the memory reachable from other processes of this machine. The key names it there.
+// Makes the memory accessible from other processes of this machine, which find it by the key.
 bool share(Physical* memory, uint64_t* key);
 Physical* open_shared(int device, uint64_t key, size_t* bytes);
 
-// Host memory that the device can reach directly.
-extern const bool kRegisteringPins;  // else it is as safe as its pages are locked
+// Host memory that the device can access directly.
+extern const bool kRegisteringPins;  // otherwise registered memory is safe only if it is locked
 void* allocate_host(size_t bytes);
 void free_host(void* address, size_t bytes);
 bool register_host(void* address, size_t bytes);
@@ -42,8 +42,8 @@ void unregister_host(void* address);
 bool copy(int device, void* to, const void* from, size_t bytes, Direction direction);
 bool fill(int device, void* address, int value, size_t bytes);
 
-// Work of one stream runs in order, asynchronously to the caller. Tickets count the work of a
-// stream from 1; work is complete when completed() has reached its ticket.
+// The work of a stream runs in order, asynchronously to the caller. Tickets number it from 1; work
+// is complete when completed() has reached its ticket.
 struct Stream;
 Stream* create_stream(int device);
 void destroy_stream(Stream* stream);  // finishes the work first, without blocking the caller
@@ -52,7 +52,7 @@ uint64_t submit_fill(Stream* stream, void* address, int value, size_t bytes);
 uint64_t submit_call(Stream* stream, void (*function)(void*), void* argument);
 uint64_t submitted(const Stream* stream);
 uint64_t completed(const Stream* stream);
-// Waits until the stream is idle; a negative timeout waits for ever. False: timed out.
+// Waits until the stream is idle; a negative timeout waits for ever. Returns false on a timeout.
 bool synchronize(Stream* stream, int64_t timeout_ms);
 
 // A point in the work of a stream.
@@ -61,6 +61,6 @@ std::shared_ptr<Marker> record(Stream* stream);
 void wait(Stream* stream, std::shared_ptr<Marker> marker);  // the stream waits, not the caller
 bool reached(const Marker& marker);
 bool synchronize(const Marker& marker, int64_t timeout_ms);
-uint64_t nanoseconds(const Marker& marker);  // when it was reached, on one clock of the machine
+uint64_t nanoseconds(const Marker& marker);  // when it was reached, on a machine-wide clock
 
 }  // namespace sim::device

@@ -6,10 +6,10 @@
 
 namespace sim {
 
-// Keeps the message for aclGetRecentErrMsg of this thread, and returns the code.
+// Stores the message for aclGetRecentErrMsg of this thread, and returns the code.
 aclError fail(aclError code, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// For what hardware answers with a fault and cannot be undone: says why and aborts.
+// For what causes a fault on hardware: prints the reason and aborts.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 const char* take_recent_message();

@@ -43,7 +43,7 @@ bool parse_number(const std::string& text, uint64_t* value) {
   return !text.empty() && *end == '\0';
 }
 
-// Up to the first colon that is not one of a pair, as in `aten::mm`.
+// The part before the first single colon: `aten::mm` contains a double one.
 std::string call_in(const std::string& rule) {
   size_t end = rule.find(':');
   while (end != std::string::npos && rule.compare(end, 2, "::") == 0) end = rule.find(':', end + 2);
@@ -85,7 +85,7 @@ bool parse_rules(const std::string& text, std::vector<Rule>* rules) {
   return true;
 }
 
-// The slow side of a call: only reached while there are rules, a log or a rules file.
+// The slow path of a call, taken only if there are rules, a log or a rules file.
 class Watch {
  public:
   Watch() {
@@ -144,7 +144,7 @@ class Watch {
     return hit;
   }
 
-  // Other rules end a delay, so that a test can hold a call and let it go.
+  // New rules end a delay, so that a test can hold a call and release it.
   void wait(const Hit& hit) {
     auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(hit.delay_ms);
     while (changes_ == hit.rules && std::chrono::steady_clock::now() < end) {

@@ -10,8 +10,8 @@
 
 namespace sim {
 
-// Objects named by opaque handles. A handle is never used twice and belongs to one kind, so an old
-// handle and a handle of another kind are both unknown.
+// Objects with opaque handles. A handle is never reused and belongs to one kind of object, so an
+// old handle and a handle of another kind are both unknown.
 template <typename T>
 class Handles {
  public:

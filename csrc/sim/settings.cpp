@@ -48,8 +48,8 @@ double number(const char* name, double otherwise) {
   return *end == '\0' && value >= 0 ? value : otherwise;
 }
 
-// As CANN reads it: the list is cut at the first entry that names no device. One that is not in
-// ascending order, or names a device twice, names none.
+// As in CANN, the list ends before the first entry that is not a device. A list that is not in
+// ascending order, or contains a device twice, is empty.
 std::vector<int> visible_devices(int count) {
   std::vector<int> visible;
   const char* text = std::getenv("ASCEND_RT_VISIBLE_DEVICES");

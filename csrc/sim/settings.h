@@ -18,22 +18,22 @@ struct Version {
 
 struct Chip {
   const char* name;              // in NPU_SIM_SOC
-  const char* soc_name;          // as aclrtGetSocName tells it
+  const char* soc_name;          // as in aclrtGetSocName
   size_t streams;                // of a device, for all processes together
-  size_t context_streams;        // that each context takes for itself
+  size_t context_streams;        // used by each context
   bool has_1g_pages;             // of memory
-  bool has_1g_pages_for_others;  // of memory that other devices reach
-  bool has_hbm;                  // else its memory is DDR
+  bool has_1g_pages_for_others;  // of memory that other devices access
+  bool has_hbm;                  // otherwise its memory is DDR
 };
 
-// What the environment says about the simulated machine, read once.
+// The settings of the simulated machine from the environment, read once.
 struct Settings {
   std::vector<int> visible;     // physical device of each visible device
   size_t hbm_bytes;             // of every device
-  Chip chip;                    // every device is one
-  size_t streams;               // that every device has, for all processes together
-  double link_bytes_per_ns;     // one direction, 0: not throttled
-  int64_t hccl_buffer_bytes;    // of each of a communicator's two buffers, negative: as HCCL's
+  Chip chip;                    // of every device
+  size_t streams;               // of every device, for all processes together
+  double link_bytes_per_ns;     // in each direction; 0 if not throttled
+  int64_t hccl_buffer_bytes;    // of each of a communicator's two buffers; negative for HCCL's size
   std::string state_directory;  // shared by all processes of the simulated machine
   Version kernel;               // of the host
   Version driver;
@@ -45,7 +45,7 @@ const Settings& settings();
 bool chip_supports(const std::string& call);
 
 constexpr int kMaxDevices = 16;
-constexpr const char* kKernel = "5.10";  // unless NPU_SIM_KERNEL names another
+constexpr const char* kKernel = "5.10";  // the default of NPU_SIM_KERNEL
 constexpr size_t kKiB = size_t{1} << 10;
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kGiB = size_t{1} << 30;

@@ -427,7 +427,7 @@ def test_the_page_is_a_table_with_remedies_below():
     titles = {re.match(r"  \S+ +", row).end() for row in rows}
     assert len(rows) > 25 and titles == {14}
     below = page[page.index("What it means, and what to do") :]
-    assert below[1].startswith("  registered memory: Backups are in memory from aclrtMallocHost")
+    assert below[1].startswith("  registered memory: Backups use memory from aclrtMallocHost")
     assert page[-1].startswith("sleep mode can be used: ")
     assert "1 degraded" in page[-1]
 

@@ -7,7 +7,7 @@
 namespace sim {
 namespace {
 
-// Of the context.
+// The context's captures.
 std::vector<std::shared_ptr<Graph>> captures(const Context& context) {
   std::vector<std::shared_ptr<Graph>> found;
   for (auto& [handle, graph] : graphs().all()) {
@@ -16,7 +16,7 @@ std::vector<std::shared_ptr<Graph>> captures(const Context& context) {
   return found;
 }
 
-// Whether this thread may not copy and wait while the graph is captured.
+// Whether copies that wait are forbidden for this thread while the graph is captured.
 bool forbids_waiting_copies(const Graph& graph) {
   aclmdlRICaptureMode exchanged = exchanged_capture_mode();
   if (graph.mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED) return false;
@@ -105,7 +105,7 @@ bool keeps_work(const Stream& stream) {
 
 namespace {
 
-// The next kernel of the group becomes this one when the stream comes to it.
+// Replaces the next kernel of the group when the stream gets to it.
 aclError replace(const char* call, Stream& stream, TaskGroup& group, Work work) {
   if (!work.is_kernel) return refuse_updating(call, stream);
   SIM_REQUIRE(stream.updates < group.tasks.size(), ACL_ERROR_RT_INTERNAL_ERROR,

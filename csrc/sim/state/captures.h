@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Streams that capture graphs, and what is refused meanwhile.
+// Streams that capture graphs, and what is refused during a capture.
 #pragma once
 
 #include <acl/acl_rt.h>
@@ -14,31 +14,31 @@
 
 namespace sim {
 
-// The capture that the event was recorded in and that goes on, null: none.
+// The running capture in which the event was recorded, or null.
 std::shared_ptr<Graph> capture_of(Event& event, std::shared_ptr<CapturedRecord>* record = nullptr);
 
-// Of this thread, what the copies that wait are checked against.
+// This thread's mode, against which copies that wait are checked.
 aclmdlRICaptureMode& exchanged_capture_mode();
 
-// For streams that would capture.
+// Refuses streams whose flags do not allow a capture.
 aclError refuse_flags(const char* call, const Stream& stream);
 
-// For calls that wait for the stream, the device or the event, or ask for their state.
+// Refuses calls that wait for or query the stream, the device or the event during a capture.
 aclError refuse_captured(const char* call, const Stream& stream);
 aclError refuse_captured(const char* call, const Context& context);
 aclError refuse_captured(const char* call, Event& event);
 
-// For copies and fills that wait. What is refused spoils the captures that forbid it.
+// Refuses copies and fills that wait. A refused call invalidates the captures that forbid it.
 aclError refuse_waiting_copy(const char* call, const Context& context,
                              aclError code = ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT);
 
-// For work of a default stream.
+// Refuses work on a default stream.
 aclError refuse_implicit(const char* call, const Stream& stream);
 
-// For work that is no kernel, of a stream that exchanges kernels of a task group.
+// Refuses work other than kernels on a stream that updates a task group.
 aclError refuse_updating(const char* call, const Stream& stream);
 
-// Whether the stream leaves its work to a graph. `keep` does so, or says that it does not.
+// Whether the stream adds its work to a graph. `keep` adds it, or returns that it does not.
 bool keeps_work(const Stream& stream);
 aclError keep(const char* call, Stream& stream, Work* work, bool* is_kept);
 

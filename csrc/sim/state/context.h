@@ -30,9 +30,9 @@ struct Stream {
   int32_t id;
   uint32_t priority;
   uint32_t flags;
-  std::atomic<int> failure{0};  // of work that failed after its launch; whoever waits is told
+  std::atomic<int> failure{0};  // of work that failed after its launch; reported to the next wait
 
-  // Streams for work of the device's own processors are not waited for: that call returns at once.
+  // Waits for streams with work of the device's own processors return at once.
   bool can_be_waited_for() const {
     constexpr uint32_t kOfTheDevice =
         ACL_STREAM_PERSISTENT | ACL_STREAM_CPU_SCHEDULE | ACL_STREAM_DEVICE_USE_ONLY;
@@ -41,22 +41,22 @@ struct Stream {
 
   bool is_default() const;
 
-  // The graph that it captures, null: none.
+  // The graph that it captures, or null.
   std::shared_ptr<Graph> captured() const { return std::atomic_load(&captured_); }
   void capture(std::shared_ptr<Graph> graph) { std::atomic_store(&captured_, std::move(graph)); }
 
-  // The task group whose kernels its launches replace, null: none.
+  // The task group whose kernels its launches replace, or null.
   std::shared_ptr<TaskGroup> updated() const { return std::atomic_load(&updated_); }
   void update(std::shared_ptr<TaskGroup> group) { std::atomic_store(&updated_, std::move(group)); }
   size_t updates = 0;  // launches since then
 
-  // Work in flight and the memory that it touches.
+  // Work in flight and the memory that it uses.
   struct Use {
     uint64_t ticket;
     const char* begin;
     const char* end;
   };
-  std::recursive_mutex launch_mutex;  // held while work, or a graph's, is given to the queue
+  std::recursive_mutex launch_mutex;  // held while work is submitted
   std::mutex uses_mutex;
   std::deque<Use> uses;
 
@@ -70,17 +70,17 @@ struct Stream {
 
 struct Context {
   int index;     // of the visible device
-  int physical;  // device of the machine
+  int physical;  // the machine's device
   bool primary;
-  int references = 0;  // aclrtSetDevice calls, of a primary context
+  int references = 0;  // for a primary context: its aclrtSetDevice calls
   std::atomic<bool> alive{true};
   aclrtContext handle = nullptr;
   std::shared_ptr<Stream> default_stream;
 
-  // Work on the device failed, for the reason in this thread's recent message: what it should have
-  // written is not there, so nothing that waits for the device may succeed any more.
+  // Work on the device failed, for the reason in this thread's recent message. Its results are
+  // missing, so every later wait for the device must fail.
   void fail(aclError code);
-  aclError failure(const char* call);  // ACL_SUCCESS: none
+  aclError failure(const char* call);  // ACL_SUCCESS if nothing has failed
 
  private:
   std::atomic<aclError> failure_{ACL_SUCCESS};
@@ -91,10 +91,10 @@ struct Event {
   const uint32_t flags;
   const bool can_be_captured;  // made by aclrtCreateEventExWithFlag
   std::mutex mutex;
-  std::shared_ptr<device::Marker> marker;    // of the last record, null: not recorded
-  std::shared_ptr<CapturedRecord> in_graph;  // of the last record in a capture, null: none
+  std::shared_ptr<device::Marker> marker;    // of the last record, or null
+  std::shared_ptr<CapturedRecord> in_graph;  // of the last record in a capture, or null
 
-  // Of an external event (ACL_EVENT_EXTERNAL): streams set it, wait until it is set, and reset it.
+  // For an external event (ACL_EVENT_EXTERNAL): streams set it, wait until it is set, and reset it.
   std::condition_variable changed;
   bool is_set = false;
 
@@ -115,10 +115,10 @@ Handles<Stream>& streams();
 Handles<Event>& events();
 Handles<Context>& contexts();
 
-Context* current_context();  // of this thread, null: none
+Context* current_context();  // of this thread, or null
 
-// Wait, a negative timeout for ever; false: timed out. What holds up others meanwhile, as the GIL
-// does a kernel written in Python, is let go (npuSimSetWaitHooks).
+// Waits; a negative timeout waits for ever. Returns false on a timeout. Locks that kernels may
+// need, such as the GIL, are released meanwhile (npuSimSetWaitHooks).
 bool wait(const Stream& stream, int64_t timeout_ms);
 bool wait(const device::Marker& marker, int64_t timeout_ms);
 
@@ -134,33 +134,33 @@ class Waiting {
   void* const held_;
 };
 
-// Takes one of the device's streams.
+// Allocates one of the device's streams.
 aclError take_stream(const char* call, const Context& context);
 
-// Null: the device has no stream left, which the thread's recent message says.
+// Null if the device has no stream left, as the thread's recent message says.
 std::shared_ptr<Stream> make_stream(const char* call, Context* context, uint32_t priority,
                                     uint32_t flags);
 
-// A stream of which the device's is taken already.
+// Creates a stream for which a device stream is already allocated.
 std::shared_ptr<Stream> new_stream(Context* context, uint32_t priority, uint32_t flags);
 
 // The stream behind a handle (null: the default stream) if it belongs to the current context.
 aclError find_stream(const char* call, aclrtStream handle, std::shared_ptr<Stream>* stream);
 
-// Aborts if work in flight of any stream touches the range: what hardware answers with a fault of
-// the device, or with silent corruption, must not go unnoticed here.
+// Aborts if work in flight on any stream uses the range. On hardware this causes a device fault or
+// silent corruption.
 void require_unused(const char* call, const void* begin, size_t bytes);
 
-// Waits for those streams of the context that can be waited for, a negative timeout for ever, and
-// answers with the error of work that failed.
+// Waits for the context's streams that can be waited for; a negative timeout waits for ever.
+// Returns the error of failed work.
 aclError synchronize(const char* call, const Context& context, int64_t timeout_ms);
 
-// The error of work of the stream that failed after its launch, once; else success.
+// Returns the error of the stream's work that failed after its launch, once.
 aclError take_failure(const char* call, Stream& stream);
 
 }  // namespace sim
 
-// Answers for calls that need a context.
+// Returns an error from calls that need a context.
 #define SIM_CONTEXT(context)                                                             \
   ::sim::Context* context = ::sim::current_context();                                    \
   if (context == nullptr) {                                                              \

@@ -75,7 +75,7 @@ aclError Graph::keep_record(const char* call, const Stream& stream,
   return ACL_SUCCESS;
 }
 
-// Tasks are kept in the order of the calls, in which each comes behind what it waits for.
+// Tasks are kept in the order of the calls, so each one follows what it waits for.
 aclError Graph::keep_wait(const char* call, const Stream& stream, CapturedRecord& record) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (aclError error = check_groups(call, stream, false)) return error;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Graphs: what streams did while they captured, and its execution.
+// Graphs: the work that streams captured, and its execution.
 #pragma once
 
 #include <acl/acl_rt.h>
@@ -25,34 +25,34 @@ struct CapturedRecord {
   bool is_waited_for_by_origin = false;
 };
 
-// Kernels of a graph that can be exchanged. Behind an aclrtTaskGrp.
+// The object of an aclrtTaskGrp: kernels of a graph that can be replaced.
 struct TaskGroup {
   std::weak_ptr<Graph> graph;
   std::vector<std::shared_ptr<Task>> tasks;
-  std::atomic<bool> is_updated{false};  // by a stream, now
+  std::atomic<bool> is_updated{false};  // a stream is updating it now
 };
 
-// Behind an aclmdlRI. It takes one more stream of the device for each stream that it captures, for
-// as long as it lives.
+// The object of an aclmdlRI. As long as it lives, it uses another stream of the device for each
+// captured stream.
 class Graph : public std::enable_shared_from_this<Graph> {
  public:
   Context* const context;
   const aclmdlRICaptureMode mode;
-  const bool is_waited_for;  // its stream is, when the device is synchronised
-  const std::thread::id thread = std::this_thread::get_id();  // that began the capture
+  const bool is_waited_for;  // whether synchronising the device waits for its stream
+  const std::thread::id thread = std::this_thread::get_id();  // the one that began the capture
   aclmdlRI handle = nullptr;
   std::atomic<aclmdlRICaptureStatus> status{ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE};  // NONE: ended
 
-  // Null: the device has no stream left.
+  // Null if the device has no stream left.
   static std::shared_ptr<Graph> capture(const char* call, const std::shared_ptr<Stream>& origin,
                                         aclmdlRICaptureMode mode);
   ~Graph();
 
   bool is_captured() const { return status != ACL_MODEL_RI_CAPTURE_STATUS_NONE; }
-  void spoil();  // the end of the capture will tell
+  void spoil();  // reported at the end of the capture
   bool is_origin(const Stream& stream) const { return branches_.front().stream.get() == &stream; }
 
-  // What a capturing stream does. Each refuses what a task group does not take.
+  // The operations of a capturing stream. Each refuses what a task group does not accept.
   aclError keep(const char* call, const Stream& stream, Work work);
   aclError keep_record(const char* call, const Stream& stream,
                        std::shared_ptr<CapturedRecord>* record);
@@ -62,10 +62,10 @@ class Graph : public std::enable_shared_from_this<Graph> {
   aclError begin_group(const char* call, const Stream& stream);
   aclError end_group(const char* call, const Stream& stream, aclrtTaskGrp* group);
 
-  void leave();  // all streams do
+  void leave();  // all streams leave the capture
   aclError check_joined(const char* call) const;
 
-  // Gives all tasks to the stream.
+  // Submits all tasks to the stream.
   void execute(const std::shared_ptr<Stream>& stream);
   bool is_executed() const { return executions_ > 0; }
 
@@ -75,8 +75,8 @@ class Graph : public std::enable_shared_from_this<Graph> {
   // A stream of the capture, the origin first.
   struct Branch {
     std::shared_ptr<Stream> stream;
-    std::shared_ptr<CapturedRecord> last;  // what it did last, if that was recording an event
-    std::shared_ptr<TaskGroup> group;      // that is open
+    std::shared_ptr<CapturedRecord> last;  // its last operation, if that was recording an event
+    std::shared_ptr<TaskGroup> group;      // the open one
   };
 
   Graph(const std::shared_ptr<Stream>& origin, aclmdlRICaptureMode mode);
@@ -88,7 +88,7 @@ class Graph : public std::enable_shared_from_this<Graph> {
   size_t streams_ = 1;  // of the device
   std::vector<std::shared_ptr<Task>> tasks_;
   std::vector<aclrtTaskGrp> groups_;
-  bool is_closed_ = false;  // nothing is added any more
+  bool is_closed_ = false;  // nothing can be added any more
   aclError group_error_ = ACL_SUCCESS;
   std::atomic<int> executions_{0};
   std::atomic<bool> is_running_{false};

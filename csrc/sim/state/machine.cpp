@@ -37,9 +37,9 @@ struct Shared {
 };
 
 // A slot belongs to the process that holds the record lock on the slot's byte of the state file.
-// The kernel drops record locks when a process dies, before anybody can reap it, so a slot whose
-// byte is not locked counts for nothing. The file is opened once and never closed, because closing
-// any descriptor of it would drop the lock.
+// The kernel releases record locks when a process dies, before it can be reaped, so a slot without
+// a lock does not count. The file is opened once and never closed, because closing any descriptor
+// of it would release the lock.
 class State {
  public:
   State() {
@@ -59,7 +59,7 @@ class State {
     for (auto& streams : mine().streams) streams = 0;
   }
 
-  // Between processes by a record lock, between threads of this one by a mutex.
+  // Uses a record lock between processes, and a mutex between threads of this one.
   class Locked {
    public:
     explicit Locked(State& state) : state_(state), threads_(state.threads_) {

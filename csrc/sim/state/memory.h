@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What this process has of device and host memory: reservations, mappings, pinned and registered
-// ranges.
+// This process's device and host memory: reservations, mappings, pinned and registered ranges.
 #pragma once
 
 #include <cstddef>
@@ -15,18 +14,18 @@
 
 namespace sim {
 
-// Physical memory behind a handle of aclrtMallocPhysical, or under an aclrtMalloc.
+// Physical memory of an aclrtMallocPhysical handle or of an aclrtMalloc.
 struct Physical {
   int device;  // of the machine
   size_t bytes;
   device::Physical* memory;
-  bool imported = false;         // counted by the process that made it
+  bool imported = false;         // counted by the process that created it
   const char* mapped = nullptr;  // where it is mapped
 
   ~Physical();
 };
 
-// Takes the bytes from the machine; null: out of memory.
+// Allocates the bytes from the machine; null if there are not enough.
 std::shared_ptr<Physical> make_physical(int device, size_t bytes);
 
 struct Mapping {
@@ -37,8 +36,8 @@ struct Mapping {
 struct Reservation {
   size_t bytes;
   bool is_malloc = false;          // belongs to an aclrtMalloc, which maps all of it
-  bool of_a_library = false;       // taken by a simulated library for itself
-  std::optional<int> device = {};  // whose memory was mapped first
+  bool of_a_library = false;       // used by a simulated library itself
+  std::optional<int> device = {};  // the device whose memory was mapped first
 };
 
 struct Pinned {  // of aclrtMallocHost
@@ -48,7 +47,7 @@ struct Pinned {  // of aclrtMallocHost
 struct Registered {  // of aclrtHostRegister
   size_t bytes;
   bool is_mapped;                 // for the device
-  std::optional<bool> is_locked;  // once a copy has asked
+  std::optional<bool> is_locked;  // set by the first copy
 };
 
 struct Memory {
@@ -61,12 +60,12 @@ struct Memory {
 
 Memory& memory();
 
-// What the simulated libraries of this process took of a device for themselves.
+// Bytes of a device that the simulated libraries of this process use themselves.
 size_t taken_by_libraries(int device);
 
 Handles<Physical>& physicals();
 
-// True if every byte of the range is mapped device memory; the device that holds its start.
+// True if every byte of the range is mapped device memory. `device` gets the device of its start.
 bool is_device_range(const void* begin, size_t bytes, int* device = nullptr);
 bool touches_device(const void* begin, size_t bytes);
 bool is_known_host(const void* address);  // pinned or registered

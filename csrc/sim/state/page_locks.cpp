@@ -11,7 +11,7 @@
 namespace sim {
 namespace {
 
-// Whether mlock holds every page of the range: each mapping in it has the flag "lo".
+// Whether every page of the range is mlocked: each mapping in it has the flag "lo".
 bool is_mlocked(const char* begin, const char* end) {
   std::ifstream mappings("/proc/self/smaps");
   auto next = reinterpret_cast<uintptr_t>(begin);
