@@ -26,7 +26,7 @@ struct Copy {
   size_t bytes;
   Direction direction;
 
-  const void* host() const {  // null: both sides are the device's
+  const void* host() const {  // null if both sides are on the device
     return direction == Direction::kHostToDevice   ? from
            : direction == Direction::kDeviceToHost ? to
                                                    : nullptr;
@@ -38,7 +38,7 @@ struct Sides {
   bool to_device;
 };
 
-// What the kind says, or for ACL_MEMCPY_DEFAULT what the addresses say.
+// From the kind, or for ACL_MEMCPY_DEFAULT from the addresses.
 aclError find_sides(const char* call, const void* to, const void* from, aclrtMemcpyKind kind,
                     Sides* sides) {
   switch (kind) {
@@ -99,8 +99,8 @@ aclError check_copy(const char* call, void* to, size_t room, const void* from, s
 constexpr size_t kPage = 4096;
 constexpr int kOfAnotherPage = 0x7f;
 
-// The device reaches a host page that is not locked where it was, so it copies what is there now.
-// Nothing tells: one page of the destination is wrong. No bytes: all pages are locked.
+// The device uses the old address of a host page that is not locked, and copies what is there now.
+// No error is reported: one page of the destination is wrong. No bytes if all pages are locked.
 struct MovedPage {
   void* address;
   size_t bytes;
@@ -112,7 +112,7 @@ MovedPage moved_page(const Copy& copy) {
   return {static_cast<char*>(copy.to) + locked, std::min(kPage, copy.bytes - locked)};
 }
 
-// Pageable memory: all that the stream has to do, then a synchronous copy.
+// Pageable memory: waits for the stream's work, then copies synchronously.
 aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
   SIM_REQUIRE(stream.captured() == nullptr, ACL_ERROR_RT_PARAM_INVALID,
               "%s: stream %d captures a graph, which takes no copies of host memory that is not "
@@ -128,7 +128,7 @@ aclError copy_at_once(const char* call, const Copy& copy, sim::Stream& stream) {
   return ACL_SUCCESS;
 }
 
-// The stream waits where the caller would not.
+// The stream waits, not the caller.
 void delay(sim::Stream& stream, const sim::faults::Hit& hit) {
   auto wait = [](void* hit) {
     std::unique_ptr<sim::faults::Hit>(static_cast<sim::faults::Hit*>(hit))->wait();
@@ -136,8 +136,8 @@ void delay(sim::Stream& stream, const sim::faults::Hit& hit) {
   sim::device::submit_call(stream.queue, wait, new sim::faults::Hit(hit));
 }
 
-// A fault of "aclrtMemcpyAsync.work" lets the launch succeed and the copy fail, of which an event
-// behind it says nothing. A delay of it holds the copy up on the device.
+// A fault of "aclrtMemcpyAsync.work" lets the launch succeed and the copy fail; an event after it
+// does not report that. A delay of it delays the copy on the device.
 sim::faults::Hit hit_of_work() {
   static sim::faults::Call work("aclrtMemcpyAsync.work");
   return work.hit();
@@ -169,7 +169,7 @@ int copy_on_device(const Copy& copy, int device) {
 }
 
 aclError submit(const char* call, const Copy& copy, sim::Stream& stream) {
-  // As the runtime does, by the address of the first byte alone.
+  // Like the runtime, only by the address of the first byte.
   const void* host = copy.host();
   if (host != nullptr && !sim::is_known_host(host)) return copy_at_once(call, copy, stream);
   sim::Work work;

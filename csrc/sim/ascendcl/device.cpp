@@ -25,7 +25,7 @@ struct Devices {
   Context* primary[kMaxDevices] = {};
   int initialised = 0;
   bool finalised = false;
-  int32_t default_device = -1;  // from aclInit's configuration; -1: threads must choose one
+  int32_t default_device = -1;  // from aclInit's configuration; if -1, threads must choose one
 };
 
 Devices& devices() {
@@ -39,9 +39,8 @@ bool is_device(int32_t index) {
   return index >= 0 && index < static_cast<int32_t>(settings().visible.size());
 }
 
-// The streams of a device that are no stream of a program: the device has one, which is its default
-// context's, from the first context on that is made for it until the last one ends, and each other
-// context has its own.
+// Streams that contexts use themselves: a device has one from its first context until its last one
+// ends, which is the default context's, and each other context has its own.
 std::mutex streams_mutex;
 int contexts_of[kMaxDevices] = {};
 
@@ -73,11 +72,11 @@ void give_own_streams(const Context& context) {
   give_own_streams(context, own_streams(context) + (is_last ? 1 : 0));
 }
 
-// Null: the device has no stream left for it, which the thread's recent message says.
+// Null if the device has no stream left, as the thread's recent message says.
 Context* make_context(const char* call, int index, bool primary) {
   static int once = pthread_atfork(nullptr, nullptr, faults::refuse_after_fork);
   (void)once;
-  // Never freed once it is made: a thread may still point to it.
+  // Never freed, because a thread may still refer to it.
   static auto* made = new std::vector<Context*>;
   auto* context = new Context;
   context->index = index;
@@ -95,7 +94,7 @@ Context* make_context(const char* call, int index, bool primary) {
   return context;
 }
 
-// With the lock held.
+// The lock must be held.
 Context* enter_primary(const char* call, int32_t index) {
   Context*& primary = devices().primary[index];
   if (primary == nullptr) primary = make_context(call, index, true);
@@ -103,7 +102,7 @@ Context* enter_primary(const char* call, int32_t index) {
   return primary;
 }
 
-// `"defaultDevice": {"default_device": "N"}` of an AscendCL configuration file; -1: not there.
+// `"defaultDevice": {"default_device": "N"}` of an AscendCL configuration file, or -1.
 int32_t configured_default_device(const char* path) {
   std::ifstream file(path);
   const std::string text(std::istreambuf_iterator<char>(file), {});
@@ -273,7 +272,7 @@ aclError aclrtSetCurrentContext(aclrtContext handle) {
 aclError aclrtGetCurrentContext(aclrtContext* handle) {
   SIM_CALL();
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null context", __func__);
-  sim::Context* context = sim::thread_context;  // a default device counts only for what uses it
+  sim::Context* context = sim::thread_context;  // not that of a default device
   SIM_REQUIRE(context != nullptr && context->alive, ACL_ERROR_RT_CONTEXT_NULL,
               "%s: this thread has no context; call aclrtSetDevice", __func__);
   *handle = context->handle;

@@ -80,7 +80,7 @@ aclError require_capturable(const char* call, const Event& event) {
   return ACL_SUCCESS;
 }
 
-// What a stream does with an external event: a task like others, in a graph too.
+// Operations on an external event are tasks like others, also in a graph.
 aclError use_external(const char* call, Stream& stream, const std::shared_ptr<Event>& event,
                       void (*use)(Event& event, std::unique_lock<std::mutex>& lock)) {
   sim::Work work;
@@ -113,7 +113,7 @@ aclError reset_external(const char* call, Stream& stream, const std::shared_ptr<
                       [](Event& event, std::unique_lock<std::mutex>&) { event.is_set = false; });
 }
 
-// The event itself stays as it is: the graph has one of its own for it.
+// The event itself is not changed, because the graph has its own copy.
 aclError record_in_graph(const char* call, sim::Graph& graph, Stream& stream, Event& event) {
   if (aclError error = require_capturable(call, event)) return error;
   if (!event.is_known_to_streams()) return ACL_SUCCESS;
@@ -133,7 +133,7 @@ aclError record(const char* call, Stream& stream, const std::shared_ptr<Event>& 
   return ACL_SUCCESS;
 }
 
-// The stream joins the capture, if it is not in it.
+// The stream joins the capture if it has not joined yet.
 aclError wait_in_graph(const char* call, sim::Graph& graph, const std::shared_ptr<Stream>& stream,
                        sim::CapturedRecord& record) {
   SIM_REQUIRE(!stream->is_default(), ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT,

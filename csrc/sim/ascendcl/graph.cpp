@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Graphs: captured, executed, updated, described.
+// Graphs: capturing, executing, updating and describing them.
 #include <acl/acl.h>
 #include <time.h>
 
@@ -18,7 +18,7 @@ using sim::Stream;
 
 namespace {
 
-// Held to begin and to end a capture.
+// Held while a capture begins or ends.
 std::mutex& capture_mutex() {
   static auto* once = new std::mutex;
   return *once;
@@ -40,7 +40,7 @@ aclError find_capturing_stream(const char* call, aclrtStream handle,
   return sim::refuse_flags(call, **stream);
 }
 
-// Of this thread's context.
+// Finds a graph of this thread's context.
 aclError find_graph(const char* call, aclmdlRI handle, std::shared_ptr<Graph>* graph) {
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null graph", call);
   sim::Context* context = sim::current_context();
@@ -71,7 +71,7 @@ aclError find_graph_of(const char* call, aclrtStream handle, std::shared_ptr<Str
   return ACL_SUCCESS;
 }
 
-// A stream that exchanges kernels, or may do so.
+// Finds a stream that replaces kernels or may do so.
 aclError find_updating_stream(const char* call, aclrtStream handle,
                               std::shared_ptr<Stream>* stream) {
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null stream", call);
@@ -118,7 +118,7 @@ aclError aclmdlRICaptureGetInfo(aclrtStream handle, aclmdlRICaptureStatus* statu
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null stream", __func__);
   SIM_REQUIRE(status != nullptr || graph_handle != nullptr, ACL_ERROR_INVALID_PARAM,
               "%s: null status and null graph", __func__);
-  auto stream = sim::streams().find(handle);  // of any context
+  auto stream = sim::streams().find(handle);  // in any context
   SIM_REQUIRE(stream != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
               "%s: %p is not a stream, or was destroyed", __func__, handle);
   auto graph = stream->captured();
@@ -141,7 +141,8 @@ aclError aclmdlRICaptureEnd(aclrtStream handle, aclmdlRI* graph_handle) {
               "%s: stream %d joined the capture, which ends on the stream that began it", __func__,
               stream->id);
   graph->leave();
-  // CANN leaves such a graph to its context: only a handle from aclmdlRICaptureGetInfo frees it.
+  // In CANN such a graph stays with its context: only a handle from aclmdlRICaptureGetInfo frees
+  // it.
   const bool may_end = graph->mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED ||
                        graph->thread == std::this_thread::get_id();
   const aclError error =
@@ -223,7 +224,8 @@ aclError aclmdlRICaptureTaskGrpEnd(aclrtStream handle, aclrtTaskGrp* group_handl
   return graph->end_group(__func__, *stream, group_handle);
 }
 
-// CANN takes the group's handle as it is: one of a graph that is captured, or gone, is not noticed.
+// CANN does not check the group's handle, even if its graph is still being captured or was
+// destroyed.
 aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream handle, aclrtTaskGrp group_handle) {
   SIM_CALL();
   SIM_REQUIRE(group_handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null group", __func__);

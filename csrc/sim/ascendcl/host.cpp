@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Host memory that copies can use asynchronously.
+// Host memory for asynchronous copies.
 #include <acl/acl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -63,7 +63,8 @@ bool exists(void* pointer, uint64_t size) {
   return mincore(pointer, size, pages.data()) == 0 || errno != ENOMEM;
 }
 
-// Memory of aclrtMallocHost is page-locked already: it can be mapped for the device, not pinned.
+// Memory of aclrtMallocHost is already page-locked: it can be mapped for the device, but not
+// pinned.
 aclError check_pinned(const char* call, const char* pointer, uint64_t size, uint32_t flag) {
   if (!sim::overlaps(memory().pinned, pointer, size)) return ACL_SUCCESS;
   SIM_REQUIRE((flag & ACL_HOST_REG_PINNED) == 0, ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
@@ -102,7 +103,7 @@ aclError register_range(const char* call, void* pointer, uint64_t size, uint32_t
               static_cast<unsigned long long>(size));
   bool is_pinned = sim::overlaps(memory().pinned, pointer, size);
   memory().registered[begin] = {size, (flag & ACL_HOST_REG_MAPPED) != 0, std::nullopt};
-  lock.unlock();  // pinning takes long, and several threads pin at once
+  lock.unlock();  // pinning is slow, and several threads pin in parallel
   if (is_pinned || sim::device::register_host(pointer, size)) return ACL_SUCCESS;
   lock.lock();
   memory().registered.erase(begin);

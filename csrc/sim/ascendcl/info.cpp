@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the device says about itself, and settings that change nothing here.
+// Information about the device, and settings without effect here.
 #include <acl/acl.h>
 #include <unistd.h>
 

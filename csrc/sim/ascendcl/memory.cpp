@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Device memory without virtual memory management: aclrtMalloc, and what the device has in total.
+// Device memory without virtual memory management: aclrtMalloc, and the device's total and free
+// memory.
 #include "state/memory.h"
 
 #include <acl/acl.h>

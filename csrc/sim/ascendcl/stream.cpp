@@ -158,7 +158,7 @@ aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* a
   return launch("aclrtLaunchHostFunc", stream, function, argument);
 }
 
-// The stream's own thread runs the callbacks; the thread that subscribes has nothing to do.
+// The stream's own thread runs the callbacks, so the subscribed thread has nothing to do.
 aclError aclrtSubscribeReport(uint64_t, aclrtStream) {
   SIM_CALL();
   return ACL_SUCCESS;

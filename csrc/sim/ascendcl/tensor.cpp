@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Descriptions of tensors and buffers, which the framework makes for compiled operators.
+// Descriptions of tensors and buffers, which the framework creates for compiled operators.
 #include "ascendcl/tensor.h"
 
 #include <acl/acl_op.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the framework says of a tensor that it hands to a compiled operator.
+// The framework's description of a tensor for a compiled operator.
 #pragma once
 
 #include <acl/acl.h>
@@ -13,7 +13,7 @@ struct aclTensorDesc {
   aclFormat format;
   std::vector<int64_t> sizes;
   std::string name;
-  // How it lies in memory.
+  // The layout in memory.
   aclFormat storage_format;
   std::vector<int64_t> storage_sizes;
 };

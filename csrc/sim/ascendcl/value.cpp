@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Numbers in device memory that streams write and wait for.
+// Values in device memory that streams write and wait for.
 #include <acl/acl.h>
 #include <time.h>
 

@@ -22,9 +22,9 @@ namespace {
 
 constexpr size_t kPage = 2 * kMiB;
 constexpr size_t kReserveLimit = 128 * kGiB;
-constexpr size_t kAddresses = 8192 * kGiB;  // of a process
+constexpr size_t kAddresses = 8192 * kGiB;  // per process
 
-// What is asked for as normal pages comes in huge ones too.
+// Normal pages are allocated as huge ones too.
 size_t granularity(aclrtMemAttr attribute) {
   switch (attribute) {
     case ACL_HBM_MEM_NORMAL:
@@ -83,8 +83,8 @@ aclError check_property(const char* call, const aclrtPhysicalMemProp* property) 
   return ACL_SUCCESS;
 }
 
-// A reservation belongs to the device whose memory was mapped into it first, even once all of it is
-// unmapped, and holds memory of this process or of others, not both.
+// A reservation belongs to the device whose memory was mapped into it first, even after everything
+// was unmapped. It holds memory of this process or imported memory, not both.
 aclError check_one_kind(const char* call, const std::pair<const char* const, Reservation>& range,
                         const Physical& physical) {
   const auto& [base, reservation] = range;
@@ -190,12 +190,12 @@ aclError aclrtFreePhysical(aclrtDrvMemHandle handle) {
   SIM_CONTEXT(context);
   (void)context;
   SIM_REQUIRE(handle != nullptr, ACL_ERROR_INVALID_PARAM, "%s: null handle", __func__);
-  std::shared_ptr<sim::Physical> physical;  // goes after the lock: it may take long
+  std::shared_ptr<sim::Physical> physical;  // freed after the lock, because that may be slow
   std::lock_guard<std::mutex> lock(memory().mutex);
   physical = sim::physicals().remove(handle);
   SIM_REQUIRE(physical != nullptr, ACL_ERROR_RT_INVALID_HANDLE,
               "%s: %p is not a handle, or was freed", __func__, handle);
-  return ACL_SUCCESS;  // what is still mapped is given back when it is unmapped
+  return ACL_SUCCESS;  // memory that is still mapped is freed when it is unmapped
 }
 
 aclError aclrtMapMem(void* address, size_t size, size_t offset, aclrtDrvMemHandle handle,
@@ -254,7 +254,7 @@ aclError aclrtUnmapMem(void* address) {
   return ACL_SUCCESS;
 }
 
-// The owning device has access from the start, other devices of the process too.
+// The owning device and the process's other devices have access from the start.
 aclError aclrtMemSetAccess(void* address, size_t size, aclrtMemAccessDesc* access, size_t count) {
   SIM_CALL();
   SIM_CONTEXT(context);

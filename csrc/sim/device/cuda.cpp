@@ -2,10 +2,10 @@
 //
 // A CUDA device under the simulated AscendCL, so that the allocator can be measured on hardware.
 //
-// AscendCL's virtual-memory calls map one to one onto CUDA's. It differs from the other device in
-// three points: new physical memory is not poisoned, which would cost time that is measured; memory
-// is not shared with other processes by key; and the streams of torch are not known here, so the
-// caller synchronises torch before it puts memory to sleep.
+// AscendCL's virtual-memory calls map one to one to CUDA's. This device differs from the other one
+// in three ways: new physical memory is not poisoned, which would distort measurements; memory
+// cannot be shared with other processes by key; and torch's streams are unknown here, so the caller
+// synchronises torch before memory sleeps.
 #include "device/cuda.h"
 
 namespace sim::device {
@@ -24,7 +24,7 @@ size_t round_up(size_t bytes) { return (bytes + kUnit - 1) / kUnit * kUnit; }
 
 CUdeviceptr pointer(void* address) { return reinterpret_cast<CUdeviceptr>(address); }
 
-// The driver's functions come from the driver that the runtime has loaded: nothing to link.
+// The driver's functions come from the library that the runtime has loaded, so nothing is linked.
 template <typename Function>
 Function driver(const char* name) {
   void* function = nullptr;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the two halves of the CUDA device share.
+// Shared by the two files of the CUDA device.
 #pragma once
 
 #include <cuda.h>
@@ -25,7 +25,7 @@ inline cudaMemcpyKind kind_of(Direction direction) {
   }
 }
 
-// For calls whose failure leaves the device unusable: says which, and aborts.
+// For calls whose failure leaves the device unusable: names the call and aborts.
 inline void require(cudaError_t error, const char* call) {
   if (error != cudaSuccess) fault("%s: %s", call, cudaGetErrorString(error));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Streams of the CUDA device: each is a CUDA stream. An event behind every piece of work tells how
-// far the stream has come, so that asking costs a query only while there is work in flight.
+// Streams of the CUDA device: each is a CUDA stream. An event after each piece of work shows the
+// stream's progress, so a check costs a query only while work is in flight.
 #include <sched.h>
 #include <time.h>
 
@@ -23,7 +23,7 @@ uint64_t clock_ns() {
   return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
 }
 
-// CUDA waits for ever or not at all. A negative timeout is not for here.
+// CUDA has no waits with a timeout. The timeout must not be negative here.
 template <typename Condition>
 bool poll(int64_t timeout_ms, Condition condition) {
   const uint64_t end = clock_ns() + static_cast<uint64_t>(timeout_ms) * 1000000u;
@@ -67,7 +67,7 @@ struct Stream {
   std::deque<Pending> pending;
   std::deque<cudaEvent_t> spare;
 
-  // Orders `launch` behind what was submitted before, and its event behind it.
+  // Runs `launch` after what was submitted before, and records its event.
   template <typename Launch>
   uint64_t submit(const char* call, Launch launch) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -88,7 +88,7 @@ struct Stream {
     return ticket;
   }
 
-  void collect() {  // with the mutex held
+  void collect() {  // the mutex must be held
     while (!pending.empty()) {
       const cudaError_t state = cudaEventQuery(pending.front().event);
       if (state == cudaErrorNotReady) return;
@@ -102,8 +102,8 @@ struct Stream {
 
 Stream* create_stream(int device) { return new Stream(device); }
 
-// CUDA finishes the work of a destroyed stream. The object stays: a late question about it may
-// still come, and there are few.
+// CUDA finishes the work of a destroyed stream. The object is kept, because it may still be
+// queried, and there are few.
 void destroy_stream(Stream* stream) {
   cuda::use(stream->device);
   cudaStreamDestroy(stream->queue);

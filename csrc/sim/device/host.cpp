@@ -4,8 +4,8 @@
 //
 // Physical memory is a private mapping of a small file full of poison: a page costs nothing until
 // it is written, and reads as poison until then. Mapping and unmapping move the pages between the
-// reservation and a hidden place of their own, so content follows the handle. Shared memory is an
-// ordinary memfd instead, filled when it becomes shared.
+// reservation and a hidden place, so content follows the handle. Shared memory is an ordinary memfd
+// instead, which is filled when the memory becomes shared.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -27,7 +27,7 @@ namespace sim::device {
 
 struct Physical {
   size_t bytes;
-  char* place = nullptr;  // where its pages are mapped now, in a reservation or hidden
+  char* place = nullptr;  // where its pages are mapped now: in a reservation, or hidden
   bool hidden = false;
   int shared_file = -1;
 };
@@ -72,7 +72,7 @@ bool map_poison(char* address, size_t bytes) {
   });
 }
 
-// The old range stays mapped throughout: no other thread can be given it by the kernel meanwhile.
+// The old range stays mapped all the time, so that the kernel cannot give it to another thread.
 bool move_pages(char* to, char* from, size_t bytes) {
   bool moved = for_each_piece(bytes, [&](size_t offset, size_t piece) {
     int flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP;
@@ -190,7 +190,8 @@ Physical* open_shared(int, uint64_t key, size_t* bytes) {
   return memory;
 }
 
-// Page-locked memory is there at once, with any content, and a forked child has none of it.
+// Page-locked memory is allocated at once with arbitrary content, and a forked child does not
+// inherit it.
 void* allocate_host(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Streams of the host device: a queue each, worked off by a thread that exists only while there
-// is work or was a moment ago. Everything outlives the process's exit: threads may be running then.
+// Streams of the host device: each is a queue with a thread that exists only while there is work,
+// and a moment longer. Nothing is destroyed at the process's exit, because threads may still be
+// running.
 #include <pthread.h>
 #include <signal.h>
 #include <time.h>

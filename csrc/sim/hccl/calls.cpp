@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Collective communication: the calls that move data. Each checks its arguments and puts the work
-// on the stream.
+// Collective communication: the calls that move data. Each checks its arguments and submits the
+// work to the stream.
 #include "hccl/calls.h"
 
 #include <cstring>
@@ -209,7 +209,7 @@ HcclResult HcclAlltoAllV(const void* from, const void* from_counts, const void* 
                          Layout::given(to, to_type, group->ranks(), to_counts, to_offsets), stream);
 }
 
-// matrix[i][j] elements go from rank i to rank j; each rank's lie one behind the other.
+// matrix[i][j] elements go from rank i to rank j; each rank's elements are contiguous.
 HcclResult HcclAlltoAllVC(const void* from, const void* matrix, HcclDataType from_type,
                           const void* to, HcclDataType to_type, HcclComm comm, aclrtStream stream) {
   HCCL_FIND(group, comm);
@@ -263,7 +263,7 @@ HcclResult HcclGroupStart() {
   return HCCL_SUCCESS;
 }
 
-// Starts what the group collected, all items of a communicator and stream at once.
+// Starts the collected calls of the group, all items of a communicator and stream at once.
 HcclResult HcclGroupEnd() {
   HCCL_CALL();
   if (t_depth == 0) return refuse(HCCL_E_PARA, __func__, "no group was started");

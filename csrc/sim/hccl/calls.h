@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the exported calls of the simulated HCCL share.
+// Shared by the exported calls of the simulated HCCL.
 #pragma once
 
 #include <string>
@@ -12,7 +12,7 @@ namespace sim::hccl {
 
 Handles<Communicator>& communicators();
 
-// Keeps "call: reason" as the recent message and returns the code.
+// Stores "call: reason" as the recent message and returns the code.
 HcclResult refuse(HcclResult code, const char* call, const std::string& reason);
 
 }  // namespace sim::hccl
@@ -20,11 +20,11 @@ HcclResult refuse(HcclResult code, const char* call, const std::string& reason);
 #define HCCL_CALL() \
   if (int refused = npuSimEnterCall(__func__)) return static_cast<HcclResult>(refused)
 
-// HCCL answers a call of no elements at once, and the other ranks do not hear of it.
+// HCCL returns at once from a call with no elements; the other ranks do not notice it.
 #define HCCL_SKIP_EMPTY(count) \
   if ((count) == 0) return HCCL_SUCCESS
 
-// Counts the call and finds the communicator that it names.
+// Counts the call and finds its communicator.
 #define HCCL_FIND(group, comm)                                                             \
   HCCL_CALL();                                                                             \
   auto group = ::sim::hccl::communicators().find(comm);                                    \

@@ -9,7 +9,7 @@
 namespace sim::hccl {
 namespace {
 
-constexpr size_t kSmall = size_t{64} << 10;  // bytes up to which every rank gets everything
+constexpr size_t kSmall = size_t{64} << 10;  // up to this size every rank gets all data
 
 Header header_of(Kind kind, HcclDataType type, uint64_t outgoing, uint64_t incoming) {
   return {kHeaderMagic, kind, type, HCCL_REDUCE_RESERVED, 0, outgoing, incoming};
@@ -22,8 +22,8 @@ void agree(Communicator& group, const Header& header) {
   group.agree(headers);
 }
 
-// Receives the same number of bytes from every other rank, and sends some. Where each rank's are,
-// the own ones at `own`.
+// Receives the same number of bytes from every other rank, and sends some. Returns where each
+// rank's are; this rank's are at `own`.
 std::vector<const void*> collect(Communicator& group, const void* own, size_t bytes,
                                  std::vector<char>& room,
                                  const std::vector<Communicator::Piece>& outgoing) {
@@ -59,7 +59,7 @@ void move(void* to, const void* from, size_t bytes) {
   if (bytes > 0 && to != from) std::memmove(to, from, bytes);
 }
 
-// Each rank reduces its slice, then everybody gets all slices.
+// Each rank reduces its slice, then all ranks get all slices.
 void reduce_in_slices(Communicator& group, const void* from, void* to, uint64_t count,
                       HcclDataType type, HcclReduceOp operation) {
   Layout inputs = Layout::even(from, type, group.ranks(), count / group.ranks());
@@ -194,7 +194,7 @@ void barrier(Communicator& group) {
   agree(group, header_of(Kind::kBarrier, HCCL_DATA_TYPE_INT8, 0, 0));
 }
 
-// The receiver alone learns the header: a sender does not wait for it.
+// Only the receiver gets the header, because a sender does not wait for it.
 void send_and_receive(Communicator& group, const std::vector<HcclSendRecvItem>& items) {
   std::vector<Header> headers(items.size());
   std::vector<Header> received(items.size());

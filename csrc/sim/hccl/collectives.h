@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What each collective does on one rank. All run on a stream's thread and throw Failure.
+// A rank's part in each collective. All run on a stream's thread and throw Failure.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace sim::hccl {
 
-// Elements from or to each rank, and where they are.
+// The number of elements from or to each rank, and where they are.
 struct Layout {
   char* base;
   HcclDataType type;

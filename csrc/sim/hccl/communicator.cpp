@@ -17,7 +17,7 @@ namespace {
 constexpr std::chrono::seconds kLeaveTimeout{10};
 constexpr size_t kPiece = size_t{1} << 20;
 
-// What the root answers to a rank that joins.
+// The root's answer to a joining rank.
 struct Answer {
   HcclResult code;
   uint32_t about;  // the rank that the code is about
@@ -110,7 +110,7 @@ Hello Communicator::hello(Purpose purpose) const {
 
 void Communicator::meet(const Address& root, Deadline deadline) {
   if (own_address().port == 0) throw Failure{HCCL_E_TCP_CONNECT, "cannot listen on this host"};
-  // The rank in the process that made the root info is the root, unless it joined already.
+  // The rank in the process that created the root info is the root, unless it has joined already.
   static std::mutex mutex;
   static auto* served = new std::map<uint64_t, bool>;
   bool serves = false;
@@ -121,7 +121,7 @@ void Communicator::meet(const Address& root, Deadline deadline) {
   serves ? serve(deadline) : ask(root, deadline);
 }
 
-// Waits for all ranks and tells each the addresses of all.
+// Waits for all ranks and sends each the addresses of all.
 void Communicator::serve(Deadline deadline) {
   std::vector<std::unique_ptr<Arrival>> arrivals(ranks_);
   std::map<uint64_t, uint32_t> devices = {{npuSimDeviceKey(), rank_}};
@@ -196,7 +196,7 @@ void Communicator::connect(Deadline deadline) {
   }
 }
 
-// Work of a communicator, which a graph may run again and again.
+// Work of a communicator, which a graph may run many times.
 struct Communicator::Turns {
   std::weak_ptr<Communicator> communicator;
   std::string name;  // of the communicator
@@ -208,7 +208,7 @@ struct Communicator::Turns {
     uint64_t number;
   };
   std::mutex mutex;
-  std::deque<Turn> waiting;  // given to streams, not run yet
+  std::deque<Turn> waiting;  // submitted to streams, not run yet
 
   void take() {
     auto alive = communicator.lock();
@@ -273,7 +273,7 @@ int Communicator::run(uint64_t turn, const std::string& call, const Work& work) 
   if (failure.code != HCCL_SUCCESS && failure_.code == HCCL_SUCCESS) {
     failure_ = {failure.code, call + " on rank " + std::to_string(rank_) + " of communicator " +
                                   name() + ": " + failure.reason};
-    // The other ranks wait for this one: let them know.
+    // The other ranks wait for this one, so tell them.
     for (Socket& peer : peers_) shutdown(peer.file(), SHUT_RDWR);
   }
   ++finished_;
@@ -333,7 +333,7 @@ void Communicator::agree(const std::map<uint32_t, Header>& headers) {
   exchange(outgoing, incoming);
 }
 
-// Moves as much as goes without waiting.
+// Moves as much as possible without waiting.
 void Communicator::advance(uint32_t rank, std::vector<Piece>& pieces, size_t& next,
                            bool outgoing) const {
   int file = peers_[rank].file();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One rank's side of a communicator: a connection to every other rank, and the operations on them.
+// A rank's side of a communicator: a connection to every other rank, and the operations on them.
 #pragma once
 
 #include <atomic>
@@ -18,7 +18,7 @@
 
 namespace sim::hccl {
 
-// Why an operation, or the making of a communicator, failed.
+// Why an operation or the creation of a communicator failed.
 struct Failure {
   HcclResult code = HCCL_SUCCESS;
   std::string reason;
@@ -31,7 +31,7 @@ struct Options {
   std::chrono::seconds execute_timeout;
 };
 
-// What the ranks of one operation must agree on.
+// What the ranks of an operation must agree on.
 enum class Kind : uint32_t {
   kAllReduce = 1,
   kReduceScatter,
@@ -53,18 +53,18 @@ struct Header {
   HcclDataType type;
   HcclReduceOp operation;
   uint32_t root;
-  uint64_t outgoing;  // elements from the rank that sends this header to the one that gets it
-  uint64_t incoming;  // elements that it expects from there
+  uint64_t outgoing;  // elements from the sender of this header to its receiver
+  uint64_t incoming;  // elements that the sender expects from the receiver
 };
 
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   using Work = std::function<void(Communicator&)>;
 
-  // Meets the other ranks at the root. Throws Failure.
+  // Connects to the other ranks through the root. Throws Failure.
   Communicator(uint64_t key, uint32_t ranks, uint32_t rank, const Options& options,
                const Address& root);
-  // Of some ranks of `parent`, in this order.
+  // Of these ranks of `parent`, in this order.
   Communicator(const Communicator& parent, uint64_t id, const std::vector<uint32_t>& members,
                uint32_t rank, const Options& options);
   ~Communicator();
@@ -73,28 +73,28 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   uint32_t ranks() const { return ranks_; }
   uint32_t rank() const { return rank_; }
 
-  // Puts the work behind what the stream has to do; work of one communicator runs in the order of
-  // these calls, whatever the streams. A Failure that it throws breaks the communicator.
+  // Appends the work to the stream. The work of a communicator runs in the order of these calls, on
+  // whatever streams. A Failure that it throws breaks the communicator.
   HcclResult launch(const char* call, aclrtStream stream, const std::vector<npuSimRange>& touched,
                     Work work);
 
-  // What broke it, or that another rank is gone; HCCL_SUCCESS: nothing.
+  // What broke it, or that another rank is gone; otherwise HCCL_SUCCESS.
   HcclResult state();
   void suspend(bool suspended) { suspended_ = suspended; }
-  void leave();  // finishes what can be finished in a few seconds, then ends the rest
+  void leave();  // finishes what can finish within a few seconds, then aborts the rest
 
-  // --- Of the work ---
+  // --- For the work ---
 
-  // Compares the header with that of every rank in `headers`, to which it is sent.
+  // Sends the header to every rank in `headers`, and compares it with theirs.
   void agree(const std::map<uint32_t, Header>& headers);
 
   struct Piece {
     uint32_t rank;
     void* data;
     size_t bytes;
-    const Header* expected = nullptr;  // of an incoming header: what it must match
+    const Header* expected = nullptr;  // what an incoming header must match
   };
-  // Sends and receives at the same time, to and from each rank in the order given.
+  // Sends and receives at the same time; for each rank in the given order.
   void exchange(const std::vector<Piece>& outgoing, const std::vector<Piece>& incoming);
 
  private:
@@ -128,7 +128,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::atomic<bool> leaving_{false};
 };
 
-// A number for a new communicator that no other has.
+// A unique number for a new communicator.
 uint64_t new_key();
 
 }  // namespace sim::hccl

@@ -26,8 +26,8 @@ namespace {
 constexpr uint64_t kMagic = 0x6c63636869732d6e;
 constexpr std::chrono::seconds kHelloTimeout{10};
 
-// As HCCL chooses it: the address in HCCL_IF_IP, else that of the interface named in
-// HCCL_SOCKET_IFNAME. Without either this host only: a simulator listens to nobody else unasked.
+// As in HCCL, the address in HCCL_IF_IP, or that of the interface in HCCL_SOCKET_IFNAME. Without
+// either, the loopback address, so that the simulator is not reachable from other hosts by default.
 uint32_t host_ip() {
   in_addr ip;
   const char* address = std::getenv("HCCL_IF_IP");
@@ -60,7 +60,7 @@ void set_up(int file) {
   fcntl(file, F_SETFL, fcntl(file, F_GETFL) | O_NONBLOCK);
 }
 
-// Connections that arrived and that nobody has taken yet. Never destroyed: its threads outlive
+// Accepted connections that have not been used yet. Never destroyed, because its threads outlive
 // main.
 class Endpoint {
  public:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How the ranks of a communicator find and reach each other: TCP, one listening socket a process.
+// How the ranks of a communicator find and connect to each other: TCP, one listening socket per
+// process.
 #pragma once
 
 #include <chrono>
@@ -43,13 +44,13 @@ struct Hello {
   uint32_t rank;
   uint32_t ranks;
   Address address;  // of the rank that connects
-  uint64_t device;  // that it uses, unlike that of every other rank
+  uint64_t device;  // the key of its device, different for each rank
 };
 
-// Where this process listens; opened at the first call. Port 0: it could not be opened.
+// The address where this process listens; opened at the first call. Port 0 if that failed.
 Address own_address();
 
-// Connects and says hello. Negative file: nobody listens there, or not before the deadline.
+// Connects and says hello. A negative file if nothing listens there before the deadline.
 Socket connect_to(const Address& address, const Hello& hello, Deadline deadline);
 
 struct Arrival {
@@ -57,13 +58,13 @@ struct Arrival {
   Socket socket;
 };
 
-// Waits for the next connection for this communicator; of this rank alone unless `any_rank`.
-// Null: not before the deadline.
+// Waits for the next connection for this communicator, only from this rank unless `any_rank`. Null
+// if none comes before the deadline.
 constexpr uint32_t any_rank = UINT32_MAX;
 std::unique_ptr<Arrival> take_arrival(uint64_t key, Purpose purpose, uint32_t rank,
                                       Deadline deadline);
 
-// Blocking, whole. False: the other side is gone, or not before the deadline.
+// Blocks until all bytes are moved. False if the other side is gone, or after the deadline.
 bool send_all(int file, const void* data, size_t bytes, Deadline deadline);
 bool receive_all(int file, void* data, size_t bytes, Deadline deadline);
 

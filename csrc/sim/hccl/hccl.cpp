@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Collective communication: the calls that make, describe and end communicators. What moves data is
-// in hccl/calls.cpp.
+// Collective communication: the calls that create, describe and destroy communicators. Those that
+// move data are in hccl/calls.cpp.
 #include "third_party/hccl/inc/hccl/hccl.h"
 
 #include <cstdlib>
@@ -43,7 +43,7 @@ size_t number(const char* name, size_t otherwise) {
   return value > 0 ? value : otherwise;
 }
 
-// What the configuration sets, else the environment, else what HCCL's documentation says.
+// From the configuration, else from the environment, else HCCL's documented default.
 Options options_of(const HcclCommConfig* config, uint64_t key) {
   Options options;
   options.name = config == nullptr ? "" : config->hcclCommName;

@@ -29,7 +29,7 @@ struct Bfloat16 {
   }
 };
 
-// Integers wrap, as hardware's do: they are added and multiplied without sign.
+// Integers wrap as on hardware: they are added and multiplied as unsigned.
 template <typename Sum>
 Sum combine(Sum a, Sum b, HcclReduceOp operation) {
   if (operation == HCCL_REDUCE_MAX) return a != a ? a : b > a || b != b ? b : a;

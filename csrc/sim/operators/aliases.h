@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The arguments of one call of an operator as another backend's tensors, and the way back.
+// Converts the arguments of an operator's call to another backend's tensors, and the results back.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -12,19 +12,19 @@
 
 namespace sim::operators {
 
-// Tensors of the device as tensors of the CPU over the same memory, or of `meta`, which have none.
-// Those that share a storage share one here.
+// Device tensors as CPU tensors over the same memory, or as meta tensors, which have none. Tensors
+// that share a storage also share one here.
 class Aliases {
  public:
   Aliases(c10::DispatchKey key, bool resizable) : key_(key), resizable_(resizable) {}
 
-  void replace(torch::jit::Stack& stack);  // tensors of the device, alone and in lists
+  void replace(torch::jit::Stack& stack);  // device tensors, also in lists
 
-  // The tensor of the device that a result stands for: an argument, or a view of one; undefined:
-  // it is new.
+  // The device tensor for a result: an argument or a view of one, or undefined if the result is
+  // new.
   at::Tensor original_of(const at::Tensor& result) const;
 
-  // Gives those whose alias an operator resized its sizes. Answers with the pairs.
+  // Resizes device tensors whose alias an operator has resized. Returns the pairs.
   struct Alias {
     at::Tensor original;
     at::Tensor alias;
@@ -32,11 +32,11 @@ class Aliases {
   };
   std::vector<Alias> follow_resizes() const;
 
-  void read() const;   // of those in tiles, before a kernel
-  void write() const;  // back, behind a kernel that wrote
+  void read() const;   // tensors in tiles, before a kernel
+  void write() const;  // tensors in tiles, after a kernel has written
   std::vector<npuSimRange> ranges() const;
 
-  // Of the CPU's side alone, for a kernel that runs when the originals may be gone.
+  // Only the CPU side, for a kernel that may run after the originals are gone.
   std::vector<StorageOnCpu> storages() const;
 
  private:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Copies. Between host and device the framework's own kernel runs, so that the runtime sees the
-// copy, its direction and its stream; everything that also converts or rearranges runs on the CPU.
+// Copies. Between host and device the framework's own kernel runs, so that the runtime gets the
+// copy with its direction and stream. Copies that also convert or rearrange run on the CPU.
 #include <ATen/ops/_to_copy_native.h>
 
 #include "operators/cost.h"
@@ -36,7 +36,7 @@ void copy_on_device(const at::Tensor& to, const at::Tensor& from) {
          [target, source] { copy_on_cpu(target.on_cpu(), source.on_cpu()); });
 }
 
-// Converts on the host, for which it waits.
+// Converts on the host, so it waits.
 void copy_across(const at::Tensor& to, const at::Tensor& from) {
   const Operand device(is_on_device(to) ? to : from);
   drain(is_on_device(to) ? to.device() : from.device());
@@ -49,7 +49,7 @@ void copy_across(const at::Tensor& to, const at::Tensor& from) {
   }
 }
 
-// As a graph can do it: what has to be converted is converted on the device.
+// For a graph: converts on the device.
 void record_copy_across(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (is_on_device(to)) {
     at::Tensor staged = at::empty(from.sizes(), from.options().device(to.device()));

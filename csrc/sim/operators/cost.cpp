@@ -42,7 +42,7 @@ constexpr Types BOOL = bit(at::kBool);
 constexpr Types kFloats = F | H | B;
 constexpr Types kIntegers = I8 | I16 | I32 | I64 | U8 | U16 | U32 | U64;
 constexpr Types kNone = 0;
-constexpr Types kLargeTypes = F64 | C64 | C128;  // no vector or cube unit of a 910B has them
+constexpr Types kLargeTypes = F64 | C64 | C128;  // not supported by a 910B's vector or cube units
 constexpr Types kSmallTypes = ~kLargeTypes;
 
 constexpr int64_t kFewProbabilities = 5000;
@@ -52,8 +52,8 @@ struct Group {
   const char* names;  // without `aten::` and without the `_` of in-place forms
 };
 
-// The lists of the 910B (DAV_2201) in CANN's op_api, August 2026, by file. Where an aclnn function
-// casts first, what it casts to decides.
+// The lists of the 910B (DAV_2201) in CANN's op_api, August 2026, by file. If an aclnn function
+// casts first, the target type decides.
 const Group kGroups[] = {
     // ops-math: math/add, sub, axpy, mul
     {{kFloats | I32 | I64 | I8 | U8 | BOOL | C64, AiCore::kOperands}, "add sub rsub mul"},
@@ -139,7 +139,7 @@ const std::unordered_map<std::string, AiCore>& rules() {
   return *once;
 }
 
-// `self` is made contiguous first, and what is written in place is copied back.
+// `self` is made contiguous first, and in-place results are copied back.
 bool makes_contiguous(const std::string& base) {
   static const std::set<std::string> indexing = {
       "index",          "index_put",    "_index_put_impl", "index_select",
@@ -149,7 +149,7 @@ bool makes_contiguous(const std::string& base) {
   return indexing.count(base) != 0;
 }
 
-// What the operator and its in-place form have in common.
+// The common name of the operator and its in-place form.
 std::string base_name(const std::string& name) {
   std::string base = name.substr(name.find("::") + 2);
   bool in_place = base.size() > 1 && base.back() == '_' && base[base.size() - 2] != '_';
@@ -161,7 +161,7 @@ int place_of(const c10::FunctionSchema& schema, const char* name) {
   return found.has_value() ? *found : -1;
 }
 
-// The place of `out`, or of `self` in place, -1: new memory is written.
+// The position of `out`, or of `self` for in-place forms; -1 if new memory is written.
 int written_by(const c10::FunctionSchema& schema) {
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const auto* aliasing = schema.arguments()[i].alias_info();
@@ -175,14 +175,14 @@ uint64_t bytes_to_rearrange(const IValue& value) {
   return value.toTensor().numel() * value.toTensor().element_size();
 }
 
-// Of metadata and addresses alone.
+// Operators on metadata and addresses only.
 bool is_view(const c10::FunctionSchema& schema) {
   if (schema.returns().empty()) return false;
   const auto* aliasing = schema.returns()[0].alias_info();
   return aliasing != nullptr && !aliasing->isWrite();
 }
 
-// Undefined: there is none.
+// Undefined if there is none.
 at::Tensor first_tensor(const Stack& arguments) {
   for (const IValue& value : arguments) {
     if (value.isTensor() && value.toTensor().defined()) return value.toTensor();
@@ -219,7 +219,7 @@ std::vector<std::pair<size_t, at::Tensor>> indices_of(const Stack& arguments) {
   return given;
 }
 
-// Masks become indices by `nonzero` beforehand, of one shape each.
+// Masks are first converted by `nonzero` to indices of the same shape.
 bool are_regular(const std::vector<std::pair<size_t, at::Tensor>>& indices) {
   for (size_t i = 1; i < indices.size(); ++i) {
     const at::Tensor& index = indices[i].second;
@@ -230,7 +230,7 @@ bool are_regular(const std::vector<std::pair<size_t, at::Tensor>>& indices) {
   return true;
 }
 
-// A mask and one value: the framework fills instead.
+// With a single mask and value, the framework uses a fill instead.
 bool fills(const Stack& arguments, const std::vector<std::pair<size_t, at::Tensor>>& indices) {
   return indices.size() == 1 && is_mask(indices[0].second) && !arguments[3].toBool() &&
          arguments[2].toTensor().numel() == 1;
@@ -267,7 +267,7 @@ void count(npuSimOperator* counter, bool on_ai_cpu, uint64_t hidden_copy_bytes) 
   TORCH_CHECK(code == 0, aclGetRecentErrMsg());
 }
 
-// math/cast: what one type is cast to on the AI Core.
+// math/cast: the types to which each type is cast on the AI Core.
 Types cast_from(ScalarType type) {
   switch (type) {
     case at::kHalf:
@@ -301,7 +301,7 @@ bool copies_on_ai_cpu(const at::Tensor& to, const at::Tensor& from) {
   if (to.scalar_type() != from.scalar_type() && is_on_device(to) == is_on_device(from)) {
     return (cast_from(from.scalar_type()) & bit(to.scalar_type())) == 0;
   }
-  // Bytes that lie one after the other are copied without a kernel.
+  // Contiguous bytes are copied without a kernel.
   bool rearranges = !to.is_contiguous() || !from.is_contiguous();
   return rearranges && (bit(to.scalar_type()) & kLargeTypes) != 0;
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What operators cost beyond their work: which run on the AI CPU of a 910B, which copy their
-// argument first, for which the host waits. The rules and their sources are in README.md, "Costs of
-// operators".
+// The costs of operators besides their work: which run on the AI CPU of a 910B, which copy their
+// argument first, and for which the host waits. The rules and their sources are in README.md,
+// "Costs of operators".
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -13,21 +13,21 @@
 
 namespace sim::operators {
 
-// Types of elements, a bit for each.
+// A set of element types, one bit each.
 using Types = uint64_t;
 
-// What decides for an operator whether it runs on the AI Core.
+// What decides whether an operator runs on the AI Core.
 struct AiCore {
   enum Decides {
     kSelf,        // the type of the first tensor
-    kOperands,    // what the first two arguments are promoted to
-    kChoices,     // likewise the second and the third
-    kSum,         // the type to sum up in, of integers int64
-    kResult,      // the type that is asked for
-    kSort,        // as kSelf, and that the sorted dimension is longer than 1
-    kNonzero,     // as kSelf, and that there is a dimension
-    kIndices,     // as kSelf, and indices of one shape beside each other
-    kIndexPut,    // as kIndices, and how much is written
+    kOperands,    // the promoted type of the first two arguments
+    kChoices,     // the promoted type of the second and third argument
+    kSum,         // the type of the sum, int64 for integers
+    kResult,      // the requested type
+    kSort,        // as kSelf, and the sorted dimension must be longer than 1
+    kNonzero,     // as kSelf, and there must be a dimension
+    kIndices,     // as kSelf, and indices must have one shape and adjacent dimensions
+    kIndexPut,    // as kIndices, and the amount that is written
     kMultinomial  // whether there are more than 5000 probabilities
   };
 
@@ -35,7 +35,7 @@ struct AiCore {
   Decides decides;
 };
 
-// Of one operator, worked out once.
+// The costs of one operator, computed once.
 class Cost {
  public:
   explicit Cost(const c10::OperatorHandle& op);
@@ -49,9 +49,9 @@ class Cost {
   uint64_t hidden_copy_bytes(const torch::jit::Stack& arguments) const;
   int waits(const torch::jit::Stack& arguments) const;
 
-  npuSimOperator* counter_ = nullptr;  // null: nothing is launched
+  npuSimOperator* counter_ = nullptr;  // null if nothing is launched
   AiCore ai_core_;
-  int dtype_ = -1;        // place among the arguments, -1: none
+  int dtype_ = -1;        // position among the arguments, or -1
   int dim_ = -1;          // likewise
   int output_size_ = -1;  // likewise
   int written_ = -1;      // likewise
@@ -59,7 +59,7 @@ class Cost {
   Waits waits_ = Waits::kNever;
 };
 
-// The kernel of an operator, for as long as it runs.
+// Exists while an operator's kernel runs.
 struct RunningKernel {
   const bool outermost = npuSimEnterKernel() != 0;
 
@@ -69,13 +69,13 @@ struct RunningKernel {
   RunningKernel& operator=(const RunningKernel&) = delete;
 };
 
-// A call of an operator on the device, for as long as its kernel runs. Nothing is counted that
-// another operator's kernel calls.
+// Exists while a call's kernel runs on the device. Operators that another operator's kernel calls
+// are not counted.
 class Launch {
  public:
   explicit Launch(const Cost& cost) : cost_(cost) {}
 
-  // Counts it, and waits where the framework waits for the result. Throws what AscendCL refuses.
+  // Counts the launch, and waits if the framework waits for the result. Throws AscendCL's refusals.
   void start(c10::Device device, const torch::jit::Stack& arguments) const;
 
  private:
@@ -83,7 +83,7 @@ class Launch {
   const RunningKernel kernel_;
 };
 
-// Of a copy that the framework would not leave to AscendCL alone.
+// For a copy that AscendCL alone cannot do.
 class CopyLaunch {
  public:
   CopyLaunch(const at::Tensor& to, const at::Tensor& from, bool non_blocking);
@@ -92,7 +92,7 @@ class CopyLaunch {
   const RunningKernel kernel_;
 };
 
-// The kernel, with its launches counted.
+// Wraps the kernel so that its launches are counted.
 c10::KernelFunction counted(const c10::OperatorHandle& op, c10::KernelFunction kernel);
 
 }  // namespace sim::operators

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs any operator on the CPU over device memory: arguments become tensors of the CPU that alias
-// the device's memory, results become tensors of the device. Where the stream captures, the call is
-// left to the graph, and the sizes of its results come from the operator's meta kernel.
+// Runs any operator on the CPU over device memory: arguments become CPU tensors that alias the
+// device's memory, and results become device tensors. If the stream captures, the call is added to
+// the graph, and the operator's meta kernel gives the sizes of its results.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <algorithm>
@@ -36,7 +36,7 @@ struct Shape {
       if (argument.name() == "device") device = static_cast<int>(i);
     }
     returns = !schema.returns().empty();
-    // Indices and the sources of copies may lie elsewhere than the tensor itself.
+    // Indices and the sources of copies may be on another device than the tensor itself.
     mixes_devices = name.find("index") != std::string::npos || name == "aten::where";
   }
 
@@ -57,7 +57,7 @@ void each_tensor(const IValue& value, Function function) {
   }
 }
 
-// Every tensor of the stack, alone or in a list, becomes what the function makes of it.
+// Applies the function to every tensor on the stack, also in lists.
 template <typename Function>
 void replace_tensors(Stack& stack, Function function) {
   for (IValue& value : stack) {
@@ -122,7 +122,7 @@ class Call {
     replace_tensors(stack_, [&](const at::Tensor& result) { return back(aliases, result); });
   }
 
-  // Results are what the meta kernel says; the kernel of the CPU runs when the graph does.
+  // Results have the meta kernel's sizes; the CPU kernel runs when the graph executes.
   void run_in_graph() {
     if (needs_host_memory()) drain(*device_);  // for a copy, which a capture refuses
     Stack results = results_of_graph();
@@ -187,7 +187,7 @@ class Call {
     return needed;
   }
 
-  // A number of the host is an argument of the kernel, which the graph keeps.
+  // A host scalar is an argument of the kernel, which the graph keeps.
   static at::Tensor keep_number(const at::Tensor& argument) {
     if (!argument.defined() || !argument.is_cpu()) return argument;
     at::Tensor number = argument.clone();
@@ -196,7 +196,7 @@ class Call {
     return number;
   }
 
-  // The results, in the memory where the graph has them.
+  // Copies the results to the memory that the graph has for them.
   static void put(const Stack& results, const Stack& written) {
     for (size_t i = 0; i < written.size(); ++i) {
       std::vector<at::Tensor> from, to;
@@ -244,7 +244,7 @@ class Call {
   void note_device_option(c10::Device wanted) {
     if (wanted.type() == kDevice) {
       device_ = wanted.has_index() ? wanted : c10::Device(kDevice, current_device());
-      elements_ = kParallelElements;  // a factory: unknown, threads decide by themselves
+      elements_ = kParallelElements;  // unknown for a factory
     } else {
       stays_on_cpu_ = true;
     }
@@ -306,7 +306,7 @@ class CpuKernel final : public c10::OperatorKernel {
 
   void operator()(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
     size_t base = stack->size() - arguments_;
-    // Results are told from what lies below them on the stack.
+    // The stack may hold other values below the results.
     Stack own(std::make_move_iterator(stack->begin() + base),
               std::make_move_iterator(stack->end()));
     stack->resize(base);

@@ -14,7 +14,7 @@
 namespace sim::operators {
 namespace {
 
-// With what the framework has queued for it handed to the runtime.
+// The current stream, after the framework's queue has been flushed.
 aclrtStream current_stream(c10::Device device) {
   return c10_npu::getCurrentNPUStream(device.index()).stream();
 }
@@ -24,7 +24,7 @@ struct Kernel {
   std::function<void()> run;
 };
 
-// What an operator throws on the device's own time, hardware reports as an exception of its cores.
+// If an operator throws while it runs on the device, hardware reports an exception of its cores.
 int run_kernel(void* argument) {
   auto* kernel = static_cast<Kernel*>(argument);
   try {
@@ -39,8 +39,8 @@ int run_kernel(void* argument) {
   }
 }
 
-// Kernels written in Python need the GIL, which a thread that waits for them may hold: on hardware
-// no kernel needs it.
+// Kernels written in Python need the GIL, which a waiting thread may hold. On hardware no kernel
+// needs it.
 void* release_gil() {
   return Py_IsInitialized() != 0 && PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr;
 }

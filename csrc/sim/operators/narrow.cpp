@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products of few rows with a 16-bit weight matrix, as in decoding: the weights are read once and
-// widened in registers, so the speed is that of memory. A sum is the same for every row count.
+// Products of few rows with a 16-bit weight matrix, as in decoding. The weights are read once and
+// widened in registers, so the product is as fast as memory. Sums do not depend on the number of
+// rows.
 #include "operators/narrow.h"
 
 #include <ATen/Parallel.h>
@@ -9,7 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
-// Clones for the vector units that processors have; the library itself runs anywhere.
+// Clones for different vector units; the library itself runs on any processor.
 #define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 
 namespace sim::operators {
@@ -28,7 +29,7 @@ inline __attribute__((always_inline)) Floats widen(const uint16_t* from) {
   std::memcpy(&halves, from, sizeof(halves));
   Words bits = __builtin_convertvector(halves, Words);
   if (kBrain) return reinterpret_cast<Floats>(bits << 16);
-  // The fp16 exponent is 112 less; all ones (infinities and NaNs) must stay all ones.
+  // The fp16 exponent is 112 less. An exponent of all ones (infinity, NaN) must stay all ones.
   Words magnitude = (bits & 0x7fffu) << 13;
   Floats scaled = reinterpret_cast<Floats>(magnitude) * 0x1p112f;
   Words special = reinterpret_cast<Words>((bits & 0x7c00u) == 0x7c00u);

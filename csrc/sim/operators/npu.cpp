@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Operators of the framework's own namespace that ordinary code reaches.
+// Operators in the framework's own namespace that ordinary code calls.
 #include "operators/operators.h"
 
 namespace sim::operators {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decides, operator by operator, who serves a call on the device when the library is loaded.
+// When the library is loaded, decides for each operator what runs its calls on the device.
 #include "operators/operators.h"
 
 #include <c10/util/Exception.h>
@@ -16,10 +16,10 @@ namespace {
 using c10::DispatchKey;
 using c10::OperatorHandle;
 
-// A backend without kernels of its own: what it would run is the operator's composite form.
+// A backend without kernels: it runs the operator's composite form.
 constexpr auto kUnusedBackend = DispatchKey::XLA;
 
-// Allocation, views and metadata: the framework's own kernels only touch addresses and sizes.
+// Allocation, views and metadata: the framework's own kernels only use addresses and sizes.
 bool is_native(const std::string& name) {
   static const std::set<std::string> native = {"as_strided",
                                                "as_strided_",
@@ -60,14 +60,14 @@ bool starts_with_any(const std::string& name, std::initializer_list<const char*>
   return false;
 }
 
-// Kernels of the CPU alone that make tensors of kinds the device does not have.
+// CPU kernels that create kinds of tensors which the device does not have.
 bool is_foreign(const std::string& name) {
   return starts_with_any(
       name, {"_nested", "quantize", "quantized", "mkldnn", "to_mkldnn", "_empty",
              "_efficientzerotensor", "from_file", "_to_sparse", "_make_per", "_test", "_foobar"});
 }
 
-// Runs the kernel that the operator has under another key.
+// Runs the operator's kernel of another dispatch key.
 class Forward final : public c10::OperatorKernel {
  public:
   Forward(const OperatorHandle& op, DispatchKey key)
@@ -107,13 +107,13 @@ void install_for(const OperatorHandle& op, const std::string& name) {
   if (on_device || (only_on_cpu && !is_foreign(name))) {
     install_cpu_kernel(op);
   }
-  // The framework's own gradient formulas call CANN operators; every other device's do not.
+  // The framework's own gradient formulas call CANN operators; those of other devices do not.
   if (gradient_on_device) {
     install_forward(op, DispatchKey::AutogradPrivateUse1, DispatchKey::AutogradCPU);
   }
 }
 
-// Replacing the framework's kernels is what this library is for.
+// Replacing the framework's kernels is the purpose of this library.
 class NoWarnings : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };

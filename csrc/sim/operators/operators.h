@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Operators of the simulated device: the CPU's kernels, run on device memory in place.
+// Operators of the simulated device: CPU kernels that run in place on device memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,22 +22,21 @@ inline bool is_on_device(const at::Tensor& tensor) {
   return tensor.defined() && tensor.device().type() == kDevice;
 }
 
-// Waits for the device work that an operator called now is ordered after: what the framework has
-// queued for the current stream, and the stream.
+// Waits for all earlier work: what the framework has queued for the current stream, and the stream.
 void drain(c10::Device device);
 
-// A storage of the device as the CPU's kernels see it: the same bytes, or, of one in FRACTAL_NZ, a
-// copy in the order of its elements. It does not keep the device's memory. Resizing it does not
-// resize the original.
+// A device storage as CPU kernels see it: the same bytes, or for FRACTAL_NZ a copy in the order of
+// its elements. It does not keep the device's memory alive. Resizing it does not resize the
+// original.
 class StorageOnCpu {
  public:
-  // Refuses a tensor over tiles that has another type than its storage.
+  // Refuses a tensor in tiles with another type than its storage.
   StorageOnCpu(const at::Tensor& over, bool resizable);
 
   const c10::Storage& storage() const { return storage_; }
-  void read() const;                                // of tiles, before a kernel
-  void write() const;                               // to tiles, behind a kernel that wrote
-  npuSimRange range(const at::Tensor& over) const;  // of the device, that the tensor touches
+  void read() const;                                // from tiles, before a kernel
+  void write() const;                               // to tiles, after a kernel has written
+  npuSimRange range(const at::Tensor& over) const;  // the device memory that the tensor uses
 
  private:
   char* address_;
@@ -47,7 +46,7 @@ class StorageOnCpu {
 
 at::Tensor tensor_over(const c10::Storage& storage, const at::Tensor& like, c10::DispatchKey key);
 
-// A device tensor as the CPU's kernels see it.
+// A device tensor as CPU kernels see it.
 class Operand {
  public:
   explicit Operand(const at::Tensor& tensor);
@@ -61,19 +60,19 @@ class Operand {
   at::Tensor on_cpu_;
 };
 
-// Whether the current stream keeps its work for a graph instead of doing it.
+// Whether the current stream adds its work to a graph.
 bool is_recording(c10::Device device);
 
-// Leaves the kernel to the graph, which runs it over the ranges of device memory.
+// Adds the kernel to the graph, which runs it on the ranges of device memory.
 void record(const std::string& name, c10::Device device, const std::vector<npuSimRange>& ranges,
             std::function<void()> kernel);
 
-// Runs the kernel now, behind what the stream has to do, or records it.
+// Runs the kernel now, after the stream's earlier work, or records it.
 void launch(const std::string& name, c10::Device device, const std::vector<Operand>& read,
             const std::vector<Operand>& written, std::function<void()> kernel);
 
-// Lets parallel regions of this thread use all cores, if wanted, whatever the thread count is set
-// to.
+// Lets parallel regions of this thread use all cores, if wanted, regardless of the set thread
+// count.
 class AllCores {
  public:
   explicit AllCores(bool wanted = true);
@@ -82,21 +81,21 @@ class AllCores {
   AllCores& operator=(const AllCores&) = delete;
 
  private:
-  int before_;  // threads, 0: nothing was changed
+  int before_;  // the previous number of threads, or 0 if it was not changed
 };
 
-// Below this many elements more threads do not pay.
+// With fewer elements, more threads are not faster.
 constexpr int64_t kParallelElements = 1 << 15;
 
-// Makes the CPU generator that stands for the device's in one call of an operator, by which the
-// device's advances. Of a call that is recorded, it makes another one each time.
+// Creates the CPU generator that replaces the device's in a call of an operator, and advances the
+// device's. For a recorded call, it creates another one at each execution.
 struct GeneratorForCall {
   std::function<at::Generator()> make;
-  std::vector<npuSimRange> ranges;  // of device memory, where a graph finds its state
+  std::vector<npuSimRange> ranges;  // device memory in which a graph finds the generator's state
 };
 GeneratorForCall generator_for_call(std::optional<at::Generator> generator, c10::Device device);
 
-// Makes the CPU serve the operator's calls on the device.
+// Runs the operator's calls on the device with its CPU kernel.
 void install_cpu_kernel(const c10::OperatorHandle& op);
 
 // Keeps a kernel registered until the process ends.
@@ -108,6 +107,6 @@ void install_casts();
 
 }  // namespace sim::operators
 
-// Lets the operator's kernel of the CPU serve its calls on the device. The name may end with a dot
-// and an overload. Not 0: it has none.
+// Runs the operator's calls on the device with its CPU kernel. The name may end with a dot and an
+// overload. Not 0 if it has no CPU kernel.
 extern "C" NPU_SIM_EXPORT int npuSimServeOnCpu(const char* full_name);

@@ -9,9 +9,9 @@
 namespace sim::operators {
 namespace {
 
-constexpr int64_t kBlockElements = 8 << 20;  // of weights widened at a time
+constexpr int64_t kBlockElements = 8 << 20;  // weights that are widened at a time
 
-// Up to so many rows reading the weights takes longer than multiplying.
+// Up to this many rows, reading the weights takes longer than multiplying.
 constexpr int64_t kNarrowRows = 16;
 constexpr int64_t kNarrowRowsOfFastTypes = 4;
 
@@ -28,9 +28,9 @@ at::Tensor widened(const at::Tensor& on_cpu) {
   return is_half(on_cpu) ? on_cpu.to(at::kFloat) : on_cpu;
 }
 
-// What is added to a product: beta * self, and the product times alpha.
+// What is added to a product: the result is beta * self + alpha * product.
 struct Sum {
-  at::Tensor self;  // undefined: nothing
+  at::Tensor self;  // undefined if nothing is added
   at::Scalar beta = 1;
   at::Scalar alpha = 1;
 
@@ -103,7 +103,7 @@ void batched_product(const at::Tensor& a, const at::Tensor& b, const Sum& sum, a
   }
 }
 
-// Tensors of the device: checks, then the product over their memory.
+// For device tensors: checks them, then computes the product on their memory.
 
 using Kernel = void (*)(const at::Tensor&, const at::Tensor&, const Sum&, at::Tensor&);
 

@@ -8,11 +8,11 @@
 
 namespace sim::operators {
 
-// The device's generator is a seed and an offset. Every call draws from a CPU generator seeded
-// with both and advances the offset, so seeds, saved states and restored states all repeat. A graph
-// finds both in device memory, where the framework puts them before each run.
+// The device's generator is a seed and an offset. Every call draws from a CPU generator seeded with
+// both and advances the offset, so results are reproducible from seeds and saved states. A graph
+// finds both in device memory, where the framework stores them before each execution.
 GeneratorForCall generator_for_call(std::optional<at::Generator> generator, c10::Device device) {
-  constexpr uint64_t kAdvance = 4;  // what the framework's own kernels use up at least
+  constexpr uint64_t kAdvance = 4;  // the minimum of the framework's own kernels
   at::Generator source =
       generator.has_value() ? *generator : at::globalContext().defaultGenerator(device);
   auto seeded = [](uint64_t seed, uint64_t offset) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Storages in FRACTAL_NZ. The framework keeps the format with the storage, so that every view of it
-// has it. Operators see the elements in their order.
+// Storages in FRACTAL_NZ. In the framework the format belongs to the storage, so every view has it.
+// Operators see the elements in logical order.
 #include <torch_npu/csrc/core/NPUStorageImpl.h>
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kAnyContent = 0xFF;  // a NaN in every float type
 
-// Nothing for a storage that only the CPU's side of torch knows. The library does not export the
-// type, so its name has to tell.
+// Null for a storage that is not torch_npu's. torch_npu does not export the type, so its name is
+// compared.
 const torch_npu::NPUStorageDesc* description(const at::Tensor& tensor) {
   c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
   if (std::strcmp(typeid(*storage).name(), "N9torch_npu14NPUStorageImplE") != 0) return nullptr;

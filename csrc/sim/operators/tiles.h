@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// FRACTAL_NZ: the matrices of a tensor in tiles of 16 rows by `width` columns, tiles of the same
-// columns one after the other. Sizes [..., rows, columns] lie in memory as
-// [..., ceil(columns / width), ceil(rows / 16), 16, width].
+// FRACTAL_NZ: the matrices of a tensor in tiles of 16 rows by `width` columns, column by column.
+// Sizes [..., rows, columns] are stored as [..., ceil(columns / width), ceil(rows / 16), 16,
+// width].
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace sim {
 
 class Tiling {
  public:
-  // `stored`: the sizes in memory. Nothing if these are not the tiles of those.
+  // `stored` are the sizes in memory. Empty if they are not the tiles of the tensor's sizes.
   template <typename Sizes, typename Stored>
   static std::optional<Tiling> of(const Sizes& sizes, const Stored& stored, size_t unit) {
     Tiling tiling;
@@ -35,7 +35,7 @@ class Tiling {
   size_t bytes() const { return matrices_ * rows_ * columns_ * unit_; }
   size_t tiled_bytes() const { return matrices_ * across() * down() * kRows * width_ * unit_; }
 
-  // Zeros where a tile goes beyond its matrix.
+  // Zeros in tiles outside the matrix.
   void tile(const char* plain, char* tiled) const {
     std::memset(tiled, 0, tiled_bytes());
     each_run([&](size_t in_plain, size_t in_tiled, size_t bytes) {
@@ -60,7 +60,7 @@ class Tiling {
   size_t across() const { return (columns_ + width_ - 1) / width_; }
   size_t down() const { return (rows_ + kRows - 1) / kRows; }
 
-  // What lies together either way: one row of one tile.
+  // What is contiguous in both layouts: one row of one tile.
   template <typename Move>
   void each_run(Move move) const {
     const size_t padded_rows = down() * kRows;

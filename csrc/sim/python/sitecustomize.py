@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that Python programs of the simulated machine see: NPU_SIM_KERNEL.
+"""Makes Python programs on the simulated machine see the kernel version NPU_SIM_KERNEL.
 
-Python runs this file at its start, and it runs the one that it stands before.
+Python runs this file at its start, and this file runs the next sitecustomize on the path.
 """
 
 import os

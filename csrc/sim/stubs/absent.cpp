@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Functions that the framework links and this machine has no use for: dumps, profiling, kernels.
+// Functions that the framework links and that have no use here: dumps, profiling, kernels.
 #include <acl/acl.h>
 #include <time.h>
 

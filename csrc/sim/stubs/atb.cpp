@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The transformer library of CANN, as far as torch_npu links it. Its operations are served above
-// it, in PyTorch: what arrives here has no simulation and is refused.
+// The part of CANN's transformer library that torch_npu links. Its operations are simulated above
+// it, in PyTorch; calls that get here are refused.
 #include <cstdint>
 
 #pragma GCC visibility push(default)

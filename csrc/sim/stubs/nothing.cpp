@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Libraries of CANN that the framework links and calls nothing of.
+// For CANN libraries that the framework links without calling them.
 extern "C" __attribute__((visibility("default"))) int npuSimNothingHere() { return 0; }

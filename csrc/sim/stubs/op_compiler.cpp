@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The compiler of CANN operators. Nothing is compiled: the few operators that the framework runs
-// without asking its dispatcher are here by hand.
+// without its dispatcher are implemented here.
 #include <acl/acl_op_compiler.h>
 
 #include <cstring>
@@ -50,7 +50,7 @@ struct Tensor {
 
   bool is_tiled() const { return description.storage_format == ACL_FORMAT_FRACTAL_NZ; }
 
-  // Of one that is; nothing if its buffer is not of the size that it says.
+  // For a tiled tensor; empty if its buffer does not have the described size.
   std::optional<sim::Tiling> tiling() const {
     size_t elements = 1;
     for (int64_t size : description.storage_sizes) elements *= static_cast<size_t>(size);
@@ -75,7 +75,7 @@ void fill_with(const Tensor& out, const Tensor& value) {
   }
 }
 
-// The element at each position of `in` goes `before[dimension]` further in `out`.
+// Copies each element of `in` to a position in `out` that is shifted by `before`.
 void place(const Tensor& in, const Tensor& out, const std::vector<int64_t>& before) {
   std::vector<int64_t> in_sizes = in.sizes();
   std::vector<int64_t> out_sizes = out.sizes();
@@ -117,8 +117,8 @@ aclError pad(const Tensors& inputs, const Tensors& outputs) {
   return ACL_SUCCESS;
 }
 
-// The same tensor, in another storage format if the output has one. Sizes that differ, as those of
-// a view may, are not noticed.
+// Copies the tensor, and converts it to the output's storage format. Different sizes, as those of a
+// view may be, are not noticed.
 aclError identity(const Tensors& inputs, const Tensors& outputs) {
   const Tensor &in = inputs[0], &out = outputs[0];
   const bool from_tiles = in.is_tiled(), to_tiles = out.is_tiled();

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime calls of pyACL that are simulated.
+"""The simulated runtime calls of pyACL.
 
-Addresses are integers. A call returns AscendCL's code, 0 for success; one that answers something
-returns the answers first and the code last.
+Addresses are integers. A call returns AscendCL's code, 0 for success; a call with results
+returns them first and the code last.
 """
 
 import ctypes
