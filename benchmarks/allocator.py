@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sleep and wake of a model's weights and KV cache, beside other allocators and the link's peak.
+"""Sleep and wake of weights and KV cache, compared with other allocators and the link's peak.
 
-Every allocator runs in a fresh process of its own, which measures the link first. ``--device cuda``
-runs the compiled allocator over CUDA; ``sim`` runs it at toy size under npu-sim and checks the
-contents only, for times of host memory say nothing.
+Every allocator runs in a new process, which measures the link first. ``--device cuda`` runs the
+compiled allocator over CUDA. ``sim`` runs it at toy size under npu-sim and only checks contents,
+because times of host memory mean nothing.
 
     python benchmarks/allocator.py --device cuda --peer cumem,tms,tms_retain --out build/results
 """
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One allocator, in this process."""
+    """Measure one allocator in this process."""
     from bench import allocators
     from bench.machine import Machine, host_bytes, summary
     from bench.models import MODELS
@@ -33,7 +33,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     peak = machine.link_peak(options.link_mib * MIB)
     allocator = allocators.make(name, machine, options.chunk_mib)
     machine.warm_up()
-    allocator.sleep()  # of nothing: what the allocator itself loads counts as context
+    allocator.sleep()  # of nothing, so that what the allocator loads counts as context
     context, resident = machine.used(), host_bytes()
 
     weights = Weights(MODELS[options.model], allocator, machine)
@@ -87,7 +87,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def discard_all(allocator: Any, machine: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds to give everything back without a copy: the floor under every sleep."""
+    """Seconds to free everything without a copy, a lower bound for every sleep."""
     from bench.machine import summary
 
     seconds = []
@@ -102,10 +102,10 @@ def discard_all(allocator: Any, machine: Any, options: argparse.Namespace) -> di
 
 
 def touch_host(size: int) -> None:
-    """Use that much host memory once and give it back.
+    """Use this much host memory once and free it.
 
-    A virtual machine is given its memory by the hypervisor when it first touches it, which takes
-    longer than what is measured here and would burden whoever comes first.
+    A hypervisor provides a virtual machine's memory at the first touch. That is slower than what is
+    measured here, and would slow down the first process.
     """
     code = f"import numpy; numpy.ones({size}, numpy.uint8)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", default="", help="some of cumem,tms,tms_retain (CUDA)")
     parser.add_argument("--ours", default="ours,ours_on_demand,ours_skip_unchanged")
     parser.add_argument("--cycles", type=int, default=5)
-    parser.add_argument("--pause-s", type=float, default=0.5, help="between two operations")
+    parser.add_argument("--pause-s", type=float, default=0.5, help="pause between operations")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     toy = fill_in_options(options)
@@ -137,7 +137,7 @@ def main() -> None:
     options = parse()
     if options.child is not None:
         print(json.dumps(measure(options.child, options)), flush=True)
-        os._exit(0)  # how an allocator ends its process is not measured
+        os._exit(0)  # the process's exit is not measured
     from bench import build, report
     from bench.machine import Machine
     from bench.models import MODELS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sleep and wake would take on a link of a given speed: the formula of cost_model.md.
+"""The time of sleep and wake on a link with a given speed, by the formula of cost_model.md.
 
 python benchmarks/cost_model.py --link-gbps 25 --host-gbps 100
 """
@@ -14,8 +14,8 @@ NPUS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Host:
-    """Speeds in GB/s: of one NPU's link, of the host's memory for all links together, and of the
-    host when it pins new memory, with all its cores."""
+    """Speeds in GB/s: of an NPU's link, of the host's memory for all links together, and of pinning
+    new host memory with all cores."""
 
     link: float
     memory: float
@@ -26,11 +26,11 @@ class Host:
         return min(self.link, self.memory / npus)
 
     def copy_s(self, weights_gb: float, npus: int, hosts: int = 1) -> float:
-        """A later sleep, or a wake: every NPU of every host moves its share, all at once."""
+        """Seconds of a later sleep or a wake, in which all NPUs of all hosts copy their shares."""
         return weights_gb / hosts / npus / self.speed(npus)
 
     def first_sleep_s(self, weights_gb: float, npus: int, hosts: int = 1) -> float:
-        """Each host also pins its part, with little of it beside the copies."""
+        """Seconds of the first sleep, in which each host also pins its part of the memory."""
         return self.copy_s(weights_gb, npus, hosts) + weights_gb / hosts / self.pin
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--link-gbps", type=float, default=25.0)
     parser.add_argument("--host-gbps", type=float, default=100.0)
     parser.add_argument("--pin-gbps", type=float, default=33.0)
-    parser.add_argument("--hosts", type=int, default=1, help="with as many NPUs each")
+    parser.add_argument("--hosts", type=int, default=1, help="hosts with the same number of NPUs")
     options = parser.parse_args()
     host = Host(options.link_gbps, options.host_gbps, options.pin_gbps)
     heading = "".join(f" {count} NPU{'s' if count > 1 else ''} |" for count in NPUS)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assembles what the measurements on a GPU need beside this repository, in build/bench-deps.
+"""Collects what measurements on a GPU need besides this repository, in build/bench-deps.
 
-``acl/``: the AscendCL headers of the installed torch_npu. ``peers/``: of the vLLM wheel the few
-files of its sleep-mode allocator, with small stand-ins for the modules they import, and
-torch_memory_saver. Both wheels come from the package index; nothing of them is kept in the
-repository. The folder is below 10 MB and can be carried to a machine without a network.
+``acl/`` has the AscendCL headers of the installed torch_npu. ``peers/`` has torch_memory_saver, and
+the few files of vLLM's sleep-mode allocator with small stubs for the modules that they import. Both
+wheels come from the package index, and nothing of them is kept in the repository. The folder is
+smaller than 10 MB and can be copied to a machine without a network.
 
     python benchmarks/fetch.py
 """
@@ -29,7 +29,7 @@ VLLM_FILES = (
     "vllm/device_allocator/cumem.py",
     "vllm/distributed/device_communicators/cuda_wrapper.py",
 )
-# The names that those files import, reduced to what they use.
+# Stubs with only the names that those files use.
 STAND_INS = {
     "__init__.py": "",
     "envs.py": "VLLM_CUDART_SO_PATH = None\n",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the driver and the link of a CUDA machine allow, without this project's code: the floors
-// under the figures of allocator.py and overlap.py.
+// The limits of the driver and the link of a CUDA machine, without this project's code: lower bounds
+// for the times of allocator.py and overlap.py.
 //
 //     nvcc -O2 -std=c++17 benchmarks/limits.cu -o build/limits -lcuda && build/limits
 #include <cuda.h>
@@ -146,7 +146,7 @@ std::vector<Block> filled(size_t total, size_t chunk) {
   return blocks;
 }
 
-// What a sleep gives back: the cache at once, the weights while they are copied, if asked.
+// What a sleep frees: the cache at once, and optionally the weights while they are copied.
 void give_back(const Meet& meet, bool weights_too) {
   std::vector<Block> cache = filled(kCache, kGiB);
   std::vector<Block> weights = weights_too ? filled(kWeights, 64 * kMiB) : std::vector<Block>{};
@@ -162,7 +162,7 @@ void give_back(const Meet& meet, bool weights_too) {
   usleep(500000);
 }
 
-// Each part in a process of its own, as engines are; a part calls meet() when it is ready.
+// Each part runs in a separate process, like engines; a part calls meet() when it is ready.
 void in_processes(const std::vector<Part>& parts) {
   auto* ready = static_cast<std::atomic<size_t>*>(
       mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));

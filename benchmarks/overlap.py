@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switch from model A to model B on one device, in two processes: one after the other, and
-overlapped, where B's wake takes the memory that A's sleep gives back, chunk by chunk.
+"""The switch from model A to model B on one device, in two processes: serial, and overlapped, where
+B's wake uses the memory that A's sleep frees, chunk by chunk.
 
-Both models have weights and a KV cache; the device cannot hold both. The link carries A's weights
-down and B's weights up, at the same time when overlapped.
+Both models have weights and a KV cache; the device cannot hold both. When overlapped, the link
+carries A's weights to the host and B's weights to the device at the same time.
 
     python benchmarks/overlap.py --device cuda --out build/results
 """
@@ -24,7 +24,7 @@ TAGS = ["weights", "kv_cache"]
 
 
 def serve(options: argparse.Namespace) -> None:
-    """A child: allocates, sleeps, and then obeys."""
+    """A child: allocates, sleeps, and then executes commands."""
     from bench import allocators
     from bench.machine import Machine
     from bench.models import MODELS
@@ -54,7 +54,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def switch(a: Engine, b: Engine, overlapped: bool) -> dict[str, float]:
-    """Seconds of A's sleep, of B's wake, and from the first start to the last end."""
+    """Seconds of A's sleep, of B's wake, and of the whole switch."""
     if overlapped:
         b.tell("wake")
         a.tell("sleep")
@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--cycles", type=int, default=6, help="switches of each kind")
-    parser.add_argument("--pause-s", type=float, default=0.5, help="between two switches")
+    parser.add_argument("--pause-s", type=float, default=0.5, help="pause between switches")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     fill_in_options(options)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks that sleep and wake at the same time, each a process with a model of its own, over
-one link or several: their speed together, beside that of plain pinned copies by as many processes.
+"""Several ranks that sleep and wake at the same time over one link or several, each a process with
+its own model: their total speed, compared with plain pinned copies by as many processes.
 
     python benchmarks/parallel.py --device cuda --ranks 1,2,4 --devices 1 --out build/results
 
@@ -26,7 +26,7 @@ WAYS = {"sleep": "d2h", "wake": "h2d"}
 
 
 def serve(options: argparse.Namespace) -> None:
-    """A child: one rank, which obeys one line a command."""
+    """A child: one rank, which executes commands, one per line."""
     import torch
     from bench import allocators
     from bench.machine import Machine
@@ -74,8 +74,8 @@ def measure(engines: list[Engine], options: argparse.Namespace) -> dict[str, Any
     """Medians of ``--cycles`` cycles: GB/s of all ranks together."""
     together(engines, "sleep")
     together(engines, "wake")
-    # What moves is what torch took for the weights, a little more than they are. All of it is
-    # page-locked: it was prepared.
+    # torch allocates a little more than the weights' size, and all of it is copied. It was
+    # prepared, so it is page-locked.
     backup = engines[0].do("check")["pinned_bytes"]
     copied = options.copies * options.copy_mib * MIB
     runs: dict[str, list[float]] = {name: [] for name in ("sleep", "wake", "d2h", "h2d")}
@@ -94,13 +94,13 @@ def measure(engines: list[Engine], options: argparse.Namespace) -> dict[str, Any
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
-    parser.add_argument("--ranks", default="1,2,4", help="how many at once, one after the other")
-    parser.add_argument("--devices", type=int, default=1, help="that the ranks share")
-    parser.add_argument("--model", default=None, help="of each rank: qwen2.5-7b or toy")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to measure")
+    parser.add_argument("--devices", type=int, default=1, help="devices that the ranks share")
+    parser.add_argument("--model", default=None, help="model of each rank: qwen2.5-7b or toy")
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--chunk-mib", type=int, default=None)
-    parser.add_argument("--copy-mib", type=int, default=None, help="of a plain pinned copy")
-    parser.add_argument("--copies", type=int, default=None, help="in a row, by each rank")
+    parser.add_argument("--copy-mib", type=int, default=None, help="size of a plain pinned copy")
+    parser.add_argument("--copies", type=int, default=None, help="plain copies of each rank")
     parser.add_argument("--link-gbps", type=float, default=0.2, help="of each simulated device")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -115,7 +115,7 @@ def parse() -> argparse.Namespace:
 
 
 def environment_of(rank: int, options: argparse.Namespace, weights: int) -> dict[str, str]:
-    """Each process sees its one device as device 0."""
+    """Each process sees its only device as device 0."""
     from bench import build
 
     environment = dict(os.environ)

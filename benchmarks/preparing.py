@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What serving loses while host memory is prepared in the background: steps per second of a decode
-of a dense model's shape, with and without, in turns.
+"""How much serving slows down while host memory is prepared in the background: steps per second of
+a decode with a dense model's shape, with and without preparation in turns.
 
     python benchmarks/preparing.py --device cuda --out build/results
 
-A step is what an eager decode of one token does: some hundred small operators, launched one by one,
-and a wait for the result. Both the thread that launches and the driver's locks are in it.
+A step is an eager decode of one token: some hundred small operators that are launched one by one,
+and a wait for the result. It depends on both the launching thread and the driver's locks.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from bench.machine import Machine
 from bench.models import MODELS
 from bench.tensors import Weights
 
-WAYS = {  # the arguments of prepare(), and whether the allocator is told of the steps
+WAYS = {  # the arguments of prepare(), and whether the allocator is told about steps
     "not": (None, True),
     "by one thread": ({"slowly": True}, True),
     "by many": ({"slowly": False}, True),
@@ -32,7 +32,7 @@ WAYS = {  # the arguments of prepare(), and whether the allocator is told of the
 
 
 class Decode:
-    """One token through ``layers`` layers of a model that is ``width`` wide."""
+    """One token through ``layers`` layers of width ``width``."""
 
     def __init__(self, machine: Machine, layers: int, width: int) -> None:
         self._machine = machine
@@ -52,7 +52,7 @@ def seconds_of_steps(camem: Any, decode: Decode, seconds: float, told: bool) -> 
     took: list[float] = []
     end = time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
-        if told:  # as the worker does
+        if told:  # like the worker
             camem.step_begins()
         decode.step()
         if told:
@@ -62,7 +62,7 @@ def seconds_of_steps(camem: Any, decode: Decode, seconds: float, told: bool) -> 
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each step, by way."""
+    """Seconds of each step, for each way."""
     machine = Machine(options.device)
     ours: Any = allocators.make("ours", machine, options.chunk_mib)
     weights = Weights(MODELS[options.model], ours, machine)
@@ -71,12 +71,12 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     steps: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(options.turns):
         for way, (arguments, told) in WAYS.items():
-            seconds_of_steps(ours.camem, decode, 0.2, told)  # it serves already
+            seconds_of_steps(ours.camem, decode, 0.2, told)  # serving has begun
             if arguments is not None:
                 ours.camem.prepare(["weights"], **arguments)
             steps[way] += seconds_of_steps(ours.camem, decode, options.seconds, told)
             ours.camem.release_prepared()
-            ours.camem.prepare([])  # waits until all is given back
+            ours.camem.prepare([])  # waits until everything is freed
     if not weights.kept():
         raise SystemExit("contents were lost")
     return steps
@@ -85,9 +85,9 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
-    parser.add_argument("--model", default=None, help="whose weights' memory is prepared")
+    parser.add_argument("--model", default=None, help="model for whose weights memory is prepared")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=None, help="of each way in a turn")
+    parser.add_argument("--seconds", type=float, default=None, help="seconds of each way in a turn")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--width", type=int, default=None)
     parser.add_argument("--chunk-mib", type=int, default=None)

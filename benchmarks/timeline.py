@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sleep and a wake do over time: memory held on the device and on the host, and the link.
+"""Device memory, host memory and the link's speed over time during a sleep and a wake.
 
 A thread samples them while a model with a KV cache sleeps at level 1, wakes its weights and then
-its KV cache. Host memory is prepared before, as an engine does once it is ready to serve.
+its KV cache. Host memory is prepared first, as by an engine that is ready to serve.
 
     python benchmarks/timeline.py --device cuda --out build/results
     python benchmarks/timeline.py --draw build/results/timeline_cuda_qwen2.5-7b.json
@@ -24,7 +24,7 @@ from bench.options import add_options, fill_in_options
 
 
 class Recorder:
-    """Samples of what the device and the host hold, and of what a phase has copied, in bytes."""
+    """Samples device memory, host memory and the bytes copied in a phase."""
 
     def __init__(self, machine: Any, camem: Any, context: int, every_s: float) -> None:
         self._machine, self._camem, self._context = machine, camem, context
@@ -52,11 +52,11 @@ class Recorder:
         self.phases.append(phase)
 
     def samples(self) -> dict[str, list[float]]:
-        """By figure; without those that are like the one before and the one after."""
+        """The samples of each figure, without those equal to both neighbours."""
         ordered = sorted(self._samples, key=lambda sample: sample["s"])
         for phase in self.phases:
             within = [at for at in ordered if phase["start_s"] <= at["s"] <= phase["end_s"]]
-            # The counter is that of the operation before until the next one has begun.
+            # Until the next operation has begun, the counter is that of the previous one.
             count, before = phase["copies_to"] is not None, within[0]["copied"]
             for sample in within[:-1] if count else within:
                 if count and sample["copied"] != before:
@@ -98,11 +98,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     peak = machine.link_peak(options.link_mib << 20)
     ours: Any = allocators.make("ours", machine, options.chunk_mib)
     machine.warm_up()
-    ours.sleep()  # of nothing: what the allocator itself loads counts as context
+    ours.sleep()  # of nothing, so that what the allocator loads counts as context
     context = machine.used()
     weights = Weights(MODELS[options.model], ours, machine)
     cache = kv_cache(options.kv_blocks, options.kv_block_mib, ours, machine)
-    machine.used()  # what torch has cached is not to be seen
+    machine.used()  # frees torch's cache
     ours.prepare()
     with Recorder(machine, ours.camem, context, options.every_s) as recorder:
         with recorder.phase("awake"):
@@ -140,9 +140,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--pause-s", type=float, default=None, help="between two operations")
-    parser.add_argument("--every-s", type=float, default=0.002, help="between two samples")
-    parser.add_argument("--draw", type=Path, help="draw that JSON again, and measure nothing")
+    parser.add_argument("--pause-s", type=float, default=None, help="pause between operations")
+    parser.add_argument("--every-s", type=float, default=0.002, help="time between samples")
+    parser.add_argument("--draw", type=Path, help="only draw this JSON again")
     options = parser.parse_args()
     toy = fill_in_options(options)
     options.pause_s = options.pause_s or (0.05 if toy else 0.5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: the offline example on a simulated NPU, with its figures on the terminal and the
+"""`make demo`: the offline example on a simulated NPU, with figures on the terminal and the
 engine's log in a file.
 
 python examples/demo.py MODEL LOG
@@ -20,7 +20,7 @@ LAST_LINES = 30
 
 
 def lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[str]:
-    """The lines of a process that writes to ``log``, as they come, until it has ended."""
+    """The lines that a process writes to ``log``, until the process has ended."""
     with log.open(errors="replace") as written:
         line = ""
         while True:

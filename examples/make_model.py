@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a model with seeded random weights in Hugging Face's format, without a download.
+"""Create a model with seeded random weights in Hugging Face's format, without a download.
 
     python examples/make_model.py tiny-qwen2 build/models/tiny-qwen2
 
-The folder holds what a published model's does: config.json, model.safetensors, tokenizer.json and
-their companions. The same name gives the same weights everywhere. The tokenizer is a real
-byte-level BPE, trained on the Python standard library's own source. The weights mean nothing, but
-are scaled so that attention looks at few tokens and the next token has a clear winner: greedy
-decoding depends on the whole context and does not settle on one token.
+The folder has the same files as a published model: config.json, model.safetensors, tokenizer.json
+and so on. The same name gives the same weights everywhere. The tokenizer is a real byte-level BPE,
+trained on the source of Python's standard library. The weights are meaningless, but scaled so that
+attention concentrates on few tokens and the next token has a clear winner: greedy decoding depends
+on the whole context and does not get stuck on one token.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Weights are made on the host.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Weights are created on the host.
 
 import torch
 from safetensors.torch import save_file
@@ -57,7 +57,7 @@ _TINY: dict[str, Any] = {
 }
 
 RECIPE = 1
-"""Changes when the same name makes other weights."""
+"""Must change whenever the weights of a name change."""
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny-qwen2": {**_TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
@@ -149,14 +149,14 @@ Shape = tuple[int, ...]
 
 
 def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
-    """Name, shape and gain of every parameter; a matrix's deviation is gain / sqrt(inputs)."""
+    """Name, shape and gain of every parameter; a matrix has deviation gain / sqrt(inputs)."""
     hidden, kind = config["hidden_size"], config["model_type"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden), 1.0
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
-        # Large queries and keys: a softmax that prefers few tokens to the mean of all.
+        # Large queries and keys, so that the softmax concentrates on few tokens.
         for name, rows, gain in (("q", q, 2.0), ("k", kv, 2.0), ("v", kv, 1.0)):
             yield f"{layer}self_attn.{name}_proj.weight", (rows, hidden), gain
             if kind == "qwen2":
@@ -179,7 +179,7 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         for norm in norms:
             yield f"{layer}{norm}.weight", (hidden,), 1.0
-    # Brings the logits of tied embeddings, which are small, to a deviation of about 3.
+    # Scales the logits of tied embeddings, which are small, to a deviation of about 3.
     tied = config["tie_word_embeddings"]
     yield "model.norm.weight", (hidden,), 3.0 / (TIED_DEVIATION * hidden**0.5) if tied else 1.0
     if not config["tie_word_embeddings"]:
@@ -189,18 +189,18 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
 def make_weight(
     name: str, shape: Shape, gain: float, config: dict[str, Any], used_vocab: int
 ) -> torch.Tensor:
-    """One parameter, bfloat16, from a seed of its own name."""
+    """A bfloat16 parameter, seeded by its name."""
     random = torch.Generator().manual_seed(zlib.crc32(f"{config['model_type']} {name}".encode()))
     weight = torch.randn(shape, generator=random)
     if name.endswith("norm.weight"):
-        # Gemma stores a norm's weight less one.
+        # Gemma stores a norm's weight minus one.
         weight = weight * 0.1 + gain - (1.0 if config["model_type"] == "gemma2" else 0.0)
     elif len(shape) == 1:
         weight *= gain
     elif shape[0] != config["vocab_size"]:
         weight *= gain / shape[1] ** 0.5
     elif config["tie_word_embeddings"]:
-        # Small as an input, beside what the layers add: else every token predicts itself.
+        # Small as an input compared with the layers' output, otherwise every token predicts itself.
         weight *= TIED_DEVIATION
         # Rows that no text uses must not win.
         weight[used_vocab:] *= 0.01
@@ -288,10 +288,10 @@ def write_adapter(name: str, folder: Path) -> None:
 
 
 def make_model(name: str, out: str | os.PathLike[str]) -> Path:
-    """Make the folder of a model or an adapter, or leave a complete one of that name as it is.
+    """Create the folder of a model or an adapter, unless a complete one exists already.
 
     Raises:
-        ValueError: no such model, or ``out`` exists and holds something else.
+        ValueError: no such model, or ``out`` exists with other content.
     """
     everything = {**CONFIGS, **ADAPTERS}
     if name not in everything:
@@ -325,7 +325,7 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", metavar="NAME", help=", ".join((*CONFIGS, *ADAPTERS)))
-    parser.add_argument("out", metavar="OUT", help="folder to make")
+    parser.add_argument("out", metavar="OUT", help="folder to create")
     args = parser.parse_args()
     try:
         make_model(args.name, args.out)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put a model to sleep and wake it again: memory comes free, and the output stays the same.
+"""Put a model to sleep and wake it again: memory is freed, and the output stays the same.
 
 python examples/offline_sleep.py MODEL                     # on an NPU
 npu-sim python examples/offline_sleep.py MODEL             # on a simulated one
@@ -16,7 +16,7 @@ from vllm.utils.mem_constants import GiB_bytes
 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 os.environ["VLLM_ASCEND_ENABLE_NZ"] = "0"
 
-# What may stay in use besides weights and KV cache: memory of the runtime and of the communicator.
+# What may stay in use besides weights and KV cache: the runtime's and the communicator's memory.
 REST_BYTES = 64 << 20
 
 

@@ -48,7 +48,7 @@ call -X POST "$URL/wake_up?tags=weights"
 
 call -X GET "$URL/is_sleeping"
 
-# level 2 forgot the weights: load them again before the first request
+# level 2 discarded the weights: load them again before the first request
 call -X POST "$URL/collective_rpc" \
     -H "Content-Type: application/json" \
     -d '{"method": "reload_weights"}'

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reinforcement learning with the trainer and vLLM on the same NPUs, each awake in its turn.
+"""Reinforcement learning with the trainer and vLLM taking turns on the same NPUs.
 
     python examples/rlhf_colocate.py MODEL                           # on an NPU
     python examples/rlhf_colocate.py MODEL --tensor-parallel-size 2  # on two
     npu-sim python examples/rlhf_colocate.py MODEL                   # on a simulated one
 
-On Ray: a trainer for each device, data parallel over HCCL, and one engine over all devices. The
-engine samples, then sleeps at level 2 and leaves the devices to the trainers. They take a step of
-REINFORCE, in which letters are rewarded. The engine's weights wake and are overwritten with the new
-ones, then its KV cache wakes. At last a fresh engine loads the trainer's checkpoint: its tokens
-must be those of the engine that was updated in place.
+It uses Ray, a trainer per device (data parallel over HCCL), and one engine over all devices. The
+engine samples, then sleeps at level 2 and leaves the devices to the trainers, which do a step of
+REINFORCE with letters as the reward. The engine's weights wake and are overwritten with the new
+ones, then its KV cache wakes. At the end a new engine loads the trainer's checkpoint: its tokens
+must equal those of the engine that was updated in place.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from rlhf.engine import Engine
 from rlhf.timeline import MIB, MemoryLog, Phases, draw
 from rlhf.trainer import Trainer
 
-SHARE = 0.3  # of a device, as Ray counts: a trainer and ranks of two engines are on each
+SHARE = 0.3  # of a device in Ray: each has a trainer and ranks of two engines
 
 
 def start_ray(devices: int, log_to_driver: bool) -> Any:
-    """A cluster of this machine alone; returns a placement group with a bundle for each device."""
+    """Start a local cluster; returns a placement group with a bundle for each device."""
     ray.init(
         num_cpus=devices,
         resources={"NPU": devices},
@@ -68,7 +68,7 @@ def start_engine(group: Any, *args: Any) -> Any:
 
 
 def advantages(texts: list[str]) -> tuple[list[float], float]:
-    """Of each text over the mean, in standard deviations; and the mean of the rewards."""
+    """The advantage of each text over the mean, in standard deviations, and the mean reward."""
     rewards = [sum(map(str.isalpha, text)) / max(len(text), 1) for text in texts]
     mean = sum(rewards) / len(rewards)
     deviation = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
@@ -78,9 +78,9 @@ def advantages(texts: list[str]) -> tuple[list[float], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="folder of a model")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="how many devices")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="number of devices")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--memory", type=float, default=0.6, help="of a device, for the engine")
+    parser.add_argument("--memory", type=float, default=0.6, help="engine's share of a device")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw the memory over time")
     parser.add_argument("--logs", action="store_true", help="show the logs of all processes")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plain torch program on an NPU whose memory sleeps between two parts of its training.
 
-Weights and the optimizer's state keep their content in host memory and come back at their
-addresses. No vLLM is involved.
+The weights and the optimizer's state keep their content in host memory, and are restored at the
+same addresses. It does not use vLLM.
 
     python examples/sleeping_trainer.py
 """
@@ -32,27 +32,27 @@ class Trainer:
             self.train(1)  # Adam makes its state in the first step
 
     def train(self, steps: int) -> list[float]:
-        """Losses of so many steps."""
+        """Run this many steps, and return their losses."""
         losses = []
         for _ in range(steps):
             x = torch.randn(64, self.width).to("npu")
             loss = ((self.model(x) - x.sum(1, keepdim=True)) ** 2).mean()
             loss.backward()
             self.optimizer.step()
-            self.optimizer.zero_grad()  # autograd allocates gradients in a thread of its own
+            self.optimizer.zero_grad()  # autograd allocates gradients on its own thread
             losses.append(loss.item())
         return losses
 
 
 def held() -> int:
-    """Bytes of device memory in regions, on this process."""
+    """This process's device bytes in regions."""
     return sum(region["device"] for region in memory.status().values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--width", type=int, default=1024, help="of the layers (1024)")
-    parser.add_argument("--steps", type=int, default=3, help="in each of the two parts (3)")
+    parser.add_argument("--width", type=int, default=1024, help="width of the layers (1024)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each of the two parts (3)")
     args = parser.parse_args()
 
     undisturbed = Trainer(args.width).train(2 * args.steps)
@@ -60,7 +60,7 @@ def main() -> None:
     trainer = Trainer(args.width)
     losses = trainer.train(args.steps)
     print(f"awake: {held() / MIB:.0f} MiB in regions")
-    torch.accelerator.empty_cache()  # what torch keeps outside the regions
+    torch.accelerator.empty_cache()  # frees what torch caches outside the regions
     memory.sleep()
     print(f"asleep: {held() / MIB:.0f} MiB in regions; others may use the device now")
     memory.wake()

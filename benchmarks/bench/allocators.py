@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The allocators under measurement behind one face: use_pool, sleep (weights kept), wake."""
+"""The measured allocators with one interface: use_pool, sleep (keeps the weights), wake."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ import torch
 from bench import build
 from bench.machine import MIB, Machine, summary
 
-# With the options' defaults, and what differs from them. The memory is aclrtMallocHost's, as on the
-# kernels that most NPUs have.
+# The default options, and what differs from them. Host memory is from aclrtMallocHost, as on the
+# kernels of most NPU hosts.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours_on_demand": {"prepare": False},
@@ -89,7 +89,7 @@ class Ours:
         self.camem.sleep(self._actions, "offload", sums)
 
     def discard_all(self) -> None:
-        """Everything is given back and nothing copied: what the driver takes for that alone."""
+        """Free everything without copying, which is the time of the driver alone."""
         self._machine.synchronize()
         self.camem.sleep({}, "discard")
 
@@ -143,7 +143,7 @@ class Cumem:
 
 
 class MemorySaver:
-    """torch_memory_saver; ``retain`` keeps its host backup from one sleep to the next."""
+    """torch_memory_saver; ``retain`` keeps its host backup between sleeps."""
 
     def __init__(self, retain: bool) -> None:
         if retain:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the allocator over CUDA, and finds it.
+"""Builds the allocator over CUDA, and loads it.
 
-Needs g++, make, CUDA and pybind11, no torch_npu: the AscendCL headers are found in torch_npu where
-it is installed, else in the folder that ``fetch.py`` made.
+Needs g++, make, CUDA and pybind11. The AscendCL headers are from torch_npu if it is installed,
+otherwise from the folder that ``fetch.py`` has created.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DEPENDENCIES = ROOT / "build" / "bench-deps"  # made by fetch.py
+DEPENDENCIES = ROOT / "build" / "bench-deps"  # created by fetch.py
 PEERS = DEPENDENCIES / "peers"
 OUT = ROOT / "build" / "bench-cuda"
 PARTS = ("ascendcl", "host", "pool")  # of the allocator, in csrc

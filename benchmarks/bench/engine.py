@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Engine:
-    """A child process that holds one model and does what it is told, one line a command."""
+    """A child process with one model, which executes commands, one per line."""
 
     def __init__(self, name: str, environment: dict[str, str]) -> None:
-        """Runs the script that is running, with its arguments and ``--child name``."""
+        """Run the current script with the same arguments and ``--child name``."""
         command = [sys.executable, *sys.argv, "--child", name]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -26,7 +26,7 @@ class Engine:
     def answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{"):  # else something that a library prints
+            if line.startswith("{"):  # otherwise a library has printed it
                 return json.loads(line)
         raise SystemExit(f"an engine ended with {self._process.wait()}")
 

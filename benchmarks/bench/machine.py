@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device under measurement, the same way for CUDA, an NPU and the simulator."""
+"""The measured device, with one interface for CUDA, an NPU and the simulator."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 class Machine:
-    """``name`` is "cuda", "npu" or "sim" (an NPU that is simulated)."""
+    """``name`` is "cuda", "npu" or "sim" (a simulated NPU)."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -29,19 +29,19 @@ class Machine:
         self.torch.synchronize()
 
     def now(self) -> float:
-        """Seconds, when all work on the device has ended."""
+        """The time in seconds, after all work on the device has completed."""
         self.synchronize()
         return time.perf_counter()
 
     def used(self) -> int:
-        """Bytes in use on the device, by all processes; torch's cache is given back first."""
+        """Device bytes used by all processes, after freeing torch's cache."""
         self.synchronize()
         self.torch.empty_cache()
         free, total = self.torch.mem_get_info()
         return total - free
 
     def warm_up(self) -> None:
-        """Load what this process will run on the device, so that it counts as its context."""
+        """Load what this process will run on the device, so that it counts as context."""
         words = torch.empty((4096, 4096), dtype=torch.bfloat16, device=self.device)
         for tensor in (words, words[0]):
             tensor.view(torch.int16).random_(-3000, 3000)
@@ -50,7 +50,7 @@ class Machine:
         self.synchronize()
 
     def link_peak(self, size: int, repeats: int = 5) -> dict[str, float]:
-        """GB/s of one pinned copy in each direction: what the wires give."""
+        """GB/s of a pinned copy in each direction, the link's peak."""
         host = torch.empty(size, dtype=torch.uint8, pin_memory=self.name != "sim")
         device = torch.ones(size, dtype=torch.uint8, device=self.device)
         peak = {}
@@ -65,7 +65,7 @@ class Machine:
 
     @staticmethod
     def describe_host(name: str) -> dict[str, Any]:
-        """The device, driver and host; makes no context on the device."""
+        """The device, driver and host, without creating a context on the device."""
         host = {
             "cores": os.cpu_count(),
             "host_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
@@ -89,13 +89,13 @@ class Machine:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    # A sum takes 8 bytes an element for itself, beside the models of all ranks: so, by parts.
+    # A sum needs 8 bytes per element besides the models of all ranks, so it is done in parts.
     parts = tensor.view(torch.int16).flatten().split(16 * MIB)
     return sum(int(part.sum(dtype=torch.int64)) for part in parts)
 
 
 def host_bytes() -> int:
-    """Resident host memory of this process."""
+    """This process's resident host memory."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

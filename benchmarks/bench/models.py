@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of the weights of real models, as vLLM holds them: fused projections, bf16."""
+"""Weight shapes of real models as in vLLM: fused projections, bf16."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Model:
-    """A dense decoder: all sizes are numbers of elements."""
+    """A dense decoder; sizes are in elements."""
 
     layers: int
     hidden: int

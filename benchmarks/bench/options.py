@@ -11,11 +11,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-blocks", type=int, default=None)
     parser.add_argument("--kv-block-mib", type=int, default=None)
     parser.add_argument("--chunk-mib", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=None, help="folder for what is written")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the results")
 
 
 def fill_in_options(options: argparse.Namespace) -> bool:
-    """Give those that are left out the sizes for their device. Returns whether these are toys."""
+    """Set missing options to the device's defaults. Returns whether these are toy sizes."""
     toy = options.device == "sim"
     options.model = options.model or ("toy" if toy else "qwen2.5-7b")
     options.kv_blocks = options.kv_blocks or (2 if toy else 28)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as a table, as JSON and as a picture."""
+"""Results as a table, JSON and a picture."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ GIB = 1 << 30
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """The first row is the heading."""
+    """Print rows as a table; the first one is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for number, row in enumerate(rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
@@ -60,7 +60,7 @@ def _spread(seconds: dict[str, float]) -> str:
 
 
 def draw_allocators(path: Path, result: dict[str, Any]) -> None:
-    """Speeds as a share of the link's peak of the same process, and seconds."""
+    """Draw speeds relative to the link's peak in the same process, and seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,7 +119,7 @@ _WHERE = {
 
 
 def draw_timeline(path: Path, result: dict[str, Any]) -> None:
-    """Memory on the device, memory on the host and speed of the link over the same seconds."""
+    """Draw device memory, host memory and the link's speed over time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,7 +208,7 @@ def draw_timeline(path: Path, result: dict[str, Any]) -> None:
 
 
 def _asleep_gib(result: dict[str, Any]) -> list[float]:
-    """By sample: what the host holds of weights that are not on the device."""
+    """For each sample: the backup of weights that are not on the device."""
     samples, now = result["samples"], 0.0
     gib = [0.0] * len(samples["s"])
     for phase in result["phases"]:

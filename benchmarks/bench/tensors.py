@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark keeps in an allocator's memory: weights of known content, a KV cache."""
+"""The tensors of every benchmark: weights with known content, and a KV cache."""
 
 import torch
 
@@ -22,7 +22,7 @@ class Weights:
         self._sums = self._checksums()
 
     def kept(self) -> bool:
-        """Whether the content is what it was when they were made."""
+        """Whether the content is unchanged."""
         return self._checksums() == self._sums
 
     def _checksums(self) -> list[int]:

@@ -3,9 +3,9 @@
 
 from typing import Any
 
-# vLLM is imported by the actor alone: the driver does not need it.
+# Only the actor imports vLLM: the driver does not need it.
 PROMPTS = ("Once upon a time", "def main(argv):", "The quick brown fox", "1 + 1 =")
-SAMPLES = 4  # of each prompt
+SAMPLES = 4  # per prompt
 TOKENS = 24
 
 Rollout = tuple[list[int], list[int], str]
@@ -46,14 +46,14 @@ class Engine:
         ]
 
     def sleep(self, level: int) -> list[dict[str, Any]]:
-        """Sleep, and say what each rank holds then."""
+        """Sleep, and return what each rank still holds."""
         self.llm.sleep(level=level)
         return self.llm.collective_rpc("sleep_status")
 
     def wake_up(self, tag: str) -> None:
         self.llm.wake_up(tags=[tag])
 
-    # What a trainer calls through vLLM's RayVLLMWeightSyncClient.
+    # vLLM's RayVLLMWeightSyncClient calls these for a trainer.
 
     def init_weight_transfer_engine(self, request: Any) -> None:
         self.llm.init_weight_transfer_engine(request)

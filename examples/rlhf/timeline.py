@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory over the phases of a run: sampled, as a table and as a picture."""
+"""Device memory during the phases of a run, as a table and as a picture."""
 
 import threading
 import time
@@ -13,12 +13,12 @@ _EVERY_S = 0.02
 
 
 class MemoryLog:
-    """Bytes in use on a device, by all processes, sampled by a thread from now on."""
+    """A thread that samples the device bytes used by all processes."""
 
     def __init__(self, free_and_total: Callable[[], tuple[int, int]]) -> None:
         self._free_and_total = free_and_total
         self.total_bytes = free_and_total()[1]
-        self.samples: list[tuple[float, int]] = []  # seconds of the clock, bytes
+        self.samples: list[tuple[float, int]] = []  # time in seconds, bytes
         threading.Thread(target=self._sample, daemon=True).start()
 
     def used_bytes(self) -> int:
@@ -35,7 +35,7 @@ class MemoryLog:
 
 
 class Phases:
-    """What a run did when, and the bytes in use on each device at the end of each phase."""
+    """The phases of a run, and the bytes in use on each device at the end of each phase."""
 
     def __init__(self, used_bytes: Callable[[], list[int]]) -> None:
         self._used_bytes = used_bytes
@@ -51,7 +51,7 @@ class Phases:
         )
 
     def add_peaks(self, logs: Sequence[MemoryLog]) -> None:
-        """Note the most bytes that each device had in use during each phase."""
+        """Add the peak bytes in use on each device during each phase."""
         for record in self.records:
             span = record["start"], record["end"]
             record["peak_bytes"] = [
@@ -72,7 +72,7 @@ class Phases:
 
 
 def draw(path: Path, logs: Sequence[MemoryLog], records: Sequence[dict[str, Any]]) -> None:
-    """A row for each device: memory in use over time, with the phases as a background."""
+    """Draw a row for each device: memory in use over time, with the phases in the background."""
     import matplotlib
 
     matplotlib.use("agg")

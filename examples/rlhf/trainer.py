@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Ray actor that trains the policy on its device, and leaves the device in between."""
+"""A Ray actor that trains the policy on its device, and frees the device in between."""
 
 import copy
 from typing import Any
 
 from rlhf.timeline import MemoryLog
 
-# torch, transformers and vLLM are imported by the actor alone: the driver needs none of them.
+# Only the actor imports torch, transformers and vLLM: the driver needs none of them.
 
 LEARNING_RATE = 1e-3
 
@@ -33,7 +33,7 @@ class Trainer:
         self.outgoing = copy.deepcopy(self.policy).to(torch.bfloat16)  # as the engine computes
 
     def connect(self, engine: Any) -> None:
-        """Be the one that sends weights to the engine."""
+        """Become the rank that sends weights to the engine."""
         from vllm.distributed.weight_transfer import ModuleSource, RayVLLMWeightSyncClient
 
         from vllm_sleep_ascend.weight_transfer import SafetensorsTrainer, SafetensorsTrainerInitInfo
@@ -45,7 +45,7 @@ class Trainer:
         )
 
     def train(self, samples: list[Sample]) -> float:
-        """One step; returns the loss."""
+        """Do one step, and return the loss."""
         self._move("npu")
         loss = self._step(samples)
         self._move("cpu")
@@ -75,18 +75,18 @@ class Trainer:
         return loss.item()
 
     def send_weights(self) -> None:
-        """Have the engine load the weights as they are now."""
+        """Send the current weights to the engine."""
         self.outgoing.load_state_dict(self.policy.state_dict())
         self.sender.send_weights()
 
     def save(self, folder: str) -> None:
-        """Write a checkpoint of what was sent last."""
+        """Write a checkpoint of the weights that were sent last."""
         self.outgoing.save_pretrained(folder)
 
     def used_bytes(self) -> int:
-        """In use on the device now, by all processes."""
+        """Device bytes in use by all processes."""
         return self.memory.used_bytes()
 
     def memory_log(self) -> MemoryLog:
-        """What was in use on the device until now."""
+        """The samples of the device's memory so far."""
         return self.memory

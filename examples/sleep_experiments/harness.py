@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol that the five experiments share: two models take turns on one device.
+"""The common protocol of the five experiments: two models take turns on one device.
 
-With sleep mode: load A, warm it up with one token, put it to sleep, the same with B; then each
-round wakes A, prompts it, puts it to sleep, and does the same with B. Without: each round starts,
-prompts and ends A, then B.
+With sleep mode, A is loaded, warmed up with one token and put to sleep, and then B. Each round
+wakes A, prompts it and puts it to sleep, and does the same with B. Without sleep mode, each round
+starts, prompts and stops A, then B.
 """
 
 import argparse
@@ -30,9 +30,9 @@ class Arm:
     """One side of an experiment.
 
     Args:
-        level: of sleep; None for servers that are started and ended each time.
-        warmup: whether a freshly loaded model generates one token before it sleeps.
-        options: of ``vllm serve``, for both models.
+        level: sleep level; None for servers that are started and stopped each time.
+        warmup: whether a newly loaded model generates one token before it sleeps.
+        options: options of ``vllm serve`` for both models.
     """
 
     level: int | None
@@ -52,7 +52,7 @@ class Experiment:
         self.models = models
 
     async def run(self) -> None:
-        # As Ctrl-C: the servers end with the experiment.
+        # Like Ctrl-C, so that the servers end with the experiment.
         task = asyncio.current_task()
         if task is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -94,7 +94,7 @@ class Experiment:
         self.record.event("load", model, seconds, **await model.memory())
         if self.arm.warmup:
             answer = await model.complete(1)
-            # From the start of the process; the look at the memory in between is not in it.
+            # From the start of the process, without the query of the memory in between.
             since_start = seconds + answer.first_token_s
             more = {"first_token_s": round(since_start, 4), **await model.memory()}
             self.record.event("warm up", model, answer.seconds, **more)
@@ -147,7 +147,7 @@ class Experiment:
 def check_level(model: Model, wanted: int, level: int, before: dict, after: dict) -> None:
     """
     Raises:
-        ExperimentFailed: the memory says that the server did not sleep at the wanted level.
+        ExperimentFailed: by its memory, the server does not sleep at the requested level.
     """
     freed = before["device_used"] - after["device_used"]
     backup_is_right = (after["weights_backup"] > 0) == (wanted == 1)
@@ -160,12 +160,12 @@ def check_level(model: Model, wanted: int, level: int, before: dict, after: dict
 def main(
     description: str, experiment: str, arms: dict[str, Arm], default: str | None = None
 ) -> int:
-    """Run the arm that the command line names; gives the exit code.
+    """Run the arm from the command line, and return the exit code.
 
     Args:
-        description: the first line is for ``--help``.
-        experiment: the name under which the report finds it.
-        default: the arm that runs if none is named.
+        description: its first line is shown by ``--help``.
+        experiment: its name in the report.
+        default: the arm that runs without an argument.
     """
     arguments = parser(description.split("\n")[0])
     arguments.add_argument("arm", nargs="?" if default else None, choices=arms, default=default)

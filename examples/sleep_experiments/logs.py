@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logs of the experiments: what was measured, and which arms belong together."""
+"""The logs of the experiments: the measurements, and which arms belong together."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ from typing import Any
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
 
-# Experiment: title, and its two arms. The speed-up is the second's seconds by the first's.
+# Experiment: title and two arms. The speed-up is the second arm's seconds by the first arm's.
 EXPERIMENTS = {
     "default": ("Sleep mode against no sleep mode", ("sleep", "nosleep")),
     "fp8": ("Sleep mode without and with 8-bit weights", ("nofp8", "fp8")),
@@ -28,7 +28,7 @@ def read_log(path: Path) -> Events:
     """The events of one arm.
 
     Raises:
-        ValueError: the log is of no experiment, or of one that did not end well.
+        ValueError: the log is not from an experiment, or from a failed one.
     """
     events: Events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -43,7 +43,7 @@ def read_log(path: Path) -> Events:
 
 
 def measures(events: Events) -> dict[str, Any]:
-    """Figures of one arm: seconds by model (medians over the rounds), the total, and bytes."""
+    """Figures of one arm: seconds by model (median of the rounds), the total, and bytes."""
 
     def of(model: str, field: str, *names: str) -> list[float]:
         return [
@@ -82,7 +82,7 @@ def measures(events: Events) -> dict[str, Any]:
 
 
 def find(experiment: str, name: str, arms: Arms) -> Events | None:
-    """The arm's own log, or that of the same run for another experiment."""
+    """The arm's log, or that of the same run in another experiment."""
     if (experiment, name) in arms:
         return arms[experiment, name]
     wanted = SAME_RUN.get(name, name)
@@ -91,10 +91,10 @@ def find(experiment: str, name: str, arms: Arms) -> Events | None:
 
 
 def compared(experiment: str, arms: Arms) -> list[Events] | None:
-    """Both arms of an experiment, None if there is no log of one.
+    """Both arms of an experiment, or None if a log is missing.
 
     Raises:
-        ValueError: the arms differ in more than what the experiment compares.
+        ValueError: the arms differ in more than what is compared.
     """
     found = [find(experiment, name, arms) for name in EXPERIMENTS[experiment][1]]
     events = [each for each in found if each is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiment 2: sleep mode with weights as they are, and quantised to 8 bits while they load.
+"""Experiment 2: sleep mode with unquantised weights, and with weights quantised to 8 bits on load.
 
 python online_fp8.py > out_info.log 2>&1
 python online_fp8.py fp8 > out_info_fp8.log 2>&1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line that the five experiments share, and what it means for the servers."""
+"""The common command line of the five experiments, and the servers' options."""
 
 import argparse
 import shlex
@@ -17,7 +17,7 @@ PROMPTS = {"A": "The capital of France is", "B": "A short history of the steam e
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all experiments share."""
+    """The options of all experiments."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -29,7 +29,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--tp-a", type=int, default=1, help="tensor parallel size of A")
     made.add_argument("--tp-b", type=int, default=1, help="tensor parallel size of B")
     made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--tokens", type=int, default=100, help="of each answer")
+    made.add_argument("--tokens", type=int, default=100, help="length of an answer")
     made.add_argument("--max-model-len", type=int, default=1024)
     made.add_argument("--max-num-batched-tokens", type=int, default=512)
     made.add_argument("--gpu-memory-utilization", type=float, default=0.75)
@@ -47,7 +47,7 @@ def serve_options(args: argparse.Namespace) -> list[str]:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """What both arms of an experiment must share."""
+    """The options that both arms of an experiment must share."""
     names = {"a": args.model_a, "b": args.model_b, "tp_a": args.tp_a, "tp_b": args.tp_b}
     return {**names, "rounds": args.rounds, "tokens": args.tokens}
 
@@ -56,7 +56,7 @@ def models(args: argparse.Namespace, serve: list[str], logs: Path) -> list[Model
     """A and B, not started yet.
 
     Raises:
-        ExperimentFailed: a model cannot be made.
+        ExperimentFailed: a model cannot be created.
     """
     both = (
         ("A", args.model_a, args.port_a, args.tp_a),
@@ -76,14 +76,14 @@ def models(args: argparse.Namespace, serve: list[str], logs: Path) -> list[Model
 
 
 def prepare(name: str) -> str:
-    """What vLLM serves for ``name``: models of make_model.py are made if they are missing."""
+    """The model for ``name``; models of make_model.py are created if they are missing."""
     if "/" in name or Path(name).exists():
         return name
     folder = MODELS / name
     if not folder.exists():
         place = folder.relative_to(EXAMPLES.parent)
         print(f"{place} is missing: making it with {MAKE_MODEL.name}", flush=True)
-    # In a process of its own: it makes weights on the host, and sets torch up for that.
+    # In a separate process, because make_model.py sets torch up for the host.
     made = subprocess.run(
         [sys.executable, MAKE_MODEL, name, folder], capture_output=True, text=True
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of the report: a timeline of the arms, and the ratios of their switches."""
+"""The pictures of the report: a timeline of the arms, and the speed-ups of their switches."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from logs import EXPERIMENTS, PUBLISHED, Arms, compared, measures
 
 
 def draw(arms: Arms, out: Path) -> list[Path]:
-    """timeline.png and speedup.png in ``out``; none without matplotlib."""
+    """Draw timeline.png and speedup.png in ``out``; nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -78,7 +78,7 @@ def _draw_speedup(arms: Arms, path: Path) -> Path:
     published_label = "published on other hardware (CUDA, A100)"
     series = ((-0.2, ours, "these logs", "#2a9d8f"), (0.2, theirs, published_label, "#c9c9c9"))
     for shift, ratios, label, colour in series:
-        # From 1, which means no difference.
+        # Bars start at 1, which means no difference.
         heights = [(ratio or 1) - 1 for ratio in ratios]
         places = [place + shift for place in range(len(labels))]
         bars = axes.bar(places, heights, 0.4, bottom=1, label=label, color=colour)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of an experiment: lines for people, and between them one of JSON for each event, which
-``report.py`` reads."""
+"""The log of an experiment: lines for people, and a JSON line for each event, which ``report.py``
+reads."""
 
 import json
 import time
@@ -10,14 +10,14 @@ from servers import Model
 
 
 class Recorder:
-    """Prints events as they end: a line for people, and one of JSON."""
+    """Prints each event when it ends: a line for people, and a JSON line."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.started = time.perf_counter()
         self._emit({"event": "experiment", **settings})
 
     def event(self, name: str, model: Model, seconds: float, **more: Any) -> None:
-        """One event of ``seconds`` that ends now."""
+        """Record an event that ends now and took ``seconds``."""
         end = time.perf_counter() - self.started
         rates = f", first token {more['first_token_s']:.3f} s" if "first_token_s" in more else ""
         print(f"[{end:8.2f} s] {model.label} {name}: {seconds:.3f} s{rates}")

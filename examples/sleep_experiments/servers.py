@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM servers of an experiment: started, asked, measured and ended. Every HTTP status counts."""
+"""vLLM servers of an experiment: started, prompted, measured, stopped. Checks every HTTP status."""
 
 import asyncio
 import contextlib
@@ -21,12 +21,12 @@ START_S = 1800.0
 
 
 class ExperimentFailed(Exception):
-    """A server or an answer is not what the protocol needs; the text says what."""
+    """A server or an answer does not fit the protocol; the text says what is wrong."""
 
 
 @dataclass
 class Answer:
-    """One streamed completion. Seconds are from the request on."""
+    """A streamed completion. Seconds are counted from the request."""
 
     text: str
     tokens: int
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass
 class Model:
-    """What is served, and where."""
+    """A model and its server."""
 
     label: str
     name: str
@@ -53,7 +53,7 @@ class Model:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> float:
-        """Start the server; gives the seconds from process start until it serves."""
+        """Start the server; returns the seconds from the process's start until it serves."""
         await self._port_is_free()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.name]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *self.options]
@@ -119,8 +119,7 @@ class Model:
         return Answer(text, tokens, seconds, first)
 
     def host_bytes(self) -> int:
-        """Private memory of the server's processes, in bytes. On a simulated NPU this leaves out
-        the memory that plays the device's."""
+        """Private bytes of the server's processes, without a simulated device's memory."""
         total = 0
         for process in self._processes():
             with contextlib.suppress(psutil.Error, OSError):
@@ -137,7 +136,7 @@ class Model:
         return []
 
     async def stop(self) -> None:
-        """End the server and whatever it started; it may take a minute to say goodbye."""
+        """Stop the server and its processes, which may take a minute."""
         if self.process is None:
             return
         process, self.process = self.process, None
@@ -151,7 +150,7 @@ class Model:
 
     async def memory(self) -> dict[str, Any]:
         """Bytes: ``device_used`` by all processes, ``weights_device`` and ``weights_backup`` by
-        this server, ``host``. None where the server does not tell (stock vLLM)."""
+        this server, ``host``. None if the server does not report it (stock vLLM)."""
         async with httpx.AsyncClient(base_url=self.url, timeout=60, trust_env=False) as http:
             answer = await http.get("/sleep_status")
         memory: dict[str, Any] = dict.fromkeys(("device_used", "weights_device", "weights_backup"))

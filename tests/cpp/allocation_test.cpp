@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Chunks and allocations: what they are follows from where the content is, and every verb can be
-// repeated after any of its calls has failed.
+// Chunks and allocations: their state follows from where the content is, and every operation can be
+// retried after any of its calls has failed.
 #include "pool/allocation.h"
 
 #include <algorithm>
@@ -61,7 +61,7 @@ TEST(a_constructor_that_fails_anywhere_leaves_nothing) {
   std::optional<Allocation> sample;
   const auto calls = calls_of([&] { sample.emplace(make()); });
   sample.reset();
-  CHECK_EQ(calls.size(), 7u);  // reserve, then take and map each of the three chunks
+  CHECK_EQ(calls.size(), 7u);  // reserve, then allocate and map each of the three chunks
   for (const std::string& rule : device::single_faults(calls, device::kDriverError)) {
     const Faults faults(rule);
     CHECK_THROWS(camem::AclError, make());
@@ -158,7 +158,7 @@ TEST(release_can_be_repeated_after_any_of_its_calls_failed) {
     CHECK(!(held() == before));
     allocation.release();
     CHECK_EQ(held(), before);
-    allocation.release();  // nothing is left to give back
+    allocation.release();  // nothing is left to free
   }
 }
 

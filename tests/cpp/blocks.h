@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Allocations of the pool with content that is known.
+// Allocations of the pool with known content.
 #pragma once
 
 #include <memory>
@@ -26,7 +26,7 @@ inline void configure(bool keep_host_backup = true, std::size_t chunk_bytes = 2 
   pool().configure(settings);
 }
 
-// Only these tags are acted upon; all others keep what they have.
+// Acts only on these tags; all others are kept.
 inline camem::Plan plan(std::map<std::string, camem::Action> actions) {
   camem::Plan plan;
   plan.otherwise = camem::Action::kKeep;

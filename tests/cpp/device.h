@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the tests ask of the simulated device: counters, faults, content.
+// The simulated device for the tests: counters, faults, content.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ constexpr aclError kOutOfMemory = 207001;
 constexpr aclError kNotSupported = 207000;
 
 // What this process holds of the devices and of pinned host memory. Streams and events are left
-// out: the core keeps its own for the life of the process.
+// out, because the core keeps its own for the life of the process.
 struct Held {
   std::uint64_t device_bytes, handles, mappings, reservations, pinned_bytes, registered_bytes;
 
@@ -29,7 +29,7 @@ Held held();
 bool operator==(const Held& left, const Held& right);
 std::ostream& operator<<(std::ostream& out, const Held& held);
 
-// Fails calls by rules as in NPU_SIM_FAULTS while it lives.
+// While it lives, calls fail by rules as in NPU_SIM_FAULTS.
 class Faults {
  public:
   explicit Faults(const std::string& rules);
@@ -39,7 +39,7 @@ class Faults {
   Faults& operator=(const Faults&) = delete;
 };
 
-// Collects the names of all AscendCL calls while it lives.
+// While it lives, it collects the names of all AscendCL calls.
 class CallLog {
  public:
   CallLog() { npuSimKeepCallLog(1); }
@@ -50,13 +50,13 @@ class CallLog {
   std::vector<std::string> calls() const;
 };
 
-// One rule for every call of the log, each failing that call alone: "name:nth:code".
+// A rule for every call of the log, which fails only that call: "name:nth:code".
 std::vector<std::string> single_faults(const std::vector<std::string>& calls, aclError code);
 
-int current();  // device of this thread, -1: none
+int current();  // this thread's device, or -1
 std::size_t free_bytes(int device);
 
-// Content that is known from a seed.
+// Content that is determined by a seed.
 void write(void* address, std::size_t bytes, std::uint64_t seed);
 bool holds(const void* address, std::size_t bytes, std::uint64_t seed);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Each AscendCL call of each operation fails once; then the operation is repeated.
-// tests/allocator/test_faults.py does the same through Python; here the sanitizers watch.
+// Each AscendCL call of each operation fails once; then the operation is retried.
+// tests/allocator/test_faults.py does the same through Python, and this test under the sanitizers.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -38,8 +38,8 @@ struct Operation {
   const char* name;
   std::function<void()> prepare;
   std::function<void()> run;
-  bool keeps_weights;    // once it has succeeded
-  bool may_fail = true;  // false: it recovers from any single failing call
+  bool keeps_weights;    // after it has succeeded
+  bool may_fail = true;  // if false, it recovers from any single failing call
 };
 
 void sleep_and_commit() {
@@ -53,7 +53,7 @@ void check_states(camem::State state, const std::set<std::string>& tags) {
   }
 }
 
-// What an abort cannot take back it tells, and a wake brings it back.
+// An abort reports what it could not roll back, and a wake restores that.
 void sleep_and_abort() {
   pool().sleep(level(1), {}, Until::kPrepared);
   if (pool().abort().empty())
@@ -83,7 +83,7 @@ void take_and_trim() {
   pool().free(address, nullptr);
 }
 
-// What a thread in the background could not take, the sleep takes.
+// A sleep allocates what a background thread could not.
 void prepare_and_sleep() {
   pool().prepare({pool().tag("weights")}, false);
   CHECK(pool().wait_prepared(60));
@@ -94,7 +94,7 @@ void prepare_and_release() {
   pool().prepare({pool().tag("weights")}, false);
   CHECK(pool().wait_prepared(60));
   pool().release_prepared();
-  pool().prepare({}, false);  // waits until all is given back
+  pool().prepare({}, false);  // waits until everything is freed
 }
 
 const Operation kOperations[] = {
@@ -115,8 +115,8 @@ const Operation kOperations[] = {
     {"prepare host memory and release it", [] {}, prepare_and_release, true, false},
 };
 
-// Where another way exists, a failing call is no failing operation: memory that is not page-locked
-// is copied through blocks or synchronously, and what is not given back now is offered again.
+// A failing call need not fail the operation: memory that is not page-locked is copied through
+// blocks or synchronously, and a sweep retries to free memory.
 bool has_another_way(const std::string& rule) {
   const std::string call = rule.substr(0, rule.find(':'));
   static const std::set<std::string> calls = {"aclrtMallocHost", "aclrtFreeHost",
@@ -146,7 +146,7 @@ struct World {
 
 constexpr int kAttempts = 1000;
 
-// What a wait that was over too soon had waited for may still be under way.
+// After a wait that ended too early, the work may still be running.
 void repeat(const Operation& operation) {
   for (int attempt = 1;; ++attempt) {
     try {
@@ -160,7 +160,7 @@ void repeat(const Operation& operation) {
 }
 
 struct Outcome {
-  bool came = false;      // the fault did
+  bool came = false;      // the faulty call happened
   bool reported = false;  // by the operation; otherwise it recovered
 };
 
@@ -177,7 +177,7 @@ Outcome survive(const Operation& operation, const std::string& rules, bool gives
       try {
         operation.run();
       } catch (const camem::AclError&) {
-        outcome.reported = true;  // of an allocation or a trim, which have nothing to take back
+        outcome.reported = true;  // by an allocation or a trim, which have nothing to roll back
       } catch (const camem::OutOfDeviceMemory&) {
         outcome.reported = true;
       } catch (const camem::TransactionError& error) {
@@ -194,7 +194,7 @@ Outcome survive(const Operation& operation, const std::string& rules, bool gives
         world.check_intact(true);
         CHECK(world.cache.intact() || gives_scratch_back || !had_cache);
       }
-      if (!operation.keeps_weights) {  // the repeated call is to discard them
+      if (!operation.keeps_weights) {  // the retried call discards them
         wake_all();
         world.check_intact(had_weights);
         operation.prepare();
@@ -221,8 +221,8 @@ std::vector<std::string> log_of(const Operation& operation) {
   return calls;
 }
 
-// Those of every run: how often copies wait for their streams, and whether a thread in the
-// background is under way meanwhile, differs from run to run.
+// The calls that happen in every run: the number of waits for streams, and the calls of background
+// threads, differ from run to run.
 std::vector<std::string> calls_of(const Operation& operation) {
   std::vector<std::string> calls = log_of(operation);
   for (int run = 0; run < 4; ++run) {
@@ -236,8 +236,8 @@ std::vector<std::string> calls_of(const Operation& operation) {
   return calls;
 }
 
-// How many of these faults, each alone, the operation reported. A call that a run does not make is
-// asked for again.
+// The number of these faults that the operation reported, one at a time. A fault whose call did not
+// happen is tried again.
 int survive_each(const Operation& operation, const std::vector<std::string>& rules,
                  bool gives_scratch_back = false) {
   int reported = 0;
@@ -269,7 +269,7 @@ TEST(every_call_of_every_operation_may_fail_once) {
 TEST(through_blocks_into_plain_memory_every_call_may_fail_once) {
   camem::Settings settings = small_settings();
   settings.unprepared = camem::Unprepared::kStage;
-  settings.keep_host_backup = false;  // else a thread in the background locks what is plain
+  settings.keep_host_backup = false;  // otherwise a background thread locks plain backups
   pool().configure(settings);
   for (const Operation& operation : kOperations) {
     survive_each(operation, device::single_faults(calls_of(operation), device::kDriverError));
@@ -294,15 +294,15 @@ TEST(without_kept_backups_every_call_may_find_no_memory) {
   }
 }
 
-// What AscendCL says of waiting it never says of the work (context.cc, stars_engine.cc).
+// AscendCL uses these codes only for waits, never for failed work (context.cc, stars_engine.cc).
 bool may_come(const std::string& rule, aclError code) {
   const bool is_work = rule.find(".work:") != std::string::npos;
   return !is_work || (code != camem::kStreamSyncTimeout && code != ACL_ERROR_RT_EVENT_SYNC_TIMEOUT);
 }
 
-// The runtime has one table of codes for all of its calls and for what the driver answers: any call
-// may return any of them. With SWEEP=all each call of each operation fails with each code,
-// otherwise each code comes from one call of every third operation.
+// The runtime has one table of codes for all calls and for the driver's results, so any call may
+// return any code. With SWEEP=all each call of each operation fails with each code, otherwise each
+// code is returned by one call of every third operation.
 TEST(every_code_of_ascendcl_may_come) {
   configure();
   const char* wanted = std::getenv("SWEEP");

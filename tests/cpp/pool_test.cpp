@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What each operation of the pool makes of an allocation in each state, and what it reports.
+// The result and the report of each operation of the pool on an allocation in each state.
 #include "pool/pool.h"
 
 #include <memory>
@@ -16,7 +16,7 @@ using device::kMiB;
 
 namespace {
 
-constexpr std::size_t kBytes = 5 * kMiB;  // asked for
+constexpr std::size_t kBytes = 5 * kMiB;  // requested
 constexpr std::size_t kHeld = 6 * kMiB;   // rounded up to the granularity
 constexpr auto kKeep = Action::kKeep, kOffload = Action::kOffload, kDiscard = Action::kDiscard;
 
@@ -72,7 +72,7 @@ void carry_out(const std::string& operation, const Block& block) {
   if (operation == "trim") pool().trim({reinterpret_cast<std::uintptr_t>(block.address())});
 }
 
-// Twice: what has been done already changes nothing.
+// Twice: the second time changes nothing.
 void check_row(const Row& row) {
   const auto block = block_in(row.before);
   for (int time = 0; time < 2; ++time) {
@@ -92,7 +92,7 @@ void check_row(const Row& row) {
   pool().free(block->address(), nullptr);
   CHECK_EQ(held().reservations, 0u);
   CHECK_EQ(held().host_bytes(), 0u);
-  pool().free(block->address(), nullptr);  // unknown by now: nothing happens
+  pool().free(block->address(), nullptr);  // unknown now: nothing happens
 }
 
 TEST(every_operation_in_every_state) {

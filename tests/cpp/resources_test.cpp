@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One contract for every owner of a resource: it takes it, moves it, gives it back once, can be
-// asked again after a failed call, and its destructor reports instead of throwing.
+// The common contract of all owners of resources: an owner allocates and moves its resource, frees
+// it once, can be retried after a failed call, and its destructor reports errors without throwing.
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -20,7 +20,8 @@ namespace {
 
 constexpr std::size_t kBytes = 4 * kMiB;
 
-// Each names how to make one, what the counters then say, and which call gives it back.
+// Each traits class says how to create an owner, what the counters are then, and which call frees
+// it.
 struct ReservationTraits {
   using Owner = camem::Reservation;
   static Owner make() { return Owner(kBytes); }
@@ -44,7 +45,7 @@ struct RegisteredTraits {
   static Owner make() { return Owner::page_locked(kBytes, camem::HostSource::kRegistered); }
   static std::uint64_t count() { return held().registered_bytes / kBytes; }
   static bool holds(const Owner& owner) { return bool(owner); }
-  static constexpr const char* kTake = nullptr;  // what cannot be registered is allocated
+  static constexpr const char* kTake = nullptr;  // memory that cannot be registered is allocated
   static constexpr const char* kRelease = "aclrtHostUnregister";
 };
 
@@ -88,7 +89,7 @@ void moves() {
   first = Traits::make();
   CHECK_EQ(Traits::count(), 2u);
   second = std::move(first);
-  first = Owner();  // whatever assignment left in it goes now at the latest
+  first = Owner();  // frees whatever the assignment left in it
   CHECK(!Traits::holds(first) && Traits::holds(second));
   CHECK_EQ(Traits::count(), 1u);
   Owner& same = second;
@@ -167,7 +168,7 @@ TEST(map_and_unmap_can_be_repeated_and_keep_the_content) {
   CHECK(device::holds(range.base(), kBytes, 1));
 }
 
-// What the destructors could not give back is given back by hand.
+// Frees by hand what the destructors could not free.
 TEST(destructors_report_what_fails_and_do_not_throw) {
   void* base = nullptr;
   {
@@ -193,7 +194,7 @@ TEST(destructors_report_what_fails_and_do_not_throw) {
     host.reset();
   }
   CHECK_EQ(held().registered_bytes, kBytes);
-  data[kBytes - 1] = std::byte{1};  // what is still pinned is still there
+  data[kBytes - 1] = std::byte{1};  // memory that is still pinned is still mapped
   CHECK_EQ(aclrtHostUnregister(data), ACL_SUCCESS);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Streams and contexts of others beside ours: what is waited for, what is not, and what happens
-// when something never ends.
+// Other streams and contexts besides ours: what operations wait for, what they do not, and what
+// happens if something hangs.
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -18,7 +18,7 @@ using device::kMiB;
 
 namespace {
 
-// A stream of a context that works on a block until it is let go.
+// A stream of a context that works on a block until it is released.
 class Work {
  public:
   Work() { CHECK_EQ(aclrtCreateStream(&stream_), ACL_SUCCESS); }
@@ -57,7 +57,7 @@ aclrtContext current() {
   return context;
 }
 
-// A context that a user made, and that is current from then on.
+// A context created by a user, which is current from then on.
 class UsersContext {
  public:
   UsersContext() { CHECK_EQ(aclrtCreateContext(&context_, 0), ACL_SUCCESS); }
@@ -80,7 +80,7 @@ void configure_impatient(bool prepared = true) {
   pool().configure(settings);
 }
 
-// From now on the first copy that is launched never ends, until the rules change.
+// The next launched copy hangs until the rules change.
 constexpr const char* kHangs = "aclrtMemcpyAsync.work:1:delay_ms=1000000000";
 
 void wait_until_nothing_is_stuck() {
@@ -175,7 +175,7 @@ TEST(a_thread_keeps_its_own_context) {
   CHECK(block.intact());
 }
 
-// Unmapping under work ends the process.
+// Unmapping memory that work uses aborts the process.
 TEST(a_sleep_waits_for_torch_and_for_the_callers_own_context) {
   configure();
   Block block("weights", 2 * kMiB);
@@ -200,7 +200,7 @@ TEST(a_sleep_waits_for_torch_and_for_the_callers_own_context) {
   CHECK(block.intact());
 }
 
-// AscendCL tells a failure once, to whoever waits for the stream or for all of its context.
+// AscendCL reports a failure once, to a wait for the stream or for its whole context.
 TEST(nobody_who_waits_for_the_device_takes_the_failure_of_a_copy_away) {
   configure();
   Block block("weights", 32 * kMiB);
@@ -221,7 +221,7 @@ TEST(nobody_who_waits_for_the_device_takes_the_failure_of_a_copy_away) {
   CHECK_EQ(told, ACL_SUCCESS);
 }
 
-// A call that is refused while a stream captures may spoil the capture, and End tells.
+// A refused call during a capture may invalidate the capture, which its end reports.
 TEST(memory_is_taken_and_freed_while_a_stream_captures_and_a_sleep_is_refused) {
   configure();
   Block block("weights", 4 * kMiB);
@@ -231,7 +231,7 @@ TEST(memory_is_taken_and_freed_while_a_stream_captures_and_a_sleep_is_refused) {
   CHECK_EQ(aclmdlRICaptureBegin(stream, ACL_MODEL_RI_CAPTURE_MODE_GLOBAL), ACL_SUCCESS);
   void* taken = pool().allocate(2 * kMiB, 0);
   pool().free(pool().allocate(2 * kMiB, 0), stream);
-  CHECK_EQ(held().mappings, before.mappings + 2);  // the stream cannot be asked
+  CHECK_EQ(held().mappings, before.mappings + 2);  // the stream cannot be queried
   const device::Held during = held();
   for (const Until until : {Until::kCommitted, Until::kPrepared}) {
     try {
@@ -276,8 +276,8 @@ TEST(work_that_never_ends_fails_a_sleep_that_touched_nothing) {
 
 namespace {
 
-// A sleep with a copy that never ends fails, and the block stays as it was; nothing that the copy
-// may still use is given back, or used by anything else, until it has ended.
+// A sleep fails if a copy hangs, and the block stays as it was. Memory that the copy may still use
+// is neither freed nor reused until it has completed.
 void check_a_copy_out_hangs(bool prepared, Until until) {
   configure_impatient(prepared);
   const device::Held empty = held();
@@ -291,7 +291,7 @@ void check_a_copy_out_hangs(bool prepared, Until until) {
     CHECK_THROWS(camem::TransactionError, pool().wake({}, {}, Until::kPrepared));
     CHECK(block.intact());
     block.write(2);
-    npuSimSetFaults("");  // it ends
+    npuSimSetFaults("");  // the copy completes
     wait_until_nothing_is_stuck();
     pool().sleep(level_1());
     wake({"weights"});
@@ -300,7 +300,7 @@ void check_a_copy_out_hangs(bool prepared, Until until) {
   CHECK_EQ(held(), empty);
 }
 
-// The same for a wake, which has nothing to take back but what it mapped.
+// The same for a wake, which only has to roll back its mappings.
 void check_a_copy_in_hangs(bool prepared) {
   configure_impatient(prepared);
   const device::Held empty = held();
@@ -331,7 +331,7 @@ TEST(a_copy_out_through_a_block_that_never_ends) {
 TEST(a_copy_in_that_never_ends) { check_a_copy_in_hangs(true); }
 TEST(a_copy_in_through_a_block_that_never_ends) { check_a_copy_in_hangs(false); }
 
-// Unmapping under a copy ends the process.
+// Unmapping memory that a copy uses aborts the process.
 TEST(of_two_hanging_copies_through_blocks_both_have_to_end) {
   camem::Settings settings = small_settings(4 * kMiB, 1);
   settings.device_timeout = std::chrono::seconds(1);
@@ -342,18 +342,18 @@ TEST(of_two_hanging_copies_through_blocks_both_have_to_end) {
     Block block("weights", 4 * kMiB);
     const Faults faults(std::string(kHangs) + ",aclrtMemcpyAsync.work:2:delay_ms=3000");
     CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
-    std::this_thread::sleep_for(std::chrono::seconds(3));  // the second has ended
+    std::this_thread::sleep_for(std::chrono::seconds(3));  // the second one has completed
     CHECK_THROWS(camem::TransactionError, pool().sleep(level_1()));
   }
   CHECK(held().device_bytes > empty.device_bytes);
   wait_until_nothing_is_stuck();
   {
     const Block another("weights", 2 * kMiB);
-  }  // with whose end the blocks go
+  }  // the blocks are freed after it has completed
   CHECK_EQ(held(), empty);
 }
 
-// A prepared sleep is taken back by the next operation, whichever that is.
+// Any next operation rolls back a prepared sleep.
 TEST(a_wake_that_cannot_take_back_what_was_prepared_says_so) {
   configure();
   Block block("weights", 4 * kMiB);
@@ -386,7 +386,7 @@ TEST(memory_that_a_hanging_copy_uses_is_kept_though_torch_frees_it) {
   CHECK_EQ(held(), empty);
 }
 
-// Over CUDA a launch waits for as long as a block is being taken.
+// With CUDA a launch waits while a block is being allocated.
 TEST(preparing_makes_room_for_the_steps_of_a_model) {
   configure(true, 2 * kMiB, 4);
   Block block("weights", 16 * kMiB);
@@ -396,7 +396,7 @@ TEST(preparing_makes_room_for_the_steps_of_a_model) {
   pool().prepare({pool().tag("weights")}, false);
   while (pool().host_info().prepared == 0) std::this_thread::yield();
   CHECK(!pool().wait_prepared(0.2));
-  CHECK_EQ(npuSimCallCount("aclrtMallocHost"), 1u);  // one thread, which rests for 15 s
+  CHECK_EQ(npuSimCallCount("aclrtMallocHost"), 1u);  // one thread, which pauses for 15 s
   CHECK_EQ(pool().host_info().prepared, 2 * kMiB);
   pool().step_ends();
   CHECK(pool().wait_prepared(60));

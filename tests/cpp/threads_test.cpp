@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Several threads take, use and give back memory while others sleep and wake. Content that sleeps
-// is left alone meanwhile, as an engine does; memory that stays is written at any time.
+// Several threads allocate, use and free memory while others sleep and wake. As in an engine,
+// sleeping content is not accessed; memory that stays is written at any time.
 #include <atomic>
 #include <chrono>
 #include <future>
@@ -26,7 +26,7 @@ camem::Plan level_1() {
   return plan({{"weights", Action::kOffload}, {"kv_cache", Action::kDiscard}});
 }
 
-// The first exception of any task, and no task left behind.
+// Waits for all tasks, and throws the first exception.
 void run_all(const std::vector<std::function<void()>>& tasks) {
   std::vector<std::future<void>> running;
   for (const auto& task : tasks) {
@@ -61,7 +61,7 @@ TEST(threads_allocate_write_and_free_while_another_sleeps_and_wakes) {
           std::shared_lock<std::shared_mutex> lock(awake);
           CHECK(weights->intact());
         }
-        if (round % 2 == 0) weights.reset();  // perhaps while it sleeps
+        if (round % 2 == 0) weights.reset();  // possibly while it sleeps
       }
     });
   }
@@ -93,7 +93,7 @@ TEST(two_threads_that_sleep_and_wake_take_turns) {
     for (int round = 0; round < 4 * kRounds; ++round) {
       for (const camem::AllocationInfo& info : pool().allocations()) {
         const bool mapped = info.state == camem::State::kMapped;
-        CHECK_EQ(info.device_bytes, mapped ? info.bytes : 0);  // no transaction half way
+        CHECK_EQ(info.device_bytes, mapped ? info.bytes : 0);  // no partial transaction
       }
       pool().tag_names();
       camem::page_locked_host_bytes();
