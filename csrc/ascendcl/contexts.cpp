@@ -71,12 +71,11 @@ void wait_for(const std::set<aclrtContext>& contexts, std::chrono::milliseconds 
     const aclError code = aclrtSynchronizeDeviceWithTimeout(timeout_ms);
     if (code == kStreamSyncTimeout) {
       throw AclError(kCall, code, 0,
-                     "what was launched on the device before has not ended after " +
+                     "earlier work on the device has not ended after " +
                          std::to_string(timeout_ms) + " ms (device_timeout_s)");
     }
     if (code == kStreamCaptured) {
-      throw AclError(kCall, code, 0,
-                     "a stream captures a graph: come again when the capture has ended");
+      throw AclError(kCall, code, 0, "a stream captures a graph: retry when the capture has ended");
     }
     check(code, kCall, 0, __FILE__, __LINE__);
   }

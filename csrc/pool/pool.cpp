@@ -154,7 +154,7 @@ void Pool::begin(const char* operation, bool waits) {
     const std::string trouble = take_back().trouble;
     if (!trouble.empty()) throw std::runtime_error(trouble);
   } catch (...) {
-    fail(operation, std::string("it was to take back what had been prepared; ") + kComesBack);
+    fail(operation, std::string("what had been prepared could not be rolled back; ") + kComesBack);
   }
   sweep(waits);
   transfer_.reset_copied_bytes();
@@ -169,8 +169,7 @@ Report Pool::run(const char* operation, Time start, Until until, const Prepare& 
     const RolledBack result = take_back();
     const char* scratch = result.lost_scratch ? " (KV cache and workspace without content)" : "";
     if (!result.trouble.empty()) {
-      fail(operation,
-           "taking it back failed too (" + result.trouble + "); " + kComesBack + scratch);
+      fail(operation, "the rollback failed too (" + result.trouble + "); " + kComesBack + scratch);
     }
     fail(operation,
          std::string("everything is as it was") + scratch + ", and the same call can be repeated");
