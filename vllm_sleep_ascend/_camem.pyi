@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled allocator. Every call releases the GIL while it works; sizes are bytes.
 
-Errors are those of ``vllm_sleep_ascend.errors``. Loading this module as a shared library gives the
-hooks ``camem_malloc`` and ``camem_free`` of torch's pluggable allocator.
+Errors are those of ``vllm_sleep_ascend.errors``. As a shared library, this module exports the hooks
+``camem_malloc`` and ``camem_free`` of torch's pluggable allocator.
 """
 
 from typing import Literal, TypedDict
@@ -25,19 +25,19 @@ class AllocationInfo(TypedDict):
     tag: str
     state: Literal["mapped", "offloaded", "discarded", "trimmed"]
     device_bytes: int
-    host_bytes: int  # of its backup
-    page_locked_bytes: int  # of those
-    checksum: int | None  # of the content in the backup, if one was given
+    host_bytes: int  # size of its backup
+    page_locked_bytes: int  # the page-locked part of the backup
+    checksum: int | None  # of the backup's content, if one was given
 
 class HostMemory(TypedDict):
-    source: Literal["", "acl", "registered"]  # of page-locked memory; empty: not needed yet
+    source: Literal["", "acl", "registered"]  # of page-locked memory; empty if not needed yet
     why: str
-    locking_bytes_per_s: float  # of all threads together; 0: not measured yet
+    locking_bytes_per_s: float  # of all threads together; 0 if not measured yet
     copying_bytes_per_s: float  # into plain memory that is touched for the first time
-    prepared: int  # page-locked, for backups to come
-    staging: int  # page-locked, through which copies of plain backups go
-    steps: int  # that step_begins() told of so far
-    failure: str  # what kept the last block from being registered or page-locked, or empty
+    prepared: int  # page-locked, for future backups
+    staging: int  # page-locked, for copies of plain backups
+    steps: int  # calls of step_begins() so far
+    failure: str  # why the last block could not be registered or page-locked, or empty
 
 __file__: str  # type: ignore[no-redef]
 
@@ -54,16 +54,18 @@ def configure(
     scratch_chunk_bytes: int = 1 << 30,
     scratch_tags: list[str] = ...,
 ) -> None:
-    """Set the unit of later allocations, and how transfers work. ``host_threads`` take host memory
-    and copy in it; ``copy_threads`` copy once it is there. ``host_memory``: where page-locked
-    memory comes from; "registered" is tried before it is used, and ``why_host_memory`` is why it
-    is not even tried. ``unprepared``: whether a sleep for which no memory is ready takes it, or
-    goes through a few page-locked blocks into plain memory; "measured": what is faster on this
-    host. ``scratch_tags``, of which nothing is ever copied, are allocated in units of
-    ``scratch_chunk_bytes``."""
+    """Set the unit of later allocations, and how transfers work.
+
+    ``host_threads`` allocate host memory and copy within it; ``copy_threads`` copy into existing
+    memory. ``host_memory`` is the source of page-locked memory: "registered" is tried before it is
+    used, and ``why_host_memory`` says why it is not even tried. ``unprepared`` is for a sleep
+    without prepared memory: "lock" allocates page-locked memory, "stage" copies through a few
+    page-locked blocks into plain memory, "measured" does what is faster on this host.
+    ``scratch_tags`` are never copied, and are allocated in units of ``scratch_chunk_bytes``.
+    """
 
 def set_current_tag(name: str) -> str:
-    """Tag later allocations of the calling thread; returns the tag before."""
+    """Set the tag of the calling thread's later allocations; returns the previous tag."""
 
 def sleep(
     actions: dict[str, Literal["keep", "offload", "discard"]],
@@ -72,93 +74,96 @@ def sleep(
     *,
     commit: bool = True,
 ) -> Report:
-    """Do to every mapped allocation what its tag's action says; ``otherwise`` is for other tags.
+    """Apply its tag's action to every mapped allocation; ``otherwise`` is for other tags.
 
-    ``checksums`` are of contents, by address: what has the checksum of its kept backup is not
-    copied, and the others are remembered with the new backups.
+    ``checksums`` are those of contents, by address. An allocation whose kept backup has the same
+    checksum is not copied. New backups keep their checksums.
 
-    What sleeps already stays as it is, except that ``discard`` drops its host backup. The caller
-    has synchronised torch's own queues. If a call fails, all is mapped again with its content,
-    that of scratch tags perhaps without; the error says what could not be.
+    Memory that already sleeps is left unchanged, except that ``discard`` drops its host backup. The
+    caller has flushed torch's queues. If a call fails, everything is mapped again with its content,
+    scratch tags possibly without; the error says what could not be restored.
 
-    Without ``commit``: do all that can fail, keep all that is needed to take it back, and return
-    an empty report; commit() or abort() follows. Any other sleep or wake takes it back.
+    Without ``commit`` it only prepares and returns an empty report; commit() or abort() follows.
+    Any other sleep or wake rolls it back.
     """
 
 def wake(tags: list[str], timeout_s: float = 0.0, *, commit: bool = True) -> Report:
-    """Bring back the sleeping allocations of these tags, waiting up to ``timeout_s`` for device
-    memory. If a call fails, all sleeps as before and the same wake can be repeated. ``commit`` as
-    in sleep()."""
+    """Restore the sleeping allocations of these tags, waiting up to ``timeout_s`` for device memory.
+
+    If a call fails, everything sleeps as before and the wake can be retried. ``commit`` is as in
+    sleep().
+    """
 
 def commit() -> Report:
-    """Carry out the sleep or wake that was prepared. No AscendCL call can make this fail.
+    """Commit the prepared sleep or wake. No failing AscendCL call can make this fail.
 
     Raises:
-        RuntimeError: nothing is prepared; another operation may have taken it back.
+        RuntimeError: nothing is prepared; another operation may have rolled it back.
     """
 
 def abort() -> str:
-    """Take back what is prepared, if anything is. Returns what failed in that, ``""``: nothing."""
+    """Roll back what is prepared, if anything. Returns what failed in that, or ``""``."""
 
 def prepare(tags: list[str], *, slowly: bool = False) -> None:
-    """Take page-locked memory for the backups of these tags in the background, and return at once;
-    ``slowly`` with one thread that rests as long as it works.
+    """Page-lock memory for the backups of these tags in the background, and return at once.
+
+    With ``slowly``, one thread does it, and pauses as long as it works.
 
     Raises:
-        HostOutOfMemoryError: the host has not that much. What others take while it works ends it
-            early, without an error: the sleep that needs the memory asks again.
+        HostOutOfMemoryError: the host does not have enough memory. If other processes take it
+            later, the preparation stops without an error, and the sleep that needs the memory
+    reports it.
     """
 
 def step_begins() -> None:
-    """A step of the model begins: while steps run, a thread that prepares rests fifty times as long
-    as it works."""
+    """A step of the model begins. During steps, preparation pauses 50 times as long as it works."""
 
 def step_ends() -> None:
-    """A step has ended. To be called as often as ``step_begins``."""
+    """A step has ended. Call it as often as ``step_begins``."""
 
 def release_prepared() -> None:
-    """Give back, in the background, what ``prepare`` took and no sleep has used."""
+    """Free, in the background, prepared memory that no sleep has used."""
 
 def wait_prepared(timeout_s: float) -> bool:
-    """Wait until ``prepare`` is done; False if it takes longer."""
+    """Wait until ``prepare`` is done; False on a timeout."""
 
 def copied_bytes() -> int:
     """Bytes that the current operation has copied so far. Does not wait for it."""
 
 def wait_for_devices() -> None:
-    """Wait for all that was launched on the devices in use, in torch's contexts and the caller's.
+    """Wait for all work on the devices in use, in torch's contexts and the caller's.
 
     Raises:
-        AclError: it has not ended after ``device_timeout_s``, or a stream captures a graph.
+        AclError: it has not completed after ``device_timeout_s``, or a stream captures a graph.
     """
 
 def trim(addresses: set[int]) -> int:
-    """Give back for good the memory of segments that torch does not use. Returns bytes."""
+    """Free the memory of segments that torch does not use, for good. Returns bytes."""
 
 def distrust_backups(addresses: set[int]) -> None:
-    """Let the next sleep copy these allocations again, also where their checksum did not change."""
+    """Make the next sleep copy these allocations again, even if their checksum is unchanged."""
 
 def allocations() -> list[AllocationInfo]:
     """Every allocation, by address."""
 
 def read_backup(address: int, bytes: int) -> bytes | None:
-    """The content of sleeping memory, from its host backup; None if it is not in one."""
+    """The content of sleeping memory, from its host backup; None without a backup."""
 
 def tags() -> list[str]:
-    """Every tag that was ever named."""
+    """Every tag that has been used."""
 
 def available_host_bytes() -> int:
-    """What the machine, or this process's control group, has left."""
+    """Bytes that the machine or this process's control group has left, whichever is less."""
 
 def pinned_host_bytes() -> int:
-    """Page-locked host memory that this process holds: backups, prepared memory, staging."""
+    """This process's page-locked host memory: backups, prepared memory, staging."""
 
 def plain_host_bytes() -> int:
     """Host memory of backups that is not page-locked."""
 
 def host_memory() -> HostMemory:
-    """Where host memory comes from. Waits for a transaction that is under way."""
+    """Where host memory comes from. Waits for a running transaction."""
 
 def component_bytes(device: int) -> dict[str, int] | None:
     """Device memory that this process holds, by component of CANN (``APP``, ``HCCL``, ``RUNTIME``
-    and so on); None where AscendCL cannot tell."""
+    and so on); None if AscendCL cannot tell."""
