@@ -88,7 +88,7 @@ def sleep(
     """
 
 def wake(tags: list[str], timeout_s: float = 0.0, *, commit: bool = True) -> Report:
-    """Restore the sleeping allocations of these tags, waiting up to ``timeout_s`` for device memory.
+    """Restore the sleeping allocations of these tags; wait up to ``timeout_s`` for device memory.
 
     If a call fails, everything sleeps as before and the wake can be retried. ``commit`` is as in
     sleep().
