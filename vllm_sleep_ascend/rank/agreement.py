@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sleep and wake of several ranks: all do it, or none.
+"""Two-phase commit: several ranks sleep or wake together, or not at all.
 
-Each rank first does everything that can fail and holds it; then all tell each other how it went,
-over the CPU; then each carries it out, which cannot fail, or takes it back. What is held keeps its
-device memory, so that taking back a sleep needs no memory that another process may have taken. The
-price is that device memory comes free at the end of a sleep and not chunk by chunk: one rank alone
-does not pay it.
+Each rank prepares, which may fail, and reports over the CPU; then all commit, which cannot fail, or
+all roll back. A prepared sleep keeps its device memory, so that a rollback needs no memory that
+another process may have taken. Device memory is therefore freed at the commit, not chunk by chunk;
+a single rank frees it at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Report(TypedDict):
-    """A rank's error, as the others learn of it."""
+    """A rank's error as it is sent to the others."""
 
     type: str
     text: str
@@ -35,16 +34,16 @@ def _nothing() -> str:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one rank does. Each of ``steps`` runs once all ranks have done the one before it, raises
-    if it fails, and may leave something to take back.
+    """A rank's part of an operation. Each of ``steps`` starts after all ranks have finished the
+    previous one, raises if it fails, and may leave something to roll back.
 
-    ``commit`` carries out what is held and cannot fail. ``abort`` takes back what there is and
-    returns what failed in that, ``""`` if nothing did; ``abort_together`` is a second part of it,
-    which needs the other ranks.
+    ``commit`` commits what is prepared and cannot fail. ``abort`` rolls it back and returns what
+    failed, or ``""``; ``abort_together`` is a second part of the rollback that needs the other
+    ranks.
 
-    Before the first step every rank gives its ``facts``, and ``judge`` looks at those of all: it
-    raises the same on each, or on none. ``timeout`` is how long a rank waits for the slowest one,
-    if not as long as for a sleep or a wake.
+    Before the first step every rank sends its ``facts``. ``judge`` gets those of all ranks, and
+    raises the same error on each rank, or on none. ``timeout`` is how long a rank waits for the
+    slowest one; by default as long as for a sleep or a wake.
     """
 
     name: str
@@ -58,10 +57,10 @@ class Operation:
 
 
 class Agreement:
-    """The ranks of one engine, each with a device of its own.
+    """The ranks of one engine, each with its own device.
 
-    ``size`` ranks in a row are one engine; data-parallel engines share a world. ``timeout_s`` is
-    how long a rank waits for the slowest; a rank whose process ends is noticed at once.
+    ``size`` consecutive ranks are one engine; data-parallel engines share a world. ``timeout_s`` is
+    how long a rank waits for the slowest one; the end of a rank's process is noticed at once.
     """
 
     def __init__(self, rank: int, size: int, device: int, timeout_s: float = 300) -> None:
@@ -76,9 +75,9 @@ class Agreement:
         """Do it on every rank, or on none.
 
         Raises:
-            SleepModeError: a rank failed, the same error on every rank: it names the rank, its
-                device and the cause.
-            RankGoneError: another rank is gone, or did not come in time.
+            SleepModeError: a rank failed. The error is the same on every rank, and names the rank,
+                its device and the cause.
+            RankGoneError: another rank is gone, or did not respond in time.
         """
         if operation.judge is not None:
             operation.judge(self._exchange_for(operation, operation.facts(), None))
@@ -91,11 +90,11 @@ class Agreement:
         operation.commit()
 
     def exchange(self, mine: T, timeout: timedelta | None = None) -> list[T]:
-        """What every rank of the engine has to say, in their order. ``timeout`` is how long to wait
-        for the slowest one, if not as long as for a sleep or a wake.
+        """Exchange a value with all ranks of the engine; returns all values in rank order.
+        ``timeout`` is how long to wait for the slowest one; by default as for a sleep or a wake.
 
         Raises:
-            RankGoneError: another rank is gone, or did not come in time; names it.
+            RankGoneError: another rank is gone, or did not respond in time; names it.
         """
         timeout = timeout or self._timeout
         everybody = [mine] * self.size
@@ -104,11 +103,11 @@ class Agreement:
         try:
             if self._group is None:
                 self._group = self._new_group()
-            # Rank 0 tells who is missing, which a collective does not.
+            # Rank 0 knows which rank is missing; a collective does not tell.
             dist.monitored_barrier(self._group, timeout, wait_all_ranks=True)
             dist.all_gather_object(everybody, mine, group=self._group)
         except RuntimeError as error:
-            self._group = None  # every rank gets here, and what was sent in vain may still come
+            self._group = None  # every rank gets here; late messages must not reach the next call
             raise RankGoneError(
                 f"another rank did not answer within {timeout.total_seconds():g} s "
                 f"(rank_timeout_s): its process hangs or is gone ({error})"

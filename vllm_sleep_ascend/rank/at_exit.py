@@ -8,9 +8,9 @@ from functools import cache
 
 @cache
 def finish_before_torch_npu() -> None:
-    """At exit, let objects finish that own device memory or process groups, then torch_npu.
+    """At exit, end objects that own device memory or process groups before torch_npu.
 
-    An engine in the main process ends in a finalizer. Python runs finalizers in the place of the
-    first one ever made, which is after torch_npu has closed the device and its process groups.
+    An engine in the main process ends in a finalizer. Python runs all finalizers at the position of
+    the first one, which is after torch_npu has closed the device and its process groups.
     """
     atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HCCL's communicators while a rank sleeps: released, and made again by the wake.
+"""Releases HCCL's communicators while a rank sleeps, and creates them again at the wake.
 
-A communicator holds device memory of its own: two buffers of HCCL_BUFFSIZE (200 MiB each unless set
-otherwise) for each group of ranks that has exchanged anything, two of P2P_HCCL_BUFFSIZE (20 MiB
-each) for each pair of pipeline stages.
-HCCL has no call that gives the buffers back and keeps the communicator; HcclCommSuspend only stops
-its work. So communicators are destroyed and made anew, and all else stays: torch's process groups
-with their stores and streams, vLLM's groups over them, and whatever refers to them.
+A communicator holds device memory: two buffers of HCCL_BUFFSIZE (200 MiB each by default) for each
+group of ranks that has communicated, and two of P2P_HCCL_BUFFSIZE (20 MiB each) for each pair of
+pipeline stages. HCCL has no call that frees the buffers and keeps the communicator; HcclCommSuspend
+only stops its work. So communicators are destroyed and created again. Everything else stays:
+torch's process groups with their stores and streams, vLLM's groups over them, and all references to
+them.
 """
 
 import os
@@ -34,18 +34,18 @@ class _Hccl(Protocol):
     """torch_npu's backend of a process group."""
 
     def get_hccl_comm_name(self, rank: int, init_comm: bool) -> str:
-        """Makes the communicator, if there is none and ``init_comm`` says so."""
+        """Creates the communicator if it does not exist and ``init_comm`` is set."""
 
     def _get_stream_id(self, p2p: bool, peer: int = -1) -> int:
-        """-1: there is no communicator."""
+        """-1 if there is no communicator."""
 
 
 def meet(group: dist.ProcessGroup) -> None:
-    """Make the communicator of a pipeline's stages now, if they send each other through it.
+    """Create the common communicator of a pipeline's stages now, if messages use it.
 
-    With P2P_HCCL_BUFFSIZE=0 torch_npu has no communicators of pairs, and the first message waits
-    for every rank of the group. vLLM's third stage comes only once the second has received: they
-    would wait for each other.
+    With P2P_HCCL_BUFFSIZE=0 torch_npu has no communicators of pairs, and the first message needs
+    every rank of the group. vLLM's third stage arrives only after the second one has received, so
+    they would deadlock.
     """
     if os.environ.get("P2P_HCCL_BUFFSIZE") == "0" and dist.get_world_size(group) > 2:
         _backend(group).get_hccl_comm_name(dist.get_rank(), True)
@@ -53,45 +53,45 @@ def meet(group: dist.ProcessGroup) -> None:
 
 @dataclass(frozen=True)
 class _Used:
-    """A process group, and what of it has a communicator on this rank."""
+    """A process group and its communicators on this rank."""
 
     group: dist.ProcessGroup
     store: dist.Store
     ranks: list[int]
     collective: bool
-    peers: list[int]  # ranks of the group with which this one has a communicator of two
+    peers: list[int]  # ranks with which this one has a communicator of two
 
 
 class Communicators:
-    """The communicators among the ranks of one engine, of which this process is one.
+    """The communicators among the ranks of this process's engine.
 
     Every rank makes the same calls at the same time.
 
     Args:
-        held_bytes: tells the device memory that HCCL holds in this process; None: it cannot.
-        members: the world's ranks that are the engine. Groups with others stay as they are.
+        held_bytes: returns the device memory that HCCL holds in this process, or None if unknown.
+        members: the engine's ranks in the world. Groups with other ranks are left unchanged.
     """
 
     def __init__(self, held_bytes: Callable[[], int | None], members: range) -> None:
         self._held_bytes, self._members = held_bytes, members
         self._released: list[_Used] = []
-        self._begun = False  # a release that can still be taken back
+        self._begun = False  # a release that can still be rolled back
 
     @property
     def released(self) -> bool:
-        """Whether there were communicators, and they are released."""
+        """Whether communicators are released now."""
         return bool(self._released)
 
     def release(self) -> None:
-        """Destroy what there is. Work on the communicators has to be complete, on every rank.
+        """Destroy the communicators. Their work must have completed on every rank.
 
-        Memory that HCCL keeps is a warning: the rank sleeps all the same, and its status has it.
+        If HCCL keeps memory, it logs a warning: the rank sleeps anyway, and its status shows it.
         """
         self._begun = True
         self._released = list(self._used())
         kept = [used for used in self._released if not self._frees(used)]
         held = self._held_bytes()
-        if kept and held:  # an account that is gone since says nothing
+        if kept and held:  # otherwise the accounting is not available
             logger.warning(
                 "HCCL kept memory of %d of %d groups of ranks whose communicators were destroyed "
                 "(ranks %s), and holds %d bytes of the device while this rank sleeps. Its log may "
@@ -103,23 +103,23 @@ class Communicators:
             )
 
     def _frees(self, used: _Used) -> bool:
-        """Destroy it. Whether device memory came free by that: torch_npu does not tell whether
-        HcclCommDestroy failed."""
+        """Destroy it, and return whether device memory was freed: torch_npu does not report a
+        failing HcclCommDestroy."""
         before = self._held_bytes()
         reinit_process_group(used.group, rebuild_link=True)
         return not before or before != self._held_bytes()
 
     def destroy(self) -> None:
-        """Destroy what came back of what was released."""
+        """Destroy the released communicators that exist again."""
         for used in self._released:
             reinit_process_group(used.group, rebuild_link=True)
 
     def restore(self) -> None:
-        """Make again what was released. It may be repeated after every rank has destroyed what an
-        attempt left.
+        """Create the released communicators again. It can be retried after every rank has destroyed
+        what an attempt has left.
 
         Raises:
-            RuntimeError: HCCL's, or another rank did not come within HCCL_CONNECT_TIMEOUT seconds.
+            RuntimeError: from HCCL, or another rank was not there within HCCL_CONNECT_TIMEOUT s.
         """
         for used in self._released:
             with _bounded(used.store):
@@ -129,15 +129,15 @@ class Communicators:
                     self._greet(used, low, high)
 
     def forget(self) -> None:
-        """What was released is there again, or will be made by its next use."""
+        """The release is over: communicators exist again, or their next use creates them."""
         self._released, self._begun = [], False
 
     def rebuild(self, agreement: Agreement) -> str:
-        """Take back a release, if it has begun; returns what failed in that, ``""``: nothing."""
+        """Roll back a release that has begun; returns what failed, or ``""``."""
         if not self._begun:
             return ""
         trouble = trouble_of(self.destroy)
-        agreement.exchange(None)  # every rank comes here, whatever happened
+        agreement.exchange(None)  # every rank gets here, also after a failure
         if not trouble:
             trouble = trouble_of(self.restore)
         if any(agreement.exchange(trouble)):
@@ -164,14 +164,14 @@ class Communicators:
 
     @staticmethod
     def _pairs(used: _Used) -> list[tuple[int, int]]:
-        """In one order for all ranks, so that none waits for one that waits for it."""
+        """Pairs in the same order on all ranks, so that they cannot deadlock."""
         me = dist.get_group_rank(used.group, dist.get_rank())
         return sorted((min(me, peer), max(me, peer)) for peer in used.peers)
 
     @staticmethod
     def _greet(used: _Used, low: int, high: int) -> None:
-        """torch makes the communicator of a pair at its first use. HCCL does nothing for a message
-        without elements: no rank waits on its device for another that failed here."""
+        """Create the communicator of a pair, as torch does at its first use. The message is empty,
+        so that no rank waits on its device for another one that has failed here."""
         token = torch.empty(0, dtype=torch.int8, device=_NPU)
         if dist.get_rank() == used.ranks[low]:
             dist.send(token, used.ranks[high], group=used.group)
@@ -180,7 +180,7 @@ class Communicators:
 
 
 def trouble_of(step: Callable[[], None]) -> str:
-    """What kept it from being done, ``""``: nothing."""
+    """Run it, and return why it failed, or ``""``."""
     try:
         step()
     except RuntimeError as error:
@@ -190,7 +190,7 @@ def trouble_of(step: Callable[[], None]) -> str:
 
 @contextmanager
 def _bounded(store: dist.Store) -> Iterator[None]:
-    """Ranks first meet in torch's store, which would wait for half an hour."""
+    """Limit the wait in torch's store, where ranks first meet, which is half an hour by default."""
     usual = store.timeout  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=connect_timeout_s()))
     try:

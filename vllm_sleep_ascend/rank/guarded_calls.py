@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that reach a worker while its memory sleeps: one that touches it would fault the device.
+"""Calls that reach a worker while its memory sleeps: accessing that memory is a device fault.
 
-The engine's process sends each call that is not known to be safe as a ``GuardedCall``, through
-whichever executor; the worker's process then knows what sleeps. All ranks sleep alike, and so all
-run a call or all refuse it.
+The engine's process sends each call that is not known to be safe as a ``GuardedCall``, with any
+executor. The worker's process knows what sleeps. All ranks are in the same state, so either all run
+a call or all refuse it.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,24 +26,24 @@ Method = str | bytes | Callable[..., object]
 
 
 class GuardedCall:
-    """A method of a worker by its name, or a function of the worker, that does not run where it may
-    touch what sleeps.
+    """A worker's method (by name), or a function of the worker, that is refused if it may access
+    sleeping memory.
 
     Raises:
-        SleepModeError: it may, and was not run.
+        SleepModeError: it was refused.
     """
 
     def __init__(self, method: Method) -> None:
         self._method = method
 
     def __repr__(self) -> str:
-        """How vLLM names it in its errors."""
+        """The name in vLLM's errors."""
         if isinstance(self._method, str):
             return self._method
         return getattr(self._method, "__qualname__", type(self._method).__name__)
 
     def __call__(self, worker: object, *args: object, **kwargs: object) -> object:
-        self._check(vars(worker).get("worker", worker))  # executors have a wrapper around theirs
+        self._check(vars(worker).get("worker", worker))  # executors wrap their workers
         return run_method(worker, self._method, args, kwargs)
 
     def _check(self, worker: "SleepingWorker") -> None:
@@ -70,7 +70,7 @@ class GuardedCall:
 
 
 def guards_calls(stock: Callable[..., object]) -> Callable[..., object]:
-    """Wrapper of an executor's ``collective_rpc``. Workers that start up are not asked."""
+    """Wrapper of an executor's ``collective_rpc``. Calls during start-up are not guarded."""
 
     def collective_rpc(self: "Executor", method: Method, *args: object, **kwargs: object) -> object:
         enabled = self.vllm_config.model_config.enable_sleep_mode
@@ -84,7 +84,7 @@ def guards_calls(stock: Callable[..., object]) -> Callable[..., object]:
 
 
 def asleep_error(worker: "HostWorker", name: str, tags: Iterable[str]) -> SleepModeError:
-    """Of a method that is known to need the memory of these tags."""
+    """The error of a method that needs the memory of these tags."""
     asleep = sorted(tags, reverse=True)
     return _refusal(
         worker,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a platform adds to sleep, wake and loads of weights."""
+"""Hooks of a platform for sleep, wake and loads of weights."""
 
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 
 
 class Hooks:
-    """Those of vLLM's own worker, which adds nothing."""
+    """The hooks of vLLM's own worker, which do nothing."""
 
     def __init__(self, worker: HostWorker) -> None:
         self._worker = worker
@@ -15,14 +15,14 @@ class Hooks:
         return None
 
     def before_sleep(self) -> None:
-        """What has to be done, or refused, before memory is touched. Part of the transaction."""
+        """Runs, or refuses the sleep, before memory is touched. Part of the transaction."""
 
     def after_sleep(self) -> None:
-        """What else comes free, once every rank sleeps."""
+        """Frees other memory after every rank sleeps."""
 
     def after_wake(self) -> None:
-        """What else comes back, once every rank has its memory. If it fails, the engine counts as
-        asleep, and the wake can be repeated."""
+        """Restores other state after every rank has its memory. If it fails, the engine counts as
+        asleep, and the wake can be retried."""
 
     def preserved_parameters(self) -> list[str]:
         """Patterns of the parameters that level 2 keeps."""
@@ -41,5 +41,5 @@ class Hooks:
         """
 
     def can_copy_back(self) -> bool:
-        """Whether a copy of the weights on the host, copied back, leaves them as they were."""
+        """Whether copying the weights to the host and back leaves them unchanged."""
         return True

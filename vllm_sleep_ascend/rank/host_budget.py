@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory for the backups of all ranks of one host, before any of them takes some.
+"""Checks that a host has memory for the backups of all its ranks, before any rank allocates.
 
-Each rank alone sees all that the host has left, and each would find it enough.
+A rank alone sees all of the host's free memory, so each rank would find it enough.
 """
 
 import socket
@@ -23,22 +23,22 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class HostNeed:
-    """What one rank is about to take. ``needed`` and ``available`` are bytes; ``available`` is what
-    the machine or the rank's control group has left."""
+    """What a rank is about to allocate. ``needed`` and ``available`` are bytes; ``available`` is
+    what the machine or the rank's control group has left."""
 
     rank: int
-    host: tuple[str, str]  # boot id and name: containers of one machine have limits of their own
+    host: tuple[str, str]  # boot id and name: containers on a machine have separate limits
     needed: int
     available: int
 
 
 def ranks_of_this_host(parallel: "ParallelConfig") -> int:
-    """Of all data-parallel engines that were started with this one."""
+    """The number of ranks, including those of data-parallel engines started with this one."""
     return parallel.local_world_size * max(1, parallel.data_parallel_size_local)
 
 
 def host_need(backend: "CamemBackend", rank: int, actions: Mapping[str, Action]) -> HostNeed:
-    """Of a sleep by these actions on this rank, beyond what is held already."""
+    """What a sleep with these actions needs on this rank, beyond what it holds already."""
     boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
     return HostNeed(rank, (boot_id, socket.gethostname()), *backend.host_need(actions))
 
@@ -46,7 +46,7 @@ def host_need(backend: "CamemBackend", rank: int, actions: Mapping[str, Action])
 def check_together(needs: Iterable[HostNeed]) -> None:
     """
     Raises:
-        HostOutOfMemoryError: the ranks of one host need more than it has; the same on every rank.
+        HostOutOfMemoryError: the ranks of a host need more than it has; the same on every rank.
     """
     hosts: dict[tuple[str, str], list[HostNeed]] = {}
     for need in needs:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank uses of vLLM's worker, whichever version's and whichever platform's it is."""
+"""The parts of vLLM's worker that a rank uses, on any platform and supported version."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 class HostWorker(Protocol):
-    """vLLM's worker. ``update_config`` gives it other configurations, so they are read anew each
-    time."""
+    """vLLM's worker. ``update_config`` may replace its configurations, so never cache them."""
 
     rank: int
     device: torch.device
@@ -33,13 +32,13 @@ class HostWorker(Protocol):
 
     @property
     def sleep_mode_backend(self) -> "CamemBackend":
-        """There with sleep mode alone."""
+        """Exists only with sleep mode."""
 
     def get_draft_model(self) -> nn.Module | None: ...
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]": ...
 
 
 def draft_model_config(worker: HostWorker) -> "config.ModelConfig":
-    """Of a worker's draft model, which it has."""
+    """The configuration of a worker's draft model, which must exist."""
     assert worker.speculative_config is not None
     return worker.speculative_config.draft_model_config

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What level 2 keeps on the host: all in the memory of the weights that no load brings back.
+"""What level 2 keeps on the host: everything in the weights' memory that no load restores.
 
-Parameters can be loaded again. Buffers, tensors that a model keeps in attributes or globals, and
-the slots of LoRA adapters cannot, so they are kept whoever holds them: what torch has allocated and
-no parameter covers is copied as bytes.
+Parameters can be loaded again. Buffers, tensors in attributes or globals of a model, and the slots
+of LoRA adapters cannot. So everything that torch has allocated and no parameter covers is copied as
+bytes.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SavedContent:
-    """That content, while level 2 has discarded it."""
+    """This content, while level 2 has discarded its memory."""
 
     def __init__(self, backend: "CamemBackend") -> None:
         self._backend = backend
@@ -24,15 +24,15 @@ class SavedContent:
 
     @property
     def saved(self) -> bool:
-        """Whether it is kept now."""
+        """Whether content is saved now."""
         return self._blocks is not None
 
     def save(self, discarded: Iterable[torch.Tensor]) -> None:
-        """Copy to the host what lies in the memory of the weights, awake or in a host backup, and
-        is none of ``discarded``.
+        """Copy to the host what is in the weights' memory, awake or in a host backup, except
+        ``discarded``.
 
         Raises:
-            SleepModeError: memory sleeps, and its backup cannot be read as it is.
+            SleepModeError: memory sleeps, and its backup cannot be read.
         """
         covered: dict[int, dict[int, int]] = {}
         for tensor in discarded:
@@ -45,10 +45,10 @@ class SavedContent:
         ]
 
     def restore(self) -> None:
-        """Copy it back; the memory is awake."""
+        """Copy it back. The memory must be awake."""
         for address, content in self._blocks or ():
             self._backend.write(address, content)
 
     def forget(self) -> None:
-        """Give the copies up."""
+        """Drop the copies."""
         self._blocks = None

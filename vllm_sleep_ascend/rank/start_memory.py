@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device memory while an engine starts.
 
-Other processes take and give back memory of the device at any time. So what this process uses is
-what it holds by its own account, and never a difference of two looks at what the device has free.
+Other processes may allocate and free device memory at any time. So this process's use is taken from
+its own accounting, never from a difference of the device's free memory.
 """
 
 import gc
@@ -30,11 +30,11 @@ _REMEDY = (
 
 
 class StartMemory:
-    """What an engine may have of its device: its share by ``gpu_memory_utilization``, less what
-    this process holds already, and never more than is free.
+    """What an engine may use of its device: its share by ``gpu_memory_utilization``, minus what
+    this process already holds, and never more than is free.
 
     Args:
-        wait_s: seconds that each step waits for memory that another process may give back.
+        wait_s: seconds that each step waits for memory that another process may free.
     """
 
     def __init__(self, device: torch.device, utilization: float, wait_s: float) -> None:
@@ -44,10 +44,10 @@ class StartMemory:
         self.share = math.ceil(self._free_and_total()[1] * utilization)
 
     def require(self) -> None:
-        """Return once the whole share is free or held.
+        """Wait until the whole share is free or held.
 
         Raises:
-            ValueError: it is not, and no process gave it back in time.
+            ValueError: other processes did not free it in time.
         """
         self._wait()
         free, total = self._free_and_total()
@@ -60,7 +60,7 @@ class StartMemory:
             )
 
     def for_kv_cache(self, run_largest_batch: Callable[[], None], least: int) -> int:
-        """Bytes that the KV cache may take, beside what the largest batch takes for a moment.
+        """Bytes for the KV cache, besides the temporary memory of the largest batch.
 
         Raises:
             DeviceOutOfMemoryError: other processes leave less than ``least``.
@@ -90,10 +90,11 @@ class StartMemory:
 
     @contextmanager
     def named(self, purpose: str) -> Iterator[None]:
-        """Have torch's error say what the memory was for, who holds it, and what to do.
+        """Replace torch's error by one that says what the memory was for, who holds it, and what to
+        do.
 
         Raises:
-            DeviceOutOfMemoryError: in place of torch's.
+            DeviceOutOfMemoryError: instead of torch's error.
         """
         try:
             yield
@@ -105,11 +106,11 @@ class StartMemory:
             ) from error
 
     def waiting_allocations(self) -> TorchFunctionMode:
-        """A context in which a new tensor waits for its memory."""
+        """A context in which allocations wait for memory."""
         return _Waiting(self._wait_s)
 
     def _peak_of(self, run: Callable[[], None]) -> int:
-        """Bytes that torch takes during the run beyond what it holds afterwards."""
+        """The peak of torch's memory during the run, beyond what it holds afterwards."""
         gc.collect()
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(self._device)
@@ -140,7 +141,7 @@ class StartMemory:
 
 
 def least_kv_cache(worker: HostWorker) -> int:
-    """Bytes of KV cache without which vLLM does not start this worker."""
+    """The minimum KV cache in bytes with which vLLM starts this worker."""
     from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 
     fits_itself = worker.model_config.original_max_model_len == -1
@@ -166,7 +167,7 @@ class _Waiting(TorchFunctionMode):
             try:
                 return func(*args, **(kwargs or {}))
             except torch.OutOfMemoryError:
-                # Any other function could have done half of its work.
+                # Any other function might have been interrupted half-way.
                 if func not in (torch.empty, torch.zeros) or time.monotonic() >= deadline:
                     raise
             time.sleep(_POLL_S)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank knows of its weights, and how it loads them again."""
+"""What a rank knows about its weights, and how it loads them again."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank knows of the content of its weights: which parameters have none since level 2."""
+"""Tracks which parameters have lost their content since level 2."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from vllm_sleep_ascend.rank.weights.shards import shards_of
 from vllm_sleep_ascend.rank.weights.unwritten import mark, unwritten, unwritten_at_start
 
 DRAFT = "draft."
-"""What stands before the names of a draft model's parameters."""
+"""The prefix of the names of a draft model's parameters."""
 
-_NAMED = 8  # parameters of which the shards are told
+_NAMED = 8  # parameters whose shards are named
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is known at one time."""
+    """What is known at one time, for a rollback."""
 
     lost: frozenset[str] = field(default_factory=frozenset)
     corrupt: bool = False
@@ -28,8 +28,8 @@ class Knowledge:
 class WeightsContent:
     """The parameters whose content was lost, and which of them have been written since.
 
-    ``mark`` marks them once their memory is awake. Afterwards their memory itself tells: a
-    parameter without a mark was written, by whomever, and is not looked at again.
+    ``mark`` writes marks into their memory once it is awake. A parameter without a mark has been
+    written, by any code, and is not checked again.
     """
 
     def __init__(self, worker: HostWorker) -> None:
@@ -39,7 +39,7 @@ class WeightsContent:
         self.beyond_loading = False
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """All parameters as they are now, one that several models share once."""
+        """All current parameters; one that several models share occurs once."""
         found: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
         for prefix, model in models_of(self._worker).items():
@@ -50,45 +50,46 @@ class WeightsContent:
         return found
 
     def lose(self, names: Iterable[str]) -> None:
-        """Note that these parameters have no content any more."""
+        """These parameters have lost their content."""
         self._lost |= set(names)
 
     def mark(self) -> None:
-        """Overwrite what was lost with marks; its memory is awake."""
+        """Overwrite lost parameters with marks. Their memory must be awake."""
         parameters = self.parameters()
         for name in self._lost & parameters.keys():
             mark(parameters[name])
 
     def spoil(self, prefix: str = "") -> None:
-        """Lose all parameters of one model, whose content is there and cannot be relied on."""
+        """Treat all parameters of a model as lost, because their content is not reliable."""
         self.lose(name for name in self.parameters() if of_model(name, prefix))
         self.mark()
 
     def found_corrupt(self, names: Iterable[str], beyond_loading: bool) -> None:
-        """Note that these parameters are not what they should be, and whether loading them mends
-        all that is wrong. Their memory is awake."""
+        """These parameters have wrong content; also whether loading them repairs everything. Their
+        memory is awake."""
         self.lose(names)
         self.mark()
         self._found_corrupt = True
         self.beyond_loading = self.beyond_loading or beyond_loading
 
     def written(self) -> None:
-        """Take somebody's word that every parameter has been written."""
+        """Every parameter has been written, as the caller asserts."""
         self._lost.clear()
 
     def missing(self) -> list[str]:
-        """The names of the parameters that were lost and not wholly written since. Where memory
-        sleeps nothing can be written, nor looked at."""
+        """The names of parameters that were lost and have not been completely written since.
+        Sleeping memory can neither be written nor checked."""
         if self._lost and self._awake():
             self._look()
         return sorted(self._lost)
 
     def missing_of(self, prefix: str) -> list[str]:
-        """The same, of one model alone."""
+        """The same for one model."""
         return [name for name in self.missing() if of_model(name, prefix)]
 
     def missing_shards(self) -> list[str]:
-        """The same, of all; of the first, the shards that are missing where others are there."""
+        """The same for all models. For the first parameters it names the missing shards, if some
+        shards are present."""
         names = self.missing()
         if not names or not self._awake():
             return names
@@ -104,20 +105,20 @@ class WeightsContent:
 
     @property
     def corrupt(self) -> bool:
-        """Whether content that was found to be wrong has not all been written since."""
+        """Whether content that was found to be wrong has not been completely written since."""
         return self.beyond_loading or (self._found_corrupt and bool(self._lost))
 
     def knowledge(self) -> Knowledge:
-        """What is known now, for ``know``."""
+        """What is known now, to be restored with ``know``."""
         return Knowledge(frozenset(self._lost), self._found_corrupt)
 
     def know(self, knowledge: Knowledge) -> None:
-        """What was known then holds again: the memory is as it was then."""
+        """Restore what was known then, because the memory is as it was then."""
         self._lost, self._found_corrupt = set(knowledge.lost), knowledge.corrupt
 
     def _look(self) -> None:
-        """Forget those that have been written. Only what is written at its start is read whole, so
-        that looking after each of many small loads reads every parameter about once."""
+        """Drop parameters that have been written. Only those written at their start are read
+        completely, so that checks after many small loads read every parameter about once."""
         parameters = self.parameters()
         if _are_aside(parameters):
             return
@@ -138,14 +139,14 @@ class WeightsContent:
 
 
 def models_of(worker: HostWorker) -> dict[str, nn.Module]:
-    """A rank's model, and its draft model, by what stands before the names of their parameters."""
+    """A rank's model and its draft model, by the prefix of their parameters' names."""
     models = {"": worker.model_runner.get_model()}
     draft = worker.get_draft_model()
     return models if draft is None else {**models, DRAFT: draft}
 
 
 def _are_aside(parameters: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an update is under way, during which a model has others, without memory."""
+    """Whether an update is running, during which a model has other parameters, without memory."""
     return any(parameter.is_meta for parameter in parameters.values())
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's layerwise reload: what a load has left out, and how it is called off.
+"""vLLM's layerwise reload: what a load has left out, and how it is aborted.
 
-vLLM moves a model's parameters aside, collects what is loaded of each layer, and puts the layer
-together once it has as many numbers as the layer. At the end of a load it also puts together the
-layers that have fewer, because some are padded; what is really missing then comes from memory that
-nobody wrote.
+vLLM moves a model's parameters aside, collects the loaded tensors of each layer, and assembles the
+layer once it has all of its elements. At the end of a load it also assembles layers with fewer,
+because some are padded. Shards that are really missing then have the content of unwritten memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,9 +31,9 @@ except ImportError:  # vLLM 0.23
 
 
 def missing_shards(model: nn.Module) -> list[str]:
-    """What is missing of layers of which a load has brought a part, by the names of checkpoints.
+    """The missing shards of partly loaded layers, by their names in checkpoints.
 
-    Layers of which it brought nothing are none of them: an update may leave layers as they are.
+    Layers without any loaded shard do not count, because an update may leave layers unchanged.
     """
     return [
         name
@@ -45,8 +44,8 @@ def missing_shards(model: nn.Module) -> list[str]:
 
 
 def call_off(model: nn.Module, model_config: "ModelConfig") -> None:
-    """End a load that is under way, if one is: every layer that was not put together has the
-    parameters that it had before."""
+    """Abort a running load, if any. Layers that were not assembled get their previous parameters
+    back."""
     infos = [get_layerwise_info(layer) for layer in model.modules()]
     if any(info.can_load() for info in infos):
         for info in infos:
@@ -57,11 +56,10 @@ def call_off(model: nn.Module, model_config: "ModelConfig") -> None:
 
 
 def unwrap_loaders(model: nn.Module) -> None:
-    """Take vLLM's loader off parameters of layers that no load is collecting for.
+    """Remove vLLM's loader from parameters of layers that no load is collecting.
 
-    vLLM does so itself when it puts a layer together. Other layers get back the parameters that
-    were moved aside; a bias is never moved and keeps that loader, which drops all it is given once
-    the load is over.
+    vLLM does this itself when it assembles a layer. Other layers get back the parameters that were
+    moved aside. But a bias is never moved, and keeps a loader that drops everything after the load.
     """
     for layer in model.modules():
         if get_layerwise_info(layer).can_load():
@@ -72,8 +70,7 @@ def unwrap_loaders(model: nn.Module) -> None:
 
 
 def forget(models: Iterable[nn.Module]) -> None:
-    """Let go of the layers. vLLM remembers by layer how to load it again, and what it remembers
-    refers to the layer."""
+    """Release the layers: vLLM's information on how to load a layer again refers to the layer."""
     for model in models:
         for layer in model.modules():
             LAYERWISE_INFO.pop(layer, None)
@@ -89,7 +86,7 @@ def _is_begun(layer: nn.Module) -> bool:
 
 
 def _missing_of(model: nn.Module, path: str, layer: nn.Module) -> Iterator[str]:
-    """Load what was collected into marked memory of the host, and look at what is left."""
+    """Load the collected tensors into marked host memory, and find the marks that are left."""
     copies: dict[str, torch.Tensor] = {}
     for name, parameter in layer.named_parameters(recurse=False):
         with torch.device("cpu"):
@@ -112,7 +109,7 @@ def _missing_of(model: nn.Module, path: str, layer: nn.Module) -> Iterator[str]:
 
 
 def _loader(parameter: torch.Tensor) -> Callable[..., object]:
-    """The loader of the parameter's own, below those that vLLM put around it."""
+    """The parameter's own loader, without vLLM's wrappers."""
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
     loader: Callable[..., object] = getattr(parameter, "weight_loader", default_weight_loader)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load of a model's weights that is under way, and how it is taken back."""
+"""A running load of a model's weights, and its rollback."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,20 +22,20 @@ _NAMED = 8
 
 
 class Loadable(Protocol):
-    """A model of vLLM's. Its method gives the names that it has loaded; None: it does not say."""
+    """A vLLM model. Its method returns the names that it has loaded, if it tells."""
 
     load_weights: Callable[..., set[str] | None]
 
 
 class Snapshot:
-    """A model's parameters on the host, while a load replaces them."""
+    """A copy of a model's parameters on the host, while a load replaces them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._content = [(p.data, p.data.to("cpu", copy=True)) for p in model.parameters()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy them back into the memory that they were in."""
+        """Copy them back into their original memory."""
         for parameter, content in self._content:
             parameter.copy_(content)
 
@@ -44,9 +44,9 @@ class Snapshot:
 class WeightLoad:
     """A load into ``model``, whose parameters' names start with ``prefix`` in ``content``.
 
-    ``snapshot`` is there if the model had all of its content and the host has the memory.
-    ``at_once``: one call brings whole layers; ``from_checkpoint``: and all of them. ``in_wake``: if
-    it fails, the weights sleep again. ``begun``: the model is not what it was.
+    ``snapshot`` exists if the model had all of its content and the host has enough memory.
+    ``at_once``: a call loads whole layers; ``from_checkpoint``: and all of them. ``in_wake``: if
+    the load fails, the weights sleep again. ``begun``: the model has been changed.
     """
 
     content: WeightsContent
@@ -63,10 +63,11 @@ class WeightLoad:
     _taken: set[str] = field(default_factory=set, init=False)
 
     def take(self, weights: Iterable[Named]) -> Iterator[Named]:
-        """The same weights.
+        """Pass the weights on.
 
         Raises:
-            WeightsError: one comes twice. vLLM counts numbers, and would take it for another one.
+            WeightsError: a weight occurs twice. vLLM counts elements, and would not notice that
+                another one is missing.
         """
         for name, tensor in weights:
             self.begun = True
@@ -86,7 +87,7 @@ class WeightLoad:
         """After a load whose names are those of the model's parameters.
 
         Raises:
-            WeightsError: it has brought a part of a layer's parameters; names the others.
+            WeightsError: it has loaded only some of a layer's parameters; names the others.
         """
         taken = {plain(name) for name in self._taken}
         missing: list[str] = []
@@ -97,10 +98,10 @@ class WeightLoad:
         self._check(missing)
 
     def check_all(self, loaded: Iterable[str] | None) -> None:
-        """``loaded``: the names that the model's ``load_weights`` gives; None if it does not say.
+        """``loaded``: the names that the model's ``load_weights`` returns, or None.
 
         Raises:
-            WeightsError: a checkpoint has not brought every parameter; names those.
+            WeightsError: a checkpoint lacks parameters; names them.
         """
         if loaded is None or not self.from_checkpoint or self.model_config.quantization:
             return
@@ -108,7 +109,7 @@ class WeightLoad:
         self._check(sorted({plain(n) for n in names} - set(loaded)))
 
     def take_back(self) -> None:
-        """Have the model as it was. Where that cannot be had, its weights count as lost."""
+        """Roll the model back. If that is not possible, its weights count as lost."""
         layerwise.call_off(self.model, self.model_config)
         if self.snapshot is not None:
             self.snapshot.restore()

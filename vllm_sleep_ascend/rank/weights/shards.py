@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shards of fused parameters, by the names that checkpoints give them.
+"""The shards of fused parameters, by their names in checkpoints.
 
-vLLM keeps what a checkpoint has in several tensors in one parameter: query, key and value, gate
-and up, all experts of a layer.
+vLLM fuses several tensors of a checkpoint into one parameter: query, key and value; gate and up;
+all experts of a layer.
 """
 
 import torch
@@ -12,12 +12,12 @@ _EXPERTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 
 
 def plain(name: str) -> str:
-    """A parameter's name without what LoRA puts around its layer."""
+    """A parameter's name without LoRA's wrapper of its layer."""
     return name.replace(".base_layer.", ".")
 
 
 def shards_of(model: nn.Module, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a parameter, as views; of one that is not fused, itself.
+    """The shards of a parameter as views; an unfused parameter itself.
 
     Args:
         name: the parameter's name in the model.
@@ -57,7 +57,7 @@ def _of_experts(
 
 
 def _numbers(module: nn.Module, count: int) -> list[int]:
-    """The experts of this rank, as the checkpoint counts them."""
+    """This rank's experts by their numbers in the checkpoint."""
     local = getattr(module, "expert_map", None)
     if local is None:
         return list(range(count))
