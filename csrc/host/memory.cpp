@@ -202,8 +202,7 @@ HostMemory HostMemory::allocate(std::size_t bytes) {
   throw AclError("aclrtMallocHost", code, bytes, recent_error_message());
 }
 
-// Returns a plain block if it could not be locked or registered, and an empty one if not even
-// mapped.
+// Plain if it could not be locked or registered, empty if not even mapped.
 HostMemory HostMemory::map_and_register(std::size_t bytes, HostSpace& space) {
   std::byte* data = nullptr;
   try {

@@ -57,8 +57,8 @@ class HostMemory {
   HostMemory(HostMemory&& other) noexcept;
   HostMemory& operator=(HostMemory&& other) noexcept;
 
-  // Falls back to aclrtMallocHost if memory cannot be mapped, locked or registered. Throws
-  // OutOfHostMemory or AclError.
+  // Where memory cannot be mapped, locked or registered, whatever the reason, it comes from
+  // aclrtMallocHost. Throws OutOfHostMemory or AclError.
   static HostMemory page_locked(std::size_t bytes, HostSource source, HostSpace& space);
   static HostMemory page_locked(std::size_t bytes, HostSource source);  // in a space of its own
 

@@ -33,7 +33,7 @@ class Silence(Exception):
 
 
 class Crash(Exception):
-    """The child ended; the text says how, and the last line that it printed."""
+    """The child ended; the text says how, and what it printed last."""
 
 
 class Seen(TypedDict):
