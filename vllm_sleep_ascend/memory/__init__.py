@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory of one process that can sleep: torch's pools, vLLM's backend, what is held.
+"""This process's device memory that can sleep: torch's pools, vLLM's backend, accounting.
 
-The functions here are for a program of your own, with or without an engine beside it::
+The functions here are for your own programs, with or without an engine beside them::
 
     from vllm_sleep_ascend import memory
 
     with memory.region("weights"):
         model = Model().to("npu")
-    memory.sleep()  # the device's memory is free, the content is in host memory
-    memory.wake()  # at the same addresses: every tensor is as it was
+    memory.sleep()  # the device memory is free, the content is in host memory
+    memory.wake()  # every tensor is as before, at the same address
 
 See docs/memory.md.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 PROGRAM = "program:"
-"""What tags of regions begin with. An engine in the same process leaves them alone."""
+"""The prefix of regions' tags. An engine in the same process leaves them alone."""
 
 
 def region(tag: str = "weights") -> AbstractContextManager[None]:
-    """What this thread allocates on the device inside can sleep, under this tag.
+    """Allocations of this thread inside can sleep, under this tag.
 
     Raises:
-        SleepModeError: torch took memory elsewhere, which then cannot sleep.
+        SleepModeError: torch allocated memory elsewhere, which cannot sleep.
     """
     from vllm_sleep_ascend.memory.pool import use_pool
 
@@ -41,15 +41,15 @@ def region(tag: str = "weights") -> AbstractContextManager[None]:
 
 
 def sleep(*tags: str, discard: Iterable[str] = ()) -> None:
-    """Give back the device memory of regions, all of it or none.
+    """Free the device memory of regions, all of it or none.
 
     Args:
-        tags: whose content goes to host memory; if there are none, that of every region.
-        discard: whose content is forgotten instead.
+        tags: regions to offload to host memory; by default all.
+        discard: regions whose content is discarded instead.
 
     Raises:
         ValueError: no region has such a tag.
-        SleepModeError: it failed, and everything is as it was.
+        SleepModeError: it failed, and everything is as before.
     """
     regions = status()
     actions: dict[str, Action] = dict.fromkeys(_known(tags or regions, regions), "offload")
@@ -58,19 +58,18 @@ def sleep(*tags: str, discard: Iterable[str] = ()) -> None:
 
 
 def wake(*tags: str) -> None:
-    """Bring back these regions, or all, at their addresses: with their content, or with none where
-    it was forgotten.
+    """Restore these regions, or all, at their addresses; discarded ones have no content.
 
     Raises:
         ValueError: no region has such a tag.
-        SleepModeError: it failed; what slept sleeps, and the call can be repeated.
+        SleepModeError: it failed. The regions still sleep, and the call can be retried.
     """
     regions = status()
     _memory().wake(_known(tags or regions, regions))
 
 
 def status() -> "dict[str, TagUsage]":
-    """Bytes of each region, by tag: what is awake or asleep, and what is held."""
+    """Bytes of each region by tag: awake, asleep, and held."""
     usage = _memory().usage().items()
     return {tag.removeprefix(PROGRAM): of for tag, of in usage if tag.startswith(PROGRAM)}
 
@@ -83,7 +82,7 @@ def _memory() -> "SleepingMemory":
 
 
 def _known(tags: Iterable[str], regions: "Mapping[str, TagUsage]") -> list[str]:
-    """The allocator's names of these tags, each of which has to be a region's."""
+    """The allocator's tags for these regions, which must exist."""
     tags = list(tags)
     for tag in tags:
         if tag not in regions:

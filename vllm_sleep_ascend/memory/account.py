@@ -18,9 +18,9 @@ def resident_bytes(device: torch.device, tags: Mapping[str, "TagUsage"]) -> dict
     """Bytes of device memory of this process, by cause; those of other processes do not count.
 
     ``communicators``: HCCL's. ``context``: the runtime and other components of CANN. ``graphs``:
-    memory of captured graphs that is mapped. ``other``: what the process allocated and sleep mode
-    does not manage, such as torch's small tensors outside the pools. All but ``graphs`` are
-    AscendCL's own account (aclrtGetMemUsageInfo), and missing where it has none.
+    mapped memory of captured graphs. ``other``: what the process has allocated outside sleep mode,
+    such as torch's small tensors outside the pools. All but ``graphs`` are from AscendCL's
+    accounting (aclrtGetMemUsageInfo), and missing without it.
 
     Args:
         tags: CamemBackend.usage().
@@ -39,8 +39,8 @@ def resident_bytes(device: torch.device, tags: Mapping[str, "TagUsage"]) -> dict
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes of a device's memory that this process holds, whatever other processes do: AscendCL's
-    own account, and at least what torch has taken and not put to sleep."""
+    """Device bytes of this process, independent of other processes: from AscendCL's accounting, and
+    at least torch's allocations that are not asleep."""
     by_torch = torch.accelerator.memory_reserved(device)
     try:
         from vllm_sleep_ascend import _camem

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``camem``: vLLM's SleepModeBackend over the compiled allocator.
+"""``camem``: vLLM's SleepModeBackend on top of the compiled allocator.
 
-vLLM 0.23 has no such interface: there the class stands alone, and the worker calls it.
+vLLM 0.23 has no such interface: there our worker calls the class itself.
 """
 
 from typing import Literal
@@ -28,16 +28,16 @@ class CamemBackend(SleepingMemory, SleepModeBackend):
         self.sleep(f"sleep level {level}", POLICY[level])
 
     def discard(self, tags: tuple[str, ...]) -> None:
-        """Free the device memory of these tags and forget its content; keep all others."""
+        """Free the device memory of these tags and discard its content; keep all others."""
         self.sleep(f"discard {', '.join(tags)}", dict.fromkeys(tags, "discard"), "keep")
 
     def resume(self, tags: list[str] | None = None) -> None:
-        """Bring back these tags, and every tag that cannot be deferred; None brings back all."""
+        """Restore these tags and every tag that cannot be deferred; None restores all."""
         deferred = set() if tags is None else set(DEFERRABLE_TAGS) - set(tags)
         self.wake([tag for tag in self.tags() if tag not in deferred])
 
     def state(self) -> Literal["RUNNING", "SUSPENDED"]:
-        """SUSPENDED while anything of the engine's sleeps, RUNNING otherwise."""
+        """SUSPENDED while any of the engine's memory sleeps, otherwise RUNNING."""
         return "SUSPENDED" if any(map(self.asleep, self.tags())) else "RUNNING"
 
     @classmethod

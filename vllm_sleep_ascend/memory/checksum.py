@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of device memory, computed on the device: no byte of it is copied to the host.
+"""Checksums of device memory, computed on the device without copies to the host.
 
 The bytes of an allocation are read as a matrix of 64-bit words. Its row sums and its column sums,
 modulo 2**64, are two passes at the speed of the device's memory. Each sum is then mixed with its
 position by a bijection of 64-bit numbers, and the results are added up.
 
-What is missed: a change that leaves every row sum and every column sum as it was, for which at
-least four words in the corners of a rectangle must change by exactly compensating amounts; and any
-other change with a probability of 2**-64, that of two equal checksums. A change of one word, or of
-words in one row or one column, and words that change places always change a row or column sum. It
-does not protect against changes that were made to be missed.
+Missed are changes that leave every row sum and every column sum unchanged, for which at least four
+words in the corners of a rectangle must change by exactly compensating amounts; and any other
+change with a probability of 2**-64, that of two equal checksums. A change of one word, or of words
+in one row or one column, and exchanged words always change a row or column sum. There is no
+protection against deliberate changes.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ _FACTORS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 <
 def checksums(ranges: Iterable[tuple[int, int]], device: torch.device) -> dict[int, int]:
     """The checksum of each (address, bytes) of mapped memory of ``device``, by address.
 
-    Bytes are a multiple of 2 MiB. Waits for all work that was launched on the current stream.
+    Bytes are a multiple of 2 MiB. Waits for all work on the current stream.
     """
     words = {address: _words(address, size, device) for address, size in ranges}
     if not words:
@@ -61,13 +61,13 @@ def mix(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(numbers: torch.Tensor, places: int) -> torch.Tensor:
-    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    """Logical shift to the right: torch's shift repeats the sign."""
     return (numbers >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def memory_at(address: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``size`` bytes of mapped memory of ``device`` as numbers, as they lie there, whatever format
-    the tensors in it have; nothing is copied or owned."""
+    """``size`` bytes of mapped memory of ``device`` as a tensor of raw elements, independent of the
+    tensors' formats. It neither copies nor owns the memory."""
     if device.type == "npu":
         import torch_npu
 

@@ -8,15 +8,15 @@ _SYNC_TIMEOUT = 507046  # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
 
 
 def wait_for_device() -> None:
-    """Wait for all that torch has queued, and for all that anybody has launched.
+    """Wait for all work that torch has queued or anything has launched.
 
-    Torch launches its queue first, which has no limit: a launch blocks where a stream is full.
+    torch first launches its queue, which has no limit: a launch blocks if a stream is full.
 
     Raises:
-        AclError: it has not ended after ``device_timeout_s`` (``is_running``), or a stream captures
-            a graph. Nothing was touched.
+        AclError: it has not completed after ``device_timeout_s`` (``is_running``), or a stream
+            captures a graph. Nothing was touched.
     """
-    from vllm_sleep_ascend import _camem  # not there in an installation without sleep mode
+    from vllm_sleep_ascend import _camem  # missing in an installation without sleep mode
 
     torch_npu.npu.current_stream().npu_stream  # noqa: B018  torch launches all of its queue first
     _camem.wait_for_devices()
@@ -24,5 +24,5 @@ def wait_for_device() -> None:
 
 
 def is_running(error: Exception) -> bool:
-    """Whether a wait ended with this error because work of the device had not."""
+    """Whether a wait failed with this error because work on the device was still running."""
     return getattr(error, "code", 0) == _SYNC_TIMEOUT

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors whose elements do not lie in memory in their order, such as those in FRACTAL_NZ.
+"""Tensors whose elements are not stored in logical order, such as those in FRACTAL_NZ.
 
-torch_npu keeps the format with the storage. Every tensor over that storage has it, one made by
-``set_`` too, and copies of it convert. Bytes are therefore read and written over a storage of one's
-own at the same address (``memory_at``), which has no format.
+In torch_npu the format belongs to the storage. Every tensor over that storage has it, even one made
+with ``set_``, and copies of it convert. Raw bytes are therefore read and written through a separate
+storage at the same address (``memory_at``), which has no format.
 """
 
 import torch
@@ -24,7 +24,7 @@ def is_tiled(tensor: torch.Tensor) -> bool:
 
 
 def as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or, if its storage is tiled, all of that in rows as they lie in memory."""
+    """The tensor, or if its storage is tiled, the raw storage in rows."""
     if not is_tiled(tensor):
         return tensor
     storage = tensor.untyped_storage()

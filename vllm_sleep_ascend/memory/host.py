@@ -33,8 +33,8 @@ def why_registered_pages_move() -> str:
 
 
 def page_locked_source(wish: str) -> tuple[Literal["acl", "registered"], str]:
-    """Where page-locked memory is to come from by the option ``host_memory``, and why registered
-    memory is not even tried."""
+    """The source of page-locked memory by the option ``host_memory``, and why registered memory is
+    not even tried."""
     if wish == "acl":
         return "acl", "host_memory says so"
     reason = why_registered_pages_move()

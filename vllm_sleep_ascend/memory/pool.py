@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory pools whose allocations can sleep: ``with use_pool("weights"): torch.empty(...)``.
 
-torch's caching allocator asks the compiled allocator (``_camem``) for segments inside ``use_pool``
-and nowhere else.
+torch's caching allocator gets segments from the compiled allocator (``_camem``) only inside
+``use_pool``.
 """
 
 import os
@@ -27,17 +27,17 @@ class Block(TypedDict):
 
 
 class Segment(TypedDict):
-    """What torch took from the allocator in one call: the fields used of MemPool.snapshot()."""
+    """A torch allocation from the allocator: the fields of MemPool.snapshot() that are used."""
 
     address: int
     total_size: int
     allocated_size: int  # in tensors
-    active_size: int  # that, and what a stream may still use
+    active_size: int  # in tensors, and what a stream may still use
     blocks: list[Block]
 
 
-# Each entry into a tag gets its own torch MemPool, and none is entered twice: memory of a segment
-# that torch no longer uses can then be given back behind torch's back.
+# Each entry into a tag gets a new torch MemPool, and none is entered twice. So memory of a segment
+# that torch no longer uses can be freed without torch.
 _pools: list[torch_npu.npu.MemPool] = []
 
 _EXPANDABLE = "expandable_segments"
@@ -45,18 +45,18 @@ _EXPANDABLE = "expandable_segments"
 
 @cache
 def _allocator() -> torch_npu.npu.memory.NPUPluggableAllocator:
-    """Kept for ever: pools call it when they are destroyed."""
+    """Kept for ever, because pools call it when they are destroyed."""
     return torch_npu.npu.memory.NPUPluggableAllocator(_camem.__file__, "camem_malloc", "camem_free")
 
 
 @contextmanager
 def use_pool(tag: str) -> Iterator[None]:
-    """Give device memory that this thread allocates inside to sleep mode, under ``tag``.
+    """Device memory that this thread allocates inside can sleep, under ``tag``.
 
     Pools nest, and the inner one wins. Other threads are not affected.
 
     Raises:
-        SleepModeError: torch took memory elsewhere, which then cannot sleep.
+        SleepModeError: torch allocated memory elsewhere, which cannot sleep.
     """
     torch_npu.npu.init()
     previous_tag = _camem.set_current_tag(tag)
@@ -75,7 +75,7 @@ def use_pool(tag: str) -> Iterator[None]:
 
 
 def trim() -> int:
-    """Give back the memory of segments in which torch holds no tensor. Returns bytes."""
+    """Free the memory of segments without tensors. Returns bytes."""
     wait_for_device()
     unused = {
         segment["address"]
@@ -104,7 +104,7 @@ def _snapshot(pool: torch_npu.npu.MemPool) -> list[Segment]:
 
 
 def release_pools() -> None:
-    """Destroy the pools: segments without tensors go back now, others with their last one."""
+    """Destroy the pools: segments without tensors are freed now, others with their last tensor."""
     _pools.clear()
 
 
@@ -125,9 +125,9 @@ def _configured_settings() -> str:
 
 @contextmanager
 def _expandable_segments_off() -> Iterator[None]:
-    """torch_npu's expandable segments bypass pools, so they pause inside one.
+    """torch_npu's expandable segments bypass pools, so they are off inside one.
 
-    A setting replaces all others, so the whole string is written each time.
+    A setting replaces all others, so the whole string is set each time.
     """
     settings = _configured_settings()
     fields = [field.strip() for field in settings.split(",") if field.strip()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines in the log while a long transfer is under way."""
+"""Log messages during a long transfer."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ _GIB = 1 << 30
 
 @contextmanager
 def logged(operation: str) -> Iterator[None]:
-    """Log, every ``EVERY_S`` seconds, how much the transaction inside has copied by then."""
+    """Log every ``EVERY_S`` seconds how much the transaction inside has copied."""
     ended = threading.Event()
 
     def log() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This process's allocations that can sleep, over the compiled allocator. Needs no vLLM."""
+"""This process's allocations that can sleep, on top of the compiled allocator. Needs no vLLM."""
 
 import gc
 import logging
@@ -32,7 +32,7 @@ class SleepingMemory:
     """Frees and restores the memory of this process's allocations. Each operation is a transaction:
     it happens, or it is rolled back and the error says why."""
 
-    _configured: ClassVar[bool] = False  # the allocator, which is one for the process
+    _configured: ClassVar[bool] = False  # the process's allocator
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class SleepingMemory:
             self.configure(self._config)
 
     def configure(self, config: SleepModeConfig) -> None:
-        """Take the engine's options, before its first allocation."""
+        """Set the engine's options, before its first allocation."""
         SleepingMemory._configured = True
         self._config = config
         source, why = page_locked_source(config.host_memory)
@@ -63,7 +63,7 @@ class SleepingMemory:
 
     @property
     def verifies(self) -> bool:
-        """Whether a wake compares what came back with what went to sleep."""
+        """Whether a wake verifies the content against its checksums."""
         return self._config.verify_wake
 
     @property
@@ -73,7 +73,7 @@ class SleepingMemory:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """While the model runs a step: what is prepared in the background makes room for it."""
+        """The model runs a step inside, during which background preparation slows down."""
         _camem.step_begins()
         try:
             yield
@@ -120,7 +120,7 @@ class SleepingMemory:
         )
 
     def wake(self, tags: list[str]) -> None:
-        """Bring back these tags and no other."""
+        """Restore only these tags."""
         gc.collect()
         wait_for_device()  # as torch does next, without a limit
         torch.accelerator.empty_cache()
@@ -134,12 +134,12 @@ class SleepingMemory:
             self._finish(report)
 
     def commit(self) -> None:
-        """Carry out what is prepared, if anything is. Cannot fail."""
+        """Commit what is prepared, if anything. Cannot fail."""
         if self._prepared:
             self._finish(_camem.commit())
 
     def abort(self) -> str:
-        """Take back what is prepared, if anything is; returns what failed in that, or ``""``."""
+        """Roll back what is prepared, if anything; returns what failed, or ``""``."""
         self._prepared = ""
         return _camem.abort()
 
@@ -148,15 +148,15 @@ class SleepingMemory:
         return not self.states(tag).isdisjoint(_ASLEEP)
 
     def states(self, tag: str) -> set[str]:
-        """The states in which allocations of this tag are: see ``_camem.AllocationInfo``."""
+        """The states of this tag's allocations; see ``_camem.AllocationInfo``."""
         return {a["state"] for a in _camem.allocations() if a["tag"] == tag}
 
     def tags(self) -> list[str]:
-        """Every tag that was ever named, but for those of a program's own regions."""
+        """Every tag that has been used, except those of a program's own regions."""
         return [tag for tag in _camem.tags() if not tag.startswith(PROGRAM)]
 
     def usage(self) -> dict[str, TagUsage]:
-        """By tag, what its allocations are and hold now."""
+        """The state and the bytes of allocations, by tag."""
         tags: dict[str, TagUsage] = {}
         for allocation in _camem.allocations():
             if allocation["state"] == "trimmed":
@@ -181,7 +181,7 @@ class SleepingMemory:
         return tags
 
     def host_memory(self) -> HostMemoryStatus:
-        """Where page-locked memory comes from, and bytes of it that are held beside backups."""
+        """The source of page-locked memory, and its bytes besides backups."""
         memory = _camem.host_memory()
         return {
             "source": memory["source"],
@@ -194,8 +194,8 @@ class SleepingMemory:
     def host_need(
         self, actions: Mapping[str, Action], otherwise: Action = "offload"
     ) -> tuple[int, int]:
-        """Bytes of host memory that a sleep by these actions takes beyond what is held already, and
-        bytes that the machine or this process's control group has left."""
+        """Host bytes that a sleep with these actions needs beyond what is held already, and bytes
+        that the machine or this process's control group has left."""
         needed = sum(
             max(0, a["bytes"] - a["host_bytes"])
             for a in _to_offload(_camem.allocations(), actions, otherwise)
@@ -208,7 +208,7 @@ class SleepingMemory:
         return [(a["address"], a["bytes"]) for a in _camem.allocations() if a["tag"] == tag]
 
     def blocks(self, tag: str) -> list[tuple[int, int]]:
-        """Address and bytes of all that torch has allocated in the memory of this tag."""
+        """Address and bytes of torch's allocations in this tag's memory."""
         ranges = self.ranges(tag)
         return [
             (address, size)
@@ -217,10 +217,10 @@ class SleepingMemory:
         ]
 
     def read(self, address: int, size: int) -> torch.Tensor:
-        """A copy of memory on the host, as bytes; also of memory that sleeps in a host backup.
+        """A copy of memory as bytes on the host; for sleeping memory, from its host backup.
 
         Raises:
-            SleepModeError: the memory sleeps, and its backup cannot be read as it is.
+            SleepModeError: the memory sleeps, and its backup cannot be read.
         """
         content = _camem.read_backup(address, size)
         if content is not None:
@@ -234,21 +234,21 @@ class SleepingMemory:
         return memory_at(address, size, torch.uint8, _device()).cpu()
 
     def write(self, address: int, content: torch.Tensor) -> None:
-        """Copy bytes back to where ``read`` had them from; the memory is awake."""
+        """Copy bytes back to where ``read`` got them. The memory must be awake."""
         memory_at(address, content.nbytes, torch.uint8, _device()).copy_(content)
 
     def sleep(
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
     ) -> None:
-        """Do to each tag what ``actions`` says, and ``otherwise`` to all other tags. Those of a
-        program's own regions stay as they are unless they are named."""
+        """Apply ``actions`` to these tags, and ``otherwise`` to all others. A program's own regions
+        are left unchanged unless they are named."""
         apart = (tag for tag in _camem.tags() if tag.startswith(PROGRAM))
         actions = {**dict.fromkeys(apart, "keep"), **actions}
         gc.collect()
         pool.trim()
         contents = self._checksums(actions, otherwise)
         torch.accelerator.empty_cache()
-        # What it did stays done: nothing that can fail comes after it.
+        # Nothing that can fail follows.
         with logged(operation):
             report = _camem.sleep(actions, otherwise, contents, commit=self.commits_at_once)
         self._prepared = operation
@@ -256,7 +256,7 @@ class SleepingMemory:
             self._finish(report)
 
     def _checksums(self, actions: dict[str, Action], otherwise: Action) -> dict[int, int]:
-        """Of what will be copied, by address; empty unless an option asks for them."""
+        """Checksums of what will be copied, by address; empty unless an option enables them."""
         if not (self._config.skip_unchanged or self._config.verify_wake):
             return {}
         return checksums(
@@ -268,7 +268,7 @@ class SleepingMemory:
         )
 
     def _verify(self, addresses: set[int]) -> None:
-        """Raises WeightsError if memory that just woke is not what went to sleep."""
+        """Raise WeightsError if the content of memory that just woke has changed."""
         woken = [
             a
             for a in _camem.allocations()
@@ -338,7 +338,7 @@ def _device() -> torch.device:
 def _to_offload(
     allocations: "list[_camem.AllocationInfo]", actions: Mapping[str, Action], otherwise: Action
 ) -> "list[_camem.AllocationInfo]":
-    """Those that a sleep by these actions copies to the host."""
+    """The allocations that a sleep with these actions copies to the host."""
     return [
         a
         for a in allocations

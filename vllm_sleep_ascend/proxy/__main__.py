@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-sleep-proxy``: one OpenAI-compatible port before vLLM servers that take turns on a device.
+"""``vllm-sleep-proxy``: one OpenAI-compatible port for vLLM servers that take turns on a device.
 
 Each server runs with VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode; start all but the last and put
 each to sleep (vllm-sleep sleep URL) before the next. A request wakes the model that it names. Let

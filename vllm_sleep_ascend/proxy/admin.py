@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's interface: who is awake, sleep and wake by hand, metrics."""
+"""The operator's interface: status, manual sleep and wake, metrics."""
 
 from collections.abc import Awaitable, Callable
 

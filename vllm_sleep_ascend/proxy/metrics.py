@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the proxy counts, in a registry of its own."""
+"""The proxy's metrics, in a separate registry."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ class Metrics:
         )
 
     def watch(self, server: "Server") -> None:
-        """Have the gauges of this server read its state."""
+        """Make this server's gauges read its state."""
         self.queued.labels(server.name).set_function(lambda: len(server.waiting))
         self.in_flight.labels(server.name).set_function(lambda: server.in_flight)
         self.awake.labels(server.name).set_function(lambda: float(server.state == "awake"))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking servers, putting them to sleep and waking them: each failure is logged and counted, and
-leaves a state that the next operation checks before it trusts it."""
+"""Querying servers, putting them to sleep and waking them. Each failure is logged and counted, and
+leaves a state that the next operation checks first."""
 
 import asyncio
 import logging
@@ -13,11 +13,11 @@ from vllm_sleep_ascend.proxy.servers import Server
 logger = logging.getLogger(__name__)
 
 ASK_S = 5.0
-"""Seconds that a question may take: a server that does not answer holds up the others no longer."""
+"""Seconds that a query may take, so that an unresponsive server delays the others no longer."""
 
 
 class Operations:
-    """What the proxy does to its servers. ``last_wake_s`` is how long the last wake took."""
+    """Operations on servers. ``last_wake_s`` is the duration of the last wake."""
 
     def __init__(self, metrics: Metrics, level: int) -> None:
         self.metrics = metrics
@@ -25,7 +25,7 @@ class Operations:
         self.last_wake_s = 1.0
 
     async def learn_models(self, servers: list[Server]) -> None:
-        """Ask what they serve; adapters may have come since."""
+        """Query which models the servers have; adapters may have been added."""
 
         async def learn(server: Server) -> None:
             try:
@@ -37,9 +37,9 @@ class Operations:
         await asyncio.gather(*(learn(server) for server in servers))
 
     async def ask(self, server: Server) -> CallFailed | None:
-        """Ask whether it is awake; returns the error if it did not answer.
+        """Query whether it is awake; returns the error if it did not answer.
 
-        A server counts as asleep only after ``sleep``: one that says so may have woken in part.
+        A server counts as asleep only after ``sleep``: one that reports it may be partly awake.
         """
         try:
             awake = not await server.client.is_sleeping(timeout_s=ASK_S)
@@ -54,7 +54,7 @@ class Operations:
         return None
 
     async def sleep(self, server: Server) -> bool:
-        """Whether it holds no device memory now: it sleeps, or is gone."""
+        """Put it to sleep. Returns whether it holds no device memory: it sleeps, or is gone."""
         server.open = False
         started = time.monotonic()
         try:
@@ -73,7 +73,7 @@ class Operations:
         return True
 
     async def _level(self, server: Server) -> int:
-        """The level to sleep at: 1 where level 2 would lose weights for good."""
+        """The level to use: 1 if level 2 would lose weights for good."""
         lost = await server.client.would_lose(self.level)
         if lost:
             logger.warning("%s sleeps at level 1: %s are in no checkpoint", server.name, lost)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's interface for users: each request is passed on to the server of its model, in turn."""
+"""OpenAI's interface for users: each request goes to its model's server when it is its turn."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ class Public:
                     await task
 
     async def _models(self, _: Request) -> Response:
-        """All servers' models. No server wakes for it."""
+        """All servers' models, without waking a server."""
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "vllm"}
             for server in self.turns.servers
@@ -87,7 +87,7 @@ class Public:
     async def _body(self, request: Request) -> bytes:
         """
         Raises:
-            Refused: it is too large, or for no path of the servers.
+            Refused: it is too large, or its path is not one of the servers'.
         """
         if {"..", "."} & set(request.url.path.split("/")):
             raise Refused(400, f"{request.url.path!r} is not a path here")
@@ -102,7 +102,7 @@ class Public:
         return bytes(body)
 
     async def _pass_on(self, request: Request, server: Server, body: bytes) -> Response:
-        """Wait for the server's turn, and ask it.
+        """Wait for the server's turn, and send it the request.
 
         Raises:
             Refused: the queue is full, or the server does not wake or answer.
@@ -137,14 +137,14 @@ class Public:
 
 
 async def health(_: Request) -> Response:
-    """200: the proxy is there; what its servers do is in the admin port's /status."""
+    """200 if the proxy is running. The admin port's /status has the state of its servers."""
     return Response(status_code=200)
 
 
 async def server_of(turns: Turns, model: str | None) -> Server:
     """
     Raises:
-        Refused: nobody serves the model.
+        Refused: no server has the model.
     """
     if model is None and len(turns.servers) == 1:
         return turns.servers[0]
@@ -169,10 +169,10 @@ def _model(body: bytes) -> str | None:
 
 
 async def _unless_client_leaves(request: Request, working: asyncio.Task[Response]) -> Response:
-    """What the task gives; it is cancelled when the client has gone.
+    """The result of the task, which is cancelled if the client disconnects.
 
     Raises:
-        ClientDisconnect: it has.
+        ClientDisconnect: the client has disconnected.
     """
     leaving = asyncio.create_task(_disconnect(request))
     try:

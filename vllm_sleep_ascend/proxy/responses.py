@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client of the proxy gets: a server's answer as it comes, or a refusal with the reason."""
+"""Responses of the proxy: a server's answer, streamed, or a refusal with the reason."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ HOP_BY_HOP = {
 
 
 class Refused(Exception):
-    """A request that no server gets to see, or that none answers."""
+    """A request that is not sent to a server, or that no server answers."""
 
     def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -35,10 +35,10 @@ class Refused(Exception):
 
 
 class PassedOn(StreamingResponse):
-    """A server's answer, streamed as it comes.
+    """A server's answer, streamed.
 
     Args:
-        finish: called once, however the answer ends; told whether the server broke it off.
+        finish: called once at the end, with whether the server has broken off the answer.
     """
 
     def __init__(self, upstream: httpx.Response, finish: Callable[[bool], None]) -> None:
@@ -51,7 +51,7 @@ class PassedOn(StreamingResponse):
         try:
             await super().stream_response(send)
         except httpx.HTTPError as error:
-            # Left without its end, so that the client sees that something is missing.
+            # Not terminated, so that the client notices that something is missing.
             logger.warning("%s broke off its answer: %r", self._upstream.url, error)
             self._broken = True
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose turn it is on the device, and the sleeping and waking that follows from it.
+"""Decides whose turn it is on the device, and puts servers to sleep and wakes them accordingly.
 
-One task, ``Schedule.run``, does all of it, so that no two operations overlap. A server falls asleep
-only when nothing runs on it any more, and another wakes only when it has fallen asleep.
+A single task, ``Schedule.run``, does this, so operations never overlap. A server goes to sleep only
+after its requests have finished, and another one wakes only after that.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Schedule:
-    """Serves the requests that wait in ``turns``, by the settings in there."""
+    """Serves the requests that wait in ``turns``, by its settings."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -35,7 +35,7 @@ class Schedule:
             try:
                 pause = await step()
                 step = self._step
-            except Exception as error:  # Whatever happened: requests must not wait for ever.
+            except Exception as error:  # After any error, so that requests do not wait for ever.
                 logger.exception("a switch failed")
                 for server in self.servers:
                     server.fail(CallFailed(f"the switch failed: {error!r}"))
@@ -44,7 +44,7 @@ class Schedule:
                 await asyncio.wait_for(self.turns.changed.wait(), pause)
 
     async def _survey(self) -> float:
-        """Ask the servers what they serve and who is awake; all but ``max_awake`` sleep then."""
+        """Query the servers' models and states, and put all but ``max_awake`` to sleep."""
         await self.operations.learn_models(self.servers)
         errors = await asyncio.gather(*(self.operations.ask(server) for server in self.servers))
         awake = [server for server in self.servers if server.state == "awake"]
@@ -54,7 +54,7 @@ class Schedule:
         return 0
 
     async def _step(self) -> float | None:
-        """Do what can be done now. Returns the seconds after which there may be more to do."""
+        """Do what is possible now. Returns the seconds after which there may be more to do."""
         await self._sleep_those_asked()
         pauses = [await self._sleep_idle()]
         wanted = min(
@@ -72,7 +72,7 @@ class Schedule:
             rest = leaving.awake_since + self.settings.turn_s - time.monotonic()
             if leaving.busy and (rest > 0 or not leaving.served):
                 pauses.append(rest if rest > 0 else None)
-                leaving = None  # Its turn goes on.
+                leaving = None  # Its turn continues.
             elif await self._makes_way(leaving, wanted):
                 return 0
         for server in self.servers:
@@ -87,8 +87,8 @@ class Schedule:
 
     async def _makes_way(self, leaving: Server, wanted: Server) -> bool:
         """Close ``leaving``, and put it to sleep unless requests still run on it. Returns whether
-        anything is settled."""
-        # No server goes to sleep for one that is unreachable.
+        anything was decided."""
+        # No server is put to sleep for an unreachable one.
         if leaving.open and (error := await self.operations.ask(wanted)) is not None:
             wanted.fail(error)
             return True
@@ -100,15 +100,15 @@ class Schedule:
         return True
 
     async def _wake(self, server: Server) -> None:
-        """Wake it, after all others that may be awake without our knowledge sleep: somebody else
-        may have woken or restarted them."""
+        """Wake it, after putting all others to sleep that may be awake because something else has
+        woken or restarted them."""
         if server.state == "unknown" and (error := await self.operations.ask(server)) is not None:
             server.fail(error)
             return
         others = [s for s in self.servers if s is not server and s.state != "awake"]
         sleeping = [other for other in others if other.state == "asleep"]
         await asyncio.gather(*(self.operations.ask(other) for other in sleeping))
-        # One that never listed its models does not count: it is not up yet, or not vLLM.
+        # A server that has never listed its models does not count: it is not up yet, or not vLLM.
         await self.operations.learn_models([other for other in others if not other.models])
         for other in others:
             known = other.models and other.state != "asleep"
@@ -130,7 +130,7 @@ class Schedule:
                 asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
 
     async def _sleep_idle(self) -> float | None:
-        """Put to sleep what is idle for long enough. Returns the seconds until the next may be."""
+        """Put servers to sleep that are idle long enough. Returns the seconds until the next one."""
         pauses, idle_s = [], self.settings.idle_s
         for server in self.servers:
             if not idle_s or server.state != "awake" or server.busy:
@@ -144,5 +144,5 @@ class Schedule:
 
 
 def _leaves_first(server: Server) -> tuple[bool, float]:
-    """The idle one that was used least recently; of busy ones the one whose turn is longest."""
+    """The least recently used idle server, otherwise the busy one with the longest turn."""
     return (server.busy, server.awake_since if server.busy else server.last_used)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the proxy knows of one vLLM server, and the requests that wait for it."""
+"""The proxy's state of one vLLM server, and the requests that wait for it."""
 
 import asyncio
 import math
@@ -23,7 +23,7 @@ class Server:
     client: SleepClient
     models: list[str] = field(default_factory=list)
     state: State = "unknown"
-    # Requests go straight in: it is awake, and its turn goes on.
+    # Requests are admitted at once: it is awake, and its turn continues.
     open: bool = False
     in_flight: int = 0
     # The times at which those requests arrived that wait for it, in their order.
@@ -32,7 +32,7 @@ class Server:
     last_used: float = 0.0
     # Whether a request was admitted since it woke: each turn serves at least one.
     served: bool = False
-    # Of an operator who asked for it to sleep; done once it does.
+    # Set if an operator has asked for a sleep; done once it sleeps.
     sleep_asked: "asyncio.Future[None] | None" = None
 
     @property
@@ -45,7 +45,7 @@ class Server:
 
     @property
     def unsure(self) -> bool:
-        """Nothing ran on it for so long that somebody else may have put it to sleep."""
+        """Whether it was idle for so long that something else may have put it to sleep."""
         last = max(self.last_used, self.awake_since)
         return self.in_flight == 0 and time.monotonic() - last > TRUST_S
 
@@ -53,18 +53,18 @@ class Server:
         return next(iter(self.waiting.values()), math.inf)
 
     def enter(self) -> None:
-        """One request more runs on it."""
+        """Another request runs on it."""
         self.in_flight += 1
         self.served = True
         self.last_used = time.monotonic()
 
     def leave(self) -> None:
-        """One request less runs on it."""
+        """A request on it has ended."""
         self.in_flight -= 1
         self.last_used = time.monotonic()
 
     async def wait(self) -> None:
-        """Wait until the server opens; then as ``enter``.
+        """Wait until the server opens; then like ``enter``.
 
         Raises:
             CallFailed: it could not be woken.
@@ -79,7 +79,7 @@ class Server:
             raise
 
     def open_up(self) -> None:
-        """Admit the requests that wait, and new ones until ``open`` is taken back."""
+        """Admit the requests that wait, and new ones until ``open`` is reset."""
         self.open = True
         for admitted in self._all_that_wait():
             self.enter()

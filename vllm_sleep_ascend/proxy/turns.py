@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where requests wait until it is their server's turn on the device."""
+"""Requests wait here until it is their server's turn on the device."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from vllm_sleep_ascend.proxy.servers import Server
 
 
 class QueueFull(Exception):
-    """Too many requests wait already. ``retry_after_s`` says when to come again."""
+    """Too many requests are waiting. ``retry_after_s`` says when to retry."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"too many requests wait; come again in {retry_after_s} s")
@@ -24,11 +24,11 @@ class QueueFull(Exception):
 @dataclass(frozen=True)
 class Settings:
     """
-    level: of sleep.
-    max_queue: requests that may wait, for all servers together.
-    turn_s: seconds for which a server that has woken serves on while another is waited for.
-    idle_s: seconds without a request after which a server falls asleep; 0: never.
-    max_awake: servers that fit awake.
+    level: the sleep level.
+    max_queue: the most requests that may wait, for all servers together.
+    turn_s: seconds that a server keeps its turn while requests wait for another one.
+    idle_s: seconds without a request after which a server is put to sleep; 0 for never.
+    max_awake: how many servers may be awake.
     """
 
     level: int = 1
@@ -39,8 +39,8 @@ class Settings:
 
 
 class Turns:
-    """The servers of one device, and the requests for them. ``changed`` wakes the schedule, which
-    may have something to do."""
+    """The servers of one device, and the requests for them. ``changed`` tells the schedule that
+    there may be something to do."""
 
     def __init__(self, servers: list[Server], metrics: Metrics, settings: Settings) -> None:
         self.servers = servers
@@ -68,7 +68,7 @@ class Turns:
         """Wait until the server is awake, and keep it awake inside.
 
         Raises:
-            QueueFull: too many wait already.
+            QueueFull: too many are waiting.
             CallFailed: the server could not be woken.
         """
         await self.enter(server)
@@ -90,7 +90,7 @@ class Turns:
         self.metrics.wait.observe(time.monotonic() - started)
 
     def leave(self, server: Server, broken: bool = False) -> None:
-        """A request ended; ``broken``: its server did not answer as servers do."""
+        """A request has ended; ``broken``: its server did not answer properly."""
         server.leave()
         if broken and server.state == "awake":
             server.state, server.open = "unknown", False
