@@ -130,7 +130,7 @@ class Schedule:
                 asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
 
     async def _sleep_idle(self) -> float | None:
-        """Put servers to sleep that are idle long enough. Returns the seconds until the next one."""
+        """Put servers to sleep that are idle long enough. Returns the seconds until the next."""
         pauses, idle_s = [], self.settings.idle_s
         for server in self.servers:
             if not idle_s or server.state != "awake" or server.busy:
