@@ -98,7 +98,7 @@ def _kv_offloading(vllm_config: VllmConfig) -> Iterator[str]:
 
 
 def _kv_cache_layout(vllm_config: VllmConfig) -> Iterator[str]:
-    requested, copies = envs.VLLM_KV_CACHE_LAYOUT, "with which operators copy a layer's whole cache"
+    requested, copies = envs.VLLM_KV_CACHE_LAYOUT, "in which operators copy a layer's whole cache"
     if requested not in _KV_CACHE_LAYOUTS:
         yield f"KV cache layout {requested}, {copies}; unset VLLM_KV_CACHE_LAYOUT"
     transfer = vllm_config.kv_transfer_config

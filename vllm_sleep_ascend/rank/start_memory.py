@@ -141,7 +141,7 @@ class StartMemory:
 
 
 def least_kv_cache(worker: HostWorker) -> int:
-    """The minimum KV cache in bytes with which vLLM starts this worker."""
+    """Bytes of KV cache without which vLLM does not start this worker."""
     from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 
     fits_itself = worker.model_config.original_max_model_len == -1
