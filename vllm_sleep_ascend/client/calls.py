@@ -9,7 +9,7 @@ import httpx
 _T = TypeVar("_T")
 
 HEALTH_S = 1.0
-"""Seconds between two looks at whether an engine that works on a call is still alive."""
+"""Seconds between checks that an engine that works on a call is still alive."""
 
 _ATTEMPTS = 5
 
@@ -23,7 +23,7 @@ class OutOfMemory(CallFailed):
 
 
 class Unreachable(CallFailed):
-    """No answer from the server: nobody listens, or the connection broke."""
+    """No answer from the server: the connection was refused or broke."""
 
 
 class NobodyListens(Unreachable):
@@ -31,7 +31,7 @@ class NobodyListens(Unreachable):
 
 
 class Options(TypedDict, total=False):
-    """What a request has besides its path: as httpx takes it."""
+    """A request's options of httpx, besides its path."""
 
     params: dict[str, str | int | list[str]]
     json: dict[str, str]
@@ -46,8 +46,8 @@ class Calls:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"{url!r} is not a server's address; write such as http://HOST:PORT")
         self.url = url.rstrip("/")
-        # Proxies of the environment are for the outside; servers that sleep are near. Idle
-        # connections end before the server ends them (after 5 s), which a call could collide with.
+        # The environment's proxies are for other hosts; sleeping servers are near. Idle connections
+        # are closed before the server closes them (after 5 s), which could collide with a call.
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=5.0),
@@ -100,7 +100,7 @@ class Calls:
     async def get(
         self, path: str, field: str, timeout_s: float | None = None, optional: bool = False
     ) -> Any:
-        """A field of the JSON object that ``path`` answers; None if an optional path is missing."""
+        """A field of the JSON object at ``path``; None if an optional path is missing."""
         options: Options = {"timeout": timeout_s} if timeout_s else {}
         answer = await self.call("GET", path, optional, **options)
         if answer is None and optional:
@@ -110,8 +110,8 @@ class Calls:
         return answer[field]
 
     async def is_gone(self, timeout_s: float) -> bool:
-        """Whether there is no engine any more, so that its device memory is free: nobody listens,
-        or vLLM says that its engine is dead. False if the server does not say."""
+        """Whether the engine is gone, so that its device memory is free: the connection is refused,
+        or vLLM reports a dead engine. False if the server does not tell."""
         for _ in range(_ATTEMPTS):
             try:
                 answer = await self._http.get("/health", timeout=timeout_s)
@@ -120,13 +120,12 @@ class Calls:
             except httpx.TimeoutException:
                 return False
             except httpx.TransportError:
-                continue  # an idle connection, which broke as well
+                continue  # an idle connection that also broke
             return answer.status_code == 503
         return False
 
     async def unless_the_engine_dies(self, call: asyncio.Task[_T]) -> _T:
-        """What the call gives. vLLM may leave it without an answer when its engine dies; then it
-        is cancelled."""
+        """The result of the call, which is cancelled if the engine dies: vLLM may never answer."""
         try:
             while not (await asyncio.wait({call}, timeout=HEALTH_S))[0]:
                 if await self.is_gone(HEALTH_S) and not call.done():

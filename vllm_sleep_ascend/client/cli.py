@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 from vllm_sleep_ascend.doctor import command as doctor
 from vllm_sleep_ascend.policy import LEVELS, MODES
 
-if TYPE_CHECKING:  # they need more than the standard library, which is all that the doctor needs
+if TYPE_CHECKING:  # the doctor must run with only the standard library
     from vllm_sleep_ascend.client.sleep_client import ServerStatus, SleepClient
 
 DONE, FAILED, USAGE, UNREACHABLE = range(4)
 
 Clients = list["SleepClient"]
-Result = tuple[str, Mapping[str, object]]  # in words, and what --json prints
+Result = tuple[str, Mapping[str, object]]  # text for people, and the object for --json
 Command = Callable[[argparse.Namespace, Clients], Awaitable[Result]]
 
 
@@ -159,7 +159,7 @@ async def _run(args: argparse.Namespace) -> tuple[int, str, Mapping[str, object]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; gives the exit code."""
+    """Run the command line; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "doctor":

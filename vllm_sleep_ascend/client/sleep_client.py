@@ -21,7 +21,7 @@ class Step(TypedDict):
 
 
 class ServerStatus(TypedDict):
-    """``ranks`` as /sleep_status gives them; None: there is no such endpoint (stock vLLM)."""
+    """``ranks`` as in /sleep_status; None without that endpoint (stock vLLM)."""
 
     url: str
     is_sleeping: bool
@@ -35,8 +35,8 @@ class SleepClient:
     Args:
         url: such as ``http://127.0.0.1:8001``.
         timeout_s: seconds that one call may take.
-        progress: is told of each finished step, in words.
-        api_key: of servers that ask for one (``vllm serve --api-key``).
+        progress: called with a text after each step.
+        api_key: for servers that require one (``vllm serve --api-key``).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SleepClient:
         return sleeps
 
     async def models(self, timeout_s: float | None = None) -> list[str]:
-        """Names of what it serves."""
+        """Names of its models."""
         models = await self._calls.get("/v1/models", "data", timeout_s)
         try:
             return [model["id"] for model in models]
@@ -84,23 +84,23 @@ class SleepClient:
             raise CallFailed(f"{self.url}: /v1/models lists no ids; is it vLLM?") from None
 
     async def reports_memory(self) -> bool:
-        """Whether it is a server of this package, which wakes as a transaction."""
+        """Whether it is a server with this package, whose wake is a transaction."""
         return await self._ranks() is not None
 
     async def is_gone(self, timeout_s: float) -> bool:
-        """As ``Calls.is_gone``."""
+        """See ``Calls.is_gone``."""
         return await self._calls.is_gone(timeout_s)
 
     async def sleep(
         self, level: int = 1, mode: str = "abort", discard_trained: bool = False
     ) -> None:
-        """Put the server to sleep, and see that it sleeps.
+        """Put the server to sleep, and check that it sleeps.
 
         Args:
             discard_trained: level 2 may lose weights that are in no checkpoint.
 
         Raises:
-            CallFailed: it did not fall asleep.
+            CallFailed: it did not go to sleep.
         """
         if not discard_trained:
             await self.check_sleep(level)
@@ -127,8 +127,8 @@ class SleepClient:
         """Wake everything; after level 2, load the weights before the KV cache comes back.
 
         Args:
-            slept_at: the level at which the server sleeps, for a server that does not tell.
-            discard_trained: load the checkpoint also where other weights were discarded.
+            slept_at: the level of the sleep, for a server that does not report it.
+            discard_trained: load the checkpoint even if other weights were discarded.
 
         Raises:
             OutOfMemory: too little device memory is free.
@@ -145,8 +145,8 @@ class SleepClient:
             await self.wake()
 
     async def level(self, otherwise: int | None = None) -> int:
-        """The level at which the weights sleep, as ``status.level_of``; ``otherwise`` for a server
-        that sleeps and does not tell."""
+        """The level at which the weights sleep, as in ``status.level_of``; ``otherwise`` for a
+        sleeping server that does not report it."""
         ranks = await self._ranks()
         if ranks is None:
             return (otherwise or 1) if await self.is_sleeping() else 0
@@ -178,8 +178,8 @@ class SleepClient:
             )
 
     async def would_lose(self, level: int) -> str | None:
-        """Which weights a sleep at this level would lose for good, in words; None: none, or the
-        server does not say."""
+        """Text that names weights which a sleep at this level would lose for good; None if there
+        are none, or the server does not tell."""
         lost = await self._in_no_checkpoint() if level == 2 else None
         return lost if lost and await self.level() != 2 else None
 
@@ -195,13 +195,13 @@ class SleepClient:
         await self._step("reload_weights", "POST", "/collective_rpc", json=body)
 
     async def reset_prefix_cache(self) -> None:
-        """Forget the prefix cache: its blocks are of weights that are gone."""
+        """Reset the prefix cache, because its blocks are from old weights."""
         answer = await self._step("reset_prefix_cache", "POST", "/reset_prefix_cache")
         if isinstance(answer, dict) and answer.get("success") is False:
             raise CallFailed(f"{self.url}: the prefix cache is in use and was not reset; repeat it")
 
     def say(self, text: str) -> None:
-        """Tell whoever follows the progress."""
+        """Report progress."""
         self._progress(f"{self.url}: {text}")
 
     async def _step(self, name: str, method: str, path: str, **options: Unpack[Options]) -> object:
@@ -214,12 +214,12 @@ class SleepClient:
         return answer
 
     async def _is_paused(self) -> bool:
-        """Whether its memory is awake, and what holds it is a pause of the user's (/pause)."""
+        """Whether its memory is awake, and the user has paused it (/pause)."""
         state: str | None = await self._calls.get("/sleep_status", "state", optional=True)
         return state == "paused"
 
     async def _ranks(self) -> list[RankStatus] | None:
-        """As ``ServerStatus.ranks``."""
+        """See ``ServerStatus.ranks``."""
         ranks: list[RankStatus] | None
         ranks = await self._calls.get("/sleep_status", "ranks", optional=True)
         return ranks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one server to another on the same device: one falls asleep, the other wakes."""
+"""Switches from one server to another on the same device: one goes to sleep, the other wakes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -22,14 +22,14 @@ async def switch(
     """Put ``old`` to sleep at ``level`` and wake ``new`` to serve, unless either loses weights that
     are in no checkpoint (and ``discard_trained`` does not allow it).
 
-    With ``overlap`` both run at the same time: the weights of ``new`` come in while those of
-    ``old`` go out. A server that does not say what it holds (stock vLLM) may not survive a wake
-    without enough memory: there the wake begins after the sleep.
+    With ``overlap`` both run at the same time: the weights of ``new`` are restored while those of
+    ``old`` are offloaded. A server that does not report its memory (stock vLLM) may not survive a
+    wake without enough memory, so its wake begins after the sleep.
 
     Raises:
-        CallFailed: the text says what failed and which server is in what state.
+        CallFailed: the text says what failed, and the state of both servers.
     """
-    await new.is_sleeping()  # fails, before anything sleeps, if the server is unreachable
+    await new.is_sleeping()  # if the server is unreachable, fails before anything sleeps
     if not discard_trained:
         await new.check_wake()
         await old.check_sleep(level)
@@ -63,7 +63,7 @@ async def _overlapped(old: SleepClient, new: SleepClient, level: int, mode: str)
 
 
 async def _wake_as_memory_comes(new: SleepClient, slept_at: int, going: asyncio.Task[None]) -> None:
-    """Weights first: the KV cache of the other server is gone before its weights are, and leaves
+    """Wake the weights first: the other server frees its KV cache before its weights, which leaves
     room for them."""
 
     async def weights() -> None:
@@ -79,7 +79,7 @@ async def _wake_as_memory_comes(new: SleepClient, slept_at: int, going: asyncio.
 
 
 async def _retry_until(going: asyncio.Task[None], attempt: Callable[[], Awaitable[None]]) -> None:
-    """Repeat ``attempt`` while memory is short, the last time after ``going`` is done."""
+    """Retry ``attempt`` while there is too little memory, the last time after ``going`` is done."""
     while True:
         last = going.done()
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's process: what is put around vLLM's EngineCore and its executors.
+"""The engine's process: our wrappers of vLLM's EngineCore and its executors.
 
-Stock vLLM pauses the scheduler before anybody looks at the level, takes any tag, notes what sleeps
-by what was asked rather than by what happened, and serves from weights that were never loaded.
+Stock vLLM pauses the scheduler before it checks the level, accepts any tag, records what was
+requested as sleeping instead of what really sleeps, and serves from weights that were never loaded.
 Here bad input is refused before anything is touched (``checks``), calls are refused or followed
 (``core``, and ``launched`` where each rank has an engine), every rank's answer is read
 (``rank_answers``), the engine serves only when it can (``serving_gate``) and only when the user

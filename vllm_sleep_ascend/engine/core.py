@@ -41,7 +41,7 @@ _MOVES = ("sleep", "discard", "wake_up")  # the worker's methods that move memor
 
 @contextmanager
 def _truth(core: "EngineCore") -> Iterator[None]:
-    """Afterwards, note what really sleeps; after a failure, serve on if nothing does."""
+    """Record what really sleeps after the call; after a failure, resume serving if nothing does."""
     was_paused = core.is_scheduler_paused()
     try:
         yield
@@ -52,9 +52,9 @@ def _truth(core: "EngineCore") -> Iterator[None]:
 
 
 def _settle(core: "EngineCore", was_paused: bool, failed: bool) -> None:
-    """Note what the workers say sleeps; stock vLLM notes what was asked for."""
+    """Record what sleeps according to the workers; stock vLLM records what was requested."""
     executor = core.model_executor
-    if getattr(executor, "is_failed", False):  # a worker died: nobody is left to ask
+    if getattr(executor, "is_failed", False):  # a worker died
         return
     if core.vllm_config.model_config.enable_sleep_mode:
         executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
@@ -88,7 +88,7 @@ def sleep(stock: _Sleep) -> _Sleep:
             refuse_waiting(self)
             with pausing_to_sleep(self):
                 result = stock(self, level, mode)
-        if isinstance(result, Future):  # Requests are under way: the sleep is still to come.
+        if isinstance(result, Future):  # Requests are running: the sleep follows later.
             EngineState.of(self).pending_sleep = result
             result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused))
         return result
@@ -103,7 +103,7 @@ def _check_wait(core: "EngineCore") -> None:
     if gate is None or not gate.held:
         return
     reason = gate.look_and_refuse()
-    # The scheduler's own count leaves out those that wait.
+    # The scheduler's own count does not include waiting requests.
     under_way = any(not request.is_finished() for request in scheduler_of(core).requests.values())
     if reason is not None and under_way:
         raise SleepModeError(
@@ -160,7 +160,7 @@ def wake_up(stock: _WakeUp) -> _WakeUp:
 
 
 def _afterwards(pending: Future[None], call: Callable[[], _T | Future[_T]]) -> Future[_T]:
-    """The result of a call that is made once the pending one is done."""
+    """The result of a call that follows the pending one."""
     result: Future[_T] = Future()
 
     def resolve(get: Callable[[], _T | Future[_T]]) -> None:
@@ -197,8 +197,8 @@ def release_kv_cache_memory(
 
 
 def _finish_steps(core: "EngineCore") -> None:
-    """An engine in the caller's process is stepped only while requests run. What the last step left
-    to the next one keeps its pause from counting as completed."""
+    """An in-process engine is stepped only while requests run. Work that its last step has left to
+    the next one would keep a pause from completing."""
     scheduler = core.scheduler
     for _ in range(3):
         if not core.is_scheduler_paused() or scheduler.has_unfinished_requests():
@@ -209,7 +209,7 @@ def _finish_steps(core: "EngineCore") -> None:
 
 
 def resume_scheduler(stock: Callable[["EngineCore"], None]) -> Callable[["EngineCore"], None]:
-    """The one way back to serving: not before memory and weights are there. Only the user's own
+    """The only way to resume serving, once memory and weights are available. Only the user's own
     call ends the user's own pause."""
 
     def resume_scheduler(self: "EngineCore") -> None:
@@ -266,7 +266,7 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
             with _moved(self) if method in _MOVES else nullcontext():
                 result = stock(self, call, *args, **kwargs)
         except (TimeoutError, RankGoneError):
-            gate.unseen = True  # asking now would wait for the rank that does not answer
+            gate.unseen = True  # a query now would wait for the rank that does not answer
             raise
         except Exception:
             _follow_load(gate, method)
@@ -326,7 +326,7 @@ def step(stock: _Step) -> _Step:
 
 
 def refusal(self: "EngineCore") -> str | None:
-    """Why a new request is not taken now; None if it is."""
+    """Why new requests are refused now; None if they are accepted."""
     gate = ServingGate.of(self)
     return None if gate is None else on_any_rank(self, gate.look_and_refuse())
 

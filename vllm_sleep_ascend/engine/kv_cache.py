@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV connectors, which keep copies of the KV cache elsewhere, and KV-cache events.
 
-A sleep discards the KV cache, and level 2 the weights from which it was computed. The copies have
-to go too, and subscribers to the events have to hear of it.
+A sleep discards the KV cache, and level 2 the weights from which it was computed. So copies have to
+be discarded too, and subscribers to the events have to be notified.
 """
 
 import time

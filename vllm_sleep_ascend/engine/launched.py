@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines under an external launcher (torchrun): one in the process of each rank.
 
-Each engine gets the answers of its own rank alone, with vLLM's other executors those of all ranks.
-After an error of one rank, the others would enter the transaction without it; and without an engine
-that may not serve, the others would wait in the model's collectives. So the ranks exchange their
-answers first.
+Each engine gets only its own rank's answers, unlike with vLLM's other executors. After an error of
+one rank, the others would enter the transaction without it. If one engine may not serve, the others
+would wait in the model's collectives. So the ranks exchange their answers first.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ _BEFORE_A_SLEEP = ("synchronize_device", "sleep_refusal")
 
 
 def on_any_rank(core: "EngineCore", mine: str | None) -> str | None:
-    """The first rank's reason that has one, which is the same on every rank of the engine."""
+    """The reason of the first rank that has one; the same on every rank of the engine."""
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     if not isinstance(core.model_executor, ExecutorWithExternalLauncher):
@@ -32,7 +31,7 @@ def on_any_rank(core: "EngineCore", mine: str | None) -> str | None:
 
 
 def _exchange(executor: "ExecutorWithExternalLauncher", mine: _T) -> list[_T]:
-    """What each rank brings, by rank."""
+    """The value of each rank, in rank order."""
     of_all: list[_T] = executor.driver_worker.agreement.exchange(mine)
     return of_all
 

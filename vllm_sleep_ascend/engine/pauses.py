@@ -25,7 +25,7 @@ _Pause = Callable[["EngineCore", PauseMode, bool], Future[None] | None]
 
 @contextmanager
 def pausing_to_sleep(core: "EngineCore") -> Iterator[None]:
-    """A pause in here belongs to a sleep, and ends with it."""
+    """A pause inside belongs to a sleep, and ends with it."""
     state = EngineState.of(core)
     state.pauses_to_sleep = True
     try:
@@ -110,21 +110,21 @@ def _in_step(core: "EngineCore") -> bool:
 
 
 def draining(stock: _Pause) -> _Pause:
-    """ "wait" in the caller's process, where nobody else steps the engine."""
+    """ "wait" in an in-process engine, which only the caller steps."""
 
     def pause_scheduler(
         self: "EngineCore", mode: PauseMode = "abort", clear_cache: bool = True
     ) -> Future[None] | None:
         if mode == "wait":
             _drain(self)
-            mode = "keep"  # what was queued stays queued
+            mode = "keep"  # queued requests stay queued
         return stock(self, mode, clear_cache)
 
     return pause_scheduler
 
 
 def _drain(core: "EngineCore") -> None:
-    """Step until the requests under way have ended. Their outputs wait for ``get_output``."""
+    """Step until the running requests have ended. Their outputs wait for ``get_output``."""
     core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
     while core.scheduler.has_requests() or core.batch_queue:
         outputs, executed = core.step_fn()
@@ -132,7 +132,7 @@ def _drain(core: "EngineCore") -> None:
         if outputs and 0 in outputs:
             EngineState.of(core).undelivered.append(outputs[0])
         if not executed:
-            time.sleep(0.001)  # as vLLM's own loop: a transfer of KV blocks may be under way
+            time.sleep(0.001)  # as in vLLM's own loop: KV blocks may be in transfer
 
 
 def sleep_in_process(self: "InprocClient", level: int = 1, mode: PauseMode = "abort") -> None:

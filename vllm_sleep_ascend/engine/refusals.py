@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusals of requests that are in the engine already: the reason goes from the engine's process to
+"""Refusals of requests that are already in the engine: the reason goes from the engine's process to
 the front end, where ``generate`` and ``encode`` raise it."""
 
 from collections import defaultdict
@@ -27,7 +27,7 @@ _MARK = f"{NotServingError.__name__}: "
 
 
 def refuse_new(core: "EngineCore", request: "Request") -> bool:
-    """Whether this request, which the front end let through a moment ago, is refused."""
+    """Whether this request, which has passed the front end's check, is refused."""
     gate = ServingGate.of(core)
     if gate is None or not gate.refuses:
         return False
@@ -42,7 +42,7 @@ def refuse_new(core: "EngineCore", request: "Request") -> bool:
 
 
 def refuse_waiting(core: "EngineCore") -> None:
-    """Before a sleep, with ``while_asleep="refuse"``: of all requests that have not begun."""
+    """Before a sleep, with ``while_asleep="refuse"``: refuse all requests that have not begun."""
     from vllm.v1.request import RequestStatus
 
     gate = ServingGate.of(core)
@@ -108,10 +108,10 @@ def process_outputs(stock: _Process) -> _Process:
 def _raise_in(
     processor: "OutputProcessor", state: "RequestState", output: "EngineCoreOutput"
 ) -> list[str]:
-    """Have the caller of a request get a NotServingError. With ``n`` above 1 all of them end."""
+    """Raise a NotServingError at a request's caller. With ``n`` above 1 all of its parts end."""
     whole = output.request_id if state.parent_req is None else state.parent_req.request_id
     ended = processor.abort_requests([whole], internal=True)
     assert state.queue is not None
-    # After the outputs of the abort: an error takes their place.
+    # After the outputs of the abort: an error replaces them.
     state.queue.put(NotServingError(str(output.stop_reason).removeprefix(_MARK)))
     return ended

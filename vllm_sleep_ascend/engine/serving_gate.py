@@ -34,7 +34,7 @@ class ServingGate:
         self.refuses_while_asleep = config.while_asleep == "refuse"
         self._missing: list[str] = []
         self._updating = self._corrupt = self._beyond_loading = False
-        self._before = PauseState.UNPAUSED  # what holds once the engine may serve
+        self._before = PauseState.UNPAUSED  # the pause state once the engine may serve
         self.users_pause = PauseState.UNPAUSED  # outlives sleep and wake, until the user resumes
         self._warned = False
         self.held = False
@@ -51,7 +51,7 @@ class ServingGate:
         return state.gate
 
     def look(self) -> None:
-        """Ask the workers."""
+        """Query the workers."""
         executor = self._core.model_executor
         contents: list[WeightsReport] = executor.collective_rpc("weights_content")
         self._missing = sorted({name for content in contents for name in content["missing"]})
@@ -64,28 +64,28 @@ class ServingGate:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing may be scheduled, by the last look."""
+        """Whether nothing may be scheduled, by the last query."""
         return self._updating or self._corrupt or (self._holds and bool(self._missing))
 
     @property
     def clear(self) -> bool:
-        """Whether the weights were complete at the last look."""
+        """Whether the weights were complete at the last query."""
         return not self._updating and not self._missing
 
     @property
     def was_paused(self) -> bool:
-        """Whether the engine was paused before it was held, and is again once it may serve."""
+        """Whether the engine was paused before it was held, and will be again once it may serve."""
         return self._before != PauseState.UNPAUSED
 
     def hold(self, before: PauseState = PauseState.UNPAUSED) -> None:
-        """Schedule nothing until the weights are loaded; then as ``before``."""
+        """Schedule nothing until the weights are loaded; then restore ``before``."""
         self.held, self._before = True, before
         self._core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
         log = logger.info if self._updating else logger.warning
         log("The engine does not serve yet: %s", self._reason())
 
     def paused_by_user(self, state: PauseState) -> None:
-        """Note that the user paused the engine, as opposed to a sleep."""
+        """The user has paused the engine, as opposed to a sleep."""
         self.users_pause = state
         if self.held:
             self._before = state
@@ -114,7 +114,7 @@ class ServingGate:
             logger.warning("The engine serves, but %s", self._reason())
 
     def refusal(self) -> str | None:
-        """Why a new request is not taken now; None if it is."""
+        """Why new requests are refused now; None if they are accepted."""
         if self.held and not self._core.model_executor.is_sleeping:
             return f"the engine does not serve yet: {self._reason()}"
         if not self.refuses_while_asleep or not self._core.is_sleeping():
@@ -124,7 +124,7 @@ class ServingGate:
         return self.asleep
 
     def look_and_refuse(self) -> str | None:
-        """As ``refusal``, after asking the workers: code in their processes may have written
+        """Like ``refusal``, after a query of the workers: code in their processes may have written
         weights."""
         if self.held and not self._core.model_executor.is_sleeping:
             self.follow_load()
@@ -150,7 +150,7 @@ class ServingGate:
 
 
 def serve_on(core: "EngineCore") -> None:
-    """Resume what a sleep paused. A pause of the user's own stays in force."""
+    """Resume what a sleep has paused. The user's own pause stays in force."""
     state = EngineState.of(core)
     before, state.wakes = state.wakes, True
     try:

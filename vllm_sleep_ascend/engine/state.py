@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package keeps of an EngineCore, and what it knows of one beyond vLLM's interfaces."""
+"""This package's state of an EngineCore, and what it uses of one beyond vLLM's interfaces."""
 
 from collections import deque
 from concurrent.futures import Future
@@ -23,9 +23,9 @@ class EngineState:
     gate: whether it may serve; None without sleep mode.
     pending_sleep: a sleep that waits for requests to end.
     wait: its part before any memory moves.
-    pauses_to_sleep: the pause that is being made belongs to a sleep, not to the user.
-    wakes: the resume that is being made belongs to a wake, not to the user.
-    undelivered: outputs of an engine in the caller's process that nobody has asked for yet.
+    pauses_to_sleep: the current pause call belongs to a sleep, not to the user.
+    wakes: the current resume call belongs to a wake, not to the user.
+    undelivered: outputs of an in-process engine that have not been fetched yet.
     """
 
     gate: "ServingGate | None" = None
@@ -37,7 +37,7 @@ class EngineState:
 
     @classmethod
     def of(cls, core: "EngineCore") -> "EngineState":
-        """That of this engine, which keeps it as an attribute."""
+        """The state of this engine, which keeps it as an attribute."""
         state: EngineState | None = getattr(core, _ATTRIBUTE, None)
         if state is None:
             state = cls()
@@ -46,7 +46,7 @@ class EngineState:
 
 
 def scheduler_of(core: "EngineCore") -> "Scheduler":
-    """As vLLM's own class: its interface has neither requests nor caches."""
+    """The scheduler as vLLM's own class, because its interface has neither requests nor caches."""
     return cast("Scheduler", core.scheduler)
 
 

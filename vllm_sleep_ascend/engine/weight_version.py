@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's version of the weights, in the engine's process: it is that of what was loaded last.
+"""vLLM's version of the weights, in the engine's process: that of the weights loaded last.
 
-Stock vLLM keeps the last version that it was given, whatever is loaded afterwards.
+Stock vLLM keeps the last version that was set, even if other weights are loaded afterwards.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _UNKNOWN = "unknown"
 
 
 def follow(core: "EngineCore", contents: list[WeightsReport]) -> None:
-    """Take the version that the ranks name in their ``weights_content``."""
+    """Set the version that the ranks report in their ``weights_content``."""
     if hasattr(core, "_weight_version"):
         versions = {content["version"] for content in contents}
         core._weight_version = versions.pop() if len(versions) == 1 else _UNKNOWN

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a callable of vLLM's is replaced."""
+"""Replaces a callable of vLLM."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Makes ours of the stock callable."""
+"""Makes our callable from the stock one."""
 
 _MARK = "guarded_by_camem"
 
 
 def wrap(owner: object, name: str, wrapper: Wrapper) -> None:
-    """Replace the callable by ``wrapper`` of it, once for each class or module."""
+    """Replace the callable by ``wrapper`` of it, once per class or module."""
     stock = getattr(owner, name)
     if not hasattr(vars(owner).get(name), _MARK):
         wrapped = wraps(stock)(wrapper(stock))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sleep endpoints of vLLM's development mode, as the guides of vLLM and vllm-ascend write them.
 
-They take the place of stock vLLM's where ``VLLM_SERVER_DEV_MODE=1`` shows those: the level may
-also come in a JSON body, ``/is_sleeping`` also answers POST, ``/sleep_status`` says what each rank
-holds, and every refusal is a 4xx or 5xx with a reason.
+With ``VLLM_SERVER_DEV_MODE=1`` they replace stock vLLM's: the level may also be in a JSON body,
+``/is_sleeping`` also answers POST, ``/sleep_status`` says what each rank holds, and every refusal
+is a 4xx or 5xx with a reason.
 """
 
 from collections.abc import Awaitable, Callable
@@ -41,7 +41,7 @@ def attach_router(app: "FastAPI") -> None:
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    # Handlers are annotated in this scope: FastAPI has to see the class itself.
+    # Handlers are annotated in this scope, because FastAPI needs the class itself.
     router = APIRouter()
 
     @router.post("/sleep")
@@ -75,8 +75,8 @@ def _client(request: "Request") -> "AsyncLLM":
 
 
 async def _status(client: "AsyncLLM") -> "JSONResponse":
-    """What the engine is doing: ``state`` (``status.State``), ``is_sleeping`` and ``ranks``. One
-    that is ``dead`` has no ranks, and answers with status 503."""
+    """The engine's ``state`` (``status.State``), ``is_sleeping`` and ``ranks``. A ``dead`` engine
+    has no ranks, and answers with status 503."""
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -115,7 +115,7 @@ async def _answer(
 
 
 def _recorded(operation: "Operation") -> AbstractContextManager[None]:
-    """vLLM's own metrics of an operation, where it has them."""
+    """vLLM's own metrics of an operation, if it has them."""
     try:
         from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
     except ImportError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus gauges of what sleeps, from what the ranks say, in the process of the front end."""
+"""Prometheus gauges of what sleeps, from the ranks' status, in the front end's process."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -26,7 +26,7 @@ _LABELS = ("model_name", "engine", "rank", "tag")
 
 
 class SleepModeGauges:
-    """Bytes of each rank, by tag."""
+    """Bytes of each rank by tag."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -43,7 +43,7 @@ class SleepModeGauges:
         )
 
     def set(self, ranks: Iterable[RankStatus]) -> None:
-        """Take the figures of ``sleep_status``."""
+        """Set the figures from ``sleep_status``."""
         for rank in ranks:
             for tag, usage in rank.get("tags", {}).items():
                 labels = (self._model_name, str(rank["engine"]), str(rank["rank"]), tag)
@@ -54,7 +54,7 @@ class SleepModeGauges:
 
 
 def _gauge(name: str, documentation: str, labels: tuple[str, ...]) -> Gauge:
-    """The gauge of this process: engines share it, and each new one removes it as one of vLLM's."""
+    """The gauge of this process. Engines share it, but each new one removes it with vLLM's."""
     registered = REGISTRY._names_to_collectors.get(name)
     if isinstance(registered, Gauge):
         return registered
@@ -62,14 +62,14 @@ def _gauge(name: str, documentation: str, labels: tuple[str, ...]) -> Gauge:
 
 
 def record(engine: "LLMEngine") -> None:
-    """Bring the metrics of an LLMEngine up to date, if it has any."""
+    """Update the metrics of an LLMEngine, if it has any."""
     if has_metrics(engine) and not _is_dead(engine):
         with suppress(EngineDeadError):
             _publish(engine, engine.collective_rpc("sleep_status"), engine.is_sleeping())
 
 
 async def record_async(engine: "AsyncLLM") -> list[RankStatus]:
-    """As ``record``, of an AsyncLLM; returns what the ranks say."""
+    """Like ``record`` for an AsyncLLM; returns the ranks' status."""
     if _is_dead(engine):
         return []
     try:
@@ -86,12 +86,12 @@ def _is_dead(engine: "LLMEngine | AsyncLLM") -> bool:
 
 
 def has_metrics(engine: "LLMEngine | AsyncLLM") -> bool:
-    """Whether anybody would see the gauges of this LLMEngine or AsyncLLM."""
+    """Whether the gauges of this LLMEngine or AsyncLLM are exported."""
     return engine.logger_manager is not None and engine.model_config.enable_sleep_mode
 
 
 def _publish(engine: "LLMEngine | AsyncLLM", ranks: list[RankStatus], is_sleeping: bool) -> None:
     SleepModeGauges(str(engine.model_config.served_model_name)).set(ranks)
     assert engine.logger_manager is not None
-    # vLLM's own gauge, which in stock vLLM follows what was asked for.
+    # vLLM's own gauge, which in stock vLLM follows what was requested.
     engine.logger_manager.record_sleep_state(int(is_sleeping), level_of(ranks))

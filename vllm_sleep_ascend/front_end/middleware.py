@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's middleware: refuses requests where an option says so, and refreshes gauges."""
+"""The server's middleware: refuses requests if an option says so, and refreshes gauges."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -55,14 +55,14 @@ class SleepModeMiddleware:
         await self._app(scope, receive, send)
 
     async def _refresh_metrics(self, client: "AsyncLLM") -> None:
-        """An engine that is busy with an operation answers after it: then the last figures stay."""
+        """An engine that is busy with an operation answers too late: then the last figures stay."""
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.create_task(metrics.record_async(client))
         await asyncio.wait([self._refresh], timeout=_SCRAPE_S)
 
 
 def _path(scope: "Scope") -> str:
-    """Without ``--root-path``, as vLLM's own middleware sees it."""
+    """The path without ``--root-path``, as in vLLM's own middleware."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
@@ -94,5 +94,5 @@ async def _refused(client: "AsyncLLM") -> "ASGIApp | None":
     try:
         reason = await refusal(client)
     except EngineDeadError:
-        return None  # vLLM answers as it does
+        return None  # vLLM answers
     return None if reason is None else _unavailable(reason)

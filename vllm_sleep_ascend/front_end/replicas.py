@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines of a data-parallel server, which vLLM calls all at once: an error says whose it is,
-and nothing is answered before every engine has."""
+"""The engines of a data-parallel server, which vLLM calls all at once: an error names its engine,
+and the call returns only after every engine has answered."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ _Sleeps = Callable[["AsyncMPClient"], Awaitable[bool]]
 
 
 async def call_all(self: "AsyncMPClient", method: str, *args: object) -> list[Any]:
-    """A method of every engine of vLLM's AsyncMPClient: what each answers, once all have.
+    """Call a method of every engine of vLLM's AsyncMPClient, and return all answers.
 
     Raises:
         Exception: engines failed; names them where there are several.
@@ -49,10 +49,10 @@ def of_the_first(stock: _Utility) -> _Utility:
 
 
 def _raise(method: str, failed: dict[int, BaseException], engines: list[int]) -> None:
-    """One error for all that failed, of the type of the first."""
+    """Raise one error for all that failed, with the type of the first."""
     raised = {n: restored(error, otherwise=RuntimeError) for n, error in failed.items()}
     first, *_ = failed
-    if raised[first] is failed[first]:  # not an error of the engine's, but that it is gone
+    if raised[first] is failed[first]:  # not the engine's error: it is gone
         raise failed[first]
     texts = [f"engine {engines[n]}: {error}" for n, error in raised.items()]
     done = [str(engine) for n, engine in enumerate(engines) if n not in failed]
@@ -69,7 +69,7 @@ def _number(engine: bytes) -> int:
 
 
 def is_sleeping(stock: _Sleeps) -> _Sleeps:
-    """Whether any engine sleeps. Where they differ, after a failure, stock vLLM raises."""
+    """Whether any engine sleeps. If they differ after a failure, stock vLLM raises."""
 
     async def is_sleeping_async(self: "AsyncMPClient") -> bool:
         return any(await call_all(self, "is_sleeping"))
