@@ -89,10 +89,7 @@ def sleep(
 
 def wake(tags: list[str], timeout_s: float = 0.0, *, commit: bool = True) -> Report:
     """Restore the sleeping allocations of these tags; wait up to ``timeout_s`` for device memory.
-
-    If a call fails, everything sleeps as before and the wake can be retried. ``commit`` is as in
-    sleep().
-    """
+    If a call fails, all sleep as before and a retry is possible. ``commit`` is as in sleep()."""
 
 def commit() -> Report:
     """Commit the prepared sleep or wake. No failing AscendCL call can make this fail.

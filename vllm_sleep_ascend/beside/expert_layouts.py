@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two layouts of experts' weights.
 
-vllm-ascend's kernels need the matrices of unquantized experts transposed; checkpoints store them
-untransposed. vllm-ascend's wake switches to the checkpoint's layout, so that a trainer can load
-weights, and never switches back, so no kernel can run. Here a wake switches to the checkpoint's
-layout too, but the kernels' layout is restored before anything runs. Both layouts are views of the
-same memory.
+vllm-ascend's kernels need the matrices of unquantized experts transposed, compared with
+checkpoints. Its wake switches to the checkpoint's layout, so that a trainer can load weights, and
+never switches back, so no kernel can run. Here a wake switches too, but the kernels' layout is
+restored before anything runs. Both layouts are views of the same memory.
 """
 
 import torch

@@ -46,11 +46,8 @@ class AscendHooks(Hooks):
         self._worker._pp_send_work = []
 
     def after_sleep(self) -> None:
-        """Drop captured graphs, if vllm-ascend's extra clean-up is on.
-
-        This cannot be rolled back, so it happens after every rank sleeps. The clean-up of HCCL is
-        part of our transaction.
-        """
+        """Drop captured graphs, if vllm-ascend's extra clean-up is on. This cannot be rolled back,
+        so it happens after every rank sleeps. HCCL's clean-up is part of our transaction."""
         self._weights_slept = True
         if _extra_cleanup() and self._worker.model_runner.use_aclgraph and not self._graphs_dropped:
             self._graphs_dropped = True
@@ -59,10 +56,8 @@ class AscendHooks(Hooks):
             torch_npu.npu.empty_cache()
 
     def after_wake(self) -> None:
-        """Make the model usable: capturing graphs cannot be rolled back, so it follows the wake.
-
-        If it fails on one rank, every rank repeats it.
-        """
+        """Make the model usable. Capturing graphs cannot be rolled back, so it follows the wake. If
+        it fails on one rank, every rank repeats it."""
         if not (self._weights_slept or self._graphs_dropped):
             return
         self._worker.operations.together("the end of a wake", self._make_usable)

@@ -63,9 +63,8 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self._join_ranks()
 
     def _init_device(self) -> torch.device:
-        """Retry for up to ``wake_timeout_s`` while too little device memory is free.
-
-        vllm-ascend checks this before it joins other ranks, so a retry is safe.
+        """Retry for up to ``wake_timeout_s`` while too little device memory is free: vllm-ascend
+        checks that before it joins other ranks.
 
         Raises:
             ValueError: vllm-ascend's, because too little was free all the time.

@@ -187,11 +187,8 @@ class Answers:
         return self._acl
 
     def close(self) -> None:
-        """Reset the device, unless the allocator was used.
-
-        The allocator keeps streams until the process ends, and a reset would destroy them. The end
-        of the process frees everything as well.
-        """
+        """Reset the device, unless the allocator was used: it keeps streams until the process ends,
+        and a reset would destroy them. The end of the process frees everything as well."""
         if self._acl is None or _ALLOCATOR in sys.modules:
             return
         self._acl.reset_devices()

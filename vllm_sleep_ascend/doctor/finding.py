@@ -9,10 +9,8 @@ Status = Literal["info", "pass", "degraded", "fail", "not probed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """``found`` is one line; ``means`` and ``remedy`` say what it means and what to do.
-
-    ``figures`` are for programs: sizes in bytes, speeds in GB/s (10^9 bytes).
-    """
+    """``found`` is one line, ``means`` and ``remedy`` say what it means and what to do, ``figures``
+    are for programs: sizes in bytes, speeds in GB/s (10^9 bytes)."""
 
     status: Status
     found: str

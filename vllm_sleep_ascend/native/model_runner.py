@@ -79,9 +79,6 @@ class NPUModelRunner(GPUModelRunner):
             return super().initialize_kv_cache_tensors(*args, **kwargs)
 
     def reset_lora_state(self) -> None:
-        """Keep the loaded adapters when the base weights are replaced.
-
-        The stock method drops them. The next request for an adapter would read its folder again,
-        and end the engine if the folder is gone.
-        """
+        """Keep the loaded adapters when the base weights are replaced. The stock method drops them:
+        the next request for one would read its folder again, and end the engine if that is gone."""
         restore_adapters(self)

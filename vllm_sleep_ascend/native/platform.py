@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NPU as an out-of-tree platform for stock vLLM.
 
-vLLM imports this module while it detects the platform, so it must not import torch_npu at module
-level.
+vLLM imports this to detect the platform, so torch_npu must not be imported at module level.
 """
 
 import importlib.util

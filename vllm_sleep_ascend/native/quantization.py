@@ -66,10 +66,7 @@ for _key in INT8_FOR:
 
 
 def compact(model: nn.Module) -> None:
-    """Copy the parameters into new segments of sleep mode's memory.
-
-    The old segments also held the unquantised weights, and can now be freed.
-    """
+    """Copy the parameters into new segments, so that those with unquantised weights are freed."""
     from vllm_sleep_ascend.memory.pool import use_pool
 
     with use_pool("weights"):

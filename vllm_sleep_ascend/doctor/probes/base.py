@@ -53,10 +53,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe is skipped unless the probes in ``needs`` have passed.
-
-    An ``extra`` probe can at worst be ``degraded``: sleep mode works without what it checks.
-    """
+    """A probe is skipped unless those in ``needs`` have passed. An ``extra`` one is at worst
+    ``degraded``: sleep mode works without what it checks."""
 
     name: str
     title: str

@@ -40,10 +40,8 @@ def sleep_and_wake(device: Device) -> Finding:
 
 
 def _twice(device: Device, address: int, camem: ModuleType) -> Finding:
-    """Sleep and wake twice. The second sleep reuses the first one's host memory.
-
-    If that was plain memory, wait until it has been page-locked.
-    """
+    """Sleep and wake twice. The second sleep reuses the first one's host memory, after it has been
+    page-locked."""
     size = device.size
     figures: dict[str, Any] = {"bytes": size, "by": "the compiled allocator"}
     _write(device, address, size)

@@ -240,10 +240,8 @@ class NPUAttentionBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """vLLM's default, which keeps a layer's token rows contiguous.
-
-        With other layouts the NPU's index operators copy the layer's whole cache at each access.
-        """
+        """vLLM's default, with contiguous token rows: with others the NPU's index operators copy a
+        layer's whole cache at each access."""
         return (KVCacheLayout.LBNHC,)
 
     @classmethod

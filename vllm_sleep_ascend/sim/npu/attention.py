@@ -19,10 +19,8 @@ def reshape_and_cache(
     value_cache: torch.Tensor,
     slot_indices: torch.Tensor,
 ) -> None:
-    """Write each token's key and value, (tokens, heads, size), to its slot.
-
-    Negative slots are padding. The caches are (blocks, block size, heads, size).
-    """
+    """Write each token's key and value, (tokens, heads, size), to its slot; negative slots are
+    padding. The caches are (blocks, block size, heads, size)."""
     kept = slot_indices >= 0
     slots = slot_indices[kept].long()
     for paged, tokens in ((key_cache, key), (value_cache, value)):
@@ -139,11 +137,8 @@ def _workspace_bytes(query: torch.Tensor) -> int:
 
 @cache
 def _types() -> tuple[torch.dtype, ...]:
-    """The types that NPU attention supports.
-
-    NPU_SIM_FLOAT32_ATTENTION=1 adds float32, so that tokens can be compared with another
-    implementation without rounding differences.
-    """
+    """The types that NPU attention supports. NPU_SIM_FLOAT32_ATTENTION=1 adds float32, so that
+    tokens can be compared with another implementation without rounding differences."""
     extra = (torch.float32,) if os.environ.get("NPU_SIM_FLOAT32_ATTENTION") == "1" else ()
     return (torch.float16, torch.bfloat16, *extra)
 
@@ -190,10 +185,8 @@ def _per_query_head(tokens: torch.Tensor, kv_heads: int, heads: int) -> torch.Te
 
 
 def _hidden(queries: int, keys: int, mode: int, pre_tokens: int, next_tokens: int) -> torch.Tensor:
-    """True for hidden keys: those after the query (mode 3), or outside its band (mode 4).
-
-    The last query is aligned with the last key.
-    """
+    """True for keys after the query (mode 3), or outside its band (mode 4). The last query is
+    aligned with the last key."""
     distance = torch.arange(keys) - (torch.arange(queries) + keys - queries).unsqueeze(1)
     if mode == 3:
         return distance > 0

@@ -59,11 +59,8 @@ def init_routing(
     row_idx_type: int = 0,
     x_dtype: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the rows by expert.
-
-    Returns each row's token; the row's destination (``row_idx_type`` 0; -1 for experts out of
-    range) or source (1); the int64 number of rows of each expert; and an empty scale.
-    """
+    """Sort the rows by expert. Returns each row's token; its destination (``row_idx_type`` 0; -1
+    for experts out of range) or source (1); each expert's number of rows; and no scale."""
     rows = expert_idx.numel()
     name = "moe_init_routing"
     _require(quant_mode == -1 and scale is None, name, "quantization is not simulated")
