@@ -40,18 +40,18 @@ _MOVES = ("sleep", "discard", "wake_up")  # the worker's methods that move memor
 
 
 @contextmanager
-def _truth(core: "EngineCore") -> Iterator[None]:
+def _recording_sleep(core: "EngineCore") -> Iterator[None]:
     """Record what really sleeps after the call; after a failure, resume serving if nothing does."""
     was_paused = core.is_scheduler_paused()
     try:
         yield
     except Exception:
-        _settle(core, was_paused, failed=True)
+        _record_sleep(core, was_paused, failed=True)
         raise
-    _settle(core, was_paused, failed=False)
+    _record_sleep(core, was_paused, failed=False)
 
 
-def _settle(core: "EngineCore", was_paused: bool, failed: bool) -> None:
+def _record_sleep(core: "EngineCore", was_paused: bool, failed: bool) -> None:
     """Record what sleeps according to the workers; stock vLLM records what was requested."""
     executor = core.model_executor
     if getattr(executor, "is_failed", False):  # a worker died
@@ -74,7 +74,7 @@ def sleep(stock: _Sleep) -> _Sleep:
                     self.pause_scheduler("abort", clear_cache=False)
             return _afterwards(pending, lambda: sleep(self, level, mode))
         was_paused = self.is_scheduler_paused()
-        with _named(), _truth(self):
+        with _named(), _recording_sleep(self):
             if self.model_executor.is_sleeping:
                 # Stock vLLM does nothing if the weights sleep, though the KV cache may be awake or
                 # the level may differ; and a second pause could start requests that are kept.
@@ -127,7 +127,7 @@ def _sleep_is_done(core: "EngineCore", done: Future[None], was_paused: bool) -> 
     if error is not None:
         with suppress(BaseException), _named():
             raise error
-    _settle(core, was_paused, failed=error is not None)
+    _record_sleep(core, was_paused, failed=error is not None)
 
 
 def wake_up(stock: _WakeUp) -> _WakeUp:
@@ -147,7 +147,7 @@ def wake_up(stock: _WakeUp) -> _WakeUp:
             if awake:
                 logger.warning("wake_up: awake already: %s.", ", ".join(awake))
             tags = [tag for tag in tags if tag in asleep]
-        with _named(), _truth(self):
+        with _named(), _recording_sleep(self):
             state.wakes = True
             try:
                 fully_awake = stock(self, tags)
@@ -183,7 +183,7 @@ def release_kv_cache_memory(
 ) -> Callable[["EngineCore"], None]:
     def release_kv_cache_memory(self: "EngineCore") -> None:
         check_enabled(self.vllm_config)
-        with _named(), _truth(self):
+        with _named(), _recording_sleep(self):
             asleep = ", ".join(sorted(self.model_executor.sleeping_tags))
             if asleep:
                 raise SleepModeError(
@@ -263,7 +263,7 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
         wrap(type(self.model_executor), "collective_rpc", guards_calls)  # Ray's, or a user's own
         call = GuardedCall(method) if method in policy.STEP_CALLS else method
         try:
-            with _moved(self) if method in _MOVES else nullcontext():
+            with _following_move(self) if method in _MOVES else nullcontext():
                 result = stock(self, call, *args, **kwargs)
         except (TimeoutError, RankGoneError):
             gate.unseen = True  # a query now would wait for the rank that does not answer
@@ -284,12 +284,12 @@ def _follow_load(gate: ServingGate, method: _Method) -> None:
 
 
 @contextmanager
-def _moved(core: "EngineCore") -> Iterator[None]:
+def _following_move(core: "EngineCore") -> Iterator[None]:
     """collective_rpc("sleep") or ("wake_up") bypasses the engine: bring its state in line."""
     executor = core.model_executor
     before = set(executor.sleeping_tags)
     try:
-        with _truth(core):
+        with _recording_sleep(core):
             yield
     finally:
         asleep = executor.sleeping_tags

@@ -135,13 +135,13 @@ class SleepMode:
                 self._reload_or_sleep_again()
             wait_for_device()
 
-        was_unfinished, knowledge = self._wake_unfinished, content.knowledge()
+        was_unfinished, snapshot = self._wake_unfinished, content.snapshot()
         try:
             self._operations.together("wake", resume, finish, communicators="restore")
         except Exception:
             if not self._operations.alone:  # it was taken back, with what was loaded
                 self._wake_unfinished = was_unfinished
-                content.know(knowledge)
+                content.restore(snapshot)
             raise
         self._hooks.after_wake()
         self._wake_unfinished = False

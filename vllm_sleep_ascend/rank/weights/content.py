@@ -18,7 +18,7 @@ _NAMED = 8  # parameters whose shards are named
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class ContentSnapshot:
     """What is known at one time, for a rollback."""
 
     lost: frozenset[str] = field(default_factory=frozenset)
@@ -108,13 +108,13 @@ class WeightsContent:
         """Whether content that was found to be wrong has not been completely written since."""
         return self.beyond_loading or (self._found_corrupt and bool(self._lost))
 
-    def knowledge(self) -> Knowledge:
-        """What is known now, to be restored with ``know``."""
-        return Knowledge(frozenset(self._lost), self._found_corrupt)
+    def snapshot(self) -> ContentSnapshot:
+        """What is known now, for ``restore``."""
+        return ContentSnapshot(frozenset(self._lost), self._found_corrupt)
 
-    def know(self, knowledge: Knowledge) -> None:
+    def restore(self, snapshot: ContentSnapshot) -> None:
         """Restore what was known then, because the memory is as it was then."""
-        self._lost, self._found_corrupt = set(knowledge.lost), knowledge.corrupt
+        self._lost, self._found_corrupt = set(snapshot.lost), snapshot.corrupt
 
     def _look(self) -> None:
         """Drop parameters that have been written. Only those written at their start are read
