@@ -6,8 +6,8 @@
 #                      simulator
 #   make test-profiles the allocator on other simulated machines
 #   make test-all      all of these, and the sweeps, soaks and loads in full, and the sanitizers
-#   make test-chance   everything with threads, clocks, processes, ports or faults, 20 times
-#   make test-ascend   the tests beside vllm-ascend, in a separate environment, .venv-ascend
+#   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
+#   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
 #   make sanitize      the allocator core under the sanitizers of the compiler
 #   make lint          ruff, mypy and clang-format; `make format` fixes what they can fix
 #
@@ -44,8 +44,8 @@ export VLLM_NO_USAGE_STATS := 1
 
 setup: $(VENV)/.packages toolkit build
 
-# torch first, so that nothing else chooses another build of it; vLLM before torch_npu, because a plain
-# `import torch` fails if torch_npu finds no CANN.
+# torch first, so that nothing else chooses another build of it; vLLM before torch_npu, since a plain
+# `import torch` fails where torch_npu finds no CANN.
 $(VENV)/.packages: tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'

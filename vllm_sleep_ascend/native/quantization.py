@@ -57,7 +57,7 @@ class NPUInt8MoEMethod(ExpertsMethod, OnlineMoEMethodBase):  # type: ignore[misc
         layer._already_called_process_weights_after_loading = True
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None, because none of vLLM's kernels run."""
+        """None: no kernel of vLLM's runs."""
 
 
 for _key in INT8_FOR:

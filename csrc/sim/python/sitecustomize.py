@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes Python programs on the simulated machine see the kernel version NPU_SIM_KERNEL.
+"""The kernel that Python programs of the simulated machine see: NPU_SIM_KERNEL.
 
 Python runs this file at its start, and this file runs the next sitecustomize on the path.
 """
