@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 #   make demo          sleep and wake a model of 0.5B parameters on a simulated NPU
-#   make test          everything that protects a user; FILE=tests/... or ARGS=... for a part
-#   make test-slow     programs, benchmarks and launchers that take a minute each, and the tests of the
-#                      simulator
+#   make test          all that protects a user; FILE=tests/... or ARGS=... for one place
+#   make test-slow     the same product in programs, benchmarks and launchers that take a minute each,
+#                      and the tests of the simulator
 #   make test-profiles the allocator on other simulated machines
 #   make test-all      all of these, and the sweeps, soaks and loads in full, and the sanitizers
 #   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
 #   make sanitize      the allocator core under the sanitizers of the compiler
-#   make lint          ruff, mypy and clang-format; `make format` fixes what they can fix
+#   make lint          ruff, mypy and clang-format; `make format` repairs what they can repair
 #
 # They set up what they need in .venv and reuse what is there. pip's own settings are honoured: with
 # PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL, torch comes without CUDA.
@@ -31,7 +31,7 @@ TORCH := torch==2.13.0
 TORCH_NPU := torch_npu==2.13.0
 VLLM := 0.32.0
 
-# vllm-ascend, its vLLM, and the same torch as above, although it pins another one.
+# vllm-ascend, the vLLM that it is for, and the same torch: its own pins ask for another one.
 ASCEND := $(CURDIR)/.venv-ascend
 VLLM_ASCEND := 0.23.0
 TRANSFORMERS := transformers==5.5.4
@@ -59,7 +59,7 @@ $(VENV)/.packages: tests/constraints.txt
 	$(PIP) pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib psutil ray ruff mypy clang-format
 	touch $@
 
-# Triton's own wheel does not support NPUs, and vllm-ascend mistakes it for Triton for Ascend.
+# Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.
 $(ASCEND)/.packages: tests/ascend/constraints.txt
 	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
 	@echo "Installing torch, vLLM and vllm-ascend into .venv-ascend (a few minutes, once)"
@@ -113,7 +113,7 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
-# What holds on one simulated machine has to hold on others (csrc/sim/README.md).
+# What has been found true of one simulated machine has to hold on others (csrc/sim/README.md).
 # The newer kernel lets the allocator register memory, which CANN 8.1 and a 310P do not have.
 # test_host_source.py names the machines of its tests itself.
 PROFILES := NPU_SIM_KERNEL=6.1 NPU_SIM_KERNEL=6.1,NPU_SIM_CANN=8.1 NPU_SIM_KERNEL=6.1,NPU_SIM_SOC=310P
@@ -136,7 +136,7 @@ CHANCE := tests/allocator tests/sim tests/package/test_rank_answers.py tests/pac
   tests/package/test_groups.py tests/e2e/engine tests/e2e/ranks \
   tests/e2e/server tests/e2e/proxy tests/benchmarks
 
-# With BUSY=2, beside two processes that only compute.
+# With BUSY=2, beside two processes that do nothing but compute.
 BUSY ?= 0
 
 test-chance: setup
@@ -147,7 +147,7 @@ test-chance: setup
 	  $(SIM) python -m pytest $(CHANCE) -q -n 2 $(ARGS); \
 	done
 
-# vllm-ascend allows one engine with sleep mode in a process.
+# vllm-ascend takes one engine with sleep mode in a process.
 EXPERTS := tests/ascend/test_experts.py
 
 test-ascend: setup-ascend
