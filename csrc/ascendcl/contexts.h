@@ -52,7 +52,7 @@ class DeviceGuard {
 // with torch, our copies could miss their own errors.
 class OwnContext {
  public:
-  explicit OwnContext(int device);  // throws AclError, also if the device has no stream left
+  explicit OwnContext(int device);  // throws AclError, also where the device has no stream left
   ~OwnContext();                    // streams in it must be gone
   OwnContext(const OwnContext&) = delete;
   OwnContext& operator=(const OwnContext&) = delete;

@@ -45,7 +45,7 @@ class CopyStream {
   // Waits until nothing is in flight. A later wait() reports a failure.
   void drain() noexcept;
 
-  bool is_idle() noexcept;  // false also if the query fails
+  bool is_idle() noexcept;  // false also where AscendCL cannot tell
 
   // A copy timed out, or AscendCL could not tell whether it has completed. It may still run, so the
   // memory that it uses must not be unmapped, reused or freed. A stuck stream launches nothing
@@ -57,8 +57,8 @@ class CopyStream {
   explicit CopyStream(aclrtStream stream) : stream_(stream) {}
   aclError synchronize();
 
-  const aclrtStream stream_;  // null for the context's default stream
-  std::mutex mutex_;          // held while waiting
+  const aclrtStream stream_;  // null: the context's own
+  std::mutex mutex_;          // of waiting
   aclError failure_ = ACL_SUCCESS;
   Patience* patience_ = nullptr;
   std::atomic<std::size_t> launched_{0};  // bytes

@@ -17,7 +17,7 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 constexpr int kCopies = 16;
 constexpr int kAttempts = 5;  // a busy host may delay the thread until its copies are done
 
-// The memory for the trial copies.
+// What the copies are tried on.
 struct Sample {
   explicit Sample(int device, std::size_t bytes)
       : host(HostMemory::page_locked(bytes, HostSource::kRegistered)),
@@ -31,7 +31,7 @@ struct Sample {
   PhysicalMemory memory;
 };
 
-// Empty if copies from and to registered memory are exact and asynchronous.
+// Empty: copies from and to registered memory are exact, and return before they are done.
 std::string why_registered_copies_are_not_used(int device, CopyStream& stream) {
   const std::size_t unit = granularity(device);
   const std::size_t bytes = (4 * kMiB + unit - 1) / unit * unit;
@@ -56,7 +56,7 @@ std::string why_registered_copies_are_not_used(int device, CopyStream& stream) {
     stream.wait(bytes);
   } catch (...) {
     stream.drain();
-    if (stream.is_stuck()) (void)sample.release();  // a copy may still use it
+    if (stream.is_stuck()) (void)sample.release();  // a copy may use it at any time to come
     throw;
   }
   if (std::memcmp(host, pattern.data(), bytes) != 0) {

@@ -20,8 +20,8 @@ struct HostChoice {
   }
 };
 
-// Registered memory if copies from and to it are asynchronous and exact on `stream`, otherwise
-// aclrtMallocHost. The device must be current; `stream` may be null.
+// Registered memory, if copies from and to it are asynchronous and exact on `stream`, else
+// aclrtMallocHost. Needs the device to be current; `stream` may be null.
 HostChoice try_registered_memory(int device, CopyStream* stream);
 
 // Bytes per second, of several threads together: allocating page-locked memory, and copying into

@@ -28,13 +28,13 @@ struct HostInfo {
 // The pool's lock protects it, except where a function is called thread-safe.
 class Backups {
  public:
-  // `lock` is the pool's. Blocks locked in the background are put in place under it.
+  // `lock` is the pool's: what is locked in the background is put in place under it.
   Backups(std::mutex& lock, const Settings& settings, const Registry& registry, Transfer& transfer)
       : lock_(lock), settings_(settings), registry_(registry), transfer_(transfer) {}
 
   // The source of page-locked memory is determined again.
   void forget_source() { choice_.reset(); }
-  // Call it at the first allocation, because memory and streams may be scarce later.
+  // To be asked for when the first memory is allocated: later on, memory and streams may be scarce.
   HostSource source(int device);
 
   // Throws OutOfHostMemory if the machine lacks the memory that a sleep of these still needs.

@@ -35,7 +35,7 @@ class Registry {
   const Allocations& allocations() const { return allocations_; }
   bool is_empty() const { return allocations_.empty(); }
 
-  // torch has freed the allocation that starts there. A sweep frees its memory.
+  // Torch has freed the allocation that starts there. A sweep gives it back.
   void doom(std::uintptr_t address, aclrtStream stream);
   bool has_doomed() const { return !doomed_.empty(); }
 

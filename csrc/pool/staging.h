@@ -30,9 +30,10 @@ class Staging {
   // copy from them. Empty if the host has no memory for them.
   std::optional<HostSpeeds> open_and_measure(int device, unsigned threads, HostSource source);
 
-  // Copies the chunk to or from its backup, and waits for the copy. `thread` counts from 0 and uses
-  // its own blocks. Without blocks or streams the copy is synchronous, and the runtime locks pages
-  // itself. Throws AclError; nothing is in flight then, or the chunk is stuck.
+  // Copies the chunk to or from its backup, and returns when that is done. `thread` counts from 0
+  // and uses its own blocks; without any, or without streams, the copy is a synchronous one, for
+  // which the runtime locks pages itself. Throws AclError; then nothing is in flight any more, or
+  // the chunk is stuck.
   void copy(Direction direction, Chunk& chunk, unsigned thread,
             const std::array<CopyStream*, 2>& streams);
 

@@ -69,7 +69,7 @@ class Transaction {
   // if there is one.
   void prepare_wake(const std::set<TagId>& tags, std::optional<Steps::Deadline> deadline);
 
-  Report commit();  // the report includes what torch has freed since
+  Report commit();  // tells what was prepared, also of what torch has freed since
 
   // Rolls back: every chunk is as before. A chunk that cannot be mapped keeps its content, and a
   // wake restores it.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs every case, or those whose name contains the first argument. A case fails if the process
-// does not hold exactly the same resources as before it.
+// Runs every case, or those whose name contains the first argument. After each one the process
+// holds exactly what it held before: what a case leaks, fails that case.
 #include <acl/acl.h>
 
 #include <cstdio>

@@ -221,8 +221,8 @@ std::vector<std::string> log_of(const Operation& operation) {
   return calls;
 }
 
-// The calls that happen in every run: the number of waits for streams, and the calls of background
-// threads, differ from run to run.
+// Those of every run: how often copies wait for their streams, and whether a thread in the
+// background is under way meanwhile, differs from run to run.
 std::vector<std::string> calls_of(const Operation& operation) {
   std::vector<std::string> calls = log_of(operation);
   for (int run = 0; run < 4; ++run) {
@@ -236,8 +236,8 @@ std::vector<std::string> calls_of(const Operation& operation) {
   return calls;
 }
 
-// The number of these faults that the operation reported, one at a time. A fault whose call did not
-// happen is tried again.
+// How many of these faults, each alone, the operation reported. A call that a run does not make is
+// asked for again.
 int survive_each(const Operation& operation, const std::vector<std::string>& rules,
                  bool gives_scratch_back = false) {
   int reported = 0;
@@ -294,7 +294,7 @@ TEST(without_kept_backups_every_call_may_find_no_memory) {
   }
 }
 
-// AscendCL uses these codes only for waits, never for failed work (context.cc, stars_engine.cc).
+// What AscendCL says of waiting it never says of the work (context.cc, stars_engine.cc).
 bool may_come(const std::string& rule, aclError code) {
   const bool is_work = rule.find(".work:") != std::string::npos;
   return !is_work || (code != camem::kStreamSyncTimeout && code != ACL_ERROR_RT_EVENT_SYNC_TIMEOUT);
