@@ -12,7 +12,7 @@
 namespace camem {
 namespace {
 
-// Locking fewer chunks than this is faster than measuring which way is faster.
+// Locking fewer chunks than this takes less time than measuring which way is faster.
 constexpr std::size_t kWorthMeasuring = 16;
 
 // A pause before background work: a sleep and a wake may follow each other closely, and should not

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Each AscendCL call of each operation fails once; then the operation is retried.
-// tests/allocator/test_faults.py does the same through Python, and this test under the sanitizers.
+// Each AscendCL call of each operation fails once; then the operation is repeated.
+// tests/allocator/test_faults.py does the same through Python; here the sanitizers watch.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -115,8 +115,8 @@ const Operation kOperations[] = {
     {"prepare host memory and release it", [] {}, prepare_and_release, true, false},
 };
 
-// A failing call need not fail the operation: memory that is not page-locked is copied through
-// blocks or synchronously, and a sweep retries to free memory.
+// Where another way exists, a failing call is no failing operation: memory that is not page-locked
+// is copied through blocks or synchronously, and what is not given back now is offered again.
 bool has_another_way(const std::string& rule) {
   const std::string call = rule.substr(0, rule.find(':'));
   static const std::set<std::string> calls = {"aclrtMallocHost", "aclrtFreeHost",
@@ -160,7 +160,7 @@ void repeat(const Operation& operation) {
 }
 
 struct Outcome {
-  bool came = false;      // the faulty call happened
+  bool came = false;      // the fault did
   bool reported = false;  // by the operation; otherwise it recovered
 };
 
@@ -300,9 +300,9 @@ bool may_come(const std::string& rule, aclError code) {
   return !is_work || (code != camem::kStreamSyncTimeout && code != ACL_ERROR_RT_EVENT_SYNC_TIMEOUT);
 }
 
-// The runtime has one table of codes for all calls and for the driver's results, so any call may
-// return any code. With SWEEP=all each call of each operation fails with each code, otherwise each
-// code is returned by one call of every third operation.
+// The runtime has one table of codes for all of its calls and for what the driver answers: any call
+// may return any of them. With SWEEP=all each call of each operation fails with each code,
+// otherwise each code comes from one call of every third operation.
 TEST(every_code_of_ascendcl_may_come) {
   configure();
   const char* wanted = std::getenv("SWEEP");
