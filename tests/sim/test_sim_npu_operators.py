@@ -25,7 +25,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_norms(dtype):
-    x, other, gamma = random(3, 5, 16, dtype=dtype), random(3, 5, 16, dtype=dtype), random(16)
+    x, other = random(3, 5, 16, dtype=dtype), random(3, 5, 16, dtype=dtype)
+    gamma = random(16, dtype=dtype)
     y, rstd = torch_npu.npu_rms_norm(x.npu(), gamma.npu(), 1e-5)
     expected = F.rms_norm(x.float(), (16,), gamma.float(), 1e-5)
     assert y.dtype == dtype and rstd.dtype == torch.float32
@@ -65,6 +66,71 @@ def test_rotary_embedding(neox):
     torch_npu._npu_rotary_embedding(positions.npu(), query, key, size, table.npu(), neox)
     close(query.cpu(), expected[0])
     close(key.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mrope_without_sections_rotates_as_the_rotary_embedding(neox, dtype):
+    """And leaves its arguments alone. Query and key may be parts of wider rows."""
+    size, rotated = 64, 32
+    angles = random(20, rotated // 2, dtype=torch.float32)
+    table = torch.cat([angles.cos(), angles.sin()], -1).to(dtype).npu()
+    positions = torch.tensor([3, 0, 19]).npu()
+    rows = random(3, 6 * size, dtype=dtype).npu()
+    query, key = rows[:, : 4 * size], rows[:, 4 * size :]
+    turned = query.contiguous(), key.contiguous()
+    torch_npu._npu_rotary_embedding(positions, *turned, size, table, neox)
+    mode = "half" if neox else "interleave"
+    got = torch_npu.npu_mrope(positions, query, key, table, size, rotary_mode=mode)
+    for ours, theirs in zip(got, turned, strict=True):
+        assert torch.equal(ours.cpu(), theirs.cpu()) and ours.is_contiguous()
+    assert torch.equal(rows.cpu(), random(3, 6 * size, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "change,problem",
+    [
+        ({"mrope_section": [16, 8, 8]}, "mrope_section .* not simulated"),
+        ({"cache_mode": "interleave"}, "cache_mode interleave"),
+        ({"rotary_mode": "interleaved"}, "rotary_mode interleaved"),
+        ({"positions": torch.zeros(3, 2, dtype=torch.long)}, "positions of 2 dimensions"),
+        ({"positions": torch.zeros(2)}, "positions torch.float32"),
+        ({"query": torch.zeros(2, 2, 32).half()}, "not of 2 dimensions"),
+        ({"key": torch.zeros(2, 32)}, "types differ"),
+        ({"head_size": 16}, "32 of 16 elements"),
+        ({"cos_sin_cache": torch.zeros(4, 16).half()}, "16 of 32 elements"),
+    ],
+)
+def test_mrope_refuses(change, problem):
+    arguments = {
+        "positions": torch.zeros(2, dtype=torch.long),
+        "query": torch.zeros(2, 64).half(),
+        "key": torch.zeros(2, 32).half(),
+        "cos_sin_cache": torch.zeros(4, 32).half(),
+        "head_size": 32,
+        "mrope_section": [0, 0, 0],
+        **change,
+    }
+    on_device = {
+        name: value.npu() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(RuntimeError, match=problem):
+        torch_npu.npu_mrope(**on_device)
+
+
+def test_norms_and_swiglu_refuse():
+    x, gamma = random(3, 16).npu(), random(16).npu()
+    for operation, problem in (
+        (lambda: torch_npu.npu_rms_norm(x[0], gamma), "input of 1 dimensions"),
+        (lambda: torch_npu.npu_rms_norm(x.float(), gamma), "float32 and gamma torch.float16"),
+        (lambda: torch_npu.npu_add_rms_norm(x, x, gamma.float()), "gamma torch.float32"),
+        (lambda: torch_npu.npu_add_rms_norm(x[:0], x[:0], gamma), "empty"),
+        (lambda: torch_npu.npu_swiglu(x[:, :8]), "not contiguous"),
+        (lambda: torch_npu.npu_swiglu(x[:0]), "empty"),
+    ):
+        with pytest.raises(RuntimeError, match=problem):
+            operation()
 
 
 def test_matmul_add():

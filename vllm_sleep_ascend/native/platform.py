@@ -14,6 +14,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.kernel import IrOpPriorityConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -187,7 +188,16 @@ class NPUPlatform(Platform):
 
     @classmethod
     def import_ir_kernels(cls) -> None:
-        """Nothing to import: vLLM's PyTorch implementations are used."""
+        import vllm_sleep_ascend.native.dense.norms  # noqa: F401
+
+    @classmethod
+    def get_default_ir_op_priority(cls, vllm_config: "VllmConfig") -> "IrOpPriorityConfig":
+        from vllm.config.kernel import IrOpPriorityConfig
+
+        from vllm_sleep_ascend.native.dense.norms import PROVIDER
+
+        norms = [PROVIDER, "native"]
+        return IrOpPriorityConfig.with_default(["native"], rms_norm=norms, fused_add_rms_norm=norms)
 
     @classmethod
     def get_punica_wrapper(cls) -> str:

@@ -105,8 +105,11 @@ class NPUWorker(SleepingWorker, Worker):
         current_platform.set_device(self.device)
 
     def _make_model_runner(self) -> "NPUModelRunner":
+        import vllm_sleep_ascend.native.dense.layers
+        from vllm_sleep_ascend.native.dense import operators
         from vllm_sleep_ascend.native.model_runner import NPUModelRunner
 
+        operators.choose(self.device, self.model_config.dtype)  # type: ignore[arg-type]
         if self.model_config.is_moe:
             import vllm_sleep_ascend.native.moe
         if self.vllm_config.quant_config is not None:

@@ -58,7 +58,8 @@ def paged_attention(
     kv_heads, block_size, content = cache.shape[1:]
 
     def slots_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
-        blocks = tile.block_table.gather(1, positions // block_size)
+        # In int32: an NPU divides int64 on its AI CPU.
+        blocks = tile.block_table.gather(1, (positions.int() // block_size).long())
         return blocks.long() * block_size + positions % block_size
 
     for tile in tiles:

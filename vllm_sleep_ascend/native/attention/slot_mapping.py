@@ -43,10 +43,13 @@ def compute_slot_mapping(
     slot_mapping_ptr[num_tokens:max_num_tokens].fill_(PAD_ID)
     if num_tokens == 0:
         return
-    positions = positions_ptr[:num_tokens].long()
-    tokens = torch.arange(num_tokens, device=positions.device)
-    ends = query_start_loc_ptr[1:].long().contiguous()
-    requests = torch.searchsorted(ends, tokens, right=True).clamp_(max=block_table_ptr.shape[0] - 1)
+    # In int32, and without a search: an NPU has its AI CPU divide and add up int64, and search.
+    positions = positions_ptr[:num_tokens].int()
+    ends = query_start_loc_ptr[1:].clamp(max=num_tokens)
+    ending = torch.zeros(num_tokens + 1, dtype=torch.int32, device=positions.device)
+    ending.index_add_(0, ends, torch.ones_like(ends))
+    requests = ending[:num_tokens].cumsum(0, dtype=torch.int32)
+    requests.clamp_(max=block_table_ptr.shape[0] - 1)
 
     virtual_block = KV_CACHE_BLOCK_SIZE * TOTAL_CP_WORLD_SIZE
     blocks = block_table_ptr[requests, positions // virtual_block].long()

@@ -4,11 +4,25 @@
 import torch
 import torch.nn.functional as F
 
+from vllm_sleep_ascend.sim.npu.require import require
+
 
 def rms_norm(
     input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``input / rms * gamma`` over gamma's dimensions, and ``1 / rms`` in float32."""
+    require(input.dim() >= 2, "npu_rms_norm", f"input of {input.dim()} dimensions")
+    require(
+        gamma.dtype in (input.dtype, torch.float32),
+        "npu_rms_norm",
+        f"input is {input.dtype} and gamma {gamma.dtype}",
+    )
+    return _normalize(input, gamma, epsilon)
+
+
+def _normalize(
+    input: torch.Tensor, gamma: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     dims = tuple(range(-gamma.dim(), 0))
     x = input.float()
     rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
@@ -19,8 +33,14 @@ def add_rms_norm(
     x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm of ``x1 + x2``, ``1 / rms``, and the sum."""
+    require(x1.numel() > 0, "npu_add_rms_norm", "empty tensors are not taken")
+    require(
+        x1.dtype == x2.dtype == gamma.dtype,
+        "npu_add_rms_norm",
+        f"x1 is {x1.dtype}, x2 {x2.dtype} and gamma {gamma.dtype}",
+    )
     x = x1 + x2
-    return *rms_norm(x, gamma, epsilon), x
+    return *_normalize(x, gamma, epsilon), x
 
 
 def add_rms_norm_bias(
@@ -31,12 +51,15 @@ def add_rms_norm_bias(
     epsilon: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm of ``x1 + x2`` plus ``beta``, ``1 / rms``, and the sum."""
-    y, rstd, x = add_rms_norm(x1, x2, gamma, epsilon)
+    x = x1 + x2
+    y, rstd = _normalize(x, gamma, epsilon)
     return y if beta is None else y + beta, rstd, x
 
 
 def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """``silu(a) * b`` of the two halves along ``dim``."""
+    require(input.is_contiguous(), "npu_swiglu", "input is not contiguous")
+    require(input.numel() > 0, "npu_swiglu", "empty tensors are not taken")
     a, b = input.float().chunk(2, dim)
     return (F.silu(a) * b).to(input.dtype)
 
@@ -61,6 +84,37 @@ def rotary_embedding(
         heads.copy_(joined)
 
 
+def mrope(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    head_size: int,
+    *,
+    mrope_section: list[int] | None = None,
+    rotary_mode: str | None = "half",
+    cache_mode: str | None = "default",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key, (tokens, heads * size), rotated: halves of a head, or neighbours."""
+    name = "npu_mrope"
+    require(not any(mrope_section or ()), name, f"mrope_section {mrope_section} is not simulated")
+    require(cache_mode == "default", name, f"cache_mode {cache_mode} without sections")
+    require(rotary_mode in ("half", "interleave"), name, f"rotary_mode {rotary_mode}")
+    require(positions.dim() == 1, name, f"positions of {positions.dim()} dimensions")
+    require(positions.dtype in (torch.int32, torch.int64), name, f"positions {positions.dtype}")
+    require(query.dim() == key.dim() == cos_sin_cache.dim() == 2, name, "not of 2 dimensions")
+    require(query.dtype == key.dtype == cos_sin_cache.dtype, name, "types differ")
+    unit, rotary = (16 if query.dtype == torch.float32 else 32), cos_sin_cache.shape[1]
+    require(
+        head_size % unit == 0 and rotary % unit == 0 and rotary <= head_size,
+        name,
+        f"{rotary} of {head_size} elements of a head turn, not multiples of {unit}",
+    )
+    turned = tuple(t.clone(memory_format=torch.contiguous_format) for t in (query, key))
+    rotary_embedding(positions, *turned, head_size, cos_sin_cache, rotary_mode == "half")
+    return turned
+
+
 def matmul_add_fp32(x: torch.Tensor, weight: torch.Tensor, C: torch.Tensor) -> None:
     """``C += x.T @ weight``, in float32."""
     C.add_(x.float().T @ weight.float())
@@ -70,6 +124,7 @@ KERNELS = {
     "npu::npu_rms_norm": rms_norm,
     "npu::npu_add_rms_norm": add_rms_norm,
     "npu::npu_swiglu": swiglu,
+    "npu::npu_mrope": mrope,
     "atb::_npu_rotary_embedding": rotary_embedding,
     "atb::_npu_matmul_add_fp32": matmul_add_fp32,
 }

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-
-def _require(condition: bool, operator: str, problem: str) -> None:
-    if not condition:
-        raise RuntimeError(f"{operator}: {problem}")
+from vllm_sleep_ascend.sim.npu.require import require
 
 
 def gating_top_k(
@@ -32,7 +29,7 @@ def gating_top_k(
     Scores are a softmax (``norm_type`` 0), or a sigmoid (1) whose chosen values are scaled to a sum
     of one. ``renorm`` 1 takes the softmax of the chosen experts. A bias affects only the choice.
     """
-    _require(group_count == 1 and k_group == 1, "moe_gating_top_k", "groups are not simulated")
+    require(group_count == 1 and k_group == 1, "moe_gating_top_k", "groups are not simulated")
     scores = x.float()
     norm = scores.softmax(-1) if norm_type == 0 else scores.sigmoid()
     chosen = (norm if bias_opt is None else norm + bias_opt.float()).topk(k, -1).indices
@@ -63,9 +60,9 @@ def init_routing(
     for experts out of range) or source (1); each expert's number of rows; and no scale."""
     rows = expert_idx.numel()
     name = "moe_init_routing"
-    _require(quant_mode == -1 and scale is None, name, "quantization is not simulated")
-    _require(expert_tokens_num_type == 1, name, "counts of tokens other than type 1")
-    _require(active_num in (-1, 0, rows), name, f"active_num {active_num} of {rows} rows")
+    require(quant_mode == -1 and scale is None, name, "quantization is not simulated")
+    require(expert_tokens_num_type == 1, name, "counts of tokens other than type 1")
+    require(active_num in (-1, 0, rows), name, f"active_num {active_num} of {rows} rows")
     first, last = active_expert_range or (0, expert_num)
     experts = expert_idx.flatten().long()
     order = experts.masked_fill((experts < first) | (experts >= last), last).sort(stable=True)
@@ -106,7 +103,7 @@ def token_unpermute(
     restore_shape: list[int] | None = None,
 ) -> torch.Tensor:
     """The sum of each token's rows, weighted by ``probs`` (tokens, choices)."""
-    _require(not padded_mode, "npu_moe_token_unpermute", "padded_mode is not simulated")
+    require(not padded_mode, "npu_moe_token_unpermute", "padded_mode is not simulated")
     choices = 1 if probs is None else probs.shape[1]
     rows = permuted_tokens[sorted_indices.long()].float()
     rows = rows.view(-1, choices, rows.shape[-1])
@@ -132,15 +129,15 @@ def grouped_matmul(
     """Multiply each group's rows by its matrix in ``weight[0]``, (groups, inner, outer)."""
     name = "npu_grouped_matmul"
     given = [key for key, argument in unsupported.items() if argument is not None]
-    _require(not given, name, f"{', '.join(given)} is not simulated")
-    _require(len(x) == len(weight) == 1, name, "several tensors are not simulated")
-    _require(split_item in (2, 3) and group_type == 0, name, "only rows grouped, into one output")
-    _require(act_type == 0, name, f"activation {act_type} is not simulated")
-    _require(group_list is not None and group_list.dtype == torch.int64, name, "no int64 groups")
+    require(not given, name, f"{', '.join(given)} is not simulated")
+    require(len(x) == len(weight) == 1, name, "several tensors are not simulated")
+    require(split_item in (2, 3) and group_type == 0, name, "only rows grouped, into one output")
+    require(act_type == 0, name, f"activation {act_type} is not simulated")
+    require(group_list is not None and group_list.dtype == torch.int64, name, "no int64 groups")
     assert group_list is not None
     ends = group_list.cumsum(0) if group_list_type == 1 else group_list
     [rows], [matrices] = x, weight
-    _require(
+    require(
         matrices.dim() == 3 and len(ends) == len(matrices) and rows.shape[1] == matrices.shape[1],
         name,
         f"rows {tuple(rows.shape)} and weight {tuple(matrices.shape)} for {len(ends)} groups",
