@@ -38,7 +38,8 @@ class SleepModeConfig(BaseModel):
     host_memory: Literal["auto", "acl", "registered"] = Field(default="auto")
     """Where page-locked memory comes from. "acl": aclrtMallocHost. "registered": mapped, locked and
     registered, which Linux keeps in place from 5.19 on; elsewhere aclrtMallocHost is used. "auto":
-    registered where it can be and copies from and to it were tried, else aclrtMallocHost."""
+    registered where it can be and copies from and to it were tried, else aclrtMallocHost, which also
+    takes over once a block cannot be locked or registered."""
 
     skip_unchanged: bool = Field(default=False)
     """Copy only allocations whose checksum changed since the backup that is kept."""

@@ -31,6 +31,7 @@ std::atomic<std::size_t> g_page_locked{0};
 std::atomic<std::size_t> g_plain{0};
 std::mutex g_failure_mutex;
 std::string g_failure;
+std::string g_registering_failure;
 
 [[noreturn]] void throw_out_of_host_memory(const std::string& what, std::size_t bytes) {
   const std::size_t available = available_host_bytes();
@@ -59,14 +60,17 @@ void note_failure(const std::string& what) {
 // asynchronous, even if the pages have moved by then.
 bool lock_and_register(std::byte* data, std::size_t bytes) {
   touch(data, bytes);
+  std::string failure;
   if (mlock(data, bytes) != 0) {
-    note_failure(std::string("mlock: ") + std::strerror(errno) + "; raise ulimit -l");
-    return false;
+    failure = std::string("mlock: ") + std::strerror(errno) + "; raise ulimit -l";
+  } else {
+    const aclError code = host_register(data, bytes);
+    if (code == ACL_SUCCESS) return true;
+    failure = "aclrtHostRegisterV2 failed with " + std::to_string(code) + " (" + code_name(code) +
+              ")";
   }
-  const aclError code = host_register(data, bytes);
-  if (code == ACL_SUCCESS) return true;
-  note_failure("aclrtHostRegisterV2 failed with " + std::to_string(code) + " (" + code_name(code) +
-               ")");
+  std::lock_guard<std::mutex> lock(g_failure_mutex);
+  g_failure = g_registering_failure = failure;
   return false;
 }
 
@@ -202,8 +206,10 @@ HostMemory HostMemory::allocate(std::size_t bytes) {
   throw AclError("aclrtMallocHost", code, bytes, recent_error_message());
 }
 
-// Plain if it could not be locked or registered, empty if not even mapped.
+// Plain if it could not be locked or registered, empty if not even mapped. After one that could not
+// the others are not tried: to touch their pages first is what takes the time.
 HostMemory HostMemory::map_and_register(std::size_t bytes, HostSpace& space) {
+  if (!registering_failure().empty()) return {};
   std::byte* data = nullptr;
   try {
     data = space.map(bytes);
@@ -288,6 +294,16 @@ std::size_t plain_host_bytes() { return g_plain; }
 std::string last_locking_failure() {
   std::lock_guard<std::mutex> lock(g_failure_mutex);
   return g_failure;
+}
+
+std::string registering_failure() {
+  std::lock_guard<std::mutex> lock(g_failure_mutex);
+  return g_registering_failure;
+}
+
+void forget_registering_failure() {
+  std::lock_guard<std::mutex> lock(g_failure_mutex);
+  g_registering_failure.clear();
 }
 
 }  // namespace camem

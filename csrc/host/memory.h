@@ -58,7 +58,8 @@ class HostMemory {
   HostMemory& operator=(HostMemory&& other) noexcept;
 
   // Where memory cannot be mapped, locked or registered, whatever the reason, it comes from
-  // aclrtMallocHost. Throws OutOfHostMemory or AclError.
+  // aclrtMallocHost, and so does all that is asked for afterwards. Throws OutOfHostMemory or
+  // AclError.
   static HostMemory page_locked(std::size_t bytes, HostSource source, HostSpace& space);
   static HostMemory page_locked(std::size_t bytes, HostSource source);  // in a space of its own
 
@@ -100,5 +101,10 @@ std::size_t plain_host_bytes();
 
 // Why the last block could not be registered or page-locked; empty if none failed.
 std::string last_locking_failure();
+
+// Why no block is registered any more: one could not be locked or registered. Empty: none failed
+// since that was forgotten.
+std::string registering_failure();
+void forget_registering_failure();
 
 }  // namespace camem

@@ -31,11 +31,22 @@ HostSource Backups::source(int device) {
   if (!choice_) {
     choice_ = settings_.host_choice;
     if (choice_->source == HostSource::kRegistered) {
+      forget_registering_failure();
       transfer_.with_stream(
           device, [&](CopyStream* stream) { choice_ = try_registered_memory(device, stream); });
     }
   }
-  return choice_->source;
+  return choice()->source;
+}
+
+const std::optional<HostChoice>& Backups::choice() {
+  if (choice_ && choice_->source == HostSource::kRegistered) {
+    if (const std::string failure = registering_failure(); !failure.empty()) {
+      choice_ = {HostSource::kAcl, "a block could not be registered, and no other is: " + failure};
+      speeds_.reset();
+    }
+  }
+  return choice_;
 }
 
 bool Backups::stages(int device, std::size_t bytes) {
@@ -169,7 +180,7 @@ bool Backups::put_in_place_of_plain(HostMemory& block) {
 }
 
 HostInfo Backups::info() {
-  return {choice_, speeds_, reserve_.ready_bytes(), transfer_.staging().bytes(), reserve_.steps()};
+  return {choice(), speeds_, reserve_.ready_bytes(), transfer_.staging().bytes(), reserve_.steps()};
 }
 
 }  // namespace camem

@@ -84,6 +84,7 @@ class Backups {
   void order_prepared();
   bool order_locking_of_plain_backups();
   bool put_in_place_of_plain(HostMemory& block);
+  const std::optional<HostChoice>& choice();  // as it is after what has failed since
 
   std::mutex& lock_;
   const Settings& settings_;

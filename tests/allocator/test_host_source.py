@@ -135,18 +135,22 @@ def without_mlock() -> str:
 
 
 @pytest.mark.parametrize("code", HOST_MEMORY_CODES)
-def test_whatever_registering_returns_memory_is_allocated_instead(code):
+def test_whatever_registering_returns_memory_is_allocated_from_then_on(code):
+    """Nor is any other block registered: what is already stays so."""
     output = in_process(
-        f"allocator.configure()\n{CYCLE}"
+        f"allocator.configure(threads=1)\n{CYCLE}"
+        "before = host['source']\n"
         "for block in blocks: block.free()\n"
-        f"control.set_faults('aclrtHostRegisterV2:3:{code}:*')\n{CYCLE}"
-        "print(host['source'], counters.pinned_bytes + counters.registered_bytes,"
-        " counters.pinned_bytes, host['failure'])\n",
+        "control.reset_counters()\n"
+        f"control.set_faults('aclrtHostRegisterV2:3:{code}')\n{CYCLE}"
+        "print(before, host['source'], counters.registered_bytes, counters.pinned_bytes,"
+        " control.call_count('aclrtHostRegisterV2'), host['why'])\n",
         **NEW,
     )
-    source, total, allocated, failure = output.split(" ", 3)
-    assert (source, int(total), int(allocated)) == ("registered", 24 * MIB, 16 * MIB)
-    assert f"aclrtHostRegisterV2 failed with {code}" in failure
+    before, source, registered, allocated, calls, why = output.split(" ", 5)
+    assert (before, source) == ("registered", "acl")
+    assert (int(registered), int(allocated), int(calls)) == (8 * MIB, 16 * MIB, 3)
+    assert f"aclrtHostRegisterV2 failed with {code}" in why
 
 
 def test_what_can_be_neither_registered_nor_allocated_is_plain():
@@ -175,15 +179,30 @@ def test_a_limit_on_locked_memory_is_met_by_memory_that_does_not_count():
         "assert libc.capget(header, sets) == 0\n"
         "sets[0] &= ~(1 << CAP_IPC_LOCK)\n"
         "assert libc.capset(header, sets) == 0\n"
-        f"allocator.configure()\n{CYCLE}"
-        "print(host['source'], counters.pinned_bytes, counters.registered_bytes)\n"
-        "print(host['failure'])\n",
+        "from helpers.logs import messages_of\n"
+        "from vllm_sleep_ascend.config import SleepModeConfig\n"
+        "from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory\n"
+        "memory = SleepingMemory()\n"
+        "memory.configure(SleepModeConfig(chunk_mib=4, host_backup='on_demand'))\n"
+        "block = allocator.Block('weights', 4 * MIB)\n"
+        "log = messages_of('memory.sleeping_memory')\n"
+        "warnings = log.__enter__()\n"
+        "memory.sleep('sleep', allocator.LEVEL_1)\n"
+        "memory.wake(list(allocator.TAGS))\n"
+        f"before = memory.host_memory()['source'], len(warnings)\n{CYCLE}"
+        "memory.sleep('sleep', allocator.LEVEL_1)\n"
+        "memory.wake(list(allocator.TAGS))\n"
+        "memory.sleep('sleep', allocator.LEVEL_1)\n"
+        "print(*before, memory.host_memory()['source'],"
+        " counters.pinned_bytes, counters.registered_bytes)\n"
+        "print(memory.host_memory()['why'])\n"
+        "print(*warnings, sep='\\n')\n",
         **NEW,
     )
-    figures, failure = output.split("\n")
-    source, allocated, registered = figures.split()
-    assert (source, int(allocated), int(registered)) == ("registered", 16 * MIB, 8 * MIB)
-    assert "ulimit -l" in failure
+    figures, why, *warnings = output.split("\n")
+    assert figures.split() == ["registered", "0", "acl", str(20 * MIB), str(8 * MIB)]
+    assert "could not be registered" in why and "ulimit -l" in why
+    assert warnings == [f"camem: page-locked host memory is that of aclrtMallocHost: {why}"]
 
 
 @pytest.mark.parametrize("left", [0, 1, 5, 20])

@@ -40,7 +40,7 @@ class SleepingMemory:
         # With several ranks an operation is only prepared, until commit() or abort().
         self.commits_at_once = True
         self._prepared = ""
-        self._host_memory_logged = False
+        self._host_memory_logged = ""
         self._config = SleepModeConfig()
         if not SleepingMemory._configured:
             self.configure(self._config)
@@ -106,16 +106,17 @@ class SleepingMemory:
         self._log_host_memory()
 
     def _log_host_memory(self) -> None:
-        """Once, as soon as it is known."""
+        """Once, as soon as it is known, and again if memory can no longer be registered."""
         memory = _camem.host_memory()
-        if self._host_memory_logged or not memory["source"]:
+        before, source = self._host_memory_logged, memory["source"]
+        if source in ("", before):
             return
-        self._host_memory_logged = True
-        unmet = self._config.host_memory == "registered" != memory["source"]
+        self._host_memory_logged = source
+        unmet = "registered" in (before, self._config.host_memory) and source != "registered"
         logger.log(
             logging.WARNING if unmet else logging.INFO,
             "camem: page-locked host memory is %s: %s",
-            "registered" if memory["source"] == "registered" else "that of aclrtMallocHost",
+            "registered" if source == "registered" else "that of aclrtMallocHost",
             memory["why"],
         )
 
