@@ -74,9 +74,17 @@ class SleepModeConfig(BaseModel):
     call (collective_rpc) the others have about as long, or the engine ends; but as long as they
     need in reload_weights, save_sharded_state and save_tensorized_model."""
 
-    device_timeout_s: float = Field(default=60.0, ge=0.001, le=86400, allow_inf_nan=False)
+    device_timeout_s: float = Field(
+        default_factory=lambda given: min(60.0, given.get("rank_timeout_s", 60.0)),
+        ge=0.001,
+        le=86400,
+        allow_inf_nan=False,
+    )
     """Seconds that a copy may take beyond what the slowest link needs, and that a sleep waits for
-    what runs on the device. Then the operation fails, and everything is as it was."""
+    what runs on the device. Then the operation fails, and everything is as it was. At most
+    rank_timeout_s: the other ranks would no longer wait to hear of it. Copies from and to memory
+    of which nothing is page-locked are synchronous ones, which AscendCL does not limit; nor does
+    it limit how long torch's queue takes to launch."""
 
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
@@ -86,6 +94,16 @@ class SleepModeConfig(BaseModel):
     def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
         if self.skip_unchanged and not self.keep_host_backup:
             raise ValueError("skip_unchanged needs the backup that keep_host_backup=false gives up")
+        return self
+
+    @model_validator(mode="after")
+    def _other_ranks_wait_for_the_device(self) -> "SleepModeConfig":
+        if self.device_timeout_s > self.rank_timeout_s:
+            raise ValueError(
+                f"device_timeout_s={self.device_timeout_s:g} is more than rank_timeout_s="
+                f"{self.rank_timeout_s:g}: the other ranks would give up before the device does; "
+                "lower the first or raise the second"
+            )
         return self
 
     @classmethod

@@ -45,3 +45,12 @@ def test_options_that_exclude_each_other():
 def test_the_section_must_be_a_mapping():
     with pytest.raises(ValueError, match="must be a mapping, not 64"):
         parse({"sleep_mode": 64})
+
+
+def test_a_device_is_not_waited_for_longer_than_other_ranks_wait():
+    named = "device_timeout_s=90 is more than rank_timeout_s=30"
+    with pytest.raises(ValueError, match=named):
+        parse({"sleep_mode": {"device_timeout_s": 90.0, "rank_timeout_s": 30.0}})
+    options = [{}, {"rank_timeout_s": 30.0}, {"rank_timeout_s": 30.0, "device_timeout_s": 30.0}]
+    configs = [parse({"sleep_mode": given}) for given in options]
+    assert [config.device_timeout_s for config in configs] == [60.0, 30.0, 30.0]
