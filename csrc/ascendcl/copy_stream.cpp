@@ -47,9 +47,9 @@ void CopyStream::copy(std::byte* to, const std::byte* from, std::size_t bytes,
   check(code, "aclrtMemcpyAsync", bytes, __FILE__, __LINE__);
 }
 
-bool CopyStream::is_idle() noexcept {
-  aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
-  return aclrtStreamQuery(stream_, &status) == ACL_SUCCESS && status == ACL_STREAM_STATUS_COMPLETE;
+bool CopyStream::is(aclrtStreamStatus wanted) noexcept {
+  aclrtStreamStatus status = ACL_STREAM_STATUS_RESERVED;
+  return aclrtStreamQuery(stream_, &status) == ACL_SUCCESS && status == wanted;
 }
 
 // The lock must be held.

@@ -45,7 +45,9 @@ class CopyStream {
   // Waits until nothing is in flight. A later wait() reports a failure.
   void drain() noexcept;
 
-  bool is_idle() noexcept;  // false also where AscendCL cannot tell
+  // Both false where AscendCL cannot tell.
+  bool is_idle() noexcept { return is(ACL_STREAM_STATUS_COMPLETE); }
+  bool is_busy() noexcept { return is(ACL_STREAM_STATUS_NOT_READY); }
 
   // A copy timed out, or AscendCL could not tell whether it has completed. It may still run, so the
   // memory that it uses must not be unmapped, reused or freed. A stuck stream launches nothing
@@ -56,6 +58,7 @@ class CopyStream {
  private:
   explicit CopyStream(aclrtStream stream) : stream_(stream) {}
   aclError synchronize();
+  bool is(aclrtStreamStatus wanted) noexcept;
 
   const aclrtStream stream_;  // null: the context's own
   std::mutex mutex_;          // of waiting

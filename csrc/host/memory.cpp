@@ -66,8 +66,8 @@ bool lock_and_register(std::byte* data, std::size_t bytes) {
   } else {
     const aclError code = host_register(data, bytes);
     if (code == ACL_SUCCESS) return true;
-    failure = "aclrtHostRegisterV2 failed with " + std::to_string(code) + " (" + code_name(code) +
-              ")";
+    failure =
+        "aclrtHostRegisterV2 failed with " + std::to_string(code) + " (" + code_name(code) + ")";
   }
   std::lock_guard<std::mutex> lock(g_failure_mutex);
   g_failure = g_registering_failure = failure;

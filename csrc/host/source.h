@@ -3,6 +3,7 @@
 // Determines by trial where this process gets page-locked memory, and how fast that is.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 #include "ascendcl/copy_stream.h"
@@ -20,9 +21,11 @@ struct HostChoice {
   }
 };
 
-// Registered memory, if copies from and to it are asynchronous and exact on `stream`, else
-// aclrtMallocHost. Needs the device to be current; `stream` may be null.
-HostChoice try_registered_memory(int device, CopyStream* stream);
+// Tries copies between registered memory and that of the device, whose content is lost. Empty: they
+// are exact, and return before they are done; else why registered memory is not to be used. Throws
+// AclError; something is in flight then only if the stream is stuck.
+std::string why_registered_copies_are_not_used(std::byte* registered, std::byte* device,
+                                               std::size_t bytes, CopyStream& stream);
 
 // Bytes per second, of several threads together: allocating page-locked memory, and copying into
 // memory that is touched for the first time.

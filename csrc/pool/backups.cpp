@@ -5,12 +5,15 @@
 #include <chrono>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <numeric>
 #include <thread>
 #include <utility>
 
 namespace camem {
 namespace {
+
+constexpr std::size_t kSample = std::size_t{4} << 20;  // that copies are tried on
 
 // Locking fewer chunks than this takes less time than measuring which way is faster.
 constexpr std::size_t kWorthMeasuring = 16;
@@ -31,12 +34,36 @@ HostSource Backups::source(int device) {
   if (!choice_) {
     choice_ = settings_.host_choice;
     if (choice_->source == HostSource::kRegistered) {
-      forget_registering_failure();
-      transfer_.with_stream(
-          device, [&](CopyStream* stream) { choice_ = try_registered_memory(device, stream); });
+      choice_ = try_registered_memory(device);
     }
   }
   return choice()->source;
+}
+
+// What a failing call leaves of the sample, a sweep gives back, as it does with any memory.
+HostChoice Backups::try_registered_memory(int device) {
+  forget_registering_failure();
+  std::unique_ptr<Allocation> sample;
+  std::string why = "the device has no stream left to try copies on";
+  try {
+    transfer_.with_stream(device, [&](CopyStream* stream) {
+      if (stream == nullptr) return;
+      const std::size_t bytes = std::max(kSample, granularity(device));
+      sample = std::make_unique<Allocation>(device, bytes, TagId{}, bytes);
+      Chunk& chunk = sample->chunks.front();
+      chunk.backup = HostMemory::page_locked(bytes, HostSource::kRegistered);
+      chunk.copying = {stream};
+      why = chunk.backup.is_registered() ? why_registered_copies_are_not_used(
+                                               chunk.backup.data(), chunk.address, bytes, *stream)
+                                         : last_locking_failure();
+      sample->release();
+    });
+  } catch (const std::exception& error) {
+    why = std::string("registered memory could not be tried: ") + error.what();
+  }
+  if (sample) registry_.doom(std::move(sample), nullptr);
+  if (!why.empty()) return {HostSource::kAcl, why};
+  return {HostSource::kRegistered, "copies from and to it were tried: asynchronous and exact"};
 }
 
 const std::optional<HostChoice>& Backups::choice() {

@@ -29,12 +29,13 @@ struct HostInfo {
 class Backups {
  public:
   // `lock` is the pool's: what is locked in the background is put in place under it.
-  Backups(std::mutex& lock, const Settings& settings, const Registry& registry, Transfer& transfer)
+  Backups(std::mutex& lock, const Settings& settings, Registry& registry, Transfer& transfer)
       : lock_(lock), settings_(settings), registry_(registry), transfer_(transfer) {}
 
   // The source of page-locked memory is determined again.
   void forget_source() { choice_.reset(); }
   // To be asked for when the first memory is allocated: later on, memory and streams may be scarce.
+  // A sweep has to follow.
   HostSource source(int device);
 
   // Throws OutOfHostMemory if the machine lacks the memory that a sleep of these still needs.
@@ -81,6 +82,7 @@ class Backups {
     bool slowly;
   };
 
+  HostChoice try_registered_memory(int device);
   void order_prepared();
   bool order_locking_of_plain_backups();
   bool put_in_place_of_plain(HostMemory& block);
@@ -88,7 +90,7 @@ class Backups {
 
   std::mutex& lock_;
   const Settings& settings_;
-  const Registry& registry_;
+  Registry& registry_;
   Transfer& transfer_;
   HostReserve reserve_;
   std::optional<Prepared> prepared_;  // what the reserve should hold

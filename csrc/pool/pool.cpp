@@ -98,13 +98,13 @@ TagId Pool::set_current_tag(TagId tag) { return std::exchange(t_current_tag, tag
 
 void* Pool::allocate(std::size_t bytes, int device) {
   const Lock guard = lock();
-  sweep();
   const DeviceGuard on_device(device);
   std::size_t& unit = granularity_[device];
   if (unit == 0) {
     unit = granularity(device);
     backups_.source(device);
   }
+  sweep();
   const TagId tag = t_current_tag;
   std::size_t chunk_bytes = settings_.chunk_bytes;
   if (settings_.scratch_tags.count(tag) != 0) {

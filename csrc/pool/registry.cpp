@@ -31,9 +31,13 @@ Allocation* Registry::find(std::uintptr_t address) const {
   return found == allocations_.end() ? nullptr : found->second.get();
 }
 
+void Registry::doom(std::unique_ptr<Allocation> allocation, aclrtStream stream) {
+  doomed_.push_back({std::move(allocation), stream});
+}
+
 void Registry::doom(std::uintptr_t address, aclrtStream stream) {
   const auto found = allocations_.find(address);
-  doomed_.push_back({std::move(found->second), stream});
+  doom(std::move(found->second), stream);
   allocations_.erase(found);
 }
 

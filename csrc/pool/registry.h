@@ -35,7 +35,8 @@ class Registry {
   const Allocations& allocations() const { return allocations_; }
   bool is_empty() const { return allocations_.empty(); }
 
-  // Torch has freed the allocation that starts there. A sweep gives it back.
+  // Nobody needs this any more, once `stream` is idle. A sweep gives it back.
+  void doom(std::unique_ptr<Allocation> allocation, aclrtStream stream);
   void doom(std::uintptr_t address, aclrtStream stream);
   bool has_doomed() const { return !doomed_.empty(); }
 

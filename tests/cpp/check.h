@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Just enough of a test framework. TEST(name) { CHECK(...); } registers itself; main.cpp runs all.
+// Just enough of a test framework. TEST(name) { CHECK(...); } registers itself, as does
+// TEST_OF_NEWER_KERNEL, for a host whose kernel keeps registered memory in place; main.cpp runs
+// all.
 #pragma once
 
 #include <functional>
@@ -15,6 +17,7 @@ namespace check {
 struct Case {
   std::string name;
   std::function<void()> run;
+  bool of_newer_kernel;
 };
 
 inline std::vector<Case>& cases() {
@@ -22,8 +25,8 @@ inline std::vector<Case>& cases() {
   return all;
 }
 
-inline bool add(std::string name, std::function<void()> run) {
-  cases().push_back({std::move(name), std::move(run)});
+inline bool add(std::string name, std::function<void()> run, bool of_newer_kernel = false) {
+  cases().push_back({std::move(name), std::move(run), of_newer_kernel});
   return true;
 }
 
@@ -41,10 +44,13 @@ void equal(const Left& left, const Right& right, const char* what, const char* f
 
 }  // namespace check
 
-#define TEST(name)                                              \
-  static void name();                                           \
-  static const bool name##_added = ::check::add(#name, (name)); \
+#define TEST_OF(name, of_newer_kernel)                                             \
+  static void name();                                                              \
+  static const bool name##_added = ::check::add(#name, (name), (of_newer_kernel)); \
   static void name()
+
+#define TEST(name) TEST_OF(name, false)
+#define TEST_OF_NEWER_KERNEL(name) TEST_OF(name, true)
 
 #define CHECK(condition) \
   ((condition) ? void() : ::check::fail(__FILE__, __LINE__, "not so: " #condition))

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <functional>
 #include <iterator>
 #include <set>
@@ -119,9 +120,9 @@ const Operation kOperations[] = {
 // is copied through blocks or synchronously, and what is not given back now is offered again.
 bool has_another_way(const std::string& rule) {
   const std::string call = rule.substr(0, rule.find(':'));
-  static const std::set<std::string> calls = {"aclrtMallocHost", "aclrtFreeHost",
-                                              "aclrtFreePhysical", "aclrtReleaseMemAddress",
-                                              "aclrtStreamQuery"};
+  static const std::set<std::string> calls = {
+      "aclrtMallocHost",  "aclrtFreeHost",       "aclrtFreePhysical",  "aclrtReleaseMemAddress",
+      "aclrtStreamQuery", "aclrtHostRegisterV2", "aclrtHostUnregister"};
   return calls.count(call) != 0;
 }
 
@@ -164,11 +165,16 @@ struct Outcome {
   bool reported = false;  // by the operation; otherwise it recovered
 };
 
-Outcome survive(const Operation& operation, const std::string& rules, bool gives_scratch_back) {
+// Something that is done before each operation, with memory to do it with.
+using Begin = std::function<void()>;
+
+Outcome survive(const Operation& operation, const std::string& rules, bool gives_scratch_back,
+                const Begin& begin) {
   const device::Held before = held();
   Outcome outcome;
   {
     World world;
+    begin();
     operation.prepare();
     const bool had_weights = world.weights.info().state != camem::State::kDiscarded;
     const bool had_cache = world.is_mapped();
@@ -211,8 +217,9 @@ Outcome survive(const Operation& operation, const std::string& rules, bool gives
   return outcome;
 }
 
-std::vector<std::string> log_of(const Operation& operation) {
+std::vector<std::string> log_of(const Operation& operation, const Begin& begin) {
   World world;
+  begin();
   operation.prepare();
   const device::CallLog log;
   operation.run();
@@ -223,10 +230,10 @@ std::vector<std::string> log_of(const Operation& operation) {
 
 // Those of every run: how often copies wait for their streams, and whether a thread in the
 // background is under way meanwhile, differs from run to run.
-std::vector<std::string> calls_of(const Operation& operation) {
-  std::vector<std::string> calls = log_of(operation);
+std::vector<std::string> calls_of(const Operation& operation, const Begin& begin = [] {}) {
+  std::vector<std::string> calls = log_of(operation, begin);
   for (int run = 0; run < 4; ++run) {
-    const std::vector<std::string> others = log_of(operation);
+    const std::vector<std::string> others = log_of(operation, begin);
     std::vector<std::string> both;
     std::set_intersection(calls.begin(), calls.end(), others.begin(), others.end(),
                           std::back_inserter(both));
@@ -238,14 +245,15 @@ std::vector<std::string> calls_of(const Operation& operation) {
 
 // How many of these faults, each alone, the operation reported. A call that a run does not make is
 // asked for again.
-int survive_each(const Operation& operation, const std::vector<std::string>& rules,
-                 bool gives_scratch_back = false) {
+int survive_each(
+    const Operation& operation, const std::vector<std::string>& rules,
+    bool gives_scratch_back = false, const Begin& begin = [] {}) {
   int reported = 0;
   for (const std::string& rule : rules) {
     try {
       Outcome outcome;
       for (int run = 0; run < kAttempts && !outcome.came; ++run)
-        outcome = survive(operation, rule, gives_scratch_back);
+        outcome = survive(operation, rule, gives_scratch_back, begin);
       CHECK(outcome.came);
       CHECK(!(outcome.reported && has_another_way(rule)));
       reported += outcome.reported;
@@ -294,10 +302,34 @@ TEST(without_kept_backups_every_call_may_find_no_memory) {
   }
 }
 
+// After a failure to register no memory is registered: the choice is made anew each time.
+void choose_registered_memory() {
+  configure();
+  camem::Settings settings = small_settings();
+  settings.host_choice = {camem::HostSource::kRegistered, ""};
+  pool().configure(settings);
+  prepare_and_release();
+  CHECK(pool().host_info().choice->source == camem::HostSource::kRegistered);
+}
+
+TEST_OF_NEWER_KERNEL(with_registered_backups_every_call_may_fail_once) {
+  for (const Operation& operation : kOperations) {
+    const std::vector<std::string> calls = calls_of(operation, choose_registered_memory);
+    survive_each(operation, device::single_faults(calls, device::kDriverError), false,
+                 choose_registered_memory);
+  }
+  configure();
+}
+
 // What AscendCL says of waiting it never says of the work (context.cc, stars_engine.cc).
 bool may_come(const std::string& rule, aclError code) {
   const bool is_work = rule.find(".work:") != std::string::npos;
   return !is_work || (code != camem::kStreamSyncTimeout && code != ACL_ERROR_RT_EVENT_SYNC_TIMEOUT);
+}
+
+bool sweeps_all() {
+  const char* wanted = std::getenv("SWEEP");
+  return wanted != nullptr && std::string(wanted) == "all";
 }
 
 // The runtime has one table of codes for all of its calls and for what the driver answers: any call
@@ -305,8 +337,7 @@ bool may_come(const std::string& rule, aclError code) {
 // otherwise each code comes from one call of every third operation.
 TEST(every_code_of_ascendcl_may_come) {
   configure();
-  const char* wanted = std::getenv("SWEEP");
-  const bool all = wanted != nullptr && std::string(wanted) == "all";
+  const bool all = sweeps_all();
   std::size_t number = 0;
   for (const Operation& operation : kOperations) {
     const std::vector<std::string> calls = calls_of(operation);
@@ -321,6 +352,103 @@ TEST(every_code_of_ascendcl_may_come) {
       rules.insert(rules.end(), faults.begin(), faults.end());
     }
     survive_each(operation, rules);
+  }
+}
+
+// What finds out where page-locked memory comes from, apart from the pool's own.
+struct Chooser {
+  Chooser() {
+    settings.host_choice = {camem::HostSource::kRegistered, ""};
+    transfer.set_patience(settings.device_timeout);
+    transfer.open(0);  // which is tried again by whoever needs it
+  }
+  // What a copy that was waited for too shortly uses goes once that has ended.
+  ~Chooser() {
+    do {
+      transfer.is_stuck();
+      registry.sweep(false, false);
+    } while (registry.has_doomed());
+    transfer.close();
+  }
+
+  std::mutex lock;
+  camem::Settings settings = small_settings();
+  camem::Registry registry;
+  camem::Transfer transfer;
+  camem::Backups backups{lock, settings, registry, transfer};
+};
+
+std::string locked_memory() {
+  std::ifstream status("/proc/self/status");
+  std::string line;
+  while (std::getline(status, line) && line.rfind("VmLck:", 0) != 0) continue;
+  return line;
+}
+
+std::uint64_t streams() {
+  npuSimCounters counters;
+  npuSimGetCounters(&counters);
+  return counters.streams;
+}
+
+// A stream that cannot be asked once is asked again behind the next copies, one that is idle after
+// a wait that took too long is waited for again, and the caller's context is set twice if need be.
+bool leaves_registered_memory(const std::string& rule) {
+  const bool asks = rule.rfind("aclrtStreamQuery:", 0) == 0 && rule.back() != '*';
+  const bool waits_again = rule.rfind("aclrtSynchronizeStreamWithTimeout:", 0) == 0 &&
+                           rule.find(std::to_string(camem::kStreamSyncTimeout)) != rule.npos;
+  return asks || waits_again || rule.rfind("aclrtSetCurrentContext:2:", 0) == 0;
+}
+
+void check_choice(const std::string& rule) {
+  const device::Held before = held();
+  const std::string locked = locked_memory();
+  const std::uint64_t had_streams = streams();
+  const aclrtContext context = camem::current_context();
+  {
+    Chooser chooser;
+    const Faults faults(rule);
+    const bool registered = chooser.backups.source(0) == camem::HostSource::kRegistered;
+    CHECK_EQ(camem::current_context(), context);
+    if (rule.empty() || faults.hits() == 0) {
+      CHECK(registered);
+    } else {
+      CHECK(!registered || leaves_registered_memory(rule));
+      CHECK(registered || !chooser.backups.info().choice->why.empty());
+    }
+    npuSimSetFaults("");
+  }
+  CHECK_EQ(held(), before);
+  CHECK_EQ(locked_memory(), locked);
+  CHECK_EQ(streams(), had_streams);
+  CHECK_EQ(camem::current_context(), context);
+}
+
+TEST_OF_NEWER_KERNEL(registered_memory_is_used_only_if_every_call_of_its_trial_succeeds) {
+  std::vector<std::string> calls;
+  {
+    Chooser chooser;
+    const device::CallLog log;
+    chooser.backups.source(0);
+    calls = log.calls();
+  }
+  std::vector<std::string> rules = device::single_faults(calls, device::kDriverError);
+  rules.push_back("");
+  rules.push_back("aclrtStreamQuery:1:507899:*");
+  std::size_t next = 0;
+  for (const camem::AclCode& code : camem::acl_codes()) {
+    std::vector<std::string> faults = device::single_faults(calls, code.code);
+    const auto never = [&](const std::string& rule) { return !may_come(rule, code.code); };
+    faults.erase(std::remove_if(faults.begin(), faults.end(), never), faults.end());
+    if (!sweeps_all()) faults = {faults[next++ % faults.size()]};
+    rules.insert(rules.end(), faults.begin(), faults.end());
+  }
+  for (const std::string& rule : rules) {
+    try {
+      check_choice(rule);
+    } catch (const std::exception& error) {
+      throw std::logic_error("with " + rule + ": " + error.what());
+    }
   }
 }
 
