@@ -53,7 +53,7 @@ class DeviceGuard {
 class OwnContext {
  public:
   explicit OwnContext(int device);  // throws AclError, also where the device has no stream left
-  ~OwnContext();                    // streams in it must be gone
+  ~OwnContext();                    // ends the streams in it
   OwnContext(const OwnContext&) = delete;
   OwnContext& operator=(const OwnContext&) = delete;
 

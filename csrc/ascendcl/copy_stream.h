@@ -55,13 +55,16 @@ class CopyStream {
   bool is_stuck() const { return stuck_; }
   void look_again() noexcept;
 
+  // Its context is about to be destroyed, which destroys it too.
+  void ends_with_context() noexcept { stream_ = nullptr; }
+
  private:
   explicit CopyStream(aclrtStream stream) : stream_(stream) {}
   aclError synchronize();
   bool is(aclrtStreamStatus wanted) noexcept;
 
-  const aclrtStream stream_;  // null: the context's own
-  std::mutex mutex_;          // of waiting
+  aclrtStream stream_;  // null: the context's own
+  std::mutex mutex_;    // of waiting
   aclError failure_ = ACL_SUCCESS;
   Patience* patience_ = nullptr;
   std::atomic<std::size_t> launched_{0};  // bytes

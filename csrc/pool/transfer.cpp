@@ -83,13 +83,15 @@ bool Transfer::is_stuck() noexcept {
 void Transfer::close() noexcept {
   staging_.close();
   for (auto& [device, lanes] : devices_) {
-    try {
-      std::optional<ContextGuard> guard;
-      if (lanes.context) guard.emplace(*lanes.context);
-      lanes.streams.clear();
-    } catch (const std::exception&) {
-      // They end with the process.
+    for (int attempt = 0; attempt < 2 && !lanes.streams.empty(); ++attempt) {
+      try {
+        const ContextGuard guard(*lanes.context);
+        lanes.streams.clear();
+      } catch (const std::exception&) {
+        // Its streams cannot be destroyed outside it (107003), but with it.
+      }
     }
+    for (const auto& stream : lanes.streams) stream->ends_with_context();
   }
   devices_.clear();
 }

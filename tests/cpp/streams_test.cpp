@@ -4,7 +4,9 @@
 // happens if something hangs.
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <thread>
+#include <utility>
 
 #include "ascendcl/check.h"
 #include "blocks.h"
@@ -144,6 +146,30 @@ TEST(a_thread_without_a_context_is_left_in_that_of_torch) {
   }).join();
   CHECK_EQ(left, torchs);
   CHECK(block.intact());
+}
+
+// A stream is destroyed in its context alone.
+TEST(streams_whose_context_cannot_be_set_end_with_it) {
+  const auto streams = [] {
+    npuSimCounters counters;
+    npuSimGetCounters(&counters);
+    return counters.streams;
+  };
+  const std::uint64_t before = streams();
+  for (const auto& [rule, destroyed] : {std::pair{"", 5},
+                                        {"aclrtSetCurrentContext:1:507899", 5},
+                                        {"aclrtSetCurrentContext:1:507899:*", 0}}) {
+    camem::Transfer transfer;
+    transfer.open(0);
+    CHECK_EQ(streams(), before + 5);
+    const Faults faults(rule);
+    const CallLog log;
+    transfer.close();
+    const std::vector<std::string> calls = log.calls();
+    CHECK_EQ(std::count(calls.begin(), calls.end(), "aclrtDestroyStream"), destroyed);
+    CHECK_EQ(std::count(calls.begin(), calls.end(), "aclrtDestroyContext"), 1);
+    CHECK_EQ(streams(), before);
+  }
 }
 
 TEST(what_was_trimmed_while_prepared_does_not_come_back) {
