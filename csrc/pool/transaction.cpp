@@ -59,10 +59,6 @@ void require_device_memory(const Tasks& tasks) {
 
 }  // namespace
 
-void Transaction::add_to_report(const Tasks& tasks, std::size_t Moved::* kind) {
-  for (const Task& task : tasks) report_.tags[task.allocation->tag].*kind += task.chunk->bytes;
-}
-
 void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release release) {
   sums_ = sums;
   const auto select = [&](Action action, const auto& wanted) {
@@ -91,9 +87,6 @@ void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release rele
   });
   for (const Tasks& tasks : {copied, unchanged}) append(to_host_, tasks);
   for (const Tasks& tasks : {discarded, scratch, asleep}) append(to_none_, tasks);
-  add_to_report(copied, &Moved::offloaded);
-  add_to_report(unchanged, &Moved::unchanged);
-  add_to_report(to_none_, &Moved::discarded);
 
   if (!copied.empty()) backups_.stop();
   backups_.require_host_memory(copied);
@@ -110,15 +103,24 @@ void Transaction::prepare_wake(const std::set<TagId>& tags,
   to_device_ = registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
     return chunk.content != Content::kDevice && tags.count(allocation.tag) != 0;
   });
-  for (const Task& task : to_device_) {
-    add_to_report({task}, task.before == Content::kHost ? &Moved::restored : &Moved::remapped);
-  }
   if (!deadline) require_device_memory(to_device_);
   steps_.restore(to_device_, deadline.value_or(Steps::Deadline()));
 }
 
 // Each sweep retries to free memory that AscendCL refuses to free now.
 Report Transaction::commit() {
+  Report report;
+  const auto add = [&](const Task& task, std::size_t Moved::* kind) {
+    report.tags[task.allocation->tag].*kind += task.chunk->bytes;
+  };
+  // A copy has taken away the checksum of the backup before.
+  for (const Task& task : to_host_) {
+    add(task, task.allocation->backup_sum ? &Moved::unchanged : &Moved::offloaded);
+  }
+  for (const Task& task : to_none_) add(task, &Moved::discarded);
+  for (const Task& task : to_device_) {
+    add(task, task.before == Content::kHost ? &Moved::restored : &Moved::remapped);
+  }
   for (const Task& task : to_host_) {
     task.chunk->content = Content::kHost;
     const std::uint64_t* sum = sum_of(*task.allocation, sums_);
@@ -126,7 +128,7 @@ Report Transaction::commit() {
   }
   for (const Task& task : to_none_) task.chunk->content = Content::kNone;
   registry_.needs_sweep();
-  return report_;
+  return report;
 }
 
 RolledBack Transaction::take_back() noexcept {

@@ -69,7 +69,7 @@ class Transaction {
   // if there is one.
   void prepare_wake(const std::set<TagId>& tags, std::optional<Steps::Deadline> deadline);
 
-  Report commit();  // tells what was prepared, also of what torch has freed since
+  Report commit();  // tells what was done, and nothing of what torch has freed since prepare
 
   // Rolls back: every chunk is as before. A chunk that cannot be mapped keeps its content, and a
   // wake restores it.
@@ -82,8 +82,6 @@ class Transaction {
   const Tasks& to_host() const { return to_host_; }
 
  private:
-  void add_to_report(const Tasks& tasks, std::size_t Moved::* kind);
-
   const Settings& settings_;
   Registry& registry_;
   Backups& backups_;
@@ -92,7 +90,6 @@ class Transaction {
   Tasks to_none_;
   Tasks to_device_;
   Sums sums_;
-  Report report_;
 };
 
 }  // namespace camem

@@ -172,6 +172,27 @@ TEST(streams_whose_context_cannot_be_set_end_with_it) {
   }
 }
 
+TEST(what_is_freed_or_trimmed_while_prepared_is_not_in_the_report) {
+  configure();
+  Block staying("weights", 2 * kMiB), trimmed("weights", 4 * kMiB);
+  for (const bool wakes : {false, true}) {
+    auto freed = std::make_unique<Block>("weights", 8 * kMiB);
+    if (wakes) {
+      pool().sleep(level_1());
+      pool().wake({pool().tag("weights")}, {}, Until::kPrepared);
+    } else {
+      pool().sleep(level_1(), {}, Until::kPrepared);
+      pool().trim({reinterpret_cast<std::uintptr_t>(trimmed.address())});
+    }
+    freed.reset();
+    const camem::Report report = pool().commit();
+    const camem::Moved& moved = report.tags.at(pool().tag("weights"));
+    CHECK_EQ(wakes ? moved.restored : moved.offloaded, 2 * kMiB);
+    wake({"weights"});
+    CHECK(staying.intact());
+  }
+}
+
 TEST(what_was_trimmed_while_prepared_does_not_come_back) {
   configure();
   const device::Held before = held();
