@@ -32,8 +32,9 @@ class Staging {
 
   // Copies the chunk to or from its backup, and returns when that is done. `thread` counts from 0
   // and uses its own blocks; without any, or without streams, the copy is a synchronous one, for
-  // which the runtime locks pages itself. Throws AclError; then nothing is in flight any more, or
-  // the chunk is stuck.
+  // which the runtime locks pages itself, and which has no deadline: of memory that is not
+  // page-locked, aclrtMemcpyAsync is the same. Throws AclError; then nothing is in flight any more,
+  // or the chunk is stuck.
   void copy(Direction direction, Chunk& chunk, unsigned thread,
             const std::array<CopyStream*, 2>& streams);
 
