@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 KEY = "sleep_mode"
 
 
+def _usual_device_timeout_s(given: dict[str, Any]) -> float:
+    rank_timeout_s: float = given.get("rank_timeout_s", 60.0)  # missing if it is no valid one
+    return min(60.0, rank_timeout_s)
+
+
 class SleepModeConfig(BaseModel):
     """How memory sleeps and wakes."""
 
@@ -38,8 +43,8 @@ class SleepModeConfig(BaseModel):
     host_memory: Literal["auto", "acl", "registered"] = Field(default="auto")
     """Where page-locked memory comes from. "acl": aclrtMallocHost. "registered": mapped, locked and
     registered, which Linux keeps in place from 5.19 on; elsewhere aclrtMallocHost is used. "auto":
-    registered where it can be and copies from and to it were tried, else aclrtMallocHost, which also
-    takes over once a block cannot be locked or registered."""
+    registered where it can be and copies from and to it were tried, else aclrtMallocHost, which
+    also takes over once a block cannot be locked or registered."""
 
     skip_unchanged: bool = Field(default=False)
     """Copy only allocations whose checksum changed since the backup that is kept."""
@@ -75,7 +80,7 @@ class SleepModeConfig(BaseModel):
     need in reload_weights, save_sharded_state and save_tensorized_model."""
 
     device_timeout_s: float = Field(
-        default_factory=lambda given: min(60.0, given.get("rank_timeout_s", 60.0)),
+        default_factory=_usual_device_timeout_s,
         ge=0.001,
         le=86400,
         allow_inf_nan=False,
