@@ -12,11 +12,6 @@ if TYPE_CHECKING:
 KEY = "sleep_mode"
 
 
-def _usual_device_timeout_s(given: dict[str, Any]) -> float:
-    rank_timeout_s: float = given.get("rank_timeout_s", 60.0)  # missing if it is no valid one
-    return min(60.0, rank_timeout_s)
-
-
 class SleepModeConfig(BaseModel):
     """How memory sleeps and wakes."""
 
@@ -79,12 +74,7 @@ class SleepModeConfig(BaseModel):
     call (collective_rpc) the others have about as long, or the engine ends; but as long as they
     need in reload_weights, save_sharded_state and save_tensorized_model."""
 
-    device_timeout_s: float = Field(
-        default_factory=_usual_device_timeout_s,
-        ge=0.001,
-        le=86400,
-        allow_inf_nan=False,
-    )
+    device_timeout_s: float = Field(default=60.0, ge=0.001, le=86400, allow_inf_nan=False)
     """Seconds that a copy may take beyond what the slowest link needs, and that a sleep waits for
     what runs on the device. Then the operation fails, and everything is as it was. At most
     rank_timeout_s: the other ranks would no longer wait to hear of it. Copies from and to memory
@@ -104,6 +94,9 @@ class SleepModeConfig(BaseModel):
     @model_validator(mode="after")
     def _other_ranks_wait_for_the_device(self) -> "SleepModeConfig":
         if self.device_timeout_s > self.rank_timeout_s:
+            if "device_timeout_s" not in self.model_fields_set:
+                object.__setattr__(self, "device_timeout_s", self.rank_timeout_s)  # it is frozen
+                return self
             raise ValueError(
                 f"device_timeout_s={self.device_timeout_s:g} is more than rank_timeout_s="
                 f"{self.rank_timeout_s:g}: the other ranks would give up before the device does; "
