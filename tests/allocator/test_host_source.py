@@ -205,6 +205,32 @@ def test_a_limit_on_locked_memory_is_met_by_memory_that_does_not_count():
     assert warnings == [f"camem: page-locked host memory is that of aclrtMallocHost: {why}"]
 
 
+def test_what_is_freed_after_an_operator_failed_is_kept_until_the_process_ends():
+    """AscendCL does not tell any more when work on it ends. No sleep or wake begins either."""
+    output = in_process(
+        "from vllm_sleep_ascend.errors import SleepModeError\n"
+        "Run = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)\n"
+        "class Kernel(ctypes.Structure):\n"
+        "    _fields_ = [('name', ctypes.c_char_p), ('argument', ctypes.c_void_p), ('run', Run),"
+        " *((name, ctypes.c_void_p) for name in ('launched', 'skip', 'release'))]\n"
+        "allocator.configure()\n"
+        "block, staying = (allocator.Block('weights', 4 * MIB) for _ in range(2))\n"
+        "fails = ctypes.CDLL('libascendcl.so').npuSimFail\n"
+        "kernel = Kernel(b'operator', None, Run(lambda _: fails(507000, b'it failed')))\n"
+        "launch = ctypes.CDLL('libascendcl.so').npuSimLaunch\n"
+        "assert launch(None, ctypes.byref(kernel), None, ctypes.c_size_t(0)) == 0\n"
+        "def refusal(operation, *arguments):\n"
+        "    try: operation(*arguments)\n"
+        "    except SleepModeError as error:\n"
+        "        return error.code, 'nothing was touched' in str(error)\n"
+        "print(*refusal(_camem.sleep, allocator.LEVEL_1))\n"
+        "block.free()\n"
+        "print(*refusal(_camem.wake, ['weights']), len(_camem.allocations()),"
+        " control.counters().device_bytes)\n"
+    )
+    assert output == f"507000 True\n507000 True 1 {8 * MIB}"
+
+
 @pytest.mark.parametrize("left", [0, 1, 5, 20])
 def test_whatever_streams_are_left_are_enough(left):
     """``NPU_SIM_STREAMS`` includes the device's default stream."""
