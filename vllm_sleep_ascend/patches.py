@@ -128,6 +128,8 @@ EVERYWHERE = (
           "a user's pause outlives a sleep, and a sleep that waits can be called off"),
     Patch(_CORE, "resume_scheduler", core.resume_scheduler, (),
           "nothing is scheduled before memory is awake and the weights are loaded"),
+    Patch(_PROCESS, "resume_scheduler", pauses.still_rejecting, (),
+          "a pause that rejects requests does so until its user resumes"),
     Patch(_CORE, "is_sleeping", core.is_sleeping, (),
           "an engine that waits for its weights does not sleep"),
     Patch(_CORE, "reset_prefix_cache", kv_cache.with_copies,

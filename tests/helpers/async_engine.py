@@ -16,6 +16,14 @@ PROMPT = "Once upon a time, in a land far away,"
 LONG = 240
 
 
+def rejects_while_paused() -> bool:
+    """Whether this vLLM rejects new requests during the user's own pause, but for mode "keep".
+    vLLM 0.32 queues them."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    return hasattr(EngineCoreProc, "pause_generation")
+
+
 def async_llm(model: Path, **options: Any) -> Iterator[tuple[Any, Callable]]:
     """An engine, and ``run``, which runs a coroutine in the engine's event loop."""
     from vllm import AsyncEngineArgs

@@ -105,6 +105,22 @@ def pause_scheduler(stock: _Pause) -> _Pause:
     return pause_scheduler
 
 
+def still_rejecting(stock: Callable[["EngineCore"], None]) -> Callable[["EngineCore"], None]:
+    """vLLM 0.33 rejects new requests while the user's pause is in modes "abort" and "wait". It
+    would accept them after any resume, also one that is refused or belongs to a wake."""
+
+    def resume_scheduler(self: "EngineCore") -> None:
+        gate = ServingGate.of(self)
+        rejects = getattr(self, "reject_new_requests", False)
+        try:
+            stock(self)
+        finally:
+            if rejects and gate is not None and gate.users_pause != PauseState.UNPAUSED:
+                self.reject_new_requests = True  # type: ignore[attr-defined]
+
+    return resume_scheduler
+
+
 def _in_step(core: "EngineCore") -> bool:
     return hasattr(core, "pending_pause")
 

@@ -6,7 +6,17 @@ import threading
 import time
 
 import pytest
-from helpers.async_engine import LONG, PROMPT, Request, async_llm, greedy, held, serves, under_way
+from helpers.async_engine import (
+    LONG,
+    PROMPT,
+    Request,
+    async_llm,
+    greedy,
+    held,
+    rejects_while_paused,
+    serves,
+    under_way,
+)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +228,35 @@ def test_pauses_of_an_engine_that_sleeps_start_nothing(engine_process, expected,
     run(test())
 
 
+async def rejected(request: asyncio.Task) -> None:
+    with pytest.raises(Exception, match=r"Generation is paused\.") as caught:
+        await asyncio.wait_for(request, 30)
+    assert type(caught.value).__name__ == "RetryableRequestError"
+
+
+def test_a_resume_that_is_refused_ends_no_rejection(engine_process, expected):
+    llm, run = engine_process
+    if not rejects_while_paused():
+        pytest.skip("vLLM 0.32 queues requests during a pause")
+
+    async def test():
+        await llm.pause_generation(mode="abort")
+        await rejected(asyncio.create_task(Request(llm, "before", 12).run()))
+        await llm.sleep(level=1)
+        with pytest.raises(Exception, match="the engine sleeps; wake it"):
+            await llm.resume_generation()
+        await rejected(asyncio.create_task(Request(llm, "asleep", 12).run()))
+        await llm.wake_up()
+        await rejected(asyncio.create_task(Request(llm, "awake", 12).run()))
+        await llm.pause_generation(mode="keep")
+        late = asyncio.create_task(Request(llm, "kept", 12).run())
+        await llm.resume_generation()
+        assert (await asyncio.wait_for(late, 60)).tokens == expected[:12]
+        await serves(llm, expected)
+
+    run(test())
+
+
 @pytest.mark.parametrize(("mode", "level"), [("abort", 0), ("wait", 2), ("keep", 1)])
 def test_a_pause_outlives_a_sleep(engine_process, expected, mode, level):
     """Only the user's own call ends the user's own pause, whatever wakes the engine."""
@@ -238,15 +277,20 @@ def test_a_pause_outlives_a_sleep(engine_process, expected, mode, level):
         await llm.collective_rpc("wake_up")
         assert set((await held(llm)).values()) != {0}
         assert await llm.is_paused()
+        rejects = mode != "keep" and rejects_while_paused()
         late = asyncio.create_task(Request(llm, f"queued-{mode}-{level}", 12).run())
         await asyncio.sleep(0.3)
-        assert not late.done()
+        if rejects:
+            await rejected(late)
+        else:
+            assert not late.done()
         if level == 2:
             assert await llm.wake_up(tags=["scheduling"]) is True
         else:
             await llm.resume_generation()
         assert not await llm.is_paused()
-        assert (await asyncio.wait_for(late, 60)).tokens == expected[:12]
+        if not rejects:
+            assert (await asyncio.wait_for(late, 60)).tokens == expected[:12]
         await asyncio.wait_for(task, 60)
         ended = {"abort": "abort", "wait": "length", "keep": "length"}[mode]
         assert request.reason == ended
