@@ -23,6 +23,29 @@ class RegisteringConnector(EmptiedConnector):
         self._addresses = [cache.data_ptr() for cache in kv_caches.values()]
 
 
+class UnregisteringConnector(RegisteringConnector):
+    """As one of vLLM 0.33's, which takes the addresses back; ``told`` is what it was told."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.told: list[str] = []
+
+    def register_kv_caches(self, kv_caches: dict) -> None:
+        super().register_kv_caches(kv_caches)
+        self._caches = list(kv_caches.values())
+        self.told.append("register")
+
+    def unregister_kv_caches(self) -> None:
+        self.told.append("unregister")
+
+    def restore_kv_caches(self) -> None:
+        """Needs the memory."""
+        self._addresses = [cache.data_ptr() for cache in self._caches]
+        for cache in self._caches:
+            cache.view(-1)[:1].cpu()
+        self.told.append("restore")
+
+
 class HeadMajorConnector(EmptiedConnector):
     """Requests another layout, as NIXL's does for speed."""
 

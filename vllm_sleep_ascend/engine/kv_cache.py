@@ -22,8 +22,8 @@ _Reset = Callable[["EngineCore", bool, bool], bool]
 def check_connector(vllm_config: "VllmConfig") -> None:
     """Let an engine with sleep mode have a KV connector only if a sleep leaves nothing of it stale.
 
-    vLLM's interface has a call that empties a connector's store (``reset_cache``), and none that
-    takes back the registration of the cache's memory (``register_kv_caches``).
+    vLLM's interface has a call that empties a connector's store (``reset_cache``), and from 0.33 on
+    one that takes back the registration of the cache's memory (``unregister_kv_caches``).
 
     Raises:
         ValueError: names the connector, why it cannot be used, and what to do.
@@ -47,19 +47,26 @@ def check_connector(vllm_config: "VllmConfig") -> None:
 
 def _stale_after_sleep(transfer: "KVTransferConfig") -> str:
     """What of this connector would be stale after a sleep; "" if nothing would."""
+    from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    def overrides(call: str) -> bool:
+        return getattr(connector, call, None) is not getattr(KVConnectorBase_V1, call, None)
 
     try:
         connector = KVConnectorFactory.get_connector_class(transfer)
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    if connector.register_kv_caches is not KVConnectorBase_V1.register_kv_caches:
+    for child in transfer.kv_connector_extra_config.get("connectors", ()):  # MultiConnector's
+        if reason := _stale_after_sleep(KVTransferConfig(**child)):
+            return f"{child['kv_connector']}: {reason}"
+    if overrides("register_kv_caches") and not overrides("unregister_kv_caches"):
         return (
             "it registers the KV cache's memory (register_kv_caches), which a sleep gives back, "
-            "and vLLM has no call that unregisters it"
+            "and has no call that unregisters it (unregister_kv_caches, from vLLM 0.33 on)"
         )
-    if connector.reset_cache is KVConnectorBase_V1.reset_cache:
+    if not overrides("reset_cache"):
         return (
             "its store cannot be emptied (it has no reset_cache), so that it would serve keys and "
             "values of weights that are gone"

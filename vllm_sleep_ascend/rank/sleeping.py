@@ -13,6 +13,7 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory.account import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, check_level
+from vllm_sleep_ascend.rank import registered_kv
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.operations import Operations
@@ -73,6 +74,7 @@ class SleepMode:
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
             if (level == 2 or self._backend.verifies) and not self._saved.saved:
                 self._save_for_level_2()
+            registered_kv.unregister()
             self._backend.suspend(level)
 
         try:
@@ -82,6 +84,9 @@ class SleepMode:
                 communicators="release",
                 actions=POLICY[level],
             )
+        except Exception:
+            self._register_kv_again()
+            raise
         finally:
             self._note_discarded_weights()
         self._hooks.after_sleep()
@@ -144,6 +149,7 @@ class SleepMode:
                 content.restore(snapshot)
             raise
         self._hooks.after_wake()
+        self._register_kv_again()
         self._wake_unfinished = False
         if not self._backend.asleep("weights"):
             self._weights_lost = False
@@ -157,10 +163,25 @@ class SleepMode:
 
         def prepare() -> None:
             wait_for_device()
+            if "kv_cache" in tags:
+                registered_kv.unregister()
             self._backend.discard(tags)
 
-        self._operations.together(f"discard {', '.join(tags)}", prepare)
+        try:
+            self._operations.together(f"discard {', '.join(tags)}", prepare)
+        except Exception:
+            self._register_kv_again()
+            raise
         self._note_discarded_weights()
+
+    def _register_kv_again(self) -> None:
+        """If the KV cache is awake. Where it fails, the engine counts as asleep, and a wake does it
+        again."""
+        if self._backend.asleep("kv_cache"):
+            return
+        was_unfinished, self._wake_unfinished = self._wake_unfinished, True
+        registered_kv.register_again()
+        self._wake_unfinished = was_unfinished
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank, or whose wake is not finished."""

@@ -4,8 +4,12 @@ no keys and values of old weights."""
 
 import pytest
 from helpers.engine import engine, tokens
+from helpers.faults import DRIVER_ERROR
 from helpers.models import other_weights
 from helpers.reference import PROMPTS, hf_greedy
+
+from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.sim import control
 
 LONG = PROMPTS[-2:]  # prompts of several blocks
 
@@ -99,3 +103,41 @@ def test_no_keys_and_values_of_old_weights_are_served(tiny_model, tmp_path):
         llm.sleep(level=1)
         llm.wake_up()
         serves(old)
+
+
+def test_what_a_connector_registered_is_taken_back_while_the_cache_sleeps(tiny_model, tmp_path):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    store = tmp_path / "store"
+    store.mkdir()
+    options = with_connector("UnregisteringConnector", store)
+    options["max_num_batched_tokens"] = 2048
+    with engine(tiny_model, enable_sleep_mode=True, **options) as llm:
+        before, connector = tokens(llm, LONG, 8), get_kv_transfer_group()
+        assert connector.told == ["register"]
+
+        def told() -> list[str]:
+            told, connector.told = connector.told, []
+            return told
+
+        told()
+        llm.sleep(level=1)
+        assert told() == ["unregister"]
+        llm.wake_up(tags=["weights"])
+        assert told() == []
+        llm.wake_up(tags=["kv_cache"])
+        assert told() == ["restore"]
+        assert tokens(llm, LONG, 8) == before
+
+        llm.sleep(level=0)
+        llm.release_kv_cache_memory()
+        assert told() == ["unregister"]
+        llm.wake_up()
+        assert told() == ["restore"]
+
+        control.set_faults(f"aclrtUnmapMem:1:{DRIVER_ERROR}")
+        with pytest.raises(SleepModeError):
+            llm.sleep(level=1)
+        control.set_faults("")
+        assert told() == ["unregister", "restore"]
+        assert tokens(llm, LONG, 8) == before
