@@ -36,10 +36,13 @@ def register_platform() -> str | None:
         return None  # vllm-ascend brings its own platform, and vLLM takes only one
     try:
         import torch_npu
-    except (ImportError, OSError, RuntimeError) as error:
-        logger.warning("No NPU: torch_npu cannot be imported (%s)", error)
+
+        devices = torch_npu.npu.device_count()
+    except Exception as error:
+        # vLLM 0.33 logs what a plugin raises as a warning with its traceback.
+        logger.warning("No NPU: torch_npu cannot be used (%s)", error)
         return None
-    if torch_npu.npu.device_count() == 0:
+    if devices == 0:
         return None
     return "vllm_sleep_ascend.native.platform.NPUPlatform"
 

@@ -77,6 +77,37 @@ def test_refused_options(model, options, message):
         config_of(model, **options)
 
 
+@pytest.mark.parametrize("chosen", ["cumem", "camem", "my_backend"])
+def test_another_sleep_backend_is_refused_and_never_replaced(model, chosen):
+    """ "cumem" is vLLM's default, which a user cannot be told from."""
+    from vllm.platforms import current_platform
+
+    config = config_of(model, enable_sleep_mode=True)
+    assert config.model_config.sleep_mode_backend == "camem"
+    config.model_config.sleep_mode_backend = chosen
+    if chosen == "my_backend":
+        with pytest.raises(ValueError, match=r"'my_backend' .*leave out --sleep-mode-backend"):
+            current_platform.check_and_update_config(config)
+    else:
+        current_platform.check_and_update_config(config)
+    assert config.model_config.sleep_mode_backend == {"cumem": "camem"}.get(chosen, chosen)
+
+
+def test_where_there_is_no_cann_one_line_says_so(monkeypatch, caplog):
+    import torch_npu
+
+    import vllm_sleep_ascend
+
+    def fail() -> int:
+        raise RuntimeError("dcmi model initialized failed")
+
+    monkeypatch.setattr(torch_npu.npu, "device_count", fail)
+    assert vllm_sleep_ascend.register_platform() is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("No NPU: torch_npu cannot be used (dcmi")
+    assert record.exc_info is None
+
+
 @pytest.mark.parametrize("layout", ["HND", "LBHNC", "BLNHC", "BHLNC"])
 def test_other_kv_cache_layouts_are_refused_by_name(model, monkeypatch, layout):
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)

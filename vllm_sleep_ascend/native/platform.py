@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _SLEEP_BACKEND = "camem"
+_VLLMS_BACKEND = "cumem"  # vLLM's default, for CUDA
 _SHUTDOWN_S = 10
 
 
@@ -285,4 +286,10 @@ def _configure_sleep_mode(vllm_config: "VllmConfig") -> None:
 
         check_engines(vllm_config)
         check_connector(vllm_config)
+        chosen = model_config.sleep_mode_backend
+        if chosen not in (_VLLMS_BACKEND, _SLEEP_BACKEND):
+            raise ValueError(
+                f"NPU: sleep_mode_backend {chosen!r} is not supported: this platform's worker "
+                f"sleeps with {_SLEEP_BACKEND!r}; leave out --sleep-mode-backend"
+            )
         model_config.sleep_mode_backend = _SLEEP_BACKEND
