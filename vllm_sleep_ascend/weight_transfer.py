@@ -26,6 +26,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from vllm_sleep_ascend.releases import full_weights, held_elsewhere
+
 BACKEND = "safetensors"
 
 _PART_BYTES = 1 << 30
@@ -126,7 +128,7 @@ class SafetensorsTrainer(TrainerWeightTransferEngine[SafetensorsTrainerInitInfo]
     ) -> Self:
         """
         Raises:
-            ValueError: there is no source, or no such folder.
+            ValueError: there is no source, or no such folder, or rank 0 would not send all of it.
         """
         if source is None:
             raise ValueError("the safetensors backend needs a WeightSource")
@@ -134,6 +136,13 @@ class SafetensorsTrainer(TrainerWeightTransferEngine[SafetensorsTrainerInitInfo]
             raise ValueError(f"folder {init_info.folder!r} does not exist")
         trainer = cls(init_info, client, source)
         if trainer.is_sender:
+            if missing := held_elsewhere(source, init_info.rank):
+                raise ValueError(
+                    f"the safetensors backend sends what rank {init_info.rank} holds, and "
+                    f"{len(missing)} parameters are held by other ranks alone "
+                    f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); gather "
+                    "them on every rank, as ModuleSource does with FSDP's shards"
+                )
             client.init_weight_transfer_engine({})
         return trainer
 
@@ -156,7 +165,7 @@ class SafetensorsTrainer(TrainerWeightTransferEngine[SafetensorsTrainerInitInfo]
     def _parts(self) -> Iterator[dict[str, torch.Tensor]]:
         assert self.source is not None
         part: dict[str, torch.Tensor] = {}
-        for name, tensor in self.source:
+        for name, tensor in full_weights(self.source):
             # A clone: tied parameters share memory, which a file cannot.
             part[name] = tensor.detach().cpu().contiguous().clone()
             if sum(t.nbytes for t in part.values()) >= self._info.part_bytes:

@@ -142,12 +142,11 @@ class StartMemory:
 
 def least_kv_cache(worker: HostWorker) -> int:
     """Bytes of KV cache without which vLLM does not start this worker."""
-    from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
-
     fits_itself = worker.model_config.original_max_model_len == -1
     if fits_itself or worker.cache_config.num_gpu_blocks_override is not None:
         return 1
-    return max_memory_usage_bytes(worker.vllm_config, worker.get_kv_cache_spec().values())
+    specs = worker.get_kv_cache_spec().values()
+    return sum(spec.max_memory_usage_bytes(worker.vllm_config) for spec in specs)
 
 
 class _Waiting(TorchFunctionMode):

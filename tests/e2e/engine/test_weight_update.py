@@ -140,6 +140,31 @@ def test_backends_for_cuda_are_refused_with_the_one_to_use(tiny_model, backend):
         pass
 
 
+def test_a_trainer_whose_first_rank_lacks_weights_is_refused(tmp_path):
+    """The others' weights would stay as they are, without a word."""
+    import torch
+    from vllm.distributed.weight_transfer import ModuleSource
+
+    from vllm_sleep_ascend.weight_transfer import (
+        SafetensorsTrainer,
+        SafetensorsTrainerInitInfo,
+    )
+
+    class ElsewhereInPart(ModuleSource):
+        def held_names(self):  # vLLM 0.32
+            return ["weight"]
+
+        def owned_names(self, rank):  # vLLM 0.33
+            return ["weight"]
+
+    with pytest.raises(ValueError, match=r"1 parameters are held by other ranks .*\(bias\)"):
+        SafetensorsTrainer.trainer_init(
+            SafetensorsTrainerInitInfo(rank=0, folder=str(tmp_path)),
+            client=None,
+            source=ElsewhereInPart(torch.nn.Linear(2, 2)),
+        )
+
+
 def test_a_trainer_updates_a_server_between_the_wakes(tiny_model, other_model, tmp_path):
     """vLLM's own trainer interface and HTTP routes, with the engine in a separate process."""
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource
