@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that Python programs of the simulated machine see: NPU_SIM_KERNEL.
+"""The kernel that Python programs of the simulated machine see: NPU_SIM_KERNEL. And what lets
+torch_npu run beside torch's CUDA build.
 
 Python runs this file at its start, and this file runs the next sitecustomize on the path.
 """
 
+import ctypes
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -27,5 +29,12 @@ def _pretend(kernel: str) -> None:
     os.uname = lambda: result
 
 
+def _tolerate_cuda() -> None:
+    library = Path(os.environ.get("ASCEND_HOME_PATH", "/")) / "lib64/libnpu_sim_torch_with_cuda.so"
+    if library.exists():
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
 _pretend(os.environ.get("NPU_SIM_KERNEL") or "5.10")
+_tolerate_cuda()
 _run_the_next()
