@@ -8,6 +8,8 @@
 #   make test-all      all of these, and the sweeps, soaks and loads in full, and the sanitizers
 #   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
+#   make next          the other release of vLLM that is supported, or VLLM=x TORCH=y TORCH_NPU=z, in
+#                      .venv-next: what no longer holds of it, then the tests; FILE and ARGS as above
 #   make sanitize      the allocator core under the sanitizers of the compiler
 #   make lint          ruff, mypy and clang-format; `make format` repairs what they can repair
 #
@@ -21,15 +23,24 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 TOOLKIT := $(VENV)/npu-sim
-PIP := $(BIN)/pip --disable-pip-version-check -q install -c tests/constraints.txt
+CONSTRAINTS := tests/constraints.txt
+PIP = $(BIN)/pip --disable-pip-version-check -q install $(addprefix -c ,$(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77.0.3,<81' 'setuptools-scm>=8' 'setuptools-rust>=1.9' wheel jinja2 \
   cmake ninja packaging numpy pybind11
 SIM := $(BIN)/npu-sim
 MODELS := $(CURDIR)/build/models
 
-TORCH := torch==2.13.0
-TORCH_NPU := torch_npu==2.13.0
+TORCH := 2.13.0
+TORCH_NPU := 2.13.0
 VLLM := 0.32.0
+
+# The other release. A release that was never tested has no file of constraints.
+NEXT_TORCH := 2.14.0
+NEXT_TORCH_NPU := 2.14.0
+NEXT_VLLM := 0.33.0
+given = $(if $(filter command,$(origin $(1))),$($(1)),$(NEXT_$(1)))
+NEXT = VENV=$(CURDIR)/.venv-next VLLM=$(call given,VLLM) TORCH=$(call given,TORCH) \
+  TORCH_NPU=$(call given,TORCH_NPU) CONSTRAINTS=$(wildcard tests/constraints-$(call given,VLLM).txt)
 
 # vllm-ascend, the vLLM that it is for, and the same torch: its own pins ask for another one.
 ASCEND := $(CURDIR)/.venv-ascend
@@ -40,22 +51,29 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo test test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo next test test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
+# Other versions are installed over those that are there.
+$(VENV)/.versions: FORCE
+	@mkdir -p $(@D)
+	@echo $(VLLM) $(TORCH) $(TORCH_NPU) | cmp -s - $@ || echo $(VLLM) $(TORCH) $(TORCH_NPU) >$@
+
+FORCE:
+
 # torch first, so that nothing else chooses another build of it; vLLM before torch_npu, since a plain
 # `import torch` fails where torch_npu finds no CANN.
-$(VENV)/.packages: tests/constraints.txt
+$(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
-	@echo "Installing torch, vLLM and torch_npu into .venv (a few minutes, once)"
+	@echo "Installing torch $(TORCH), vLLM $(VLLM) and torch_npu into $(notdir $(VENV)) (a few minutes, once)"
 	$(BIN)/pip --disable-pip-version-check -q install 'pip>=26'
-	$(PIP) $(TORCH)
+	$(PIP) torch==$(TORCH)
 	$(PIP) $(BUILD_TOOLS)
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
-	$(PIP) $(TORCH_NPU)
+	$(PIP) torch_npu==$(TORCH_NPU)
 	$(PIP) pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib psutil ray ruff mypy clang-format
 	touch $@
 
@@ -64,13 +82,13 @@ $(ASCEND)/.packages: tests/ascend/constraints.txt
 	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
 	@echo "Installing torch, vLLM and vllm-ascend into .venv-ascend (a few minutes, once)"
 	$(ASCEND)/bin/pip --disable-pip-version-check -q install 'pip>=26'
-	$(PIP_ASCEND) $(TORCH)
+	$(PIP_ASCEND) torch==$(TORCH)
 	$(PIP_ASCEND) $(BUILD_TOOLS)
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_ASCEND) \
 	  $(PIP_ASCEND) --no-build-isolation --no-binary vllm vllm==$(VLLM_ASCEND) $(TRANSFORMERS) 'fastapi<0.124'
 	$(PIP_ASCEND) --no-deps vllm-ascend==$(VLLM_ASCEND)
 	$(PIP_ASCEND) decorator msgpack numba pandas quart scipy
-	$(PIP_ASCEND) $(TORCH_NPU)
+	$(PIP_ASCEND) torch_npu==$(TORCH_NPU)
 	$(PIP_ASCEND) pytest pytest-timeout httpx
 	$(ASCEND)/bin/pip -q uninstall -y triton
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 \
@@ -102,6 +120,20 @@ setup-ascend: setup $(ASCEND)/.installed
 demo: setup
 	@$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
 	@$(BIN)/python examples/demo.py $(MODELS)/qwen2.5-0.5b build/demo.log
+
+next:
+	@$(MAKE) --no-print-directory $(NEXT) setup release
+	@$(MAKE) --no-print-directory $(NEXT) test
+
+# vLLM's tests are in its source distribution alone.
+$(VENV)/sdist/vllm-$(VLLM).tar.gz: | $(VENV)/.packages
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 VLLM_TARGET_DEVICE=empty \
+	  $(BIN)/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
+	  --no-binary vllm -d $(@D) vllm==$(VLLM)
+
+.PHONY: release
+release: build $(VENV)/sdist/vllm-$(VLLM).tar.gz
+	@$(SIM) python tests/new_release.py $(VENV)/sdist/vllm-$(VLLM).tar.gz || true
 
 # FILE alone runs in one process, which starts sooner; everything runs in two.
 FILE :=
@@ -171,4 +203,4 @@ format: $(VENV)/.packages
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 clean:
-	rm -rf build $(TOOLKIT) $(VENV)/.installed $(ASCEND)/.installed vllm_sleep_ascend/*.so *.egg-info
+	rm -rf build $(TOOLKIT) $(VENV)/.installed $(CURDIR)/.venv-next/{npu-sim,.installed} $(ASCEND)/.installed vllm_sleep_ascend/*.so *.egg-info

@@ -434,12 +434,10 @@ def test_the_page_is_a_table_with_remedies_below():
 
 def test_the_tested_versions_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    torch = re.search(r"^TORCH := torch==(.*)$", makefile, re.M)[1]
-    torch_npu = re.search(r"^TORCH_NPU := torch_npu==(.*)$", makefile, re.M)[1]
-    alone = re.search(r"^VLLM := (.*)$", makefile, re.M)[1]
-    beside = re.search(r"^VLLM_ASCEND := (.*)$", makefile, re.M)[1]
-    both = {"torch": torch, "torch_npu": torch_npu}
-    together = ({"vllm": alone, **both}, {"vllm": beside, "vllm-ascend": beside, **both})
+    given = dict(re.findall(r"^([A-Z_]+) := ([0-9.]+)$", makefile, re.M))
+    both = {"torch": given["TORCH"], "torch_npu": given["TORCH_NPU"]}
+    beside = given["VLLM_ASCEND"]
+    together = ({"vllm": given["VLLM"], **both}, {"vllm": beside, "vllm-ascend": beside, **both})
     assert together == surroundings.TESTED
 
 
