@@ -13,7 +13,6 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory.account import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, check_level
-from vllm_sleep_ascend.rank import registered_kv
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.operations import Operations
@@ -74,7 +73,7 @@ class SleepMode:
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
             if (level == 2 or self._backend.verifies) and not self._saved.saved:
                 self._save_for_level_2()
-            registered_kv.unregister()
+            _tell_connector("unregister_kv_caches")
             self._backend.suspend(level)
 
         try:
@@ -164,7 +163,7 @@ class SleepMode:
         def prepare() -> None:
             wait_for_device()
             if "kv_cache" in tags:
-                registered_kv.unregister()
+                _tell_connector("unregister_kv_caches")
             self._backend.discard(tags)
 
         try:
@@ -180,7 +179,7 @@ class SleepMode:
         if self._backend.asleep("kv_cache"):
             return
         was_unfinished, self._wake_unfinished = self._wake_unfinished, True
-        registered_kv.register_again()
+        _tell_connector("restore_kv_caches")
         self._wake_unfinished = was_unfinished
 
     def sleeping_tags(self) -> set[str]:
@@ -275,6 +274,17 @@ class SleepMode:
             and any(start <= parameter.data_ptr() < start + size for start, size in ranges)
         }
         self._saved.save(self._not_saved.values())
+
+
+def _tell_connector(method: str) -> None:
+    """Have a KV connector take back what it registered of the KV cache, or register it again.
+    Repeating either changes nothing. Connectors of vLLM 0.32 register nothing with sleep mode."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    if has_kv_transfer_group():
+        call = getattr(get_kv_transfer_group(), method, None)
+        if call is not None:
+            call()
 
 
 def status_without_sleep_mode(worker: HostWorker) -> RankStatus:
