@@ -19,10 +19,7 @@ def full_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def held_elsewhere(source: Any, rank: int) -> list[str]:
     """Parameters of a WeightSource that this rank of the trainer does not hold."""
-    if hasattr(source, "owned_names"):  # vLLM 0.33
-        names = [meta.name for meta in source.metadata]
-        held = source.owned_names(rank)
-    else:
-        names = [meta.name for meta in source.metadata()]
-        held = source.held_names()
-    return [] if held is None else sorted({*names} - {*held})
+    # vLLM 0.33 has metadata as a property and owned_names(); 0.32 has two methods.
+    metadata = source.metadata() if callable(source.metadata) else source.metadata
+    held = source.owned_names(rank) if hasattr(source, "owned_names") else source.held_names()
+    return [] if held is None else sorted({meta.name for meta in metadata} - {*held})

@@ -48,7 +48,7 @@ void CopyStream::copy(std::byte* to, const std::byte* from, std::size_t bytes,
 }
 
 bool CopyStream::is(aclrtStreamStatus wanted) noexcept {
-  aclrtStreamStatus status = ACL_STREAM_STATUS_RESERVED;
+  aclrtStreamStatus status = ACL_STREAM_STATUS_NOT_READY;
   return aclrtStreamQuery(stream_, &status) == ACL_SUCCESS && status == wanted;
 }
 

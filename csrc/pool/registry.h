@@ -49,8 +49,8 @@ class Registry {
 
   // Frees what no chunk needs any more, and what torch has freed: if `synchronized`, without a look
   // at the stream on which torch used it. Retries a failing call once; then the next sweep retries.
-  // After an operator failed, no wait for its context succeeds: what is freed then is kept until the
-  // process ends.
+  // After an operator failed, no wait for its context succeeds: what is freed then is kept until
+  // the process ends.
   void sweep(bool keep_backups, bool synchronized) noexcept;
   void needs_sweep() { unswept_ = true; }
 

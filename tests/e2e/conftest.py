@@ -21,13 +21,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left() -> Iterator[None]:
     """The engines of a module free their memory."""
+    engines = sys.modules.get("helpers.engine")
+    # An engine that is shared with an earlier module ends in this one: a second last engine.
+    last_engines = 2 if engines and engines.shared.is_open() else 1
     yield
     gc.collect()
     if torch_npu := sys.modules.get("torch_npu"):
         torch_npu.npu.empty_cache()
     camem, engines = map(sys.modules.get, ("vllm_sleep_ascend._camem", "helpers.engine"))
     if camem and not (engines and engines.shared.is_open()):
-        assert sum(found["bytes"] for found in camem.allocations()) < ONE_ENGINE
+        held = sum(found["bytes"] for found in camem.allocations())
+        assert held < last_engines * ONE_ENGINE
 
 
 @pytest.fixture(scope="session")

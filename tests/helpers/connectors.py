@@ -42,7 +42,7 @@ class UnregisteringConnector(RegisteringConnector):
         """Needs the memory."""
         self._addresses = [cache.data_ptr() for cache in self._caches]
         for cache in self._caches:
-            cache.view(-1)[:1].cpu()
+            cache[(0,) * cache.dim()].cpu()
         self.told.append("restore")
 
 

@@ -18,12 +18,12 @@ working: set[tuple[str, torch.dtype]] = set()
 """The operators that agree with PyTorch on this process's device, in the type of its engine."""
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
     return torch.ops.npu.npu_rms_norm(x, weight, epsilon)[0]
 
 
 def add_rms_norm(
-    x: torch.Tensor, x_residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor, x_residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of the sum, and the sum."""
     normalized, _, total = torch.ops.npu.npu_add_rms_norm(x, x_residual, weight, epsilon)

@@ -110,9 +110,10 @@ def mrope(
         name,
         f"{rotary} of {head_size} elements of a head turn, not multiples of {unit}",
     )
-    turned = tuple(t.clone(memory_format=torch.contiguous_format) for t in (query, key))
-    rotary_embedding(positions, *turned, head_size, cos_sin_cache, rotary_mode == "half")
-    return turned
+    turned, key_turned = (t.clone(memory_format=torch.contiguous_format) for t in (query, key))
+    neox = rotary_mode == "half"
+    rotary_embedding(positions, turned, key_turned, head_size, cos_sin_cache, neox)
+    return turned, key_turned
 
 
 def matmul_add_fp32(x: torch.Tensor, weight: torch.Tensor, C: torch.Tensor) -> None:
