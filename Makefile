@@ -121,7 +121,9 @@ demo: setup
 	@$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
 	@$(BIN)/python examples/demo.py $(MODELS)/qwen2.5-0.5b build/demo.log
 
+# Both environments use the allocator in this folder, so each builds it again after the other.
 next:
+	@rm -f $(CURDIR)/.venv/.installed $(CURDIR)/.venv-next/.installed
 	@$(MAKE) --no-print-directory $(NEXT) setup release
 	@$(MAKE) --no-print-directory $(NEXT) test
 

@@ -77,9 +77,9 @@ class SleepModeConfig(BaseModel):
     device_timeout_s: float = Field(default=60.0, ge=0.001, le=86400, allow_inf_nan=False)
     """Seconds that a copy may take beyond what the slowest link needs, and that a sleep waits for
     what runs on the device. Then the operation fails, and everything is as it was. At most
-    rank_timeout_s: the other ranks would no longer wait to hear of it. Copies from and to memory
-    of which nothing is page-locked are synchronous ones, which AscendCL does not limit; nor does
-    it limit how long torch's queue takes to launch."""
+    rank_timeout_s, and by default at most half of it: the other ranks wait to hear of it. Copies
+    from and to memory of which nothing is page-locked are synchronous ones, which AscendCL does not
+    limit; nor does it limit how long torch's queue takes to launch."""
 
     preserve_parameters: list[str] = Field(default=[])
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
@@ -93,10 +93,10 @@ class SleepModeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _other_ranks_wait_for_the_device(self) -> "SleepModeConfig":
-        if self.device_timeout_s > self.rank_timeout_s:
-            if "device_timeout_s" not in self.model_fields_set:
-                object.__setattr__(self, "device_timeout_s", self.rank_timeout_s)  # it is frozen
-                return self
+        if "device_timeout_s" not in self.model_fields_set:
+            half = min(self.device_timeout_s, self.rank_timeout_s / 2)
+            object.__setattr__(self, "device_timeout_s", half)  # it is frozen
+        elif self.device_timeout_s > self.rank_timeout_s:
             raise ValueError(
                 f"device_timeout_s={self.device_timeout_s:g} is more than rank_timeout_s="
                 f"{self.rank_timeout_s:g}: the other ranks would give up before the device does; "

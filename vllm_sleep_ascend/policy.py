@@ -42,6 +42,7 @@ SAFE_CALLS = (
     *("reset_mm_cache", "reset_encoder_cache", "list_loras", "get_supported_tasks"),
     *("init_weight_transfer_engine", "shutdown_weight_transfer_engine"),
     *("supports_draft_weight_updates", "get_model_inspection"),
+    "get_kv_connector_handshake_metadata",  # vLLM 0.33 asks for it in a wake of the KV cache
 )
 # What the engine calls for each step, and does not while its memory sleeps.
 STEP_CALLS = ("execute_model", "sample_tokens", "take_draft_token_ids")

@@ -29,6 +29,7 @@ class UnregisteringConnector(RegisteringConnector):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.told: list[str] = []
+        self.trouble = ""
 
     def register_kv_caches(self, kv_caches: dict) -> None:
         super().register_kv_caches(kv_caches)
@@ -39,7 +40,10 @@ class UnregisteringConnector(RegisteringConnector):
         self.told.append("unregister")
 
     def restore_kv_caches(self) -> None:
-        """Needs the memory."""
+        """Needs the memory. Fails once if ``trouble`` says so."""
+        trouble, self.trouble = self.trouble, ""
+        if trouble:
+            raise OSError(trouble)
         self._addresses = [cache.data_ptr() for cache in self._caches]
         for cache in self._caches:
             cache[(0,) * cache.dim()].cpu()

@@ -27,7 +27,7 @@ def operators():
     from vllm_sleep_ascend.sim import control
 
     with torch.inference_mode():
-        operators.choose(NPU, torch.float32)
+        operators.choose(NPU, torch.float32, 64)
         yield operators
     control.set_faults("")
     operators.working.clear()
@@ -60,7 +60,7 @@ def config():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_are_used_where_all_work(operators, dtype):
-    operators.choose(NPU, dtype)
+    operators.choose(NPU, dtype, 64)
     assert operators.working >= {(name, dtype) for name in ALL}
 
 
@@ -77,7 +77,7 @@ def test_norms_are_one_launch(operators, dtype, shape):
 
     from vllm_sleep_ascend.native.dense.norms import PROVIDER
 
-    operators.choose(NPU, dtype)
+    operators.choose(NPU, dtype, 64)
     x, residual, weight = (random(*s, dtype=dtype) for s in (shape, shape, shape[-1:]))
     want = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight.double(), 1e-6)
     with ops.rms_norm.set_priority([PROVIDER, "native"]):
@@ -106,7 +106,7 @@ def test_norms_that_the_operators_do_not_take_are_pytorchs(operators, case):
 
     from vllm_sleep_ascend.native.dense.norms import PROVIDER
 
-    operators.choose(NPU, torch.float16)
+    operators.choose(NPU, torch.float16, 64)
     x, weight, variance_size = random(3, 64).half(), random(64).half(), None
     if case == "float32 weight":  # Gemma's
         weight = weight.float()
@@ -134,7 +134,7 @@ def test_norms_that_the_operators_do_not_take_are_pytorchs(operators, case):
 def test_the_activation_is_one_launch(operators, config, dtype):
     from vllm.model_executor.layers.activation import SiluAndMul
 
-    operators.choose(NPU, dtype)
+    operators.choose(NPU, dtype, 64)
     x = random(5, 48, dtype=dtype)
     gate, up = x.double().chunk(2, -1)
     got, count = launches(lambda: SiluAndMul()(x.to(NPU)), "npu_swiglu")
@@ -206,7 +206,7 @@ def test_rotary_embeddings_are_one_launch(config, name, parameters, neox):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rotary_embeddings_in_16_bits(operators, config, dtype):
-    operators.choose(NPU, dtype)
+    operators.choose(NPU, dtype, 64)
     rope = rotation({"rope_type": "default"}, head_size=64, part=0.5, dtype=dtype)
     query, key = random(3, 4 * 64, dtype=dtype), random(3, 64, dtype=dtype)
     got, want, count = rotated(rope, query, key)
@@ -220,7 +220,7 @@ def test_rotary_embeddings_in_16_bits(operators, config, dtype):
 @pytest.mark.parametrize("case", ["a head of 24", "no key", "heads apart", "16 in bfloat16"])
 def test_rotary_embeddings_that_the_operator_does_not_take_are_pytorchs(operators, config, case):
     dtype = torch.bfloat16 if "bfloat16" in case else torch.float32
-    operators.choose(NPU, dtype)
+    operators.choose(NPU, dtype, 64)
     size = {"a head of 24": 24, "16 in bfloat16": 16}.get(case, 32)
     rope = rotation({"rope_type": "default"}, head_size=size, dtype=dtype)
     query = random(3, 4 * size, dtype=dtype)
@@ -244,7 +244,7 @@ def test_an_operator_that_this_device_lacks_is_named_and_not_used(
     monkeypatch.setattr(operators.logger, "propagate", True)
     control.set_faults(f"npu::{operator}:1:561103:9")
     with caplog.at_level(logging.WARNING):
-        operators.choose(NPU, torch.float32)
+        operators.choose(NPU, torch.float32, 64)
     without = {name for name in ALL if name.split()[0] == operator}
     assert working(operators) == ALL - without
     for name in without:
@@ -261,10 +261,37 @@ def test_another_type_than_the_engines_is_pytorchs(config):
     torch.testing.assert_close(got.cpu(), SiluAndMul.forward_native(x))
 
 
+def test_a_head_that_the_rotation_does_not_take_leaves_it_out(operators):
+    operators.choose(NPU, torch.float32, 24)
+    assert working(operators) == {"npu_rms_norm", "npu_add_rms_norm", "npu_swiglu"}
+
+
+@pytest.mark.parametrize("chip,used", [("Ascend310P3", False), ("Ascend910_9382", True)])
+def test_operators_are_used_on_the_chips_that_their_documents_name(
+    operators, monkeypatch, chip, used
+):
+    monkeypatch.setattr(torch.npu, "get_device_name", lambda device: chip)
+    operators.choose(NPU, torch.float32, 64)
+    assert bool(working(operators)) == used
+
+
+def test_a_rotation_that_takes_parts_of_rows_for_whole_ones_is_not_used(operators, monkeypatch):
+    """Older CANNs are not documented to take tensors that are not contiguous."""
+
+    def blind(positions, query, key, *rest):
+        query, key = (t.as_strided(t.shape, (t.shape[1], 1)) for t in (query, key))
+        return rotate(positions, query, key, *rest)
+
+    rotate = operators.rotate
+    monkeypatch.setattr(operators, "rotate", blind)
+    operators.choose(NPU, torch.float32, 64)
+    assert working(operators) == ALL - {"npu_mrope (half)", "npu_mrope (interleave)"}
+
+
 def test_an_operator_that_computes_something_else_is_not_used(operators, monkeypatch):
     """What a device does wrong is not known beforehand."""
     monkeypatch.setattr(operators, "silu_and_mul", lambda x: x[:, : x.shape[1] // 2] * 0)
-    operators.choose(NPU, torch.float32)
+    operators.choose(NPU, torch.float32, 64)
     assert working(operators) == ALL - {"npu_swiglu"}
 
 
@@ -272,5 +299,5 @@ def test_batch_invariance_has_pytorchs(operators, monkeypatch):
     from vllm import envs
 
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
-    operators.choose(NPU, torch.float32)
+    operators.choose(NPU, torch.float32, 64)
     assert not working(operators)

@@ -53,4 +53,4 @@ def test_a_device_is_not_waited_for_longer_than_other_ranks_wait():
         parse({"sleep_mode": {"device_timeout_s": 90.0, "rank_timeout_s": 30.0}})
     options = [{}, {"rank_timeout_s": 30.0}, {"rank_timeout_s": 30.0, "device_timeout_s": 30.0}]
     configs = [parse({"sleep_mode": given}) for given in options]
-    assert [config.device_timeout_s for config in configs] == [60.0, 30.0, 30.0]
+    assert [config.device_timeout_s for config in configs] == [60.0, 15.0, 30.0]

@@ -119,6 +119,17 @@ def test_mrope_refuses(change, problem):
         torch_npu.npu_mrope(**on_device)
 
 
+def test_a_310p_has_neither_swiglu_nor_mrope(monkeypatch):
+    monkeypatch.setenv("NPU_SIM_SOC", "310P")
+    x, positions = torch.zeros(2, 32).npu(), torch.zeros(2, dtype=torch.long).npu()
+    for operation in (
+        lambda: torch_npu.npu_swiglu(x),
+        lambda: torch_npu.npu_mrope(positions, x, x, x, 32),
+    ):
+        with pytest.raises(RuntimeError, match="not supported on 310P"):
+            operation()
+
+
 def test_norms_and_swiglu_refuse():
     x, gamma = random(3, 16).npu(), random(16).npu()
     for operation, problem in (
@@ -128,6 +139,9 @@ def test_norms_and_swiglu_refuse():
         (lambda: torch_npu.npu_add_rms_norm(x[:0], x[:0], gamma), "empty"),
         (lambda: torch_npu.npu_swiglu(x[:, :8]), "not contiguous"),
         (lambda: torch_npu.npu_swiglu(x[:0]), "empty"),
+        (lambda: torch_npu.npu_rms_norm(x, gamma[:8]), "gamma .* for the last dimensions"),
+        (lambda: torch_npu.npu_add_rms_norm(x, x, gamma[:8]), "gamma .* for the last dimensions"),
+        (lambda: torch_npu.npu_add_rms_norm(x, x[:1], gamma), "x1 .* and x2"),
     ):
         with pytest.raises(RuntimeError, match=problem):
             operation()

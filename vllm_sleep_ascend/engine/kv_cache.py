@@ -61,10 +61,11 @@ def _stale_after_sleep(transfer: "KVTransferConfig") -> str:
     for child in transfer.kv_connector_extra_config.get("connectors", ()):  # MultiConnector's
         if reason := _stale_after_sleep(KVTransferConfig(**child)):
             return f"{child['kv_connector']}: {reason}"
-    if overrides("register_kv_caches") and not overrides("unregister_kv_caches"):
+    takes_back = overrides("unregister_kv_caches") and overrides("restore_kv_caches")
+    if overrides("register_kv_caches") and not takes_back:
         return (
             "it registers the KV cache's memory (register_kv_caches), which a sleep gives back, "
-            "and has no call that unregisters it (unregister_kv_caches, from vLLM 0.33 on)"
+            "and lacks unregister_kv_caches or restore_kv_caches, which vLLM has from 0.33 on"
         )
     if not overrides("reset_cache"):
         return (

@@ -109,7 +109,11 @@ class NPUWorker(SleepingWorker, Worker):
         from vllm_sleep_ascend.native.dense import operators
         from vllm_sleep_ascend.native.model_runner import NPUModelRunner
 
-        operators.choose(self.device, self.model_config.dtype)  # type: ignore[arg-type]
+        operators.choose(
+            self.device,
+            self.model_config.dtype,  # type: ignore[arg-type]
+            self.model_config.get_head_size(),
+        )
         if self.model_config.is_moe:
             import vllm_sleep_ascend.native.moe
         if self.vllm_config.quant_config is not None:

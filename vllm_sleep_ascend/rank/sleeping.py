@@ -9,6 +9,7 @@ import torch
 import torch_npu
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory.account import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
@@ -39,6 +40,7 @@ class SleepMode:
         self._not_saved: Mapping[str, torch.Tensor] = {}  # what a discard loses
         self._weights_lost = False  # discarded since they were last awake
         self._wake_unfinished = False
+        self._kv_unregistered = False  # by the KV connector
 
     def refusal(self, level: int) -> str | None:
         """Why this rank cannot sleep at this level; None if it can."""
@@ -73,7 +75,7 @@ class SleepMode:
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
             if (level == 2 or self._backend.verifies) and not self._saved.saved:
                 self._save_for_level_2()
-            _tell_connector("unregister_kv_caches")
+            self._unregister_kv()
             self._backend.suspend(level)
 
         try:
@@ -83,8 +85,8 @@ class SleepMode:
                 communicators="release",
                 actions=POLICY[level],
             )
-        except Exception:
-            self._register_kv_again()
+        except Exception as error:
+            self._register_kv_after(error)
             raise
         finally:
             self._note_discarded_weights()
@@ -163,24 +165,49 @@ class SleepMode:
         def prepare() -> None:
             wait_for_device()
             if "kv_cache" in tags:
-                _tell_connector("unregister_kv_caches")
+                self._unregister_kv()
             self._backend.discard(tags)
 
         try:
             self._operations.together(f"discard {', '.join(tags)}", prepare)
-        except Exception:
-            self._register_kv_again()
+        except Exception as error:
+            self._register_kv_after(error)
             raise
         self._note_discarded_weights()
 
+    def _unregister_kv(self) -> None:
+        """Have the KV connector release what it registered of the KV cache's memory."""
+        self._kv_unregistered = True
+        _tell_connector("unregister_kv_caches")
+
     def _register_kv_again(self) -> None:
-        """If the KV cache is awake. Where it fails, the engine counts as asleep, and a wake does it
-        again."""
-        if self._backend.asleep("kv_cache"):
+        """Have it register the memory again, if that is awake. If this fails, the engine counts as
+        asleep, and a wake retries.
+
+        Raises:
+            SleepModeError: the connector failed.
+        """
+        if not self._kv_unregistered or self._backend.asleep("kv_cache"):
             return
         was_unfinished, self._wake_unfinished = self._wake_unfinished, True
-        _tell_connector("restore_kv_caches")
-        self._wake_unfinished = was_unfinished
+        try:
+            _tell_connector("restore_kv_caches")
+        except Exception as error:
+            failure = SleepModeError(
+                f"rank {self._worker.rank}: the KV connector cannot register the KV cache's memory "
+                f"again: {type(error).__name__}: {error}; repeat the wake"
+            )
+            self._operations.note_failure("wake", failure)
+            write_type(failure)
+            raise failure from error
+        self._kv_unregistered, self._wake_unfinished = False, was_unfinished
+
+    def _register_kv_after(self, error: Exception) -> None:
+        """As ``_register_kv_again``, without hiding the error that came before."""
+        try:
+            self._register_kv_again()
+        except SleepModeError as trouble:
+            error.args = (f"{error}; {trouble}",)
 
     def sleeping_tags(self) -> set[str]:
         """Those of vLLM's tags whose memory sleeps on this rank, or whose wake is not finished."""

@@ -36,7 +36,11 @@ def configure(model, **options):
     [
         ("ExampleConnector", None, "ExampleConnector .*cannot be emptied"),
         ("DecodeBenchConnector", None, "DecodeBenchConnector .*register_kv_caches"),
-        ("RegisteringConnector", "helpers.connectors", "RegisteringConnector .*unregisters"),
+        (
+            "RegisteringConnector",
+            "helpers.connectors",
+            "RegisteringConnector .*lacks unregister",
+        ),
         ("SomeConnector", "no.such.module", "SomeConnector .*cannot be imported"),
     ],
 )
@@ -139,5 +143,25 @@ def test_what_a_connector_registered_is_taken_back_while_the_cache_sleeps(tiny_m
         with pytest.raises(SleepModeError):
             llm.sleep(level=1)
         control.set_faults("")
+        assert told() == ["unregister", "restore"]
+        assert tokens(llm, LONG, 8) == before
+
+        connector.trouble = "no route to the peer"
+        control.set_faults(f"aclrtUnmapMem:1:{DRIVER_ERROR}")
+        with pytest.raises(SleepModeError, match=r"aclrtUnmapMem.*no route to the peer; repeat"):
+            llm.sleep(level=1)
+        control.set_faults("")
+        with pytest.raises(SleepModeError):
+            tokens(llm, LONG, 8)
+        llm.wake_up()
+        assert told() == ["unregister", "restore"]
+        assert tokens(llm, LONG, 8) == before
+
+        llm.sleep(level=1)
+        connector.trouble = "no route to the peer"
+        with pytest.raises(SleepModeError, match="no route to the peer; repeat the wake"):
+            llm.wake_up()
+        assert llm.llm_engine.is_sleeping()
+        llm.wake_up()
         assert told() == ["unregister", "restore"]
         assert tokens(llm, LONG, 8) == before

@@ -25,9 +25,8 @@ def _takes_with_residual(
     epsilon: float,
     variance_size: int | None = None,
 ) -> bool:
-    return x_residual.dtype == x.dtype and operators.can_norm(
-        "npu_add_rms_norm", x, weight, variance_size
-    )
+    same = x_residual.dtype == x.dtype and x_residual.shape == x.shape
+    return same and operators.can_norm("npu_add_rms_norm", x, weight, variance_size)
 
 
 @ops.rms_norm.register_impl(PROVIDER, supports_args=_takes)

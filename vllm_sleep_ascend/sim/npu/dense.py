@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators of a dense model's layers: norms, activation, rotary embedding."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 
 from vllm_sleep_ascend.sim.npu.require import require
+
+
+def _require_not_310p(operator: str) -> None:
+    soc = os.environ.get("NPU_SIM_SOC", "910B")
+    require(not soc.startswith("310P"), operator, f"not supported on {soc}")
+
+
+def _require_last(operator: str, x: torch.Tensor, gamma: torch.Tensor) -> None:
+    last = x.shape[x.dim() - gamma.dim() :]
+    require(last == gamma.shape, operator, f"gamma {gamma.shape} for the last dimensions {last}")
 
 
 def rms_norm(
@@ -12,6 +24,7 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``input / rms * gamma`` over gamma's dimensions, and ``1 / rms`` in float32."""
     require(input.dim() >= 2, "npu_rms_norm", f"input of {input.dim()} dimensions")
+    _require_last("npu_rms_norm", input, gamma)
     require(
         gamma.dtype in (input.dtype, torch.float32),
         "npu_rms_norm",
@@ -33,6 +46,8 @@ def add_rms_norm(
     x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm of ``x1 + x2``, ``1 / rms``, and the sum."""
+    _require_last("npu_add_rms_norm", x1, gamma)
+    require(x1.shape == x2.shape, "npu_add_rms_norm", f"x1 {x1.shape} and x2 {x2.shape}")
     require(x1.numel() > 0, "npu_add_rms_norm", "empty tensors are not taken")
     require(
         x1.dtype == x2.dtype == gamma.dtype,
@@ -58,6 +73,7 @@ def add_rms_norm_bias(
 
 def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """``silu(a) * b`` of the two halves along ``dim``."""
+    _require_not_310p("npu_swiglu")
     require(input.is_contiguous(), "npu_swiglu", "input is not contiguous")
     require(input.numel() > 0, "npu_swiglu", "empty tensors are not taken")
     a, b = input.float().chunk(2, dim)
@@ -97,6 +113,7 @@ def mrope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query and key, (tokens, heads * size), rotated: halves of a head, or neighbours."""
     name = "npu_mrope"
+    _require_not_310p(name)
     require(not any(mrope_section or ()), name, f"mrope_section {mrope_section} is not simulated")
     require(cache_mode == "default", name, f"cache_mode {cache_mode} without sections")
     require(rotary_mode in ("half", "interleave"), name, f"rotary_mode {rotary_mode}")
