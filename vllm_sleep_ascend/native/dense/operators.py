@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger(f"vllm.{__name__}")
@@ -108,7 +109,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
         head_size: elements of an attention head of its model.
     """
     working.difference_update([tried for tried in working if tried[1] == dtype])
-    chip = torch.npu.get_device_name(device)
+    chip = current_platform.get_device_name(device.index)
     if not chip.startswith(_CHIPS):
         logger.info("NPU: PyTorch computes norms, activations and rotations on %s", chip)
         return
