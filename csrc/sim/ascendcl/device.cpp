@@ -117,7 +117,9 @@ void drop_context(Context* context) {
   contexts().remove(context->handle);
   for (auto& [handle, stream] : streams().all()) {
     bool removed = stream->context == context && streams().remove(handle) != nullptr;
-    if (removed) machine::give_stream(context->physical);
+    if (!removed) continue;
+    device::destroy_stream(stream->queue);
+    machine::give_stream(context->physical);
   }
   give_own_streams(*context);
   drop_graphs(*context);
