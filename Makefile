@@ -158,6 +158,7 @@ test-profiles: setup
 	  env $${profile//,/ } $(SIM) python -m pytest tests/allocator -n 2 -m 'not slow' -q \
 	    --ignore tests/allocator/test_host_source.py $(ARGS); \
 	done
+	@$(MAKE) --no-print-directory -C tests/cpp run ONLY=registered PYTHON=$(BIN)/python
 
 test-long: setup
 	$(PYTEST) -m long --long $(ARGS)
