@@ -157,19 +157,22 @@ class _Reading:
 def reads_every_answer(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrapper of ``MultiprocExecutor.collective_rpc``."""
 
+    def slowest_s(executor: "MultiprocExecutor") -> float:
+        """Not asked for in a step of the engine, which one rank answers."""
+        return SleepModeConfig.slowest_rank_s(executor.vllm_config) + _ABORT_S
+
     def collective_rpc(self: "MultiprocExecutor", method: object, *args: Any, **kwargs: Any) -> Any:
         if self.is_failed:
             raise RuntimeError("Executor failed: a rank is gone; restart the engine")
         if "sleep_mode_ranks" not in vars(self):
             vars(self)["sleep_mode_ranks"] = list(map(_Rank, count(), self.response_mqs))
         ranks: list[_Rank] = vars(self)["sleep_mode_ranks"]
-        slowest_s = SleepModeConfig.slowest_rank_s(self.vllm_config) + _ABORT_S
         timed = (args[0] if args else kwargs.get("timeout")) is not None
         for rank in ranks:
             if len(rank.given_up) >= (_MOST_OWED if timed else 1):
-                rank.settle(0 if timed else slowest_s)
+                rank.settle(0 if timed else slowest_s(self))
         if kwargs.get("unique_reply_rank") is None:
-            grace_s = inf if str(method) in _ALONE else slowest_s  # or as a GuardedCall
+            grace_s = inf if str(method) in _ALONE else slowest_s(self)  # or as a GuardedCall
             queues = [_Answers(ranks, method in OUR_CALLS and not timed, grace_s)] * len(ranks)
         else:  # vLLM reads the answer of one rank, or of each for itself
             queues = [_Answers([rank], False, inf) for rank in ranks]

@@ -116,14 +116,14 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
     if envs.VLLM_BATCH_INVARIANT:
         logger.info("NPU: VLLM_BATCH_INVARIANT: PyTorch computes norms, activations and rotations")
         return
-    failed: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for name, ours, plain, arguments in _trials(device, dtype, head_size):
-        working.add((name, dtype))
-        if problem := _problem(ours, plain, arguments):
-            failed.setdefault(name, problem)
-    for name, problem in failed.items():
-        working.discard((name, dtype))
-        logger.warning("NPU: %s is not used, and PyTorch computes instead: %s", name, problem)
+        problems[name] = problems.get(name) or _problem(ours, plain, arguments)
+    for name, problem in problems.items():
+        if problem:
+            logger.warning("NPU: %s is not used, and PyTorch computes instead: %s", name, problem)
+        else:
+            working.add((name, dtype))
 
 
 def _problem(
