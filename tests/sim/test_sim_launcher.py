@@ -36,6 +36,10 @@ def test_its_exit_status_is_the_commands() -> None:
     assert launch("sh", "-c", "exit 7").returncode == 7
 
 
+def test_timers_of_the_command_may_be_late() -> None:
+    assert launch("cat", "/proc/self/timerslack_ns").stdout.strip() == "1000000"
+
+
 def test_a_command_that_is_not_there() -> None:
     result = launch("no-such-command")
     assert result.returncode == 1

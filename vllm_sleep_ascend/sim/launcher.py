@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`npu-sim CMD…`: run a command with the simulated toolkit in place of CANN."""
 
+import ctypes
 import os
 import sys
 from pathlib import Path
+
+_PR_SET_TIMERSLACK = 29
+_TIMER_SLACK_NS = 1_000_000
 
 # CANN version -> its folder in the toolkit.
 CANNS = {"8.5": ".", "8.1": "cann-8.1"}
@@ -31,6 +35,15 @@ def toolkit_environment(toolkit: Path) -> dict[str, str]:
     return environment
 
 
+def _let_timers_be_late() -> None:
+    """In this process and in all that it starts, timers may be a millisecond late.
+
+    In each process that uses the device, a thread of torch_npu polls every 50 µs, which takes much
+    of the few processors that a simulated machine has (``ReleaseQueue`` in its ``NPUQueue.cpp``).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_TIMER_SLACK_NS))
+
+
 def main() -> None:
     """Entry point of the `npu-sim` command."""
     command = sys.argv[1:]
@@ -50,6 +63,7 @@ def main() -> None:
     # As in an activated environment, the commands of this Python come first.
     environment = toolkit_environment(toolkit)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
+    _let_timers_be_late()
     try:
         os.execvpe(command[0], command, environment)
     except FileNotFoundError:
