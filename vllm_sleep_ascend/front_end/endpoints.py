@@ -154,6 +154,8 @@ async def _wake_up(request: "Request") -> Call:
 
 
 async def _release_kv_cache_memory(request: "Request") -> Call:
+    await _options(request, ())
+
     async def call() -> dict[str, object]:
         await _client(request).release_kv_cache_memory()
         return {"status": "kv_cache_released"}
@@ -165,7 +167,7 @@ async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, obje
     """The options of a call from its JSON body and its query.
 
     Raises:
-        ValueError: the body is not a JSON object, has another key, or contradicts the query.
+        ValueError: the body is not a JSON object, an option is unknown, or one has two values.
     """
     options: dict[str, object] = {}
     if await request.body():
@@ -177,14 +179,17 @@ async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, obje
             raise ValueError(
                 f'the body must be a JSON object such as {{"level": 1}}, not {options!r}'
             )
-        for name in options:
-            if name not in names:
-                raise ValueError(f"{name!r} is not an option here; use {', '.join(names)}")
+    for name in (*options, *request.query_params):
+        if name not in names:
+            known = f"use {', '.join(names)}" if names else "this call has none"
+            raise ValueError(f"{name!r} is not an option here; {known}")
     for name in names:
         values = request.query_params.getlist(name)
         if not values:
             continue
-        value = values if name == "tags" else values[-1]
+        if name != "tags" and len(set(values)) > 1:
+            raise ValueError(f"{name} is {' and '.join(map(repr, values))} in the query; send one")
+        value = values if name == "tags" else values[0]
         if name in options and not _same(options[name], value):
             raise ValueError(
                 f"{name} is {value!r} in the query and {options[name]!r} in the body; send one"

@@ -2,11 +2,10 @@
 """Sleep mode over HTTP, on a real server."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import MIB, ROOT
+from helpers import MIB, ROOT, programs
 from helpers.server import HBM_GIB, MEMORY, SMALL, Server, free_ports
 
 pytestmark = pytest.mark.usefixtures("left_awake")
@@ -84,7 +83,12 @@ def test_level_2_after_level_1_frees_the_host_copies(server):
         ("/sleep", '{"level": 7}', "sleep level 7 does not exist"),
         ("/sleep", '{"level": true}', "sleep level True does not exist"),
         ("/sleep?level=1", '{"level": 2}', "'1' in the query and 2 in the body"),
+        ("/sleep?level=1&level=2", None, "level is '1' and '2' in the query; send one"),
+        ("/sleep?mode=wait&mode=abort", None, "mode is 'wait' and 'abort' in the query"),
         ("/sleep", '{"lvl": 2}', "'lvl' is not an option here; use level, mode"),
+        ("/sleep?lvl=2", None, "'lvl' is not an option here; use level, mode"),
+        ("/wake_up?tag=weights", None, "'tag' is not an option here; use tags"),
+        ("/release_kv_cache_memory?level=1", None, "'level' is not an option here"),
         ("/sleep", "level=2", "the body is not JSON"),
         ("/sleep", "[2]", "must be a JSON object"),
         ("/sleep?mode=kill", None, "use one of abort, wait, keep"),
@@ -172,12 +176,10 @@ def test_the_online_example(tiny_model):
         "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}",
     }
     (port,) = free_ports(1)
-    done = subprocess.run(
+    done = programs.run(
         [ROOT / "examples" / "online_sleep.sh", tiny_model, str(port), *SMALL, *MEMORY],
+        240,
         env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count('{"is_sleeping":true}') == 2
