@@ -4,13 +4,12 @@
 import gc
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import MIB, ROOT
+from helpers import MIB, ROOT, programs
 from helpers.allocator import Block
 from helpers.machine import LAUNCHER, USUAL_MACHINE
 
@@ -142,16 +141,14 @@ def test_the_example_trains_on_as_if_it_had_not_slept_and_imports_no_vllm() -> N
         "import sleeping_trainer\n"
         "sleeping_trainer.main()\n"
     )
-    done = subprocess.run(
+    done = programs.run(
         [*LAUNCHER, sys.executable, "-c", program],
+        200,
         env={
             **os.environ,
             **USUAL_MACHINE,
             "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples"))),
         },
-        capture_output=True,
-        text=True,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     awake, asleep, again, losses = done.stdout.splitlines()

@@ -3,13 +3,12 @@
 
 import gc
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, programs
 from helpers.allocator import configure
 from helpers.machine import LAUNCHER, USUAL_MACHINE
 
@@ -117,7 +116,7 @@ def test_a_sleep_during_a_capture_is_refused_and_the_capture_goes_on(captured: C
 
 
 def test_executing_a_graph_over_memory_that_sleeps_is_a_fault() -> None:
-    result = subprocess.run(
+    result = programs.run(
         [
             *LAUNCHER,
             sys.executable,
@@ -132,11 +131,9 @@ def test_executing_a_graph_over_memory_that_sleeps_is_a_fault() -> None:
             "captured.graph.replay()\n"
             "torch.npu.synchronize()\n",
         ],
+        120,
         cwd=ROOT / "tests",
         env={**os.environ, **USUAL_MACHINE},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     assert result.stdout == "asleep\n", result.stderr
     assert result.returncode != 0

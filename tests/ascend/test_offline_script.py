@@ -18,13 +18,8 @@ def test_the_guides_offline_script(tiny_model, tmp_path):
 
 
 def text_of_the_script(tiny_model, tmp_path, switch: str, log: str) -> str:
-    """The model is on this machine, so the hub (ModelScope) is replaced."""
     script = tmp_path / "guide.py"
-    script.write_text(
-        OFFLINE.replace(GUIDE_MODEL, str(tiny_model)).replace(
-            'os.environ["VLLM_USE_MODELSCOPE"] = "True"', ""
-        )
-    )
+    script.write_text(OFFLINE.replace(GUIDE_MODEL, str(tiny_model)))
     env = {
         **os.environ,
         "NPU_SIM_MACHINE": f"guide-{os.getpid()}",

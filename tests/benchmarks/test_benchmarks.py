@@ -2,18 +2,17 @@
 """The benchmarks at toy size on the simulated NPU. Contents are asserted, times are not."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, programs
 
 pytestmark = pytest.mark.slow
 
 
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = programs.run(command, 300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, programs
 from helpers.engine import few
 
 from vllm_sleep_ascend.config import SleepModeConfig
@@ -59,9 +59,7 @@ def test_commands_of_the_shell(path, server, left_awake):
         if command.startswith("curl "):
             command = command.replace("curl ", "curl -s -o /dev/null -w '%{http_code}' ", 1)
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            ["bash", "-c", command], env=env, capture_output=True, text=True, timeout=120
-        )
+        done = programs.run(["bash", "-c", command], 120, env=env)
         assert done.returncode == 0, f"{line}: {done.stderr}"
         if command.startswith("curl "):
             assert done.stdout == (expected or "200"), line

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import GIB, MIB, ROOT, warm
+from helpers import GIB, MIB, ROOT, programs, warm
 
 
 @pytest.mark.parametrize("in_process", ["0", "1"])
@@ -29,17 +29,15 @@ def test_the_offline_example(tiny_model, in_process, tmp_path):
 
 
 def demo(model, log) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
+    return programs.run(
         [sys.executable, ROOT / "examples" / "demo.py", model, log],
+        240,
         env={
             **os.environ,
             "NPU_SIM_MACHINE": f"demo-{os.getpid()}",
             "NPU_SIM_HBM_GIB": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         },
-        capture_output=True,
-        text=True,
-        timeout=240,
     )
 
 
@@ -80,11 +78,12 @@ def test_a_demo_that_fails_shows_the_end_of_the_log(tmp_path):
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_rlhf_example(tiny_model, devices, tmp_path):
     figures, picture = tmp_path / "figures.json", tmp_path / "memory.png"
-    done = subprocess.run(
+    done = programs.run(
         [
             *(sys.executable, ROOT / "examples" / "rlhf_colocate.py", tiny_model),
             *("--tensor-parallel-size", str(devices), "--json", figures, "--plot", picture),
         ],
+        500,
         env={
             **os.environ,
             "RAY_worker_niceness": "0",
@@ -92,9 +91,6 @@ def test_the_rlhf_example(tiny_model, devices, tmp_path):
             "NPU_SIM_DEVICES": str(devices),
             "NPU_SIM_HBM_GIB": "0.5",
         },
-        capture_output=True,
-        text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "The updated engine answers as a fresh one with the trained checkpoint." in done.stdout

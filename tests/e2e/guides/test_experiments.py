@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, programs
 from helpers.server import free_ports
 
 FOLDER = ROOT / "examples" / "sleep_experiments"
@@ -31,7 +31,7 @@ def run(line: str) -> int:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
     line = line.replace("python ", f"{python} ", 1)
-    return subprocess.run(line, shell=True, cwd=FOLDER, env=environment, timeout=400).returncode
+    return programs.run(["bash", "-c", line], 400, cwd=FOLDER, env=environment).returncode
 
 
 def events(log: Path) -> list[dict]:
@@ -94,7 +94,7 @@ def test_the_arm_without_sleep(without_sleep):
 
 def report(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "examples.sleep_experiments", "report", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return programs.run(command, 120, cwd=ROOT)
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ the host and the port are replaced.
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, warm
+from helpers import ROOT, programs, warm
+from helpers.server import HBM_GIB, MEMORY, SMALL, Server
 
 GUIDE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 COMPLETION = """
@@ -75,7 +75,7 @@ def run(server, left_awake):
             command = command.replace(host, f"http://127.0.0.1:{server.port}")
         command = command.replace(GUIDE_MODEL, server.model).strip()
         curl = command.replace("curl ", "curl --silent --show-error --fail-with-body ", 1)
-        done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=120)
+        done = programs.run(["bash", "-c", curl], 120)
         assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
         return json.loads(done.stdout) if done.stdout else None
 
@@ -160,23 +160,41 @@ def test_the_russian_page_lists_the_calls_of_level_2(run, server):
 @pytest.mark.parametrize("imports", ["vllm.utils.mem_constants", "vllm.utils"])
 def test_the_guides_offline_scripts(tiny_model, tmp_path, imports):
     """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM 0.32 no longer has it,
-    so its script ends at once, with or without this package. The model is on this machine and
-    replaces the hub (ModelScope).
+    so its script ends at once, with or without this package. The model is a folder of this machine,
+    which ModelScope takes as it is.
     """
     script = tmp_path / "guide.py"
     script.write_text(
-        OFFLINE.replace("vllm.utils.mem_constants", imports)
-        .replace(GUIDE_MODEL, str(tiny_model))
-        .replace('os.environ["VLLM_USE_MODELSCOPE"] = "True"', "")
+        OFFLINE.replace("vllm.utils.mem_constants", imports).replace(GUIDE_MODEL, str(tiny_model))
     )
     env = {**os.environ, "NPU_SIM_MACHINE": f"guide-{os.getpid()}", "OMP_NUM_THREADS": "2"}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    done = warm.run([script], tmp_path / "log", timeout=300, env=env)
+    # vLLM decides where models come from when it is imported.
+    done = warm.run([script], tmp_path / "log", timeout=300, env=env, cold=True)
     if imports == "vllm.utils":
         assert "cannot import name 'GiB_bytes'" in done.stdout
         return
     assert done.returncode == 0, done.stdout[-4000:]
     assert "text:" in done.stdout
+
+
+def test_a_server_with_the_environment_of_the_guides(tiny_model, tmp_path):
+    """In a new interpreter, because vLLM reads some of the variables when it is imported."""
+    exported = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_USE_V1": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_USE_MODELSCOPE": "True",
+        "VLLM_ASCEND_ENABLE_NZ": "0",
+    }
+    env = {"NPU_SIM_MACHINE": f"guide-{os.getpid()}", "NPU_SIM_HBM_GIB": str(HBM_GIB), **exported}
+    options = ("--enable-sleep-mode", *SMALL, *MEMORY)
+    with Server(tiny_model, *options, log=tmp_path / "log", env=env, cold=True) as server:
+        before = server.complete()
+        server.post("/sleep")
+        assert held(server) == 0
+        server.post("/wake_up")
+        assert server.complete() == before
 
 
 def test_the_experiments_take_their_guides_arguments(tmp_path):
@@ -197,6 +215,6 @@ def test_the_experiments_take_their_guides_arguments(tmp_path):
         log = tmp_path / "out_info.log"
         command = f"python {line} --help > {log} 2>&1"
         env = {**os.environ, "PATH": path}
-        done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, timeout=60)
+        done = programs.run(["bash", "-c", command], 60, cwd=folder, env=env)
         assert done.returncode == 0, f"{line}: {log.read_text()}"
         assert "usage:" in log.read_text()

@@ -3,10 +3,10 @@
 
 import json
 import socket
-import subprocess
 
 import httpx
 import pytest
+from helpers import programs
 from helpers.proxy import PROMPTS, Proxy, body, command, text
 
 from .conftest import API_KEY
@@ -104,6 +104,6 @@ def test_a_server_that_wants_a_key(pair, third):
     ],
 )
 def test_wrong_usage(options, reason):
-    done = subprocess.run(command([], *options), capture_output=True, text=True, timeout=60)
+    done = programs.run(command([], *options), 60)
     assert done.returncode == 2
     assert reason in done.stderr

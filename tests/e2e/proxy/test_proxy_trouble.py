@@ -4,14 +4,13 @@
 import http.server
 import os
 import signal
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from helpers import MIB
+from helpers import MIB, programs
 from helpers.faults import set_faults
 from helpers.patience import wait_for
 from helpers.proxy import PROMPTS, Proxy, body, command, text, used
@@ -91,7 +90,7 @@ def test_a_port_in_use_is_said(proxy):
     (free,) = free_ports(1)
     ports = ("--port", str(proxy.port), "--admin-port", str(free))
     line = command([], "http://127.0.0.1:9", *ports)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    done = programs.run(line, 60)
     assert done.returncode != 0
     assert "address already in use" in done.stderr
 
