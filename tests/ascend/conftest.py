@@ -9,8 +9,8 @@ import pytest
 
 os.environ.setdefault("VLLM_ASCEND_ENABLE_NZ", "0")  # as its guide to sleep mode sets it
 # Real NPU attention has no float32, but the tokens of 16-bit engines differ from another
-# implementation's if two logits are nearly equal.
-os.environ.setdefault("NPU_SIM_FLOAT32_ATTENTION", "1")
+# implementation's if two logits are nearly equal. Nor does it take a small model's heads.
+os.environ.setdefault("NPU_SIM_LAX_ATTENTION", "1")
 # Its compiler is made for torch 2.10; torch 2.13 refuses to cache the graphs that it returns.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("VLLM_DISABLE_COMPILE_CACHE", "1")

@@ -162,19 +162,21 @@ def attend(query, key, value, visible):
     return F.scaled_dot_product_attention(q, key, value, visible, scale=0.3).transpose(0, 1)
 
 
-QUERIES, KEYS, SIZE = (5, 1, 3), (5, 9, 7), 16
+QUERIES, KEYS, SIZE, BLOCK = (5, 1, 3), (5, 33, 32), 64, 16
 """Of three sequences: one from its start, one by a token, one in the middle."""
+MASK = torch.ones(2048, 2048).triu(1).to(torch.int8)
 
 
 @pytest.fixture
 def batch():
-    """Keys and values as tokens, and the same in permuted blocks of 4."""
-    query, key, value = random(9, 4, SIZE), random(21, 2, SIZE), random(22, 2, SIZE)[1:]
+    """Keys and values as tokens, and the same in permuted blocks."""
+    query = random(9, 4, SIZE)
+    key, value = random(sum(KEYS), 2, SIZE), random(sum(KEYS) + 1, 2, SIZE)[1:]
     table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().view(3, 4)
-    blocks = torch.zeros(2, 12, 4, 2, SIZE, dtype=torch.float16).npu()
-    starts = [0, 5, 14]
+    blocks = torch.zeros(2, 12, BLOCK, 2, SIZE, dtype=torch.float16).npu()
+    starts = [0, 5, 38]
     slots = torch.cat(
-        [table[row].long().mul(4)[torch.arange(n) // 4] + torch.arange(n) % 4
+        [table[row].long().mul(BLOCK)[torch.arange(n) // BLOCK] + torch.arange(n) % BLOCK
          for row, n in enumerate(KEYS)]
     )  # fmt: skip
     padding = torch.tensor([-1, -1])
@@ -196,10 +198,10 @@ def test_paged_attention(batch, band):
         query.npu(),
         blocks[0],
         blocks[1],
-        atten_mask=torch.ones(2048, 2048).triu(1).to(torch.int8).npu(),
+        atten_mask=MASK.npu(),
         block_table=table.npu(),
         input_layout="TND",
-        block_size=4,
+        block_size=BLOCK,
         actual_seq_lengths=[5, 6, 9],
         actual_seq_lengths_kv=list(KEYS),
         num_key_value_heads=2,
@@ -218,6 +220,24 @@ def test_paged_attention(batch, band):
         expected = attend(query[first : first + q], key[tokens], value[tokens], visible)
         close(out[first : first + q].cpu(), expected.half(), atol=2e-3, rtol=2e-3)
         first += q
+
+
+@pytest.mark.parametrize("size", [16, 80, 512])
+def test_paged_attention_of_one_row_each(size):
+    """Layout BSH, in which heads may have other sizes; the sparse mode means nothing."""
+    query, cache = random(3, 1, 4 * size), random(2, 7, BLOCK, 2 * size)
+    table = torch.tensor([[6, 0, 0], [5, 3, 0], [1, 4, 2]], dtype=torch.int32)
+    lengths = [BLOCK, BLOCK + 1, 3 * BLOCK]
+    out, _ = torch_npu.npu_fused_infer_attention_score(
+        query.npu(), *cache.npu(), block_table=table.npu(), input_layout="BSH", block_size=BLOCK,
+        actual_seq_lengths_kv=lengths, num_heads=4, num_key_value_heads=2, scale=0.3, sparse_mode=3,
+    )  # fmt: skip
+    assert out.shape == query.shape
+    for row, length in enumerate(lengths):
+        key, value = (side[table[row].long()].flatten(0, 1)[:length] for side in cache)
+        tokens = (t.view(-1, t.shape[-1] // size, size) for t in (query[row], key, value))
+        expected = attend(*tokens, None).flatten(1)
+        close(out[row].cpu(), expected.half(), atol=2e-3, rtol=2e-3)
 
 
 def test_attention_over_the_tokens_at_hand():
@@ -240,36 +260,125 @@ def test_attention_over_the_tokens_at_hand():
     "change,problem",
     [
         ({"sparse_mode": 3}, "sparse_mode 3 needs a mask of 2048 x 2048"),
-        ({"input_layout": "BSH"}, "input_layout BSH is not simulated"),
+        ({"sparse_mode": 3, "atten_mask": MASK.T.contiguous()}, "the mask does not hide"),
+        ({"input_layout": "BSND"}, "input_layout BSND is not simulated"),
+        ({"input_layout": "BSH"}, "BSH with 2 rows"),
         ({"actual_seq_lengths": [8]}, "the last sequence does not end the query"),
+        ({"actual_seq_lengths": [9, 8, 9]}, "ends that do not ascend"),
+        ({"actual_seq_lengths": None}, "layout TND needs actual_seq_lengths"),
+        ({"actual_seq_lengths_kv": None}, "there is no actual_seq_lengths_kv"),
+        ({"actual_seq_lengths_kv": [4, 9]}, "batch sizes differ"),
+        ({"actual_seq_lengths": [9] * 4097}, "4097 sequences, not 1 to 4096"),
+        ({"num_heads": 4}, "2 heads, not 4"),
+        ({"num_key_value_heads": 3}, "2 heads over 3 heads of keys"),
+        ({"query": torch.zeros(9, 130, 64).half(), "num_heads": 130, "num_key_value_heads": 2},
+         "130 heads over 2 of keys"),
+        ({"query": torch.zeros(9, 2, 32).half()}, "TND with heads of 32, not 64, 128, 192"),
+        ({"query": torch.zeros(9, 4, 64).half()[:, ::2]}, "query is not contiguous"),
+        ({"value": torch.zeros(9, 2, 32).half()}, "key .* and value"),
         ({"quant_scale1": torch.ones(1)}, "quant_scale1 is not simulated"),
     ],
-)
+)  # fmt: skip
 def test_attention_refuses(change, problem):
-    q = random(9, 2, SIZE).npu()
+    q = random(9, 2, SIZE)
     arguments = {
+        "query": q,
+        "key": q,
+        "value": q,
         "input_layout": "TND",
         "num_heads": 2,
         "actual_seq_lengths": [9],
         "actual_seq_lengths_kv": [9],
+        **change,
     }
-    change = {k: v.npu() if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    refused(torch_npu.npu_fused_infer_attention_score, arguments, problem)
+
+
+def refused(operator, arguments, problem):
+    """Strides are kept on the way to the device."""
+    on_device = {
+        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="npu").copy_(t)
+        if isinstance(t, torch.Tensor)
+        else t
+        for name, t in arguments.items()
+    }
     with pytest.raises(RuntimeError, match=problem):
-        torch_npu.npu_fused_infer_attention_score(q, q, q, **{**arguments, **change})
+        operator(**on_device)
+
+
+TABLE = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "change,problem",
+    [
+        ({"block_size": 32}, "blocks of 16, not 32"),
+        ({"block_size": 8}, "blocks of 8, not a multiple of 16 of 1024"),
+        ({"block_size": 1040}, "blocks of 1040, not a multiple of 16 of 1024"),
+        ({"input_layout": "BSH", "query": torch.zeros(2, 1, 128).half(), "block_size": 528},
+         "blocks of 528, not a multiple of 16 of 512"),
+        ({"input_layout": "BSH", "query": torch.zeros(2, 1, 40).half()}, "heads of 20, not"),
+        ({"input_layout": "BSH", "query": torch.zeros(2, 1, 1056).half()}, "heads of 528, not"),
+        ({"input_layout": "BSH", "query": torch.zeros(2, 1, 128).half(), "block_table": None},
+         "BSH without a block_table"),
+        ({"input_layout": "BSH", "query": torch.zeros(2, 1, 128).half(), "atten_mask": MASK},
+         "a mask with layout BSH"),
+        ({"block_table": TABLE.long()}, r"block_table is torch\.int64"),
+        ({"block_table": TABLE[0]}, "block_table has 1 dimensions"),
+        ({"block_table": TABLE[:1]}, "1 rows of blocks, 2 sequences"),
+        ({"actual_seq_lengths_kv": [33, 1]}, "3 blocks in 2 columns"),
+        ({"actual_seq_lengths_kv": [32, 32], "key": torch.zeros(3, 16, 128).half(),
+          "value": torch.zeros(3, 16, 128).half()}, "4 blocks in use, of 3"),
+    ],
+)  # fmt: skip
+def test_paged_attention_refuses(change, problem):
+    arguments = {
+        "query": random(2, 2, SIZE),
+        "key": random(4, 16, 2 * SIZE),
+        "value": random(4, 16, 2 * SIZE),
+        "block_table": TABLE,
+        "block_size": 16,
+        "input_layout": "TND",
+        "num_heads": 2,
+        "actual_seq_lengths": [1, 2],
+        "actual_seq_lengths_kv": [17, 1],
+        **change,
+    }
+    refused(torch_npu.npu_fused_infer_attention_score, arguments, problem)
+
+
+@pytest.mark.parametrize(
+    "change,problem",
+    [
+        ({"slot_indices": torch.tensor([3])}, r"slot_indices torch\.int64"),
+        ({"key_cache": torch.zeros(2, 4, 16, 8).half().transpose(1, 2)}, "not contiguous"),
+        ({"value_cache": torch.zeros(2, 16, 4, 8)}, r"torch\.float16 into torch\.float32"),
+    ],
+)
+def test_the_cache_write_refuses(change, problem):
+    arguments = {
+        "key": random(1, 4, 8),
+        "value": random(1, 4, 8),
+        "key_cache": torch.zeros(2, 16, 4, 8).half(),
+        "value_cache": torch.zeros(2, 16, 4, 8).half(),
+        "slot_indices": torch.tensor([3], dtype=torch.int32),
+        **change,
+    }
+    refused(torch_npu._npu_reshape_and_cache, arguments, problem)
 
 
 def test_attention_knows_no_float32(monkeypatch):
     from vllm_sleep_ascend.sim.npu import attention
 
-    monkeypatch.delenv("NPU_SIM_FLOAT32_ATTENTION", raising=False)
-    attention._types.cache_clear()
+    monkeypatch.delenv("NPU_SIM_LAX_ATTENTION", raising=False)
+    attention._is_lax.cache_clear()
     q = random(3, 2, SIZE, dtype=torch.float32).npu()
     with pytest.raises(RuntimeError, match=r"query is torch\.float32"):
         torch_npu.npu_fused_infer_attention_score(
             q, q, q, input_layout="TND", num_heads=2, actual_seq_lengths=[3],
             actual_seq_lengths_kv=[3],
         )  # fmt: skip
-    attention._types.cache_clear()
+    attention._is_lax.cache_clear()
 
 
 def test_experts():

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm_sleep_ascend.sim.npu.require import require
+
 MASK = 2048
 """Rows and columns of the compressed mask for sparse modes 2 to 4."""
 
@@ -21,9 +23,14 @@ def reshape_and_cache(
 ) -> None:
     """Write each token's key and value, (tokens, heads, size), to its slot; negative slots are
     padding. The caches are (blocks, block size, heads, size)."""
+    name = "_npu_reshape_and_cache"
+    require(slot_indices.dtype == torch.int32, name, f"slot_indices {slot_indices.dtype}")
+    contiguous = key_cache.is_contiguous() and value_cache.is_contiguous()
+    require(contiguous, name, "a cache is not contiguous")
     kept = slot_indices >= 0
     slots = slot_indices[kept].long()
     for paged, tokens in ((key_cache, key), (value_cache, value)):
+        require(paged.dtype == tokens.dtype, name, f"{tokens.dtype} into {paged.dtype}")
         paged.view(-1, *paged.shape[2:])[slots] = tokens[kept]
 
 
@@ -48,52 +55,88 @@ def fused_infer_attention_score(
     softmax_lse_flag: bool = False,
     **unsupported: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * query @ key.T + mask) @ value for a batch of sequences in layout TND.
+    """softmax(scale * query @ key.T + mask) @ value for a batch of sequences.
 
-    ``query`` is (tokens, heads, size); ``actual_seq_lengths`` holds the end of each sequence.
-    Without ``block_table``, key and value have the query's layout, and their lengths are ends too.
-    With it, they are (blocks, block size, heads * size), and the lengths are per sequence.
+    In layout TND, ``query`` is (tokens, heads, size); ``actual_seq_lengths`` holds the end of each
+    sequence. Without ``block_table``, key and value have the query's layout, and their lengths are
+    ends too. With it, they are (blocks, block size, heads * size), and lengths are per sequence.
+
+    In layout BSH, ``query`` is (sequences, 1, heads * size), and there is a ``block_table``. The
+    sparse mode is ignored.
     """
     given = [name for name, argument in unsupported.items() if argument not in (None, 0)]
     _require(not given, f"{', '.join(given)} is not simulated")
-    _require(input_layout == "TND", f"input_layout {input_layout} is not simulated, TND is")
-    _require(
-        actual_seq_lengths is not None and actual_seq_lengths_kv is not None,
-        "layout TND needs actual_seq_lengths and actual_seq_lengths_kv",
-    )
-    assert actual_seq_lengths is not None and actual_seq_lengths_kv is not None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _require(tensor.is_contiguous(), f"{name} is not contiguous")
         _require(tensor.dtype in _types(), f"{name} is {tensor.dtype}, not one of {_types()}")
-    _require(len(actual_seq_lengths) == len(actual_seq_lengths_kv), "batch sizes differ")
-    _require(actual_seq_lengths[-1] == len(query), "the last sequence does not end the query")
-    _check_mask(sparse_mode, atten_mask)
+        _require(tensor.dim() == 3, f"{name} has {tensor.dim()} dimensions, not 3")
+    _require(key.shape == value.shape, f"key {tuple(key.shape)} and value {tuple(value.shape)}")
+    _require(actual_seq_lengths_kv is not None, "there is no actual_seq_lengths_kv")
+    assert actual_seq_lengths_kv is not None
     kv_heads = num_key_value_heads or num_heads
     _require(num_heads % kv_heads == 0, f"{num_heads} heads over {kv_heads} heads of keys")
+    _require(
+        num_heads <= 256 and num_heads // kv_heads <= 64,
+        f"{num_heads} heads over {kv_heads} of keys: more than 256, or 64 to 1",
+    )
+    if input_layout == "TND":
+        ends = _ends(query, actual_seq_lengths, num_heads)
+        _check_mask(sparse_mode, atten_mask)
+    else:
+        _require(input_layout == "BSH", f"input_layout {input_layout} is not simulated")
+        _require(query.shape[1] == 1, f"BSH with {query.shape[1]} rows of queries is not simulated")
+        _require(block_table is not None, "BSH without a block_table is not simulated")
+        _require(atten_mask is None, "a mask with layout BSH is not simulated")
+        ends, sparse_mode = list(range(1, len(query) + 1)), 0
+    size = query.shape[1:].numel() // num_heads
+    _require(
+        size <= 512 and size % 16 == 0, f"heads of {size}, not a multiple of 16 of 512 at most"
+    )
+    _require(len(ends) == len(actual_seq_lengths_kv), "batch sizes differ")
 
     if block_table is None:
         sequences = _packed(key, value, actual_seq_lengths_kv)
     else:
+        most = 1024 if input_layout == "TND" else 512
+        _require(
+            0 < block_size <= most and block_size % 16 == 0,
+            f"blocks of {block_size}, not a multiple of 16 of {most} at most",
+        )
         _require(key.shape[1] == block_size, f"blocks of {key.shape[1]}, not {block_size}")
         sequences = _paged(key, value, block_table, actual_seq_lengths_kv, block_size)
-    output = torch.empty_like(query)
-    lse = torch.empty(len(query), num_heads, 1, dtype=torch.float32, device=query.device)
+    rows = query.view(-1, num_heads, size)
+    output = torch.empty_like(rows)
+    lse = torch.empty(len(rows), num_heads, 1, dtype=torch.float32, device=query.device)
     begin = 0
-    for end, (keys, values) in zip(actual_seq_lengths, sequences, strict=True):
+    for end, (keys, values) in zip(ends, sequences, strict=True):
         if end == begin:
             continue
-        q = query[begin:end].float().transpose(0, 1)
+        q = rows[begin:end].float().transpose(0, 1)
         k = _per_query_head(keys, kv_heads, num_heads)
         v = _per_query_head(values, kv_heads, num_heads)
-        scores = q @ k.transpose(1, 2) * scale
-        if sparse_mode != 0:
-            hidden = _hidden(q.shape[1], k.shape[1], sparse_mode, pre_tokens, next_tokens)
-            scores.masked_fill_(hidden.to(scores.device), float("-inf"))
+        hidden = _hidden(q.shape[1], k.shape[1], sparse_mode, pre_tokens, next_tokens)
+        # What is hidden takes no part, whatever it holds.
+        seen = (~hidden).any(0).nonzero().flatten()
+        hidden, k, v = hidden[:, seen], k[:, seen], v[:, seen]
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill_(hidden, float("-inf"))
         sums = scores.logsumexp(-1, keepdim=True)
         output[begin:end] = ((scores - sums).exp() @ v).transpose(0, 1).to(output.dtype)
         lse[begin:end] = sums.transpose(0, 1)
         begin = end
-    return output, lse if softmax_lse_flag else lse.new_zeros(1)
+    return output.view_as(query), lse if softmax_lse_flag else lse.new_zeros(1)
+
+
+def _ends(query: torch.Tensor, ends: list[int] | None, num_heads: int) -> list[int]:
+    """Of each sequence's rows, in layout TND."""
+    _require(ends is not None, "layout TND needs actual_seq_lengths")
+    assert ends is not None
+    _require(0 < len(ends) <= 4096, f"{len(ends)} sequences, not 1 to 4096")
+    _require(ends == sorted(ends) and ends[0] >= 0, "ends that do not ascend")
+    _require(ends[-1] == len(query), "the last sequence does not end the query")
+    _require(query.shape[1] == num_heads, f"{query.shape[1]} heads, not {num_heads}")
+    size = query.shape[2]
+    _require(size in (64, 128, 192) or _is_lax(), f"TND with heads of {size}, not 64, 128, 192")
+    return ends
 
 
 def fused_infer_attention_score_out(
@@ -135,17 +178,20 @@ def _workspace_bytes(query: torch.Tensor) -> int:
     return max(512, 4 * query.numel())
 
 
-@cache
 def _types() -> tuple[torch.dtype, ...]:
-    """The types that NPU attention supports. NPU_SIM_FLOAT32_ATTENTION=1 adds float32, so that
-    tokens can be compared with another implementation without rounding differences."""
-    extra = (torch.float32,) if os.environ.get("NPU_SIM_FLOAT32_ATTENTION") == "1" else ()
-    return (torch.float16, torch.bfloat16, *extra)
+    """The types that NPU attention supports."""
+    return (torch.float16, torch.bfloat16, *((torch.float32,) if _is_lax() else ()))
+
+
+@cache
+def _is_lax() -> bool:
+    """NPU_SIM_LAX_ATTENTION=1 adds float32, and heads of other sizes: a small model's tokens can be
+    compared with another implementation's without rounding differences."""
+    return os.environ.get("NPU_SIM_LAX_ATTENTION") == "1"
 
 
 def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise RuntimeError(f"npu_fused_infer_attention_score: {problem}")
+    require(condition, "npu_fused_infer_attention_score", problem)
 
 
 def _check_mask(sparse_mode: int, mask: torch.Tensor | None) -> None:
@@ -159,6 +205,9 @@ def _check_mask(sparse_mode: int, mask: torch.Tensor | None) -> None:
         and mask.dtype in (torch.bool, torch.int8, torch.uint8),
         f"sparse_mode {sparse_mode} needs a mask of {MASK} x {MASK}, bool, int8 or uint8",
     )
+    assert mask is not None
+    corners = mask.view(MASK, MASK)[:: MASK - 1, :: MASK - 1].tolist()
+    _require(corners == [[0, 1], [0, 0]], "the mask does not hide what is above its diagonal")
 
 
 def _packed(
@@ -172,6 +221,11 @@ def _paged(
     key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, lengths: list[int], size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     _require(table.dtype == torch.int32, f"block_table is {table.dtype}, not int32")
+    _require(table.dim() == 2, f"block_table has {table.dim()} dimensions, not 2")
+    _require(len(table) >= len(lengths), f"{len(table)} rows of blocks, {len(lengths)} sequences")
+    needed = [-(-length // size) for length in lengths]
+    _require(max(needed) <= table.shape[1], f"{max(needed)} blocks in {table.shape[1]} columns")
+    _require(sum(needed) <= len(key), f"{sum(needed)} blocks in use, of {len(key)}")
     for row, length in enumerate(lengths):
         blocks = table[row, : -(-length // size)].long()
         yield key[blocks].flatten(0, 1)[:length], value[blocks].flatten(0, 1)[:length]
@@ -185,8 +239,10 @@ def _per_query_head(tokens: torch.Tensor, kv_heads: int, heads: int) -> torch.Te
 
 
 def _hidden(queries: int, keys: int, mode: int, pre_tokens: int, next_tokens: int) -> torch.Tensor:
-    """True for keys after the query (mode 3), or outside its band (mode 4). The last query is
-    aligned with the last key."""
+    """True for keys after the query (mode 3), or outside its band (mode 4), for none in mode 0. The
+    last query is aligned with the last key."""
+    if mode == 0:
+        return torch.zeros(queries, keys, dtype=torch.bool)
     distance = torch.arange(keys) - (torch.arange(queries) + keys - queries).unsqueeze(1)
     if mode == 3:
         return distance > 0
