@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_sleep_ascend.native.attention import tiles as tiles_module
-from vllm_sleep_ascend.native.attention.kv_cache import read_kv, write_kv
+from vllm_sleep_ascend.native.attention.kv_cache import Rows, halves, read_kv, write_kv
 from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
 from vllm_sleep_ascend.native.attention.tiles import make_tile, plan_tiles
 
@@ -29,6 +29,8 @@ class Case:
     rules: dict = field(default_factory=dict)
     layout: tuple[int, ...] = (0, 2, 1, 3)
     """Physical order of the cache's (block, head, token, content)."""
+    gap: int = 0
+    """Elements between two pages, as in a model with other caches beside attention's."""
 
 
 PREFILL = [(5, 0), (1, 0), (33, 0)]
@@ -59,6 +61,7 @@ CASES = {
     "not causal": Case(MIXED, rules={"causal": False}),
     "not causal, window": Case(MIXED, window=6, rules={"causal": False}),
     "head-major cache": Case(MIXED, layout=(0, 1, 2, 3)),
+    "gaps between the pages": Case(MIXED, gap=48),
     "many alike": Case([(1, n) for n in range(70)]),
 }
 
@@ -132,7 +135,9 @@ def batch(case, seed=0):
     per_request = [-(-n // case.block_size) for n in lens]
     num_blocks = 1 + sum(per_request) + 3
     shape = (num_blocks, case.kv_heads, case.block_size, case.head_size + case.head_size_v)
-    physical = torch.full([shape[i] for i in case.layout], NAN)
+    page = math.prod(shape[1:])
+    pages = torch.full((num_blocks, page + case.gap), NAN)[:, :page]
+    physical = pages.unflatten(1, [shape[i] for i in case.layout[1:]])
     cache = physical.permute([case.layout.index(i) for i in range(4)])
     ids = iter((torch.randperm(num_blocks - 1) + 1).tolist())
     # Entries after a request's last block point to poisoned blocks.
@@ -142,7 +147,8 @@ def batch(case, seed=0):
         block_table[row, :count] = blocks
         position = torch.arange(key.shape[0])
         slots = blocks[position // case.block_size].long() * case.block_size
-        write_kv(cache, key, value, slots + position % case.block_size)
+        slots += position % case.block_size
+        write_kv(cache, key, value, Rows(slots, case.block_size))
     return query, keys, values, cache, block_table
 
 
@@ -242,7 +248,26 @@ def test_tiles_cover_every_row_once_within_scratch():
 def test_padding_tokens_go_to_the_null_block():
     cache = torch.full((4, 1, 2, 2), NAN)
     key = torch.arange(3.0).view(3, 1, 1)
-    write_kv(cache, key, key + 10, torch.tensor([5, -1, 2, 7]))
-    got = read_kv(cache, torch.tensor([[5, 2, 0]]))
-    assert got.tolist() == [[[[0.0, 10.0]], [[2.0, 12.0]], [[1.0, 11.0]]]]
+    write_kv(cache, key, key + 10, Rows(torch.tensor([5, -1, 2, 7]), 2))
+    rows = torch.stack(Rows(torch.tensor([[5, 2, 0]]), 2).indices)
+    keys, values = read_kv(cache, 1, rows)
+    assert keys.flatten().tolist() == [0.0, 2.0, 1.0]
+    assert values.flatten().tolist() == [10.0, 12.0, 11.0]
     assert cache.isnan().sum() == cache.numel() - 6
+
+
+def test_a_page_holds_the_keys_of_its_tokens_and_then_their_values():
+    cache = torch.zeros(3, 2, 4, 6).transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)
+    write_kv(cache, key, value, Rows(torch.tensor([1 * 4 + 2]), 4))
+    page = torch.zeros(2, 4, 2, 3)
+    page[0, 2], page[1, 2] = 1, 2
+    assert torch.equal(cache.transpose(1, 2).flatten(1)[1], page.flatten())
+    both = halves(cache, 3)
+    assert both.is_contiguous() and both.data_ptr() == cache.data_ptr()
+    assert torch.equal(both[2:4], page)
+
+
+def test_pages_without_two_alike_halves():
+    assert halves(torch.zeros(3, 2, 4, 6), 2) is None
+    assert halves(torch.zeros(6, 2, 4, 6)[::2], 3) is None

@@ -2,9 +2,25 @@
 """What a step costs, by the simulated device's counters: the limits that later work must keep."""
 
 import pytest
-from helpers.engine import driver_worker, sleep_and_wake
+import torch
+from helpers.engine import driver_worker, engine, sleep_and_wake
+from helpers.models import make_model
 
-OPERATORS = ("npu_rms_norm", "npu_add_rms_norm", "npu_swiglu", "npu_mrope")
+OPERATORS = (
+    "npu::npu_rms_norm",
+    "npu::npu_add_rms_norm",
+    "npu::npu_swiglu",
+    "npu::npu_mrope",
+    "npu::npu_fused_infer_attention_score",
+    "atb::_npu_reshape_and_cache",
+)
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def llm(request):
+    """NPU operators attend in 16 bits only."""
+    with engine(make_model("tiny-qwen2"), dtype=request.param, enable_sleep_mode=True) as llm:
+        yield llm
 
 
 def costs_of(llm, tokens):
@@ -16,7 +32,7 @@ def costs_of(llm, tokens):
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     llm.generate(["The sea"], parameters, use_tqdm=False)
     costs = control.costs()
-    counts = {name: control.call_count(f"npu::{name}") for name in OPERATORS}
+    counts = {name: control.call_count(name) for name in OPERATORS}
     return {
         "launches": costs.launches,
         "on_ai_cpu": costs.on_ai_cpu,
@@ -37,14 +53,18 @@ def decode_step(llm):
 def test_a_decode_step_before_and_after_sleep(llm, level):
     step = decode_step(llm)
     layers = driver_worker(llm).model_config.hf_config.num_hidden_layers
+    in_pytorch = driver_worker(llm).model_config.dtype == torch.float32
+    attends = 0 if in_pytorch else layers
     assert {name: step[name] for name in OPERATORS} == {
-        "npu_rms_norm": 1,  # the first; the others come with their residual
-        "npu_add_rms_norm": 2 * layers,
-        "npu_swiglu": layers,
-        "npu_mrope": layers,
+        "npu::npu_rms_norm": 1,  # the first; the others come with their residual
+        "npu::npu_add_rms_norm": 2 * layers,
+        "npu::npu_swiglu": layers,
+        "npu::npu_mrope": layers,
+        "npu::npu_fused_infer_attention_score": attends,
+        "atb::_npu_reshape_and_cache": attends,
     }
     assert step["on_ai_cpu"] == step["hidden_copy_bytes"] == 0
-    assert step["launches"] <= 22 * layers + 63
+    assert step["launches"] <= (22 * layers + 63 if in_pytorch else 10 * layers + 41)
     assert step["waits"] == 2  # the sampled token; and that the last step's inputs were copied
     sleep_and_wake(llm, level)
     assert decode_step(llm) == step

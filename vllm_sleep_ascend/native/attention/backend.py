@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's attention interface over the plain-PyTorch attention of ``paged_attention``."""
+"""vLLM's attention interface: an NPU operator where it can do the layer and the batch (``fused``),
+and plain PyTorch otherwise (``paged``)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -25,7 +30,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_sleep_ascend.native.attention.kv_cache import write_kv
+from vllm_sleep_ascend.native.attention import choice, fused
+from vllm_sleep_ascend.native.attention.kv_cache import Rows, halves, write_kv
 from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
 from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES, Tile, make_tile, plan_tiles
 
@@ -35,12 +41,26 @@ class NPUAttentionMetadata(AttentionMetadata):
     """What the layers of a KV cache group need for one step."""
 
     num_tokens: int
-    tiles: list[Tile]
     causal: bool
+    make_tiles: Callable[[], list[Tile]]
+    batch: fused.Batch | None = None
+    """What the operator needs; None if it computes no layer of the group."""
+    _rows: Rows | None = None
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        """What PyTorch needs."""
+        return self.make_tiles()
+
+    def rows(self, slots: torch.Tensor, block_size: int) -> Rows:
+        """Where the tokens of these slots go, computed once for the layers that share them."""
+        if self._rows is None or self._rows.slots is not slots:
+            self._rows = Rows(slots, block_size)
+        return self._rows
 
 
 class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]):
-    """Splits each step's batch into tiles, once for all layers of a KV cache group."""
+    """Describes each step's batch, once for all layers of a KV cache group."""
 
     def __init__(
         self,
@@ -63,6 +83,27 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         self.heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or model_config.get_num_attention_heads(parallel_config)
+        self.block_size = kv_cache_spec.block_size
+        self.mask: torch.Tensor | None = None
+        if not self.encoder and self._choose_operators(vllm_config, layer_names):
+            self.mask = fused.causal_mask(device)
+        # With asynchronous scheduling, the host assumes that every draft token was accepted.
+        self.knows_lengths = (
+            vllm_config.speculative_config is None
+            or not vllm_config.scheduler_config.async_scheduling
+        )
+
+    def _choose_operators(self, vllm_config: VllmConfig, layer_names: list[str]) -> bool:
+        """Have each layer choose. Whether one attends with the operator."""
+        layers = get_layers_from_vllm_config(
+            vllm_config,
+            AttentionLayerBase,  # type: ignore[type-abstract]
+            layer_names,
+        )
+        impls = [cast(NPUAttentionImpl, layer.impl) for layer in layers.values()]  # type: ignore[attr-defined]
+        for impl in impls:
+            impl.choose_operators(self.device, self.kv_cache_spec)  # type: ignore[arg-type]
+        return any(impl.operators.layout is not None for impl in impls)
 
     def build(
         self,
@@ -70,7 +111,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> NPUAttentionMetadata:
-        """Split a batch into tiles.
+        """Describe a batch.
 
         Raises:
             NotImplementedError: some requests are causal and some are not.
@@ -84,33 +125,37 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         causal = bool(common.causal) and not self.encoder
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         query_lens = [end - start for start, end in pairwise(starts)]
+        bounds = common.seq_lens_cpu_upper_bound
         if self.encoder:
             seq_lens = query_lens
-        elif common.seq_lens_cpu_upper_bound is not None:
-            seq_lens = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        elif bounds is not None:
+            seq_lens = bounds[: common.num_reqs].tolist()
         else:
             seq_lens = common.seq_lens[: common.num_reqs].tolist()
-        plans = plan_tiles(
-            query_lens,
-            seq_lens,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            content=self.content,
-            causal=causal,
-            window=self.window,
-        )
-        tiles = [
-            make_tile(
-                plan,
+
+        query_start, lengths = common.query_start_loc, common.seq_lens
+        block_table = common.block_table_tensor
+
+        def make_tiles() -> list[Tile]:
+            plans = plan_tiles(
                 query_lens,
-                common.query_start_loc,
-                common.seq_lens,
-                common.block_table_tensor,
-                self.window,
+                seq_lens,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                content=self.content,
+                causal=causal,
+                window=self.window,
             )
-            for plan in plans
-        ]
-        return NPUAttentionMetadata(starts[-1], tiles, causal)
+            return [
+                make_tile(plan, query_lens, query_start, lengths, block_table, self.window)
+                for plan in plans
+            ]
+
+        batch = None
+        if self.mask is not None and causal and (bounds is None or self.knows_lengths):
+            table = fused.table_of_keys(block_table[: common.num_reqs])
+            batch = fused.Batch(starts[1:], seq_lens, table, self.mask, self.block_size)
+        return NPUAttentionMetadata(starts[-1], causal, make_tiles, batch)
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
@@ -150,6 +195,8 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.alibi_slopes = alibi_slopes
+        self.layer: fused.Layer | None = None
+        self.operators = choice.Choice()
         self.rules = Rules(
             scale=self.scale,
             head_size=head_size,
@@ -157,6 +204,23 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             soft_cap=logits_soft_cap or 0.0,
             sinks=sinks,
         )
+
+    def choose_operators(self, device: torch.device, spec: AttentionSpec) -> None:
+        """Choose operators for the caches of that kind; until then the layer has none."""
+        rules, size = self.rules, self.head_size
+        plain = rules.soft_cap or self.alibi_slopes is not None or rules.sinks is not None
+        if plain or spec.head_size != size or (spec.head_size_v or size) != size:
+            return
+        self.layer = fused.Layer(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            spec.dtype,
+            spec.block_size,
+            self.scale,
+            rules.window,
+        )
+        self.operators = choice.choose(device, self.layer)
 
     def forward(
         self,
@@ -178,7 +242,7 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             key: ``[tokens, kv_heads, head_size]``; already in the cache.
             value: ``[tokens, kv_heads, head_size_v]``; already in the cache.
             kv_cache: ``[blocks, kv_heads, block_size, head_size + head_size_v]``.
-            attn_metadata: the step's tiles; None in vLLM's profiling and warm-up runs.
+            attn_metadata: the step's batch; None in vLLM's profiling and warm-up runs.
             output: ``[tokens, heads, head_size_v]``.
             output_scale: not supported.
             output_block_scale: not supported.
@@ -192,6 +256,8 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             # Profiling: allocate the scratch memory that a real step may need.
             torch.empty(PEAK_BYTES, dtype=torch.uint8, device=output.device)
             return output.zero_()
+        if self._attend_by_operator(query, kv_cache, attn_metadata, output):
+            return output
         if self.alibi_slopes is not None and self.rules.alibi_slopes is None:
             slopes = torch.tensor(self.alibi_slopes, dtype=torch.float32, device=query.device)
             self.rules = replace(self.rules, alibi_slopes=slopes)
@@ -206,6 +272,25 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             paged_attention(query, kv_cache, result, attn_metadata.tiles, rules)
         return output
 
+    def _attend_by_operator(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: NPUAttentionMetadata,
+        output: torch.Tensor,
+    ) -> bool:
+        """Whether the operator did it."""
+        layout, batch = self.operators.layout, attn_metadata.batch
+        if layout is None or batch is None or query.dtype != kv_cache.dtype:
+            return False
+        assert self.layer is not None
+        both = halves(kv_cache, self.head_size)
+        if both is None or not batch.takes(layout, len(both) - 1):
+            return False
+        tokens = attn_metadata.num_tokens
+        fused.attend(self.layer, layout, query[:tokens], both, output[:tokens], batch)
+        return True
+
     def do_kv_cache_update(
         self,
         layer: torch.nn.Module,
@@ -215,13 +300,23 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store a step's keys and values; ``slot_mapping`` is ``[tokens]``, -1 for padding."""
-        if self.attn_type == AttentionType.DECODER:
-            write_kv(kv_cache, key, value, slot_mapping)
+        if self.attn_type != AttentionType.DECODER:
+            return
+        metadata = get_attention_context(layer.layer_name)[0]  # type: ignore[arg-type]
+        if isinstance(metadata, NPUAttentionMetadata):
+            rows = metadata.rows(slot_mapping, kv_cache.shape[2])
+        else:
+            rows = Rows(slot_mapping, kv_cache.shape[2])
+        both = halves(kv_cache, self.head_size) if self.operators.writes else None
+        if both is not None and key.dtype == kv_cache.dtype:
+            fused.write(both, key, value, rows)
+        else:
+            write_kv(kv_cache, key, value, rows)
 
 
 @register_backend(AttentionBackendEnum.CUSTOM)
 class NPUAttentionBackend(AttentionBackend):
-    """Plain-PyTorch attention: any head size, any block size, one KV cache layout."""
+    """Any head size, any block size, one KV cache layout."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]

@@ -5,7 +5,7 @@ Scores are ``scale * q·k``, optionally capped (``cap * tanh(score / cap)``) and
 (``slope * (key - query)``); hidden keys get -inf. An attention sink is an extra logit per head that
 takes weight and has no value. Keys are processed in chunks with a running maximum and sum
 (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"), so scratch memory does
-not grow with the context. Only slots that hold a token of the request are read: the rest of a
+not grow with the context. Only rows that hold a token of the request are read: the rest of a
 block may hold anything, even NaN.
 """
 
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sleep_ascend.native.attention.kv_cache import read_kv
+from vllm_sleep_ascend.native.attention.kv_cache import by_head, read_kv
 from vllm_sleep_ascend.native.attention.tiles import Tile, keys_per_chunk
 
-ReadKV = Callable[[torch.Tensor], torch.Tensor]
-"""Maps slots ``[R, S]`` to keys and values ``[R, S, kv_heads, content]``."""
+ReadKV = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Maps rows, as ``rows_of`` gives them, to keys and values: ``[R, kv_heads, S, size]`` float32."""
 
 _MASK_CACHE_ELEMENTS = 1 << 20
 
@@ -57,15 +57,17 @@ def paged_attention(
     """
     kv_heads, block_size, content = cache.shape[1:]
 
-    def slots_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
+    def rows_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
         # In int32: an NPU divides int64 on its AI CPU.
         blocks = tile.block_table.gather(1, (positions.int() // block_size).long())
-        return blocks.long() * block_size + positions % block_size
+        rows = blocks.long() * (2 * block_size) + positions % block_size
+        return torch.stack((rows, rows + block_size))
+
+    def read(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return read_kv(cache, rules.head_size, rows)
 
     for tile in tiles:
-        _attend(
-            query, output, tile, rules, kv_heads, content, slots_of, lambda s: read_kv(cache, s)
-        )
+        _attend(query, output, tile, rules, kv_heads, content, rows_of, read)
 
 
 def dense_attention(
@@ -92,8 +94,9 @@ def dense_attention(
         # Query rows and positions differ by a constant.
         return positions + (tile.rows[:, :1] - tile.positions[:, :1])
 
-    def read(rows: torch.Tensor) -> torch.Tensor:
-        return both.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    def read(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kv = by_head(both.index_select(0, rows.flatten()).unflatten(0, rows.shape))
+        return kv[..., : rules.head_size], kv[..., rules.head_size :]
 
     for tile in tiles:
         _attend(query, output, tile, rules, key.shape[1], both.shape[-1], rows_of, read)
@@ -106,7 +109,7 @@ def _attend(
     rules: Rules,
     kv_heads: int,
     content: int,
-    slots_of: Callable[[Tile, torch.Tensor], torch.Tensor],
+    rows_of: Callable[[Tile, torch.Tensor], torch.Tensor],
     read: ReadKV,
 ) -> None:
     num_requests, num_rows = tile.rows.shape
@@ -120,16 +123,15 @@ def _attend(
     running: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     for first in range(0, tile.num_keys, step):
         count = min(step, tile.num_keys - first)
-        slots, hidden, distance = _chunk(tile, rules, first, count, slots_of)
-        kv = read(slots).transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        scores = torch.matmul(q, kv[..., : rules.head_size].transpose(-1, -2))
+        rows, hidden, distance = _chunk(tile, rules, first, count, rows_of)
+        key, value = read(rows)
+        scores = torch.matmul(q, key.transpose(-1, -2))
         scores = scores.view(num_requests, kv_heads, group, num_rows, count)
         if rules.soft_cap:
             scores = scores.div_(rules.soft_cap).tanh_().mul_(rules.soft_cap)
         if distance is not None and rules.alibi_slopes is not None:
             scores += rules.alibi_slopes.view(1, kv_heads, group, 1, 1) * distance
         scores.masked_fill_(hidden, float("-inf"))
-        value = kv[..., rules.head_size :]
         if tile.num_keys == count and rules.sinks is None:
             weights = torch.softmax(scores, dim=-1).view(num_requests, kv_heads, -1, count)
             result = torch.matmul(weights, value)
@@ -154,14 +156,14 @@ def _chunk(
     rules: Rules,
     first: int,
     count: int,
-    slots_of: Callable[[Tile, torch.Tensor], torch.Tensor],
+    rows_of: Callable[[Tile, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Slots ``[R, S]``, hidden keys and key distances ``[R, 1, 1, Q, S]`` of a chunk of keys."""
+    """Of a chunk of keys ``[R, S]``: rows, and ``[R, 1, 1, Q, S]``: which are hidden, distances."""
     name = (first, count, rules.causal, rules.window, rules.alibi_slopes is not None)
     if name in tile.chunks:
         return tile.chunks[name]
     keys = tile.first_key + torch.arange(first, first + count, device=tile.rows.device)
-    slots = slots_of(tile, torch.minimum(keys, tile.last_key))
+    rows = rows_of(tile, torch.minimum(keys, tile.last_key))
     distance = (keys.unsqueeze(1) - tile.positions.unsqueeze(2))[:, None, None]
     # Keys past the end repeat the last key, and are hidden so that it counts once.
     hidden = (keys > tile.last_key)[:, None, None, None]
@@ -171,7 +173,7 @@ def _chunk(
         hidden = hidden | (distance <= -rules.window)
         if not rules.causal:
             hidden = hidden | (distance >= rules.window)
-    chunk = (slots, hidden, distance if rules.alibi_slopes is not None else None)
+    chunk = (rows, hidden, distance if rules.alibi_slopes is not None else None)
     if hidden.numel() <= _MASK_CACHE_ELEMENTS:
         tile.chunks[name] = chunk
     return chunk

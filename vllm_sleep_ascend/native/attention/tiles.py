@@ -53,7 +53,7 @@ class Tile:
     stored_rows: torch.Tensor
     """Rows of the flat query that these are written to."""
     chunks: dict = field(default_factory=dict)
-    """Slots and masks, shared by the layers of a step."""
+    """Rows and masks, shared by the layers of a step."""
 
 
 def keys_per_chunk(num_requests: int, kv_heads: int, content: int) -> int:

@@ -12,8 +12,9 @@ from vllm.platforms import current_platform
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger(f"vllm.{__name__}")
 
-# The chips for which all of these operators are documented: Atlas A2 and A3.
-_CHIPS = ("Ascend910B", "Ascend910_93")
+CHIPS = ("Ascend910B", "Ascend910_93")
+"""Those for which the operators are documented: Atlas A2 and A3."""
+
 _TOLERANCE = 1e-4  # of float32; a wrong result is further away
 _ROTARY_MODES = {True: "half", False: "interleave"}  # by vLLM's is_neox_style
 
@@ -110,7 +111,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
     """
     working.difference_update([tried for tried in working if tried[1] == dtype])
     chip = current_platform.get_device_name(device.index)
-    if not chip.startswith(_CHIPS):
+    if not chip.startswith(CHIPS):
         logger.info("NPU: PyTorch computes norms, activations and rotations on %s", chip)
         return
     if envs.VLLM_BATCH_INVARIANT:
@@ -118,7 +119,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
         return
     problems: dict[str, str] = {}
     for name, ours, plain, arguments in _trials(device, dtype, head_size):
-        problems[name] = problems.get(name) or _problem(ours, plain, arguments)
+        problems[name] = problems.get(name) or problem_of(ours, plain, arguments)
     for name, problem in problems.items():
         if problem:
             logger.warning("NPU: %s is not used, and PyTorch computes instead: %s", name, problem)
@@ -126,7 +127,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
             working.add((name, dtype))
 
 
-def _problem(
+def problem_of(
     ours: Callable[..., Any], plain: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> str:
     """What is wrong with the operator; "" if nothing is."""
