@@ -100,6 +100,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "tie_word_embeddings": True,
     },
+    # Heads of a size that NPUs have attention for, whatever the batch.
+    "tiny-qwen3": {
+        **_TINY,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 64,
+        "attention_bias": False,
+    },
+    # The same with a sliding window in each layer.
+    "tiny-mistral": {
+        **_TINY,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 64,
+        "sliding_window": 16,
+    },
     "tiny-qwen3-moe": {
         **_TINY,
         "model_type": "qwen3_moe",
@@ -162,9 +178,10 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
             if kind == "qwen2":
                 yield f"{layer}self_attn.{name}_proj.bias", (rows,), 0.1 * gain
         yield f"{layer}self_attn.o_proj.weight", (hidden, q), 0.7
-        if kind == "qwen3_moe":
+        if kind in ("qwen3", "qwen3_moe"):
             yield f"{layer}self_attn.q_norm.weight", (head,), 1.5
             yield f"{layer}self_attn.k_norm.weight", (head,), 1.5
+        if kind == "qwen3_moe":
             yield f"{layer}mlp.gate.weight", (config["num_experts"], hidden), 2.0
             mlps = [f"{layer}mlp.experts.{e}." for e in range(config["num_experts"])]
             inner = config["moe_intermediate_size"]

@@ -77,6 +77,15 @@ class _Network:
             known = self._answers[prompt] = tokens[0, ids.shape[1] :].tolist()
         return known[:n]
 
+    @torch.no_grad()
+    def lead(self, prompt: str, answer: Sequence[int]) -> float:
+        """The most that the best logit is above the one of a token of ``answer``."""
+        ids = self._tokenizer(prompt, return_tensors="pt").input_ids
+        whole = torch.cat((ids, torch.tensor([answer])), 1)
+        logits = self._network(whole).logits[0, ids.shape[1] - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+        return (logits.amax(1) - chosen).max().item()
+
 
 _network = cache(_Network)
 
@@ -93,6 +102,17 @@ def hf_greedy(
     """
     network = _network(Path(model), change)
     return [network.answer(prompt, n) for prompt in prompts]
+
+
+def hf_lead(
+    model: str | os.PathLike[str],
+    answers: Sequence[Sequence[int]],
+    prompts: Sequence[str] = PROMPTS,
+) -> float:
+    """How far answers are from greedy ones: 0.0 if each token has the best logit after those before
+    it. Of two logits that are nearly equal, the better one depends on rounding in 16 bits."""
+    network = _network(Path(model), None)
+    return max(network.lead(p, answer) for p, answer in zip(prompts, answers, strict=True))
 
 
 def hf_few(model: str | os.PathLike[str], change: Change | None = None) -> list[list[int]]:

@@ -4,7 +4,7 @@
 import pytest
 from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
-from helpers.reference import MAX_NUM_BATCHED_TOKENS, PROMPTS, hf_greedy, tokenizer
+from helpers.reference import MAX_NUM_BATCHED_TOKENS, PROMPTS, hf_greedy, hf_lead, tokenizer
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix caching", "no prefix caching"])
@@ -51,10 +51,18 @@ def assert_caches_are_contiguous(llm):
         ("tiny-llama", {}),
         ("tiny-gemma2", {}),
         ("tiny-gemma2", {"disable_hybrid_kv_cache_manager": True}),
+        ("tiny-mistral", {}),
         ("tiny-qwen3-moe", {}),
         ("tiny-llama", {"block_size": 8, "async_scheduling": False}),
     ],
-    ids=["llama", "gemma2", "gemma2 in one cache group", "qwen3 moe", "synchronous, small blocks"],
+    ids=[
+        "llama",
+        "gemma2",
+        "gemma2 in one cache group",
+        "mistral",
+        "qwen3 moe",
+        "synchronous, small blocks",
+    ],
 )
 def test_other_models(name, options):
     """Sliding window, soft cap, experts; other block sizes; scheduling one step at a time.
@@ -69,6 +77,43 @@ def test_other_models(name, options):
         for level in (1, 2):
             sleep_and_wake(llm, level)
             assert tokens(llm, few) == hf_greedy(model, few), f"after level {level}"
+
+
+ATTENDS, WRITES = "npu::npu_fused_infer_attention_score", "atb::_npu_reshape_and_cache"
+ROUNDING = 0.1
+"""Of the best logit, in bfloat16; logits have a deviation of 2."""
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("tiny-qwen3", {}),
+        ("tiny-qwen3", {"block_size": 128, "enable_prefix_caching": False}),
+        ("tiny-mistral", {}),
+        ("tiny-qwen2", {}),
+    ],
+    ids=["heads of 64", "large blocks", "a sliding window", "heads of 32"],
+)
+def test_sixteen_bits(name, options):
+    """NPU operators attend in each step, or decode if the heads have another size."""
+    from vllm_sleep_ascend.sim import control
+
+    model = make_model(name)
+    few = PROMPTS[1:7:2]
+    with engine(model, dtype="bfloat16", enable_sleep_mode=True, **options) as llm:
+        control.reset_counters()
+        answers = tokens(llm)
+        attends, writes = control.call_count(ATTENDS), control.call_count(WRITES)
+        assert 0 < attends <= writes and (attends == writes) == (name != "tiny-qwen2")
+        assert hf_lead(model, answers) < ROUNDING
+        same = [answer == want for answer, want in zip(answers, hf_greedy(model), strict=True)]
+        assert sum(same) > len(same) / 2
+        for prompt in few:
+            assert hf_lead(model, tokens(llm, [prompt]), [prompt]) < ROUNDING, "from the cache"
+        before = tokens(llm, few)
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert tokens(llm, few) == before, f"after level {level}"
 
 
 def test_many_more_requests_than_fit_a_step(llm, tiny_model):
