@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.engine import draft_counts, driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
-from helpers.reference import PROMPTS, hf_greedy
+from helpers.reference import PROMPTS, hf_greedy, hf_lead
 from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
@@ -96,3 +96,21 @@ def test_an_update_of_the_draft_after_level_2_is_whole_or_taken_back(llm, expect
     assert drafted > 0
     update(**weights)
     assert answer(llm) == before
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_sixteen_bits(tiny_model, asynchronous):
+    """NPU operators attend for the draft model, whose lengths come from the device."""
+    from vllm_sleep_ascend.sim import control
+
+    draft = {
+        "model": str(make_model("tiny-qwen2-draft")),
+        "num_speculative_tokens": 3,
+        "method": "draft_model",
+    }
+    options = {"speculative_config": draft, "async_scheduling": asynchronous}
+    with engine(tiny_model, dtype="bfloat16", **options) as llm:
+        control.reset_counters()
+        answers = tokens(llm)
+        assert control.call_count("npu::npu_fused_infer_attention_score") > 0
+    assert hf_lead(tiny_model, answers) < 0.1
