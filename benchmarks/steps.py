@@ -18,10 +18,19 @@ from typing import Any
 
 LAYERS = (4, 8)
 PROMPT = [7] * 32
-COUNTS = ("launches", "on_ai_cpu", "waits", "copies", "hidden_copy_bytes", "scratch_bytes")
+GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
+COUNTS = (
+    "launches",
+    "graphs",
+    "on_ai_cpu",
+    "waits",
+    "copies",
+    "hidden_copy_bytes",
+    "scratch_bytes",
+)
 
 
-def count(model: Path, layers: int, dtype: str, eager: bool) -> dict[str, Any]:
+def count(model: Path, layers: int, dtype: str, mode: str) -> dict[str, Any]:
     """Costs of a prefill and of a decode step, of one request."""
     import torch
     from vllm import LLM, SamplingParams
@@ -38,7 +47,8 @@ def count(model: Path, layers: int, dtype: str, eager: bool) -> dict[str, Any]:
         kv_cache_memory_bytes=64 << 20,
         gpu_memory_utilization=0.5,
         enable_prefix_caching=False,
-        enforce_eager=eager,
+        enforce_eager=mode == "eager",
+        compilation_config=GRAPHS if mode == "graphs" else {},
     )
 
     def cost_of(tokens: int) -> dict[str, int]:
@@ -51,6 +61,7 @@ def count(model: Path, layers: int, dtype: str, eager: bool) -> dict[str, Any]:
         costs = control.costs()
         return {
             "launches": costs.launches,
+            "graphs": control.call_count("aclmdlRIExecuteAsync"),
             "on_ai_cpu": costs.on_ai_cpu,
             "waits": costs.waits,
             "copies": control.call_count("aclrtMemcpyAsync") + control.call_count("aclrtMemcpy"),
@@ -71,7 +82,7 @@ def count(model: Path, layers: int, dtype: str, eager: bool) -> dict[str, Any]:
 
 def in_a_process(options: argparse.Namespace, layers: int) -> dict[str, Any]:
     command = [sys.executable, __file__, str(options.model), "--dtype", options.dtype]
-    command += ["--eager"] if options.eager else []
+    command += ["--mode", options.mode]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "NPU_SIM_HBM_GIB": "2", **os.environ}
     done = subprocess.run(
         [*command, "--layers", str(layers)], env=environment, stdout=subprocess.PIPE, text=True
@@ -86,16 +97,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a model's folder; its weights are not read")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--eager", action="store_true", help="without graphs")
+    parser.add_argument(
+        "--mode",
+        choices=("default", "eager", "graphs"),
+        default="default",
+        help="eager: without graphs; graphs: this package's platform with graphs of decode steps",
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON")
     parser.add_argument("--layers", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.layers:
-        print(json.dumps(count(options.model, options.layers, options.dtype, options.eager)))
+        print(json.dumps(count(options.model, options.layers, options.dtype, options.mode)))
         return
     few, many = (in_a_process(options, layers) for layers in LAYERS)
-    mode = "eager" if options.eager else "default"
-    print(f"{few['platform']}, {options.model.name}, {options.dtype}, mode {mode}")
+    print(f"{few['platform']}, {options.model.name}, {options.dtype}, mode {options.mode}")
     print(f"| step | {' | '.join(COUNTS)} |\n|---{'|---' * len(COUNTS)}|")
     result = {"platform": few["platform"], "model": options.model.name, "dtype": options.dtype}
     for step in ("prefill", "decode"):
@@ -107,7 +122,7 @@ def main() -> None:
             print(f"| {step} {what} | {' | '.join(f'{costs[name]:g}' for name in COUNTS)} |")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        name = f"steps_{few['platform']}_{options.model.name}_{mode}.json"
+        name = f"steps_{few['platform']}_{options.model.name}_{options.mode}.json"
         (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -7,11 +7,12 @@ Action = Literal["keep", "offload", "discard"]
 PauseMode = Literal["abort", "wait", "keep"]
 MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 
+GRAPHS = "cudagraph"  # vLLM's tag for what captured graphs use by themselves
 # The tags of which every level does the same: runtime state and graph pools survive, scratch and KV
 # cache do not. A tag that is not here is offloaded.
 _EVERY_LEVEL: dict[str, Action] = {
     "runtime": "offload",
-    "cudagraph": "offload",
+    GRAPHS: "offload",
     "kv_cache": "discard",
     "workspace": "discard",
     "sleep_persistent": "keep",  # vllm-ascend's: stays mapped

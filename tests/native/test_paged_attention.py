@@ -10,7 +10,7 @@ import torch
 from vllm_sleep_ascend.native.attention import tiles as tiles_module
 from vllm_sleep_ascend.native.attention.kv_cache import Rows, halves, read_kv, write_kv
 from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
-from vllm_sleep_ascend.native.attention.tiles import make_tile, plan_tiles
+from vllm_sleep_ascend.native.attention.tiles import make_decode_tiles, make_tile, plan_tiles
 
 NAN = float("nan")
 
@@ -231,6 +231,35 @@ def test_windowed_layer_reads_nothing_older():
     paged_attention(query, cache, output, make_tiles(case, rules, block_table), rules)
     want = expected(case, rules, query, keys, values)
     torch.testing.assert_close(output.double(), want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scratch", [tiles_module.SCRATCH_BYTES, 4096], ids=["roomy", "tight"])
+@pytest.mark.parametrize("window", [None, 9])
+def test_decode_tiles_know_no_lengths(window, scratch, monkeypatch):
+    """The same work serves every batch of a size: lengths are read from the tensor alone, up to
+    the longest that a request may become, and padding is 0 tokens long."""
+    monkeypatch.setattr(tiles_module, "SCRATCH_BYTES", scratch)
+    case = Case(DECODE, window=window)
+    rules = make_rules(case)
+    query, keys, values, cache, block_table = batch(case)
+    padding = 3
+    seq_lens = torch.tensor([new + cached for new, cached in case.requests] + [0] * padding)
+    block_table = torch.cat((block_table, torch.zeros(padding, block_table.shape[1]).int()))
+    query = torch.cat((query, torch.randn(padding, case.heads, case.head_size)))
+    cache[0] = 1.0  # where padding tokens are written
+    output = torch.full((len(query), case.heads, case.head_size_v), NAN)
+    tiles = make_decode_tiles(
+        seq_lens.int(),
+        block_table,
+        max_keys=block_table.shape[1] * case.block_size,
+        kv_heads=case.kv_heads,
+        content=case.head_size + case.head_size_v,
+        window=window,
+    )
+    paged_attention(query, cache, output, tiles, rules)
+    want = expected(case, rules, query[:-padding], keys, values)
+    torch.testing.assert_close(output[:-padding].double(), want, rtol=2e-5, atol=2e-5)
+    assert output[-padding:].isfinite().all(), "padding must not spread NaN"
 
 
 def test_tiles_cover_every_row_once_within_scratch():

@@ -48,6 +48,87 @@ def test_defaults(model):
     assert config.model_config.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "options,mode",
+    [
+        ({}, "NONE"),
+        ({"enforce_eager": True}, "NONE"),
+        ({"optimization_level": 3}, "NONE"),
+        ({"compilation_config": {"cudagraph_mode": "NONE"}}, "NONE"),
+        ({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}, "FULL_DECODE_ONLY"),
+        (
+            {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}, "enforce_eager": True},
+            "NONE",
+        ),
+    ],
+)
+def test_graph_modes(model, options, mode):
+    compilation = config_of(model, max_num_seqs=6, **options).compilation_config
+    assert compilation.mode.name == "NONE"
+    assert compilation.cudagraph_mode.name == mode
+    assert compilation.cudagraph_capture_sizes == ([] if mode == "NONE" else [1, 2, 4, 6, 8])
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"mode": 3}, "compilation mode VLLM_COMPILE needs torch.compile, .*leave mode out"),
+        ({"cudagraph_mode": "PIECEWISE"}, "PIECEWISE needs .*; use NONE or FULL_DECODE_ONLY"),
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE"}, "FULL_AND_PIECEWISE needs torch.compile"),
+        ({"cudagraph_mode": "FULL"}, "FULL captures prompts too, .*; use NONE or FULL_DECODE_ONLY"),
+    ],
+)
+def test_other_graph_modes_are_refused_by_name(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(model, compilation_config=options)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"enable_lora": True}, "graphs with LoRA adapters, .*leave cudagraph_mode out"),
+        ({"pipeline_parallel_size": 2}, "graphs with pipeline parallelism; .*use --enforce-eager"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "graphs with speculative decoding",
+        ),
+    ],
+)
+def test_what_no_graph_was_captured_of_is_refused(model, options, message):
+    graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
+    with pytest.raises(ValueError, match=message):
+        config_of(model, **graphs, **options)
+    config_of(model, **graphs, **options, enforce_eager=True)
+
+
+def test_graphs_of_experts_are_refused():
+    graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
+    with pytest.raises(ValueError, match="graphs of a mixture of experts"):
+        config_of(str(make_model("tiny-qwen3-moe")), **graphs)
+
+
+@pytest.mark.parametrize(
+    "release",
+    [
+        {"additional_config": {"sleep_mode": {"release_communicators": True}}},
+        {"additional_config": {"enable_sleep_mode_extra_cleanup": True}},
+        {"enable_nccl_comm_suspend": True},
+    ],
+)
+def test_communicators_are_not_released_under_graphs(model, release):
+    release = release | {"enable_sleep_mode": True}
+    graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
+    with pytest.raises(
+        ValueError,
+        match=r"release_communicators and captured graphs .*cudagraph_mode=FULL_DECODE_ONLY\) is "
+        r"not supported: .*Start with enforce_eager=True .*or leave out release_communicators",
+    ):
+        config_of(model, tensor_parallel_size=2, **graphs, **release)
+    config_of(model, tensor_parallel_size=2, **graphs, **release, enforce_eager=True)
+    config_of(model, tensor_parallel_size=2, **release)
+    config_of(model, **graphs, **release)  # one rank has no communicators
+
+
 def test_model_runner_v1_even_where_triton_works(model, monkeypatch):
     import vllm.config.vllm
 
@@ -190,6 +271,7 @@ def test_refused_models(trait, message):
         prefill_context_parallel_size=1, decode_context_parallel_size=1, enable_dbo=False
     )
     config.speculative_config = config.lora_config = None
+    config.compilation_config.cudagraph_mode.has_full_cudagraphs.return_value = False
     config.use_v2_model_runner = False
     with pytest.raises(ValueError, match=message) as refused:
         refuse_unsupported(config)

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend.beside import IN_USE, SWITCH, WORKER
 from vllm_sleep_ascend.beside.seams import check_seams
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.engine.checks import check_engines
+from vllm_sleep_ascend.engine.checks import check_engines, check_graphs
 from vllm_sleep_ascend.engine.kv_cache import check_connector
 
 logger = init_logger(f"vllm.{__name__}")
@@ -60,7 +60,7 @@ def _choose_worker(vllm_config: Any) -> None:
     SleepModeConfig.from_vllm_config(vllm_config)
     check_engines(vllm_config)
     check_connector(vllm_config)
-    check_graphs(vllm_config)
+    check_graphs(vllm_config, recaptures=True)
     parallel.worker_cls = WORKER
     os.environ[IN_USE] = "1"
     guard()
@@ -68,29 +68,6 @@ def _choose_worker(vllm_config: Any) -> None:
         "Sleep mode is provided by vllm_sleep_ascend; %s=0 leaves it to vllm-ascend.",
         SWITCH,
     )
-
-
-def check_graphs(vllm_config: Any) -> None:
-    """Refuse released communicators with captured graphs, which hold the old communicators.
-
-    Raises:
-        ValueError: communicators would be released while graphs that use them are kept.
-    """
-    if not SleepModeConfig.releases_by_option(vllm_config):
-        return
-    if vllm_config.parallel_config.world_size == 1:
-        logger.info("release_communicators has no effect: an engine with one rank has none.")
-        return
-    mode = vllm_config.compilation_config.cudagraph_mode
-    captures = not vllm_config.model_config.enforce_eager and mode.name != "NONE"
-    if captures and not SleepModeConfig.cleans_up_extra(vllm_config):
-        raise ValueError(
-            "sleep mode with release_communicators and captured graphs (enforce_eager=False, "
-            f"cudagraph_mode={mode.name}) is not supported: a graph would use communicators that "
-            "no longer exist. Start with enforce_eager=True (--enforce-eager), or leave out "
-            "release_communicators, or set vllm-ascend's enable_sleep_mode_extra_cleanup, which "
-            "also captures the graphs again at each wake"
-        )
 
 
 @cache

@@ -3,11 +3,15 @@
 
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+
 from vllm_sleep_ascend import policy
-from vllm_sleep_ascend.config import check_enabled
+from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def check_engines(vllm_config: "VllmConfig") -> None:
@@ -27,6 +31,40 @@ def check_engines(vllm_config: "VllmConfig") -> None:
             f"engine (data_parallel_size=1), or use tensor parallelism (tensor_parallel_size="
             f"{engines * parallel.tensor_parallel_size}), or leave out enable_sleep_mode"
         )
+
+
+def check_graphs(vllm_config: "VllmConfig", recaptures: bool = False) -> None:
+    """Refuse released communicators with captured graphs, which hold the old communicators.
+
+    Args:
+        recaptures: with vllm-ascend's extra clean-up, the platform captures the graphs again.
+
+    Raises:
+        ValueError: communicators would be released while graphs that use them are kept.
+    """
+    if not SleepModeConfig.releases_communicators(vllm_config) or (
+        recaptures and SleepModeConfig.cleans_up_extra(vllm_config)
+    ):
+        return
+    if vllm_config.parallel_config.world_size == 1:
+        logger.info("release_communicators has no effect: an engine with one rank has none.")
+        return
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if vllm_config.model_config.enforce_eager or mode.name == "NONE":
+        return
+    instead = (
+        "or set vllm-ascend's enable_sleep_mode_extra_cleanup, which also captures the graphs "
+        "again at each wake"
+        if recaptures
+        else "and the options that imply it (enable_nccl_comm_suspend, "
+        "enable_sleep_mode_extra_cleanup)"
+    )
+    raise ValueError(
+        "sleep mode with release_communicators and captured graphs (enforce_eager=False, "
+        f"cudagraph_mode={mode.name}) is not supported: a graph would use communicators that no "
+        "longer exist. Start with enforce_eager=True (--enforce-eager), or leave out "
+        f"release_communicators, {instead}"
+    )
 
 
 def check_sleep(vllm_config: "VllmConfig", level: object = 1, mode: object = "abort") -> None:

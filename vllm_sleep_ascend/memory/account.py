@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_sleep_ascend.policy import GRAPHS
+
 if TYPE_CHECKING:
     from vllm_sleep_ascend.status import TagUsage
 
 _APPLICATION, _HCCL = "APP", "HCCL"  # components in AscendCL's account
-_GRAPHS = "cudagraph"  # vLLM's tag
 _MIB = 1 << 20
 
 
@@ -27,7 +28,7 @@ def resident_bytes(device: torch.device, tags: Mapping[str, "TagUsage"]) -> dict
     """
     from vllm_sleep_ascend import _camem
 
-    graphs = {"graphs": tags[_GRAPHS]["device"] if _GRAPHS in tags else 0}
+    graphs = {"graphs": tags[GRAPHS]["device"] if GRAPHS in tags else 0}
     components = _camem.component_bytes(device.index)
     if components is None:
         return graphs

@@ -16,6 +16,7 @@ import torch_npu
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
+from vllm_sleep_ascend.policy import GRAPHS
 
 
 class Block(TypedDict):
@@ -39,6 +40,8 @@ class Segment(TypedDict):
 # Each entry into a tag gets a new torch MemPool, and none is entered twice. So memory of a segment
 # that torch no longer uses can be freed without torch.
 _pools: list[torch_npu.npu.MemPool] = []
+# The pool of captured graphs. They use memory of it that torch deems free, so it is not trimmed.
+_graph_pool: torch_npu.npu.MemPool | None = None
 
 _EXPANDABLE = "expandable_segments"
 
@@ -74,6 +77,24 @@ def use_pool(tag: str) -> Iterator[None]:
     trim()
 
 
+@contextmanager
+def use_graph_pool() -> Iterator[tuple[int, int]]:
+    """The id of the pool for ``torch.npu.graph(pool=...)``. What a graph that is captured inside
+    allocates can sleep, under vLLM's tag for it; all graphs share the pool."""
+    global _graph_pool
+    torch_npu.npu.init()
+    previous_tag = _camem.set_current_tag(GRAPHS)
+    try:
+        with _expandable_segments_off():
+            if _graph_pool is None:
+                _graph_pool = torch_npu.npu.MemPool(_allocator()._allocator)
+            pool = _graph_pool
+            yield pool.id
+    finally:
+        _camem.set_current_tag(previous_tag)
+    _check_owned(pool, GRAPHS)
+
+
 def trim() -> int:
     """Free the memory of segments without tensors. Returns bytes."""
     wait_for_device()
@@ -105,7 +126,9 @@ def _snapshot(pool: torch_npu.npu.MemPool) -> list[Segment]:
 
 def release_pools() -> None:
     """Destroy the pools: segments without tensors are freed now, others with their last tensor."""
+    global _graph_pool
     _pools.clear()
+    _graph_pool = None
 
 
 def _check_owned(pool: torch_npu.npu.MemPool, tag: str) -> None:

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 import torch_npu
 from torch.overrides import TorchFunctionMode
-from vllm.config import VllmConfig
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
+from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
+from vllm.utils.mem_utils import format_gib
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.workspace import lock_workspace
 
+from vllm_sleep_ascend.memory.account import held_bytes
+from vllm_sleep_ascend.native.graphs import NPUGraphWrapper, capture_stream
 from vllm_sleep_ascend.native.lora import restore_adapters
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = init_logger(f"vllm.{__name__}")
 
 
 def _npu_event(*args: Any, blocking: bool = False, **kwargs: Any) -> Any:
@@ -59,7 +69,38 @@ class NPUModelRunner(GPUModelRunner):
         if self.vllm_config.quant_config is not None and self.model_config.enable_sleep_mode:
             from vllm_sleep_ascend.native.quantization import compact
 
-            compact(self.model)
+            compact(self.get_model())
+        if isinstance(self.model, CUDAGraphWrapper):
+            self.model = NPUGraphWrapper(
+                self.model.unwrap(), self.vllm_config, self.model.runtime_mode
+            )
+
+    def capture_model(self) -> int:
+        """Capture the graphs, the largest first; returns the bytes of device memory they took.
+
+        The stock method asserts that the ranks' communicator is one for CUDA.
+        """
+        if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return 0
+        before = held_bytes(self.device)
+        set_cudagraph_capturing_enabled(True)
+        try:
+            with cuda_streams_on_npu(), self._freeze_gc(), capture_stream(self.device):
+                for mode, batches in self.cudagraph_dispatcher.get_capture_descs():
+                    self._capture_cudagraphs(batches, mode)
+        finally:
+            set_cudagraph_capturing_enabled(False)
+        torch.accelerator.synchronize()
+        torch.accelerator.empty_cache()
+        lock_workspace()  # graphs hold its address
+        taken = held_bytes(self.device) - before
+        logger.info(
+            "NPU %s: %d graphs were captured, and hold %s GiB.",
+            self.device.index,
+            sum(len(batches) for _, batches in self.cudagraph_dispatcher.get_capture_descs()),
+            format_gib(taken),
+        )
+        return taken
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with cuda_streams_on_npu():

@@ -64,18 +64,15 @@ class NPUPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: "VllmConfig") -> None:
-        from vllm.config import CompilationMode, CUDAGraphMode
+        """Defaults for what the user has not chosen, before vLLM's own.
 
-        from vllm_sleep_ascend.native.unsupported import choose_model_runner_v1
+        Raises:
+            ValueError: ``compilation_config`` has a mode that this platform lacks.
+        """
+        from vllm_sleep_ascend.native.unsupported import choose_compilation, choose_model_runner_v1
 
         choose_model_runner_v1()
-        compilation = vllm_config.compilation_config
-        if compilation.mode is None or compilation.mode != CompilationMode.NONE:
-            logger.info_once(
-                "NPU: the model runs eagerly; torch.compile and graph capture are not supported."
-            )
-        compilation.mode = CompilationMode.NONE
-        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        choose_compilation(vllm_config.compilation_config)
         # Even with Triton installed, this platform launches none of vLLM's Triton kernels.
         vllm_config.kernel_config.enable_jit_warmup = False
 
@@ -133,6 +130,10 @@ class NPUPlatform(Platform):
 
     @classmethod
     def support_hybrid_kv_cache(cls) -> bool:
+        return True
+
+    @classmethod
+    def support_static_graph_mode(cls) -> bool:
         return True
 
     @classmethod
@@ -199,6 +200,10 @@ class NPUPlatform(Platform):
 
         norms = [PROVIDER, "native"]
         return IrOpPriorityConfig.with_default(["native"], rms_norm=norms, fused_add_rms_norm=norms)
+
+    @classmethod
+    def get_static_graph_wrapper_cls(cls) -> str:
+        return "vllm_sleep_ascend.native.graphs.NPUGraphWrapper"
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
@@ -281,11 +286,12 @@ def _configure_sleep_mode(vllm_config: "VllmConfig") -> None:
 
     SleepModeConfig.from_vllm_config(vllm_config)
     if enabled:
-        from vllm_sleep_ascend.engine.checks import check_engines
+        from vllm_sleep_ascend.engine.checks import check_engines, check_graphs
         from vllm_sleep_ascend.engine.kv_cache import check_connector
 
         check_engines(vllm_config)
         check_connector(vllm_config)
+        check_graphs(vllm_config)
         chosen = model_config.sleep_mode_backend
         if chosen not in (_VLLMS_BACKEND, _SLEEP_BACKEND):
             raise ValueError(

@@ -5,7 +5,11 @@ import os
 from collections.abc import Iterator
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = init_logger(f"vllm.{__name__}")
 
 _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
 _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
@@ -13,6 +17,8 @@ _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # NHD is the old name of LBNHC, vLLM's default
 _SPECULATIVE_METHODS = ("ngram", "draft_model")
 _CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+_EAGER = "leave cudagraph_mode out of --compilation-config, or use --enforce-eager"
+_GRAPHS = (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
 
 
 def choose_model_runner_v1() -> None:
@@ -26,6 +32,35 @@ def choose_model_runner_v1() -> None:
             f"NPU: Model Runner V2 is not supported; unset {_MODEL_RUNNER_V2} or set it to 0"
         )
     os.environ[_MODEL_RUNNER_V2] = "0"
+
+
+def choose_compilation(compilation: CompilationConfig) -> None:
+    """Nothing is compiled, and graphs are captured if the user asks for it.
+
+    Raises:
+        ValueError: the user asks for a mode that this platform lacks.
+    """
+    mode, graphs = compilation.mode, compilation.cudagraph_mode
+    if mode not in (None, CompilationMode.NONE):
+        raise ValueError(
+            f"NPU: compilation mode {mode.name} needs torch.compile, which is not supported; leave "
+            "mode out of --compilation-config"
+        )
+    if graphs not in (None, *_GRAPHS):
+        reason = "needs torch.compile, to leave attention out of its graphs"
+        if graphs == CUDAGraphMode.FULL:
+            reason = "captures prompts too, and their attention depends on their lengths"
+        raise ValueError(
+            f"NPU: cudagraph_mode {graphs.name} {reason}; use "
+            f"{' or '.join(mode.name for mode in _GRAPHS)}"
+        )
+    if graphs is None:
+        logger.info_once(
+            "NPU: the model runs eagerly, without torch.compile. Decode steps are captured as "
+            'graphs with --compilation-config \'{"cudagraph_mode": "FULL_DECODE_ONLY"}\'.'
+        )
+    compilation.mode = CompilationMode.NONE
+    compilation.cudagraph_mode = graphs or CUDAGraphMode.NONE
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -81,8 +116,22 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
             f"weight transfer with backend {transfer.backend}, which is for CUDA; use "
             '--weight-transfer-config \'{"backend": "safetensors"}\''
         )
+    if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        yield from (f"{what}; {_EAGER}" for what in _not_in_graphs(vllm_config))
     if vllm_config.use_v2_model_runner:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
+
+
+def _not_in_graphs(vllm_config: VllmConfig) -> Iterator[str]:
+    """What makes a step depend on more than the content of tensors, or was never captured."""
+    if vllm_config.model_config is not None and vllm_config.model_config.is_moe:
+        yield "graphs of a mixture of experts, whose host counts each expert's tokens"
+    if vllm_config.lora_config is not None:
+        yield "graphs with LoRA adapters, whose rows the host knows"
+    if vllm_config.speculative_config is not None:
+        yield "graphs with speculative decoding"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        yield "graphs with pipeline parallelism"
 
 
 def _kv_offloading(vllm_config: VllmConfig) -> Iterator[str]:

@@ -133,6 +133,13 @@ class NPUWorker(SleepingWorker, Worker):
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.profile_run(self.randomize_dummy_inputs)
 
+    def _run_largest_graph(self) -> None:
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
+        decodes = [size for size in sizes if size <= self.scheduler_config.max_num_seqs]
+        if decodes:
+            with set_current_vllm_config(self.vllm_config):
+                self.model_runner._dummy_run(max(decodes), is_profile=True)
+
     def checkpoint_prepare(self) -> None:
         """
         Raises:
@@ -146,12 +153,15 @@ class NPUWorker(SleepingWorker, Worker):
     checkpoint_restore = checkpoint_prepare
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Finish the start-up. Nothing is compiled, and profiling has already run a full batch.
+        """Capture the graphs, and finish the start-up. Nothing is compiled, and profiling has
+        already run a full batch.
 
         The stock method is not called, because its kernel warm-up needs torchvision.
         """
         global _sleeping_worker
         self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
+        with self._start_memory.named("the graphs"):
+            self.model_runner.capture_model()
         # Sampling must not depend on the random numbers that start-up used.
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
         freeze_gc_heap()

@@ -59,17 +59,23 @@ class StartMemory:
                 f"({self._holders()}); {_REMEDY}"
             )
 
-    def for_kv_cache(self, run_largest_batch: Callable[[], None], least: int) -> int:
-        """Bytes for the KV cache, besides the temporary memory of the largest batch.
+    def for_kv_cache(
+        self,
+        run_largest_batch: Callable[[], None],
+        run_largest_graph: Callable[[], None],
+        least: int,
+    ) -> int:
+        """Bytes for the KV cache, besides the temporary memory of the largest batch, and that of
+        the largest batch that becomes a graph, which keeps it.
 
         Raises:
             DeviceOutOfMemoryError: other processes leave less than ``least``.
         """
         self._wait()
-        batch = self._peak_of(run_largest_batch)
+        batch, graph = self._peak_of(run_largest_batch), self._peak_of(run_largest_graph)
         self._wait()
-        wanted = self._not_held() - batch
-        given = min(wanted, self._free_and_total()[0] - batch)
+        wanted = self._not_held() - batch - graph
+        given = min(wanted, self._free_and_total()[0] - batch - graph)
         if given < least <= wanted:
             raise DeviceOutOfMemoryError(
                 f"{max(0, given)} bytes of device memory are left for the KV cache, which needs "
@@ -83,8 +89,8 @@ class StartMemory:
             )
         logger.info(
             "Available KV cache memory: %.2f GiB; this process holds %.2f GiB of device memory, "
-            "and a batch takes up to %.2f GiB for a moment.",
-            *(n / _GIB for n in (given, held_bytes(self._device), batch)),
+            "graphs will keep about %.2f GiB, and a batch takes up to %.2f GiB for a moment.",
+            *(n / _GIB for n in (given, held_bytes(self._device), graph, batch)),
         )
         return given
 

@@ -119,6 +119,9 @@ class SleepingWorker(StockWorker):
     def _run_largest_batch(self) -> None:
         raise NotImplementedError
 
+    def _run_largest_graph(self) -> None:
+        """The largest batch that becomes a graph, if memory for it has to be left."""
+
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: this engine's share less what the process holds and a batch
@@ -132,7 +135,7 @@ class SleepingWorker(StockWorker):
             if self.cache_config.kv_cache_memory_bytes:
                 return super().determine_available_memory()
             self.available_kv_cache_memory_bytes = self._start_memory.for_kv_cache(
-                self._run_largest_batch, least=least_kv_cache(self)
+                self._run_largest_batch, self._run_largest_graph, least=least_kv_cache(self)
             )
         return self.available_kv_cache_memory_bytes
 

@@ -158,7 +158,7 @@ def test_kv_cache_release_rejects_nonresident_memory(llm, asleep):
 
 
 def test_requests_queued_while_paused_run_as_one_batch(llm, expected):
-    """From compile/fullgraph/test_full_cudagraph.py, without graphs."""
+    """From compile/fullgraph/test_full_cudagraph.py; test_graph_mode.py has it with graphs."""
     params = SamplingParams(temperature=0, max_tokens=FEW_TOKENS, ignore_eos=True)
     llm.sleep(level=0, mode="keep")
     llm.enqueue(FEW, params, use_tqdm=False)

@@ -4,7 +4,7 @@ and plain PyTorch otherwise (``paged``)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import ClassVar, cast
 
@@ -14,6 +14,7 @@ from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadata,
@@ -33,7 +34,13 @@ from vllm.v1.kv_cache_interface import (
 from vllm_sleep_ascend.native.attention import choice, fused
 from vllm_sleep_ascend.native.attention.kv_cache import Rows, halves, write_kv
 from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
-from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES, Tile, make_tile, plan_tiles
+from vllm_sleep_ascend.native.attention.tiles import (
+    PEAK_BYTES,
+    Tile,
+    make_decode_tiles,
+    make_tile,
+    plan_tiles,
+)
 
 
 @dataclass
@@ -49,7 +56,7 @@ class NPUAttentionMetadata(AttentionMetadata):
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        """What PyTorch needs."""
+        """What PyTorch needs. Made by the first layer, so that a graph makes those of its steps."""
         return self.make_tiles()
 
     def rows(self, slots: torch.Tensor, block_size: int) -> Rows:
@@ -61,6 +68,8 @@ class NPUAttentionMetadata(AttentionMetadata):
 
 class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]):
     """Describes each step's batch, once for all layers of a KV cache group."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
             getattr(kv_cache_spec, "head_size_v", None) or kv_cache_spec.head_size
         )
         model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
+        self.max_keys = model_config.max_model_len
         self.heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or model_config.get_num_attention_heads(parallel_config)
@@ -156,6 +166,23 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
             table = fused.table_of_keys(block_table[: common.num_reqs])
             batch = fused.Batch(starts[1:], seq_lens, table, self.mask, self.block_size)
         return NPUAttentionMetadata(starts[-1], causal, make_tiles, batch)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> NPUAttentionMetadata:
+        """For a graph of decode steps, which finds the requests of each replay in vLLM's tensors of
+        lengths and blocks. Its tiles are as long as a request may become."""
+        common = common_attn_metadata
+        make_tiles = partial(
+            make_decode_tiles,
+            common.seq_lens,
+            common.block_table_tensor,
+            max_keys=self.max_keys,
+            kv_heads=self.kv_heads,
+            content=self.content,
+            window=self.window,
+        )
+        return NPUAttentionMetadata(common.num_actual_tokens, True, make_tiles)
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int

@@ -19,6 +19,7 @@ PEAK_BYTES = 4 * SCRATCH_BYTES
 """The most memory that a tile may use, temporary copies included."""
 
 _FLOAT_BYTES = 4
+_LEAST_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Tile:
 
 def keys_per_chunk(num_requests: int, kv_heads: int, content: int) -> int:
     """Keys per request that fit into the scratch memory (at least 64)."""
-    return max(64, SCRATCH_BYTES // (_FLOAT_BYTES * num_requests * kv_heads * content))
+    return max(_LEAST_CHUNK, SCRATCH_BYTES // (_FLOAT_BYTES * num_requests * kv_heads * content))
 
 
 def plan_tiles(
@@ -131,6 +132,41 @@ def _group_tiles(
             sides = 1 if causal else 2
             num_keys = min(num_keys, num_rows + sides * (window - 1))
         yield TilePlan(here, first, num_rows, num_keys)
+
+
+def make_decode_tiles(
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    max_keys: int,
+    kv_heads: int,
+    content: int,
+    window: int | None = None,
+) -> list[Tile]:
+    """The tiles of a batch with one query row per request. Neither their extent nor any work on
+    the host depends on the lengths, so a captured graph can compute them anew in each replay.
+
+    Args:
+        seq_lens: ``[requests]``; 0 for padding, which sees the first slot of its first block.
+        block_table: ``[requests, blocks]``.
+        max_keys: the most tokens that a request may have.
+        kv_heads: key heads.
+        content: elements of a key and its value together.
+        window: visible keys of a query row, itself included; None for all.
+    """
+    num_keys = max_keys if window is None else min(max_keys, window)
+    tiles = []
+    most = max(1, SCRATCH_BYTES // (_FLOAT_BYTES * kv_heads * content * _LEAST_CHUNK))
+    for first in range(0, len(seq_lens), most):
+        lens = seq_lens[first : first + most].long().clamp(min=1).unsqueeze(1)
+        table = block_table[first : first + most]
+        rows = torch.arange(first, first + len(lens), device=lens.device)
+        positions = lens - 1
+        first_key = torch.zeros_like(lens) if window is None else (lens - window).clamp(min=0)
+        tiles.append(
+            Tile(rows.unsqueeze(1), positions, first_key, positions, num_keys, table, None, rows)
+        )
+    return tiles
 
 
 def make_tile(
