@@ -104,8 +104,7 @@ class Engine:
             write_kv(self.cache, key, value, self.rows)
 
     def batch(self, fused):
-        table = fused.table_of_keys(self.table.to(NPU))
-        size = self.layer.block_size
+        table, size = self.table.to(NPU), self.layer.block_size
         return fused.Batch(self.ends, self.lengths, table, fused.causal_mask(NPU), size)
 
     def attend(self, choice):

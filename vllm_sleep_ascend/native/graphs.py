@@ -5,9 +5,10 @@ vLLM's runner chooses the step's graph, pads the batch to its size, and keeps th
 addresses. Which steps are graphs is ``cudagraph_mode``; see ``unsupported`` for what cannot be one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch_npu
@@ -16,13 +17,29 @@ from vllm.compilation.cuda_graph import CUDAGraphEntry, CUDAGraphWrapper
 from vllm.compilation.monitor import validate_cudagraph_capturing_enabled
 from vllm.forward_context import (
     BatchDescriptor,
+    ForwardContext,
     get_forward_context,
     is_forward_context_available,
 )
 
+from vllm_sleep_ascend.native.attention.backend import NPUAttentionMetadata
+from vllm_sleep_ascend.native.attention.fused import Layout
+
+
+@dataclass
+class _Entry(CUDAGraphEntry):
+    """A captured graph."""
+
+    uses: dict[str, set[tuple[Layout, int]]] = field(default_factory=dict)
+    """By a layer of each KV cache group: how the attention operator is called in the graph."""
+
 
 class NPUGraphWrapper(CUDAGraphWrapper):
-    """vLLM's wrapper of a model, with torch_npu's graphs."""
+    """vLLM's wrapper of a model, with torch_npu's graphs.
+
+    The attention operator takes lengths from the host. torch_npu captures each of its calls as a
+    task group behind an event, and ``NPUGraph.update`` gives it those of the next replay.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_forward_context_available():
@@ -32,26 +49,36 @@ class NPUGraphWrapper(CUDAGraphWrapper):
             return self.runnable(*args, **kwargs)
         batch = context.batch_descriptor
         assert batch is not None
-        entry = self.concrete_cudagraph_entries.get(batch)
+        entry = cast(_Entry | None, self.concrete_cudagraph_entries.get(batch))
         if entry is None:
-            return self._capture(batch, lambda: self.runnable(*args, **kwargs))
-        assert entry.cudagraph is not None
-        entry.cudagraph.replay()
+            return self._capture(batch, context, lambda: self.runnable(*args, **kwargs))
+        if not _replay(entry, batch, context):
+            return self.runnable(*args, **kwargs)
         return entry.output
 
-    def _capture(self, batch: BatchDescriptor, run: Callable[[], Any]) -> Any:
+    def _capture(
+        self, batch: BatchDescriptor, context: ForwardContext, run: Callable[[], Any]
+    ) -> Any:
         """Capture a graph, and return where its replays write their output."""
         validate_cudagraph_capturing_enabled()
         graph = torch_npu.npu.NPUGraph()
         with (
             self._pool() as pool,
-            torch_npu.npu.graph(graph, pool=pool, stream=torch_npu.npu.current_stream()),
+            torch_npu.npu.graph(
+                graph,
+                pool=pool,
+                stream=torch_npu.npu.current_stream(),
+                auto_dispatch_capture=True,
+            ),
         ):
             output = run()
         # A weak reference: graphs share memory, and a step is done with its output when the next
         # one writes to it.
-        self.concrete_cudagraph_entries[batch] = CUDAGraphEntry(
-            batch, graph, torch_npu._C._weak_ref_tensor(output)
+        self.concrete_cudagraph_entries[batch] = _Entry(
+            batch,
+            graph,
+            torch_npu._C._weak_ref_tensor(output),
+            uses={name: group.captured for name, group in _groups(context) if group.captured},
         )
         compilation_counter.num_cudagraph_captured += 1
         return output
@@ -64,6 +91,37 @@ class NPUGraphWrapper(CUDAGraphWrapper):
 
             return use_graph_pool()
         return nullcontext(self.graph_pool)
+
+
+def _groups(context: ForwardContext) -> Iterable[tuple[str, NPUAttentionMetadata]]:
+    """A layer of each KV cache group, and the group's metadata."""
+    metadata = cast(dict[str, NPUAttentionMetadata], context.attn_metadata)
+    return {id(group): (name, group) for name, group in metadata.items()}.values()
+
+
+def _replay(entry: _Entry, batch: BatchDescriptor, context: ForwardContext) -> bool:
+    """Replay a graph. False if the attention operator does not take this step's requests."""
+    graph, update = cast(torch_npu.npu.NPUGraph, entry.cudagraph), {}
+    metadata = cast(dict[str, NPUAttentionMetadata], context.attn_metadata)
+    for name, uses in entry.uses.items():
+        requests = metadata[name].batch
+        if requests is None:
+            return False
+        requests = requests.padded(batch.num_tokens)
+        if not all(requests.takes(*use) for use in uses):
+            return False
+        update = {
+            "actual_seq_lengths": requests.ends,
+            "actual_seq_lengths_kv": requests.lengths,
+        }
+    if update:
+        # The lengths of an earlier replay are in use until that has ended.
+        stream = graph.graph_dispatch_mode.update_stream
+        stream.wait_stream(torch_npu.npu.current_stream())
+    graph.replay()
+    if update:
+        graph.update([update])
+    return True
 
 
 @contextmanager

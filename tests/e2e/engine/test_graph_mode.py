@@ -222,6 +222,36 @@ def test_graphs_stay_in_their_memory_without_vllms_option(tiny_model, expected):
         assert captures() == len(SIZES)
 
 
+def test_the_attention_operator_is_told_the_lengths_of_each_replay(tiny_model):
+    """In bfloat16 the operator attends, with lengths from the host: a task group for each layer."""
+    prompts, n = PROMPTS[:4], 20
+    with engine(tiny_model, dtype="bfloat16") as llm:
+        assert (
+            driver_worker(llm).model_runner.attn_groups[0][0].get_metadata_builder().mask
+            is not None
+        )
+        alone = [tokens(llm, [prompt], n)[0] for prompt in prompts]
+        together = tokens(llm, prompts[:3], n)
+    control.reset_counters()
+    with engine(tiny_model, **OPTIONS, dtype="bfloat16") as llm:
+        layers = driver_worker(llm).model_config.hf_config.num_hidden_layers
+        assert captures() == len(SIZES)
+        assert control.call_count("aclmdlRICaptureTaskGrpEnd") == layers * len(SIZES)
+        for level in (0, 1, 2):
+            llm.sleep(level=level)
+            llm.wake_up()
+            if level == 2:
+                llm.collective_rpc("reload_weights")
+            llm.reset_prefix_cache()
+            before = replays(), control.call_count("aclmdlRICaptureTaskUpdateEnd")
+            assert [tokens(llm, [prompt], n)[0] for prompt in prompts] == alone
+            assert tokens(llm, prompts[:3], n) == together
+            assert replays() - before[0] == 5 * (n - 1)
+            updates = control.call_count("aclmdlRICaptureTaskUpdateEnd") - before[1]
+            assert updates == layers * 5 * (n - 1)
+        assert captures() == len(SIZES)
+
+
 def test_a_server_in_graph_mode(tiny_model, tmp_path):
     """With the guide's command line, and only a few sizes."""
     options = (

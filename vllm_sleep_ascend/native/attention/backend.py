@@ -52,6 +52,8 @@ class NPUAttentionMetadata(AttentionMetadata):
     make_tiles: Callable[[], list[Tile]]
     batch: fused.Batch | None = None
     """What the operator needs; None if it computes no layer of the group."""
+    captured: set[tuple[fused.Layout, int]] | None = None
+    """If a graph is captured: the operator's layouts, and the blocks of the caches."""
     _rows: Rows | None = None
 
     @cached_property
@@ -163,15 +165,22 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
 
         batch = None
         if self.mask is not None and causal and (bounds is None or self.knows_lengths):
-            table = fused.table_of_keys(block_table[: common.num_reqs])
-            batch = fused.Batch(starts[1:], seq_lens, table, self.mask, self.block_size)
+            real = len(query_lens) - query_lens.count(0)  # padding, if any, comes last
+            batch = fused.Batch(
+                starts[1 : real + 1],
+                seq_lens[:real],
+                block_table[:real],
+                self.mask,
+                self.block_size,
+            )
         return NPUAttentionMetadata(starts[-1], causal, make_tiles, batch)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> NPUAttentionMetadata:
         """For a graph of decode steps, which finds the requests of each replay in vLLM's tensors of
-        lengths and blocks. Its tiles are as long as a request may become."""
+        lengths and blocks. Its tiles are as long as a request may become; the operator is told the
+        lengths of each replay (``native.graphs``)."""
         common = common_attn_metadata
         make_tiles = partial(
             make_decode_tiles,
@@ -182,7 +191,11 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
             content=self.content,
             window=self.window,
         )
-        return NPUAttentionMetadata(common.num_actual_tokens, True, make_tiles)
+        batch = None
+        if self.mask is not None and self.max_keys <= fused.MOST_KEYS:
+            none = fused.Batch([], [], common.block_table_tensor, self.mask, self.block_size)
+            batch = none.padded(common.num_reqs)
+        return NPUAttentionMetadata(common.num_actual_tokens, True, make_tiles, batch, set())
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
@@ -314,8 +327,11 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
         both = halves(kv_cache, self.head_size)
         if both is None or not batch.takes(layout, len(both) - 1):
             return False
-        tokens = attn_metadata.num_tokens
-        fused.attend(self.layer, layout, query[:tokens], both, output[:tokens], batch)
+        tokens, workspace = attn_metadata.num_tokens, None
+        if attn_metadata.captured is not None:
+            attn_metadata.captured.add((layout, len(both) - 1))
+            workspace = fused.workspace(self.layer, layout, query[:tokens], both, batch)
+        fused.attend(self.layer, layout, query[:tokens], both, output[:tokens], batch, workspace)
         return True
 
     def do_kv_cache_update(

@@ -19,7 +19,6 @@ from vllm_sleep_ascend.native.attention.fused import (
     Layout,
     attend,
     causal_mask,
-    table_of_keys,
     write,
 )
 from vllm_sleep_ascend.native.attention.kv_cache import Rows, halves, write_kv
@@ -149,7 +148,7 @@ def _trial(
         output = torch.empty_like(query)
         both = halves(cache, layer.head_size)
         assert both is not None
-        batch = Batch(ends, lengths, table_of_keys(table), causal_mask(device), size)
+        batch = Batch(ends, lengths, table, causal_mask(device), size)
         attend(layer, layout, query, both, output, batch)
         return output
 

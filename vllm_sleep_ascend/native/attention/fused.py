@@ -5,8 +5,8 @@ What it takes is in torch_npu's document of it, and its head sizes with layout T
 check (vllm-ascend #9632). What this module does not call it for is computed by ``paged``.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,9 @@ from vllm_sleep_ascend.native.attention.kv_cache import Rows
 _MASK = 2048  # rows and columns of the mask that sparse modes 3 and 4 take
 _CAUSAL, _BAND = 3, 4  # sparse modes; both align the last query row with the last key
 _NO_LIMIT = 2**31 - 1
+
+MOST_KEYS = 262144
+"""Of a request that decodes."""
 
 
 class Layout(Enum):
@@ -69,8 +72,8 @@ class Batch:
     """Of each request's query rows."""
     lengths: list[int]
     """Keys of each request."""
-    block_table: torch.Tensor
-    """``[requests, blocks]`` int32: the halves that hold a request's keys."""
+    blocks_of_requests: torch.Tensor
+    """``[requests, blocks]`` int32: vLLM's."""
     mask: torch.Tensor
     """See ``causal_mask``."""
     block_size: int
@@ -82,8 +85,20 @@ class Batch:
             0 < requests <= (4096 if layout is Layout.TND else 65536)
             and self._blocks <= blocks
             and (self._decodes or layout is Layout.TND)
-            and (self._longest <= 262144 or not self._decodes)
+            and (self._longest <= MOST_KEYS or not self._decodes)
         )
+
+    def padded(self, requests: int) -> "Batch":
+        """Of as many requests, which decode: those that are missing see the null block's first key.
+        Its table is that of this one."""
+        lengths = self.lengths + [1] * (requests - len(self.lengths))
+        return replace(self, ends=list(range(1, requests + 1)), lengths=lengths)
+
+    @cached_property
+    def block_table(self) -> torch.Tensor:
+        """The halves that hold a request's keys. Made by the first layer, so that a graph makes
+        those of its steps."""
+        return self.blocks_of_requests * 2
 
     @cached_property
     def _decodes(self) -> bool:
@@ -103,11 +118,6 @@ class Batch:
 def causal_mask(device: torch.device) -> torch.Tensor:
     """True for keys after the query row: the operator moves it along sequences of any length."""
     return torch.ones(_MASK, _MASK, dtype=torch.bool).triu_(1).to(device)
-
-
-def table_of_keys(block_table: torch.Tensor) -> torch.Tensor:
-    """From vLLM's blocks to the halves with their keys."""
-    return block_table * 2
 
 
 def arguments(
@@ -169,6 +179,15 @@ def attend(
         workspace=workspace,
         out=[output, torch.empty(1, dtype=torch.float32, device=output.device)],
     )
+
+
+def workspace(
+    layer: Layer, layout: Layout, query: torch.Tensor, both: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """For ``attend`` in a graph, whatever the lengths of later steps are."""
+    get: Callable[..., torch.Tensor]
+    get = torch.ops.npu._npu_fused_infer_attention_score_get_max_workspace
+    return get(**arguments(layer, layout, query, both, batch))
 
 
 def _one_row_each(rows: torch.Tensor) -> torch.Tensor:
