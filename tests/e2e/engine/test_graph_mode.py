@@ -252,6 +252,23 @@ def test_the_attention_operator_is_told_the_lengths_of_each_replay(tiny_model):
         assert captures() == len(SIZES)
 
 
+def test_a_step_that_the_attention_operator_does_not_take_runs_eagerly(tiny_model):
+    """Requests that share more blocks of the prefix cache than its document allows."""
+    blocks, shared_prompt = 80, PROMPTS[-1]
+    options = {
+        "dtype": "bfloat16",
+        "max_model_len": 16 * (blocks - 2),
+        "num_gpu_blocks_override": blocks,
+    }
+    with engine(tiny_model, **OPTIONS | options) as llm:
+        (alone,) = tokens(llm, [shared_prompt], FEW_TOKENS)
+        before = replays()
+        assert tokens(llm, [shared_prompt] * 4, FEW_TOKENS) == [alone] * 4
+        assert replays() == before
+        assert tokens(llm, [shared_prompt], FEW_TOKENS) == [alone]
+        assert replays() == before + FEW_TOKENS - 1
+
+
 def test_a_server_in_graph_mode(tiny_model, tmp_path):
     """With the guide's command line, and only a few sizes."""
     options = (
