@@ -11,6 +11,7 @@ import pytest
 from helpers import MIB
 from helpers.engine import driver_worker, engine, few, mapped, send_update, shared, tokens, used
 from helpers.faults import DRIVER_ERROR, calls_of
+from helpers.models import make_model
 from helpers.ranks import assert_tokens_survive_sleep, status
 from helpers.reference import FEW, FEW_TOKENS, PROMPTS, hf_few, hf_greedy
 from helpers.server import MEMORY, SMALL, Server
@@ -222,10 +223,12 @@ def test_graphs_stay_in_their_memory_without_vllms_option(tiny_model, expected):
         assert captures() == len(SIZES)
 
 
-def test_the_attention_operator_is_told_the_lengths_of_each_replay(tiny_model):
-    """In bfloat16 the operator attends, with lengths from the host: a task group for each layer."""
-    prompts, n = PROMPTS[:4], 20
-    with engine(tiny_model, dtype="bfloat16") as llm:
+@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen3"], ids=["BSH", "TND"])
+def test_the_attention_operator_is_told_the_lengths_of_each_replay(name):
+    """In bfloat16 the operator attends, with lengths from the host: a task group for each layer.
+    Its layout for decoding depends on the heads' size."""
+    model, prompts, n = make_model(name), PROMPTS[:4], 20
+    with engine(model, dtype="bfloat16") as llm:
         assert (
             driver_worker(llm).model_runner.attn_groups[0][0].get_metadata_builder().mask
             is not None
@@ -233,7 +236,7 @@ def test_the_attention_operator_is_told_the_lengths_of_each_replay(tiny_model):
         alone = [tokens(llm, [prompt], n)[0] for prompt in prompts]
         together = tokens(llm, prompts[:3], n)
     control.reset_counters()
-    with engine(tiny_model, **OPTIONS, dtype="bfloat16") as llm:
+    with engine(model, **OPTIONS, dtype="bfloat16") as llm:
         layers = driver_worker(llm).model_config.hf_config.num_hidden_layers
         assert captures() == len(SIZES)
         assert control.call_count("aclmdlRICaptureTaskGrpEnd") == layers * len(SIZES)
