@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
 
+import ipaddress
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_sleep_ascend import admin_key
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "sleep_mode"
+LOOPBACK = "127.0.0.1"
+
+_SOCKET_PATH_BYTES = 107  # of Linux's sockaddr_un, without the final zero
+_UNSHOWN = "admin_key_file"  # which may be given the key itself by mistake
 
 
 class SleepModeConfig(BaseModel):
@@ -85,6 +92,53 @@ class SleepModeConfig(BaseModel):
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
     vLLM's own sleep_preserve_parameter_names, which vLLM 0.23 lacks."""
 
+    admin_port: int | None = Field(default=None, ge=1, le=65535)
+    """A server's admin door: the sleep endpoints, status and metrics on a port of their own,
+    without vLLM's development mode."""
+
+    admin_host: str = Field(default=LOOPBACK, min_length=1)
+    """The address of ``admin_port``. One that other machines reach needs a key."""
+
+    admin_socket: str | None = Field(default=None)
+    """The same door at the path of a Unix socket, which only the server's user may open."""
+
+    admin_key_file: str | None = Field(default=None)
+    """A file with the door's key, which only the server's user may read. Without it the key is that
+    of the environment (``admin_key.VARIABLE``), if there is one."""
+
+    @field_validator("admin_socket", "admin_key_file")
+    @classmethod
+    def _is_absolute(cls, path: str | None) -> str | None:
+        if path is not None and not os.path.isabs(path):
+            raise ValueError("an absolute path is needed, such as /run/vllm/NAME")
+        return path
+
+    @field_validator("admin_socket")
+    @classmethod
+    def _fits_a_socket(cls, path: str | None) -> str | None:
+        if path is not None and len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+            raise ValueError(f"a socket's path has at most {_SOCKET_PATH_BYTES} bytes")
+        return path
+
+    @model_validator(mode="after")
+    def _one_door(self) -> "SleepModeConfig":
+        if self.admin_port is not None and self.admin_socket is not None:
+            raise ValueError("admin_port and admin_socket exclude each other; choose one")
+        if "admin_host" in self.model_fields_set and self.admin_port is None:
+            raise ValueError("admin_host needs admin_port")
+        if self.admin_key_file is not None and not self.has_door:
+            raise ValueError("admin_key_file needs admin_port or admin_socket")
+        return self
+
+    @property
+    def has_door(self) -> bool:
+        return self.admin_port is not None or self.admin_socket is not None
+
+    @property
+    def door_is_local(self) -> bool:
+        """Whether only this machine reaches the door."""
+        return self.admin_socket is not None or is_loopback(self.admin_host)
+
     @model_validator(mode="after")
     def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
         if self.skip_unchanged and not self.keep_host_backup:
@@ -144,13 +198,31 @@ class SleepModeConfig(BaseModel):
             return cls(**options)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}"
+                _described(problem["loc"], problem["input"], problem["msg"])
                 for problem in error.errors()
             )
             raise ValueError(
                 f"additional_config[{KEY!r}]: {problems}. "
                 f"The options are {', '.join(cls.model_fields)}."
             ) from None
+
+
+def _described(place: tuple[int | str, ...], value: object, message: str) -> str:
+    name = ".".join(map(str, place))
+    if name == "admin_key":
+        return (
+            "admin_key: not an option, because a configuration is printed in logs and in lists of "
+            f"processes; set {admin_key.VARIABLE} in the environment, or admin_key_file"
+        )
+    return f"{name}: {message}" if name == _UNSHOWN else f"{name}={value!r}: {message}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def connect_timeout_s() -> int:

@@ -27,7 +27,7 @@ from vllm_sleep_ascend.engine import (
 from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.rank_answers import reads_every_answer
 from vllm_sleep_ascend.engine.wrap import Wrapper, wrap
-from vllm_sleep_ascend.front_end import calls, endpoints, replicas
+from vllm_sleep_ascend.front_end import calls, endpoints, replicas, server
 from vllm_sleep_ascend.rank.guarded_calls import guards_calls
 
 
@@ -182,7 +182,7 @@ EVERYWHERE = (
     Patch(_ASYNC, "pause_generation", calls.noted, ("mode",), _NOTED),
     # The HTTP server
     Patch("vllm.entrypoints.serve.instrumentator", "register_instrumentator_api_routers",
-          endpoints.with_middleware, ("app",),
+          server.with_middleware, ("app",),
           "requests that an option refuses get 503, and gauges are fresh when they are read"),
 )  # fmt: skip
 

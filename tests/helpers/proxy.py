@@ -16,7 +16,8 @@ TOKENS = 12
 
 
 def command(servers: list[Server], *options: str) -> list[str]:
-    return [sys.executable, "-m", "vllm_sleep_ascend.proxy", *map(url, servers), *options]
+    addresses = (f"{url(s)},{s.door}" if hasattr(s, "door") else url(s) for s in servers)
+    return [sys.executable, "-m", "vllm_sleep_ascend.proxy", *addresses, *options]
 
 
 class Proxy:

@@ -11,7 +11,7 @@ from helpers import ROOT
 NAME = "vllm_sleep_ascend"
 PACKAGE = ROOT / NAME
 
-BASE = ("config", "policy", "errors", "error_text", "status")  # shared by all processes
+BASE = ("config", "policy", "errors", "error_text", "status", "admin_key")  # of all processes
 MAY_IMPORT = {
     "memory": BASE,
     "rank": (*BASE, "memory"),
@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "patches": ("config", "engine", "front_end", "rank.guarded_calls"),
     "native": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache"),
     "beside": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache", "patches"),
-    "client": ("policy", "status", "doctor"),
-    "proxy": ("client",),
+    "client": ("policy", "status", "doctor", "admin_key"),
+    "proxy": ("client", "admin_key"),
     "doctor": ("_camem", "errors", "memory.host"),
     "weight_transfer": (*BASE, "releases"),
     "releases": (),

@@ -8,6 +8,9 @@ import httpx
 
 _T = TypeVar("_T")
 
+SOCKET = "unix:"
+"""In front of a path, in place of a URL."""
+
 HEALTH_S = 1.0
 """Seconds between checks that an engine that works on a call is still alive."""
 
@@ -39,20 +42,26 @@ class Options(TypedDict, total=False):
 
 
 class Calls:
-    """Calls to the server at ``url``; each may take ``timeout_s`` seconds."""
+    """Calls to the server at ``url``; each may take ``timeout_s`` seconds. ``key`` is that which it
+    asks for, if any."""
 
-    def __init__(self, url: str, timeout_s: float, api_key: str | None) -> None:
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"{url!r} is not a server's address; write such as http://HOST:PORT")
+    def __init__(self, url: str, timeout_s: float, key: str | None) -> None:
         self.url = url.rstrip("/")
+        path = url.removeprefix(SOCKET) if url.startswith(SOCKET) else None
+        parsed = httpx.URL("http://localhost" if path else url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(
+                f"{url!r} is not a server's address; write such as http://HOST:PORT or unix:/PATH"
+            )
         # The environment's proxies are for other hosts; sleeping servers are near. Idle connections
         # are closed before the server closes them (after 5 s), which could collide with a call.
         self._http = httpx.AsyncClient(
-            base_url=self.url,
+            base_url=parsed,
             timeout=httpx.Timeout(timeout_s, connect=5.0),
-            limits=httpx.Limits(keepalive_expiry=2.0),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+            transport=httpx.AsyncHTTPTransport(
+                limits=httpx.Limits(keepalive_expiry=2.0), trust_env=False, uds=path
+            ),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
             trust_env=False,
         )
 
@@ -86,7 +95,8 @@ class Calls:
             if optional:
                 return None
             raise CallFailed(
-                f"{self.url}: there is no {path}; start the server with VLLM_SERVER_DEV_MODE=1"
+                f"{self.url}: there is no {path}; start the server with admin_port or admin_socket "
+                "and use that address, or with VLLM_SERVER_DEV_MODE=1"
             )
         if answer.status_code != 200:
             kind, reason = _reason(answer)

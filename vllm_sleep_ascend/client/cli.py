@@ -3,8 +3,9 @@
 
 Exit codes: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 a server is
 unreachable. The doctor has its own. Progress goes to stderr, the summary to stdout: one line, or
-with --json one object. Servers that ask for an API key (--api-key) get that of the environment,
-VLLM_API_KEY.
+with --json one object. A URL is that of a server's admin door (admin_port, or unix:/PATH for
+admin_socket), or of a server in development mode. The door's key is that of the environment,
+SLEEP_ADMIN_KEY, or of --admin-key-file. Without either, servers get VLLM_API_KEY.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.doctor import command as doctor
 from vllm_sleep_ascend.policy import LEVELS, MODES
 
@@ -80,14 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-sleep", description=description, epilog=rest)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Command, help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
+    def command(name: str, run: Command, purpose: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=purpose, description=purpose)
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="print one JSON object")
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
         made.add_argument(
             "--timeout", type=float, default=600, metavar="S", help="seconds a call may take (600)"
         )
+        help = "of the admin doors; only you may be able to read it"
+        made.add_argument("--admin-key-file", metavar="FILE", help=help)
         return made
 
     def level(made: argparse.ArgumentParser, default: int | None, help: str) -> None:
@@ -136,7 +140,7 @@ async def _run(args: argparse.Namespace) -> tuple[int, str, Mapping[str, object]
     addresses = getattr(args, "urls", None) or [
         value for name in ("url", "from_url", "to_url") if (value := getattr(args, name, None))
     ]
-    key = os.environ.get("VLLM_API_KEY")
+    key = admin_key.read(args.admin_key_file) or os.environ.get("VLLM_API_KEY")
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         clients = [

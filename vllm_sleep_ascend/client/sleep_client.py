@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client of the development endpoints of one vLLM server, this package's or stock."""
+"""A client of the sleep endpoints of one vLLM server: at its admin door, or those of the
+development mode, this package's or stock."""
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Self, TypedDict, Unpack
+from collections.abc import Callable, Coroutine
+from typing import Any, Self, TypedDict
 
 from vllm_sleep_ascend.client.calls import CallFailed, Calls, Options
 from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
@@ -33,10 +34,12 @@ class SleepClient:
     """Sleep, wake and status of the server at ``url``. Use as an async context manager.
 
     Args:
-        url: such as ``http://127.0.0.1:8001``.
+        url: such as ``http://127.0.0.1:8001``, or its admin door: ``unix:/run/vllm/admin``.
         timeout_s: seconds that one call may take.
         progress: called with a text after each step.
-        api_key: for servers that require one (``vllm serve --api-key``).
+        key: the admin door's, or that of a server that requires one (``vllm serve --api-key``).
+        door: the address of the admin door, if ``url`` is that of users.
+        door_key: the key there.
     """
 
     def __init__(
@@ -44,10 +47,13 @@ class SleepClient:
         url: str,
         timeout_s: float = 600.0,
         progress: Progress = lambda text: None,
-        api_key: str | None = None,
+        key: str | None = None,
+        door: str | None = None,
+        door_key: str | None = None,
     ) -> None:
-        self._calls = Calls(url, timeout_s, api_key)
-        self.url = self._calls.url
+        self._public = Calls(url, timeout_s, key)
+        self._calls = self._public if door is None else Calls(door, timeout_s, door_key)
+        self.url = self._public.url
         self.steps: list[Step] = []
         self._progress = progress
 
@@ -55,12 +61,13 @@ class SleepClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._public.close()
         await self._calls.close()
 
     async def status(self) -> ServerStatus:
         """
         Raises:
-            CallFailed: the server is unreachable or has no development endpoints.
+            CallFailed: the server is unreachable or has no sleep endpoints.
         """
         ranks = await self._ranks()
         return {
@@ -77,7 +84,10 @@ class SleepClient:
 
     async def models(self, timeout_s: float | None = None) -> list[str]:
         """Names of its models."""
-        models = await self._calls.get("/v1/models", "data", timeout_s)
+        models = await self._public.get("/v1/models", "data", timeout_s, optional=True)
+        if models is None:  # an admin door
+            names: list[str] = await self._calls.get("/sleep_status", "models", timeout_s)
+            return names
         try:
             return [model["id"] for model in models]
         except (KeyError, TypeError):
@@ -89,7 +99,7 @@ class SleepClient:
 
     async def is_gone(self, timeout_s: float) -> bool:
         """See ``Calls.is_gone``."""
-        return await self._calls.is_gone(timeout_s)
+        return await self._public.is_gone(timeout_s)
 
     async def sleep(
         self, level: int = 1, mode: str = "abort", discard_trained: bool = False
@@ -105,7 +115,8 @@ class SleepClient:
         if not discard_trained:
             await self.check_sleep(level)
         # In the query: stock servers ignore a body.
-        await self._step("sleep", "POST", "/sleep", params={"level": level, "mode": mode})
+        options: Options = {"params": {"level": level, "mode": mode}}
+        await self._step("sleep", self._calls.call("POST", "/sleep", **options))
         if level > 0 and not await self.is_sleeping():
             raise CallFailed(f"{self.url}: /sleep succeeded, but the server is not asleep")
 
@@ -117,7 +128,8 @@ class SleepClient:
             CallFailed: it did not wake.
         """
         name = f"wake {' '.join(tags)}" if tags else "wake"
-        await self._step(name, "POST", "/wake_up", params={"tags": tags} if tags else {})
+        options: Options = {"params": {"tags": tags} if tags else {}}
+        await self._step(name, self._calls.call("POST", "/wake_up", **options))
         if not tags and await self.is_sleeping() and not await self._is_paused():
             raise CallFailed(f"{self.url}: /wake_up succeeded, but the server still sleeps")
 
@@ -191,12 +203,20 @@ class SleepClient:
 
     async def reload_weights(self) -> None:
         """Load the weights from disk into awake memory."""
-        body = {"method": "reload_weights"}
-        await self._step("reload_weights", "POST", "/collective_rpc", json=body)
+
+        async def reload() -> object:
+            answer = await self._calls.call("POST", "/reload_weights", optional=True)
+            if answer is not None:
+                return answer
+            body = {"method": "reload_weights"}  # of the development mode
+            return await self._calls.call("POST", "/collective_rpc", json=body)
+
+        await self._step("reload_weights", reload())
 
     async def reset_prefix_cache(self) -> None:
         """Reset the prefix cache, because its blocks are from old weights."""
-        answer = await self._step("reset_prefix_cache", "POST", "/reset_prefix_cache")
+        call = self._calls.call("POST", "/reset_prefix_cache")
+        answer = await self._step("reset_prefix_cache", call)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise CallFailed(f"{self.url}: the prefix cache is in use and was not reset; repeat it")
 
@@ -204,10 +224,9 @@ class SleepClient:
         """Report progress."""
         self._progress(f"{self.url}: {text}")
 
-    async def _step(self, name: str, method: str, path: str, **options: Unpack[Options]) -> object:
+    async def _step(self, name: str, call: Coroutine[Any, Any, object]) -> object:
         started = time.perf_counter()
-        call = asyncio.create_task(self._calls.call(method, path, **options))
-        answer = await self._calls.unless_the_engine_dies(call)
+        answer = await self._calls.unless_the_engine_dies(asyncio.create_task(call))
         seconds = time.perf_counter() - started
         self.steps.append({"url": self.url, "step": name, "seconds": round(seconds, 4)})
         self.say(f"{name} {seconds:.3f} s")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend import policy
+from vllm_sleep_ascend import admin_key, policy
 from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
 
 if TYPE_CHECKING:
@@ -65,6 +65,21 @@ def check_graphs(vllm_config: "VllmConfig", recaptures: bool = False) -> None:
         "longer exist. Start with enforce_eager=True (--enforce-eager), or leave out "
         f"release_communicators, {instead}"
     )
+
+
+def check_door(config: SleepModeConfig) -> None:
+    """
+    Raises:
+        ValueError: the admin door's key cannot be read, or other machines reach a door without one.
+    """
+    if not config.has_door:
+        return
+    if admin_key.read(config.admin_key_file) is None and not config.door_is_local:
+        raise ValueError(
+            f"admin_host={config.admin_host!r} is reached by other machines, and there is no key: "
+            f"set {admin_key.VARIABLE} in the environment, or admin_key_file; or leave out "
+            "admin_host, for loopback alone"
+        )
 
 
 def check_sleep(vllm_config: "VllmConfig", level: object = 1, mode: object = "abort") -> None:

@@ -94,7 +94,7 @@ def resume_generation(stock: _OfAsync[[], None]) -> _OfAsync[[], None]:
     off."""
 
     async def resume_generation(self: "AsyncLLM", /) -> None:
-        with _typed():
+        with typed():
             if any(await call_all(self.engine_core, "sleep_mode_pending")):
                 await self.wake_up()
             await stock(self)
@@ -135,7 +135,7 @@ def _in_process(client: "EngineCoreClient") -> "EngineCore | None":
 
 
 @contextmanager
-def _typed() -> Iterator[None]:
+def typed() -> Iterator[None]:
     """Errors of the engine's process get their type again."""
     try:
         yield
@@ -153,7 +153,7 @@ def checked(check: _Check[_P]) -> Callable[[_OfEngine[_P, _T]], _OfEngine[_P, _T
         def call(self: "LLMEngine", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
             check(self.vllm_config, *args, **kwargs)
             try:
-                with _typed():
+                with typed():
                     return stock(self, *args, **kwargs)
             finally:
                 metrics.record(self)
@@ -170,7 +170,7 @@ def checked_async(check: _Check[_P]) -> Callable[[_OfAsync[_P, _T]], _OfAsync[_P
         async def call(self: "AsyncLLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
             check(self.vllm_config, *args, **kwargs)
             try:
-                with _typed():
+                with typed():
                     return await with_note(self, *args, **kwargs)
             finally:
                 if metrics.has_metrics(self):

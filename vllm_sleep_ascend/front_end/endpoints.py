@@ -7,13 +7,10 @@ is a 4xx or 5xx with a reason.
 """
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
-from vllm_sleep_ascend.engine.not_serving import NotServingError
 from vllm_sleep_ascend.front_end import metrics
-from vllm_sleep_ascend.front_end.middleware import SleepModeMiddleware, answer_not_serving
 from vllm_sleep_ascend.front_end.replicas import rank_status
 from vllm_sleep_ascend.status import state_of
 
@@ -24,15 +21,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 Call = Callable[[], Awaitable[dict[str, object]]]
-
-
-def with_middleware(stock: Callable[["FastAPI"], None]) -> Callable[["FastAPI"], None]:
-    def register_instrumentator_api_routers(app: "FastAPI") -> None:
-        stock(app)
-        app.add_middleware(SleepModeMiddleware)
-        app.add_exception_handler(NotServingError, answer_not_serving)
-
-    return register_instrumentator_api_routers
 
 
 def attach_router(app: "FastAPI") -> None:
@@ -60,26 +48,27 @@ def attach_router(app: "FastAPI") -> None:
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
     async def is_sleeping(request: Request) -> JSONResponse:
-        return JSONResponse({"is_sleeping": await _client(request).is_sleeping()})
+        return JSONResponse({"is_sleeping": await client_of(request).is_sleeping()})
 
     @router.get("/sleep_status")
     async def sleep_status(request: Request) -> JSONResponse:
-        return await _status(_client(request))
+        return await _status(request)
 
     app.include_router(router)
 
 
-def _client(request: "Request") -> "AsyncLLM":
+def client_of(request: "Request") -> "AsyncLLM":
     client: AsyncLLM = request.app.state.engine_client
     return client
 
 
-async def _status(client: "AsyncLLM") -> "JSONResponse":
-    """The engine's ``state`` (``status.State``), ``is_sleeping`` and ``ranks``. A ``dead`` engine
-    has no ranks, and answers with status 503."""
+async def _status(request: "Request") -> "JSONResponse":
+    """The engine's ``state`` (``status.State``), ``is_sleeping``, ``ranks`` and ``models``. A
+    ``dead`` engine has no ranks, and answers with status 503."""
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.exceptions import EngineDeadError
 
+    client = client_of(request)
     try:
         if client.errored:
             raise client.dead_error
@@ -89,13 +78,17 @@ async def _status(client: "AsyncLLM") -> "JSONResponse":
         return JSONResponse(
             {
                 "state": "dead",
-                "error": _error(error, 503)["error"],
+                "error": error_body(error, 503)["error"],
                 "remedy": "restart the server; its log has the cause",
             },
             503,
         )
     state = state_of(ranks, is_sleeping)
-    return JSONResponse({"state": state, "is_sleeping": is_sleeping, "ranks": ranks})
+    models = (await request.app.state.openai_serving_models.show_available_models()).data
+    names = [model.id for model in models]
+    return JSONResponse(
+        {"state": state, "is_sleeping": is_sleeping, "models": names, "ranks": ranks}
+    )
 
 
 async def _answer(
@@ -107,23 +100,15 @@ async def _answer(
 
     try:
         call = await parse(request)
-        with _recorded(operation):
+        with metrics.recorded(operation):
             return JSONResponse(await call())
     except (ValueError, RuntimeError, EngineDeadError) as error:
         status = 400 if isinstance(error, ValueError) else 503
-        return JSONResponse(_error(error, status), status)
+        return JSONResponse(error_body(error, status), status)
 
 
-def _recorded(operation: "Operation") -> AbstractContextManager[None]:
-    """vLLM's own metrics of an operation, if it has them."""
-    try:
-        from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
-    except ImportError:
-        return nullcontext()
-    return sleep_mode_operation_metrics().record(operation)
-
-
-def _error(error: Exception, status: int) -> dict[str, dict[str, object]]:
+def error_body(error: Exception, status: int) -> dict[str, dict[str, object]]:
+    """As vLLM's own."""
     return {"error": {"type": type(error).__name__, "message": str(error), "code": status}}
 
 
@@ -133,7 +118,7 @@ async def _sleep(request: "Request") -> Call:
     mode = policy.check_mode(options.get("mode", "abort"))
 
     async def call() -> dict[str, object]:
-        await _client(request).sleep(level, mode)
+        await client_of(request).sleep(level, mode)
         return {"status": "sleeping", "level": level}
 
     return call
@@ -144,7 +129,7 @@ async def _wake_up(request: "Request") -> Call:
     wanted = policy.check_tags(tags)
 
     async def call() -> dict[str, object]:
-        client = _client(request)
+        client = client_of(request)
         fully_awake = await client.wake_up(wanted)
         if fully_awake is None:  # vLLM 0.23
             fully_awake = not await client.is_sleeping()
@@ -157,7 +142,7 @@ async def _release_kv_cache_memory(request: "Request") -> Call:
     await _options(request, ())
 
     async def call() -> dict[str, object]:
-        await _client(request).release_kv_cache_memory()
+        await client_of(request).release_kv_cache_memory()
         return {"status": "kv_cache_released"}
 
     return call

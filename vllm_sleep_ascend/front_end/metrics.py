@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus gauges of what sleeps, from the ranks' status, in the front end's process."""
 
+import asyncio
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import REGISTRY, Gauge
@@ -13,6 +14,7 @@ from vllm_sleep_ascend.front_end.replicas import rank_status
 from vllm_sleep_ascend.status import RankStatus, level_of
 
 if TYPE_CHECKING:
+    from vllm.entrypoints.serve.dev.sleep.metrics import Operation
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -22,6 +24,7 @@ _State = Literal["mapped", "offloaded", "discarded"]
 _Location = Literal["device", "host"]
 _STATES: tuple[_State, ...] = get_args(_State)
 _LOCATIONS: tuple[_Location, ...] = get_args(_Location)
+_SCRAPE_S = 1.0
 _LABELS = ("model_name", "engine", "rank", "tag")
 
 
@@ -95,3 +98,25 @@ def _publish(engine: "LLMEngine | AsyncLLM", ranks: list[RankStatus], is_sleepin
     assert engine.logger_manager is not None
     # vLLM's own gauge, which in stock vLLM follows what was requested.
     engine.logger_manager.record_sleep_state(int(is_sleeping), level_of(ranks))
+
+
+class Refresher:
+    """Refreshes the gauges before they are read."""
+
+    def __init__(self) -> None:
+        self._refresh: asyncio.Task[list[RankStatus]] | None = None
+
+    async def refresh(self, engine: "AsyncLLM") -> None:
+        """An engine that is busy with an operation answers too late: then the last figures stay."""
+        if self._refresh is None or self._refresh.done():
+            self._refresh = asyncio.create_task(record_async(engine))
+        await asyncio.wait([self._refresh], timeout=_SCRAPE_S)
+
+
+def recorded(operation: "Operation") -> AbstractContextManager[None]:
+    """vLLM's own metrics of an operation, if it has them."""
+    try:
+        from vllm.entrypoints.serve.dev.sleep.metrics import sleep_mode_operation_metrics
+    except ImportError:
+        return nullcontext()
+    return sleep_mode_operation_metrics().record(operation)

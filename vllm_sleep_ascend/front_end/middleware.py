@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server's middleware: refuses requests if an option says so, and refreshes gauges."""
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend.front_end import metrics
-from vllm_sleep_ascend.status import RankStatus
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -14,7 +12,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _RETRY_AFTER_S = 1
-_SCRAPE_S = 1.0
 
 _CONTROL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _GENERATION = frozenset(
@@ -38,7 +35,7 @@ class SleepModeMiddleware:
 
     def __init__(self, app: "ASGIApp") -> None:
         self._app = app
-        self._refresh: asyncio.Task[list[RankStatus]] | None = None
+        self._gauges = metrics.Refresher()
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         client: AsyncLLM | None = None
@@ -46,19 +43,13 @@ class SleepModeMiddleware:
             client = getattr(scope["app"].state, "engine_client", None)
         if client is not None and client.model_config.enable_sleep_mode:
             if _path(scope) == "/metrics":
-                await self._refresh_metrics(client)
+                await self._gauges.refresh(client)
             elif _generates(scope):
                 refused = await _refused(client)
                 if refused is not None:
                     await refused(scope, receive, send)
                     return
         await self._app(scope, receive, send)
-
-    async def _refresh_metrics(self, client: "AsyncLLM") -> None:
-        """An engine that is busy with an operation answers too late: then the last figures stay."""
-        if self._refresh is None or self._refresh.done():
-            self._refresh = asyncio.create_task(metrics.record_async(client))
-        await asyncio.wait([self._refresh], timeout=_SCRAPE_S)
 
 
 def _path(scope: "Scope") -> str:

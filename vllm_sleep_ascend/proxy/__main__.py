@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-sleep-proxy``: one OpenAI-compatible port for vLLM servers that take turns on a device.
 
-Each server runs with VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode; start all but the last and put
-each to sleep (vllm-sleep sleep URL) before the next. A request wakes the model that it names. Let
-users reach only the proxy: a server that is asked directly does not wake. Servers that ask for an
-API key (--api-key) get that of the environment, VLLM_API_KEY; users send theirs.
+Each server runs with --enable-sleep-mode and an admin door (admin_port or admin_socket), or with
+VLLM_SERVER_DEV_MODE=1; start all but the last and put each to sleep (vllm-sleep sleep ADMIN) before
+the next. A request wakes the model that it names. Let users reach only the proxy: a server that is
+asked directly does not wake. The doors' key is that of the environment, SLEEP_ADMIN_KEY, or of
+--admin-key-file. Servers that ask for an API key (--api-key) get VLLM_API_KEY; users send theirs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 
 import uvicorn
 
+from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.admin import Admin
 from vllm_sleep_ascend.proxy.metrics import Metrics
@@ -32,10 +34,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("urls", nargs="+", metavar="URL", help="of a vLLM server")
+    add("urls", nargs="+", metavar="URL[,ADMIN]", help="of a vLLM server, and of its admin door")
     add("--host", default=LOOPBACK, help="where users are served")
     add("--port", type=int, default=8000)
     add("--admin-port", type=int, default=8100, help="status, sleep, wake, metrics; loopback only")
+    add("--admin-key-file", help="of the servers' admin doors")
     add("--level", type=int, choices=(1, 2), default=1, help="of sleep")
     add("--max-queue", type=int, default=256, help="requests that may wait; more get a 503")
     add("--max-body-mib", type=int, default=64, help="of a request; larger ones get a 413")
@@ -49,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _serve(args: argparse.Namespace) -> None:
     key = os.environ.get("VLLM_API_KEY")
-    servers = [Server(SleepClient(url, args.timeout_s, api_key=key)) for url in args.urls]
+    door_key = admin_key.read(args.admin_key_file)
+    clients = []
+    for pair in args.urls:
+        url, _, door = pair.partition(",")
+        client = SleepClient(url, args.timeout_s, key=key, door=door or None, door_key=door_key)
+        clients.append(client)
+    servers = [Server(client) for client in clients]
     settings = Settings(args.level, args.max_queue, args.turn_s, args.idle_s, args.max_awake)
     turns = Turns(servers, Metrics(), settings)
     apps = (
@@ -82,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("turn_s", "idle_s"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
-    twice = {url for url in args.urls if args.urls.count(url) > 1}
+    urls = [pair.partition(",")[0] for pair in args.urls]
+    twice = {url for url in urls if urls.count(url) > 1}
     if twice:
         parser.error(f"{', '.join(twice)} is named more than once")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -166,8 +166,8 @@ def test_a_stock_server(pair, a_is_awake, tiny_model, tmp_path):
     a.post("/sleep")
     (tmp_path / "sitecustomize.py").write_text(
         "from vllm_sleep_ascend import patches\n"
-        "from vllm_sleep_ascend.front_end import endpoints\n"
-        "own = [p for p in patches.EVERYWHERE if p.wrapper is endpoints.with_middleware]\n"
+        "from vllm_sleep_ascend.front_end import server\n"
+        "own = [p for p in patches.EVERYWHERE if p.wrapper is server.with_middleware]\n"
         "patches.EVERYWHERE = tuple(p for p in patches.EVERYWHERE if p not in own)\n"
         "patches.DEVELOPMENT = ()\n"
     )
