@@ -404,6 +404,13 @@ def test_a_socket_is_its_users_alone_and_a_stale_one_is_no_obstacle(tiny_model, 
 
 
 @pytest.mark.slow
+def test_a_port_that_is_taken_ends_the_start(door, tiny_model, tmp_path):
+    options = (*OPTIONS, *config(admin_port=door.port))
+    with pytest.raises(AssertionError, match="choose another port, or end what listens there"):
+        Server(tiny_model, *options, log=tmp_path / "log", env=environment("taken"))
+
+
+@pytest.mark.slow
 def test_one_of_several_api_servers_has_it_and_loopback_needs_no_key(tiny_model, tmp_path):
     (port,) = free_ports(1)
     options = (*OPTIONS, "--api-server-count", "2", *config(admin_port=port))
@@ -425,7 +432,4 @@ def test_one_of_several_api_servers_has_it_and_loopback_needs_no_key(tiny_model,
             assert door.http.get("/health", headers={"Host": host}).status_code in (400, 403)
         assert log.read_text().count("The admin door is open at") == 1
         assert "The admin door has no key: every user of this machine" in log.read_text()
-        taken = tmp_path / "taken"
-        with pytest.raises(AssertionError, match="choose another port, or end what listens there"):
-            Server(tiny_model, *options, log=taken, env=environment("taken"))
         door.http.close()
