@@ -37,7 +37,7 @@ class SleepClient:
         url: such as ``http://127.0.0.1:8001``, or its admin door: ``unix:/run/vllm/admin``.
         timeout_s: seconds that one call may take.
         progress: called with a text after each step.
-        key: the admin door's, or that of a server that requires one (``vllm serve --api-key``).
+        api_key: for servers that require one (``vllm serve --api-key``), or the door's at ``url``.
         door: the address of the admin door, if ``url`` is that of users.
         door_key: the key there.
     """
@@ -47,11 +47,11 @@ class SleepClient:
         url: str,
         timeout_s: float = 600.0,
         progress: Progress = lambda text: None,
-        key: str | None = None,
+        api_key: str | None = None,
         door: str | None = None,
         door_key: str | None = None,
     ) -> None:
-        self._public = Calls(url, timeout_s, key)
+        self._public = Calls(url, timeout_s, api_key)
         self._calls = self._public if door is None else Calls(door, timeout_s, door_key)
         self.url = self._public.url
         self.steps: list[Step] = []

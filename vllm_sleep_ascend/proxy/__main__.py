@@ -56,8 +56,9 @@ async def _serve(args: argparse.Namespace) -> None:
     clients = []
     for pair in args.urls:
         url, _, door = pair.partition(",")
-        client = SleepClient(url, args.timeout_s, key=key, door=door or None, door_key=door_key)
-        clients.append(client)
+        clients.append(
+            SleepClient(url, args.timeout_s, api_key=key, door=door or None, door_key=door_key)
+        )
     servers = [Server(client) for client in clients]
     settings = Settings(args.level, args.max_queue, args.turn_s, args.idle_s, args.max_awake)
     turns = Turns(servers, Metrics(), settings)
