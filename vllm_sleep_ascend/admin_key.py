@@ -6,6 +6,7 @@ A configuration is printed in logs and in lists of processes, so the key is neve
 
 import hashlib
 import hmac
+import ipaddress
 import os
 import stat
 
@@ -27,6 +28,14 @@ def read(file: str | None = None) -> str | None:
         return _checked(_content(file), file)
     key = os.environ.get(VARIABLE)
     return None if key is None else _checked(key, f"the environment's {VARIABLE}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def digest(key: str) -> bytes:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
 
-import ipaddress
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_sleep_ascend import admin_key
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from vllm.config import VllmConfig
 
 KEY = "sleep_mode"
@@ -137,7 +137,7 @@ class SleepModeConfig(BaseModel):
     @property
     def door_is_local(self) -> bool:
         """Whether only this machine reaches the door."""
-        return self.admin_socket is not None or is_loopback(self.admin_host)
+        return self.admin_socket is not None or admin_key.is_loopback(self.admin_host)
 
     @model_validator(mode="after")
     def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
@@ -197,32 +197,26 @@ class SleepModeConfig(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            problems = "; ".join(
-                _described(problem["loc"], problem["input"], problem["msg"])
-                for problem in error.errors()
-            )
+            problems = "; ".join(map(_described, error.errors()))
             raise ValueError(
                 f"additional_config[{KEY!r}]: {problems}. "
                 f"The options are {', '.join(cls.model_fields)}."
             ) from None
 
 
-def _described(place: tuple[int | str, ...], value: object, message: str) -> str:
-    name = ".".join(map(str, place))
+def _described(problem: "ErrorDetails") -> str:
+    """What is wrong, with the value, unless it may be a key."""
+    name, message = ".".join(map(str, problem["loc"])), problem["msg"]
     if name == "admin_key":
         return (
             "admin_key: not an option, because a configuration is printed in logs and in lists of "
             f"processes; set {admin_key.VARIABLE} in the environment, or admin_key_file"
         )
-    return f"{name}: {message}" if name == _UNSHOWN else f"{name}={value!r}: {message}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if not name:
+        return message
+    if name == _UNSHOWN or (problem["type"] == "extra_forbidden" and "key" in name):
+        return f"{name}: {message}"
+    return f"{name}={problem['input']!r}: {message}"
 
 
 def connect_timeout_s() -> int:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_sleep_ascend import admin_key
+from vllm_sleep_ascend.client.cli import key_for
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.engine.checks import check_door
 
@@ -96,7 +97,7 @@ def test_bad_options_are_named(options, named):
         parse(**options)
 
 
-@pytest.mark.parametrize("name", ["admin_key", "admin_key_file"])
+@pytest.mark.parametrize("name", ["admin_key", "adminkey", "admin_key_file"])
 def test_a_key_in_the_configuration_is_refused_and_not_repeated(name):
     with pytest.raises(ValueError, match=f"{name}: ") as refused:
         parse(admin_port=8100, **{name: KEY})
@@ -123,3 +124,23 @@ def test_a_key_that_cannot_be_read_is_refused_at_the_start(file):
     file.chmod(0o644)
     with pytest.raises(ValueError, match="others can read"):
         check_door(parse(admin_port=8100, admin_key_file=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("address", "is_sent"),
+    [
+        ("unix:/run/vllm/admin", True),
+        ("http://127.0.0.1:8100", True),
+        ("http://[::1]:8100", True),
+        ("https://other.example", True),
+        ("http://other.example:8100", False),
+        ("http://192.0.2.1:8100", False),
+    ],
+)
+def test_the_cli_sends_the_environments_key_in_clear_to_this_machine_alone(
+    address, is_sent, file, monkeypatch
+):
+    monkeypatch.setenv(admin_key.VARIABLE, f"{KEY}-other")
+    monkeypatch.setenv("VLLM_API_KEY", "of the server")
+    assert key_for(address, None) == (f"{KEY}-other" if is_sent else "of the server")
+    assert key_for(address, str(file)) == KEY

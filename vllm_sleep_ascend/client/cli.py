@@ -4,8 +4,9 @@
 Exit codes: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 a server is
 unreachable. The doctor has its own. Progress goes to stderr, the summary to stdout: one line, or
 with --json one object. A URL is that of a server's admin door (admin_port, or unix:/PATH for
-admin_socket), or of a server in development mode. The door's key is that of the environment,
-SLEEP_ADMIN_KEY, or of --admin-key-file. Without either, servers get VLLM_API_KEY.
+admin_socket), or of a server in development mode. The door's key is that of --admin-key-file, or
+of the environment, SLEEP_ADMIN_KEY, which goes only to this machine or over https. Servers that get
+neither get VLLM_API_KEY.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.doctor import command as doctor
@@ -90,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--timeout", type=float, default=600, metavar="S", help="seconds a call may take (600)"
         )
-        help = "of the admin doors; only you may be able to read it"
+        help = "the file with the key of the admin doors; nobody else may be able to read it"
         made.add_argument("--admin-key-file", metavar="FILE", help=help)
         return made
 
@@ -129,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def key_for(address: str, file: str | None) -> str | None:
+    """The key to send there. That of the environment leaves this machine only encrypted."""
+    url = urlsplit(address)
+    is_safe = url.scheme in ("unix", "https") or admin_key.is_loopback(url.hostname or "")
+    key = admin_key.read(file) if file is not None or is_safe else None
+    return key or os.environ.get("VLLM_API_KEY")
+
+
 async def _run(args: argparse.Namespace) -> tuple[int, str, Mapping[str, object]]:
     from vllm_sleep_ascend.client.calls import CallFailed, Unreachable
     from vllm_sleep_ascend.client.sleep_client import SleepClient
@@ -140,12 +150,12 @@ async def _run(args: argparse.Namespace) -> tuple[int, str, Mapping[str, object]
     addresses = getattr(args, "urls", None) or [
         value for name in ("url", "from_url", "to_url") if (value := getattr(args, name, None))
     ]
-    key = admin_key.read(args.admin_key_file) or os.environ.get("VLLM_API_KEY")
+    keys = [key_for(address, args.admin_key_file) for address in addresses]
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(SleepClient(address, args.timeout, progress, key))
-            for address in addresses
+            for address, key in zip(addresses, keys, strict=True)
         ]
         run: Command = args.run
         try:

@@ -11,7 +11,8 @@ from vllm_sleep_ascend.front_end.guard import Guard
 from vllm_sleep_ascend.front_end.metrics import Refresher
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
     from prometheus_client.metrics_core import Metric
     from prometheus_client.registry import Collector
     from starlette.types import ASGIApp
@@ -25,13 +26,22 @@ def application(served: "FastAPI", digest: bytes | None, address: str) -> "ASGIA
     ``digest`` and ``address``: see ``Guard``.
     """
     from fastapi import FastAPI
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine_client = served.state.engine_client
     app.state.openai_serving_models = served.state.openai_serving_models
     attach_router(app)
     _attach_others(app)
+    for failure in (EngineDeadError, TimeoutError):
+        app.add_exception_handler(failure, _unavailable)
     return Guard(app, digest, address)
+
+
+async def _unavailable(_: "Request", error: Exception) -> "JSONResponse":
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse(error_body(error, 503), 503)
 
 
 def _attach_others(app: "FastAPI") -> None:

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.engine.checks import check_door
 from vllm_sleep_ascend.front_end.admin import application
 from vllm_sleep_ascend.front_end.guard import SLOW_S
 
@@ -30,10 +31,11 @@ _MAX_CONNECTIONS = 256
 """The server's users need file descriptors too."""
 
 _GRACE_S = 5
+"""Requests under way may end within it when the server ends."""
 
 
 class _Connection(H11Protocol):
-    """A connection, whose one request has to come in time."""
+    """A connection for one request, which has to come in time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,6 +74,11 @@ async def opened(app: "FastAPI", config: SleepModeConfig) -> AsyncIterator[None]
     Raises:
         ValueError: the port or the socket's path cannot be had, or the key's file has changed.
     """
+    check_door(config)
+    if config.admin_port is not None and config.admin_port == app.state.args.port:
+        raise ValueError(
+            f"admin_port={config.admin_port} is also the server's --port; choose another port"
+        )
     key = admin_key.read(config.admin_key_file)
     digest = None if key is None else admin_key.digest(key)
     address = "" if config.admin_socket is not None else config.admin_host.lower()
@@ -140,7 +147,7 @@ def _at_path(path: str) -> Iterator[socket.socket]:
             _remove_stale(path)
             listening.bind(path)
             os.chmod(path, 0o600)  # before it listens: nobody has connected yet
-            ours = os.stat(path).st_ino
+            ours = os.lstat(path)
             listening.listen()
         except OSError as error:
             raise ValueError(
@@ -151,7 +158,7 @@ def _at_path(path: str) -> Iterator[socket.socket]:
             yield listening
         finally:
             with suppress(OSError):
-                if os.stat(path).st_ino == ours:
+                if os.path.samestat(os.lstat(path), ours):
                     os.unlink(path)
 
 

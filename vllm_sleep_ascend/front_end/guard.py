@@ -8,7 +8,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import admin_key
-from vllm_sleep_ascend.config import is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,7 +96,7 @@ class Guard:
         if self._digest is None:
             host = _HOST.fullmatch(headers.get(b"host", b""))
             name = "" if host is None else host["name"].decode("latin-1").lower().strip("[]")
-            if self._address and name != self._address and not is_loopback(name):
+            if self._address and name != self._address and not admin_key.is_loopback(name):
                 raise Refused(HTTPStatus.FORBIDDEN, "the request is for another host")
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

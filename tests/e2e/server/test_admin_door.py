@@ -408,6 +408,10 @@ def test_a_port_that_is_taken_ends_the_start(door, tiny_model, tmp_path):
     options = (*OPTIONS, *config(admin_port=door.port))
     with pytest.raises(AssertionError, match="choose another port, or end what listens there"):
         Server(tiny_model, *options, log=tmp_path / "log", env=environment("taken"))
+    (port,) = free_ports(1)
+    options = (*OPTIONS, *config(admin_port=port))
+    with pytest.raises(AssertionError, match=f"admin_port={port} is also the server's --port"):
+        Server(tiny_model, *options, log=tmp_path / "log 2", env=environment("twice"), port=port)
 
 
 @pytest.mark.slow
