@@ -41,6 +41,8 @@ class NPUGraphWrapper(CUDAGraphWrapper):
     task group behind an event, and ``NPUGraph.update`` gives it those of the next replay.
     """
 
+    _update_failed = False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_forward_context_available():
             return self.runnable(*args, **kwargs)
@@ -52,9 +54,25 @@ class NPUGraphWrapper(CUDAGraphWrapper):
         entry = cast(_Entry | None, self.concrete_cudagraph_entries.get(batch))
         if entry is None:
             return self._capture(batch, context, lambda: self.runnable(*args, **kwargs))
-        if not _replay(entry, batch, context):
+        updates = None if self._update_failed else _lengths(entry, batch, context)
+        if updates is None:
             return self.runnable(*args, **kwargs)
+        graph = cast(torch_npu.npu.NPUGraph, entry.cudagraph)
+        if updates:
+            self._update(graph, updates)
+        graph.replay()
         return entry.output
+
+    def _update(self, graph: torch_npu.npu.NPUGraph, lengths: dict[str, list[int]]) -> None:
+        """Before the replay: one that waits for an update that failed would never end."""
+        # The lengths of an earlier replay are in use until that has ended.
+        stream = graph.graph_dispatch_mode.update_stream
+        stream.wait_stream(torch_npu.npu.current_stream())
+        try:
+            graph.update([lengths])
+        except BaseException:
+            self._update_failed = True  # layers with new lengths would not wait for newer ones
+            raise
 
     def _capture(
         self, batch: BatchDescriptor, context: ForwardContext, run: Callable[[], Any]
@@ -99,29 +117,25 @@ def _groups(context: ForwardContext) -> Iterable[tuple[str, NPUAttentionMetadata
     return {id(group): (name, group) for name, group in metadata.items()}.values()
 
 
-def _replay(entry: _Entry, batch: BatchDescriptor, context: ForwardContext) -> bool:
-    """Replay a graph. False if the attention operator does not take this step's requests."""
-    graph, update = cast(torch_npu.npu.NPUGraph, entry.cudagraph), {}
+def _lengths(
+    entry: _Entry, batch: BatchDescriptor, context: ForwardContext
+) -> dict[str, list[int]] | None:
+    """The arguments to update in a graph, if there are any. None if the attention operator does not
+    take this step's requests."""
+    lengths: dict[str, list[int]] = {}
     metadata = cast(dict[str, NPUAttentionMetadata], context.attn_metadata)
     for name, uses in entry.uses.items():
         requests = metadata[name].batch
         if requests is None:
-            return False
+            return None
         requests = requests.padded(batch.num_tokens)
         if not all(requests.takes(*use) for use in uses):
-            return False
-        update = {
+            return None
+        lengths = {
             "actual_seq_lengths": requests.ends,
             "actual_seq_lengths_kv": requests.lengths,
         }
-    if update:
-        # The lengths of an earlier replay are in use until that has ended.
-        stream = graph.graph_dispatch_mode.update_stream
-        stream.wait_stream(torch_npu.npu.current_stream())
-    graph.replay()
-    if update:
-        graph.update([update])
-    return True
+    return lengths
 
 
 @contextmanager

@@ -132,6 +132,11 @@ def _not_in_graphs(vllm_config: VllmConfig) -> Iterator[str]:
         yield "graphs with speculative decoding"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         yield "graphs with pipeline parallelism"
+    offload = vllm_config.offload_config
+    if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+        yield "graphs with offloaded weights (--cpu-offload-gb, --offload-group-size)"
+    if os.environ.get("TASK_QUEUE_ENABLE") == "2":
+        yield "graphs with TASK_QUEUE_ENABLE=2, under which torch_npu captures none"
 
 
 def _kv_offloading(vllm_config: VllmConfig) -> Iterator[str]:

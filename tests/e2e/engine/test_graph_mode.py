@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from helpers import MIB
 from helpers.engine import driver_worker, engine, few, mapped, send_update, shared, tokens, used
 from helpers.faults import DRIVER_ERROR, calls_of
@@ -253,6 +254,17 @@ def test_the_attention_operator_is_told_the_lengths_of_each_replay(name):
             updates = control.call_count("aclmdlRICaptureTaskUpdateEnd") - before[1]
             assert updates == layers * 5 * (n - 1)
         assert captures() == len(SIZES)
+
+        # An update that fails leaves no replay that waits for it.
+        before = replays()
+        control.set_faults(f"aclmdlRICaptureTaskUpdateBegin:{layers}:{DRIVER_ERROR}")
+        with pytest.raises(RuntimeError, match=str(DRIVER_ERROR)):
+            tokens(llm, prompts[:1], n)
+        control.set_faults("")
+        assert replays() == before
+        torch.npu.synchronize()
+        llm.sleep(level=1)
+        assert mapped() == 0
 
 
 def test_a_step_that_the_attention_operator_does_not_take_runs_eagerly(tiny_model):

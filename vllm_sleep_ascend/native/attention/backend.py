@@ -165,7 +165,8 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
 
         batch = None
         if self.mask is not None and causal and (bounds is None or self.knows_lengths):
-            real = len(query_lens) - query_lens.count(0)  # padding, if any, comes last
+            real = len(query_lens) - query_lens.count(0)
+            assert not any(query_lens[real:]), "padding comes last"
             batch = fused.Batch(
                 starts[1 : real + 1],
                 seq_lens[:real],

@@ -20,7 +20,7 @@ _CAUSAL, _BAND = 3, 4  # sparse modes; both align the last query row with the la
 _NO_LIMIT = 2**31 - 1
 
 MOST_KEYS = 262144
-"""Of a request that decodes."""
+"""A request with one query row has at most this many."""
 
 
 class Layout(Enum):
@@ -85,7 +85,7 @@ class Batch:
             0 < requests <= (4096 if layout is Layout.TND else 65536)
             and self._blocks <= blocks
             and (self._decodes or layout is Layout.TND)
-            and (self._longest <= MOST_KEYS or not self._decodes)
+            and self._longest_decoding <= MOST_KEYS
         )
 
     def padded(self, requests: int) -> "Batch":
@@ -111,8 +111,11 @@ class Batch:
         return sum(-(-length // self.block_size) for length in self.lengths)
 
     @cached_property
-    def _longest(self) -> int:
-        return max(self.lengths)
+    def _longest_decoding(self) -> int:
+        """The most keys of a request with one query row."""
+        starts = [0, *self.ends]
+        rows = zip(starts, self.ends, self.lengths, strict=False)
+        return max((length for start, end, length in rows if end - start == 1), default=0)
 
 
 def causal_mask(device: torch.device) -> torch.Tensor:
@@ -173,7 +176,7 @@ def attend(
         workspace: the operator's; None to let it allocate its own.
     """
     if layout is Layout.BSH:
-        output = _one_row_each(output)
+        output = output.view(len(output), 1, -1)  # never a copy
     torch.ops.npu.npu_fused_infer_attention_score.out(
         **arguments(layer, layout, query, both, batch),
         workspace=workspace,
