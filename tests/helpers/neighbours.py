@@ -98,6 +98,7 @@ def wrap_start(hook: Callable[[str], None], replace: Callable[[Any, str, Any], N
         (NPUModelRunner, "profile_run"),
         (NPUModelRunner, "_dummy_run"),
         (NPUWorker, "determine_available_memory"),
+        (NPUWorker, "_run_largest_graph"),
         (NPUWorker, "initialize_from_config"),
         (NPUModelRunner, "initialize_kv_cache_tensors"),
         (NPUWorker, "compile_or_warm_up_model"),
