@@ -117,7 +117,7 @@ def test_a_start_bears_changes_at_every_moment(
             "before init_device",
             "after compile_or_warm_up_model",
         )
-        assert len(moments) == 20, moments
+        assert len(moments) == 22, moments
         assert abs(blocks(llm) - quiet) <= LEFT_BEHIND
         assert mapped() < SHARE * MIB
         assert few(llm) == expected
