@@ -22,8 +22,8 @@ from vllm.forward_context import (
     is_forward_context_available,
 )
 
-from vllm_sleep_ascend.native.attention.backend import NPUAttentionMetadata
 from vllm_sleep_ascend.native.attention.fused import Layout
+from vllm_sleep_ascend.native.attention.metadata import NPUAttentionMetadata
 
 
 @dataclass
