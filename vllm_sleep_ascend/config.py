@@ -161,14 +161,10 @@ class SleepModeConfig(BaseModel):
     @classmethod
     def releases_communicators(cls, vllm_config: "VllmConfig") -> bool:
         """By this package's option, vLLM's or vllm-ascend's."""
-        return cls.releases_by_option(vllm_config) or cls.cleans_up_extra(vllm_config)
-
-    @classmethod
-    def releases_by_option(cls, vllm_config: "VllmConfig") -> bool:
-        """By this package's option or vLLM's, which leave captured graphs as they are."""
         own = cls.from_vllm_config(vllm_config).release_communicators
         # vLLM 0.23 has no such option.
-        return own or bool(getattr(vllm_config.model_config, "enable_nccl_comm_suspend", False))
+        vllms = bool(getattr(vllm_config.model_config, "enable_nccl_comm_suspend", False))
+        return own or vllms or cls.cleans_up_extra(vllm_config)
 
     @classmethod
     def cleans_up_extra(cls, vllm_config: "VllmConfig") -> bool:

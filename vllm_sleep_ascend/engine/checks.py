@@ -67,19 +67,22 @@ def check_graphs(vllm_config: "VllmConfig", recaptures: bool = False) -> None:
     )
 
 
-def check_door(config: SleepModeConfig) -> None:
-    """
+def check_door(config: SleepModeConfig) -> str | None:
+    """The admin door's key, if there is a door and it has one.
+
     Raises:
-        ValueError: the admin door's key cannot be read, or other machines reach a door without one.
+        ValueError: the key cannot be read, or other machines reach a door without one.
     """
     if not config.has_door:
-        return
-    if admin_key.read(config.admin_key_file) is None and not config.door_is_local:
+        return None
+    key = admin_key.read(config.admin_key_file)
+    if key is None and not config.door_is_local:
         raise ValueError(
             f"admin_host={config.admin_host!r} is reached by other machines, and there is no key: "
             f"set {admin_key.VARIABLE} in the environment, or admin_key_file; or leave out "
             "admin_host, for loopback alone"
         )
+    return key
 
 
 def check_sleep(vllm_config: "VllmConfig", level: object = 1, mode: object = "abort") -> None:

@@ -74,12 +74,11 @@ async def opened(app: "FastAPI", config: SleepModeConfig) -> AsyncIterator[None]
     Raises:
         ValueError: the port or the socket's path cannot be had, or the key's file has changed.
     """
-    check_door(config)
+    key = check_door(config)
     if config.admin_port is not None and config.admin_port == app.state.args.port:
         raise ValueError(
             f"admin_port={config.admin_port} is also the server's --port; choose another port"
         )
-    key = admin_key.read(config.admin_key_file)
     digest = None if key is None else admin_key.digest(key)
     address = "" if config.admin_socket is not None else config.admin_host.lower()
     with _bound(config) as (listening, place):
