@@ -15,6 +15,7 @@ import pytest
 from helpers import ROOT, programs
 
 INSTALL = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet")
+WITHOUT_DEVICE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 @pytest.fixture
@@ -31,10 +32,11 @@ def sources(tmp_path):
     return copy
 
 
-def install(sources, target, **environment):
+def install(sources, **environment):
+    """Where to is one of pip's own variables: PIP_TARGET, or PIP_PYTHON for an environment."""
     return subprocess.run(
-        [*INSTALL, "--target", target, sources],
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **environment},
+        [*INSTALL, sources],
+        env={**os.environ, **WITHOUT_DEVICE, **environment},
         capture_output=True,
         text=True,
     )
@@ -45,7 +47,7 @@ def install(sources, target, **environment):
     [("", "ASCEND_HOME_PATH is not set"), ("/nowhere", "ASCEND_HOME_PATH=/nowhere has no")],
 )
 def test_without_cann_the_error_names_the_ways_out(sources, tmp_path, home, problem):
-    done = install(sources, tmp_path / "site", ASCEND_HOME_PATH=home)
+    done = install(sources, PIP_TARGET=str(tmp_path / "site"), ASCEND_HOME_PATH=home)
     assert done.returncode != 0
     assert problem in done.stderr
     assert "source CANN's set_env.sh, or build the simulated toolkit" in done.stderr
@@ -53,7 +55,7 @@ def test_without_cann_the_error_names_the_ways_out(sources, tmp_path, home, prob
 
 
 def test_an_unknown_choice_is_refused(sources, tmp_path):
-    done = install(sources, tmp_path / "site", COMPILE_CUSTOM_KERNELS="yes")
+    done = install(sources, PIP_TARGET=str(tmp_path / "site"), COMPILE_CUSTOM_KERNELS="yes")
     assert done.returncode != 0
     assert "COMPILE_CUSTOM_KERNELS=yes is neither 0 nor 1" in done.stderr
 
@@ -62,7 +64,7 @@ def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
     sources, tmp_path, tiny_model
 ):
     site = tmp_path / "site"
-    done = install(sources, site, COMPILE_CUSTOM_KERNELS="0", ASCEND_HOME_PATH="")
+    done = install(sources, PIP_TARGET=str(site), COMPILE_CUSTOM_KERNELS="0", ASCEND_HOME_PATH="")
     assert done.returncode == 0, done.stderr
     assert not list(site.glob("vllm_sleep_ascend/_camem*.so"))
     script = tmp_path / "run.py"
@@ -96,7 +98,7 @@ def source_distribution(sources: Path, folder: Path) -> Path:
     """Made without CANN."""
     subprocess.run(
         [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, sources],
-        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "ASCEND_HOME_PATH": ""},
+        env={**os.environ, **WITHOUT_DEVICE, "ASCEND_HOME_PATH": ""},
         capture_output=True,
         check=True,
     )
@@ -122,19 +124,7 @@ def test_in_a_clean_environment_the_source_distribution_installs_and_sleeps(sour
     # this package is not found through such a file.
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
-    environment = {
-        **os.environ,
-        "NPU_SIM_MACHINE": f"setup-{os.getpid()}",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "COMPILE_CUSTOM_KERNELS": "1",
-        "PYTHONPATH": "",
-    }
-    done = subprocess.run(
-        [*INSTALL[:3], "--python", python, *INSTALL[3:], made],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = install(made, PIP_PYTHON=str(python), COMPILE_CUSTOM_KERNELS="1", PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     (site / "sleeps.py").write_text(
         "import vllm_sleep_ascend._camem\n"
@@ -149,7 +139,11 @@ def test_in_a_clean_environment_the_source_distribution_installs_and_sleeps(sour
         "assert torch.equal(weights.cpu(), torch.arange(8 << 20))\n"
         "print('SLEPT')\n"
     )
-    del environment["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+    environment = {
+        **os.environ,
+        "NPU_SIM_MACHINE": f"setup-{os.getpid()}",
+        "PYTHONPATH": "",
+    }
     done = subprocess.run(
         [python, site / "sleeps.py"], env=environment, capture_output=True, text=True
     )

@@ -16,7 +16,7 @@ def test_the_offline_example(tiny_model, in_process, tmp_path):
     done = warm.run(
         [ROOT / "examples" / "offline_sleep.py", tiny_model],
         tmp_path / "log",
-        timeout=240,
+        seconds=240,
         env={
             **os.environ,
             "NPU_SIM_MACHINE": f"offline-{os.getpid()}",

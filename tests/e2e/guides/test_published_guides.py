@@ -170,7 +170,7 @@ def test_the_guides_offline_scripts(tiny_model, tmp_path, imports):
     env = {**os.environ, "NPU_SIM_MACHINE": f"guide-{os.getpid()}", "OMP_NUM_THREADS": "2"}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     # vLLM decides where models come from when it is imported.
-    done = warm.run([script], tmp_path / "log", timeout=300, env=env, cold=True)
+    done = warm.run([script], tmp_path / "log", seconds=300, env=env, cold=True)
     if imports == "vllm.utils":
         assert "cannot import name 'GiB_bytes'" in done.stdout
         return

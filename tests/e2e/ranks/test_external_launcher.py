@@ -8,7 +8,6 @@ import os
 import pytest
 from helpers import ROOT, warm
 from helpers.models import other_weights
-from helpers.patience import patience
 from helpers.reference import hf_few
 
 
@@ -36,7 +35,7 @@ def test_weights_come_from_a_trainer_in_the_same_process(tiny_model, tmp_path, a
     run = warm.run(
         [*launcher, program, case],
         tmp_path / "log",
-        timeout=120 * patience(),
+        seconds=120,
         env={**os.environ, **machine},
         cold=alone,
     )

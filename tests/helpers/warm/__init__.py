@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+from helpers.patience import patience
 from helpers.warm import spawning
 
 _PRELOAD = "helpers.warm.preload"
@@ -89,14 +90,18 @@ if importlib.util.find_spec("vllm_ascend") is not None:
 def run(
     command: Sequence[str | Path],
     log: Path,
-    timeout: float,
+    seconds: float,
     env: Mapping[str, str] | None = None,
     cold: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the command with stdout and stderr merged, and kill everything that it leaves running."""
+    """Run the command with stdout and stderr merged, and kill everything that it leaves running.
+
+    Raises:
+        subprocess.TimeoutExpired: it has not ended within ``seconds`` times the patience.
+    """
     process = (ColdProcess if cold else WarmProcess)(command, log, env)
     try:
-        code = process.wait(timeout)
+        code = process.wait(seconds * patience())
     finally:
         kill_group(process.pid)
     return subprocess.CompletedProcess(process.args, code, log.read_text(errors="replace"))
