@@ -120,6 +120,23 @@ class SleepingMemory:
             memory["why"],
         )
 
+    def wake_what_was_left(self) -> None:
+        """Wake what still sleeps of an engine of this process that has ended. Something refers to
+        it, such as a constant of a library that was first imported while a model was built."""
+        tags = self.tags()
+        left = [a for a in _camem.allocations() if a["state"] in _ASLEEP and a["tag"] in tags]
+        if not left:
+            return
+        lost = sum(a["bytes"] for a in left if a["state"] == "discarded")
+        logger.log(
+            logging.WARNING if lost else logging.INFO,
+            "camem: %d bytes of an engine that has ended while it slept are in use, and wake; the "
+            "content of %d of them was discarded at level 2",
+            sum(a["bytes"] for a in left),
+            lost,
+        )
+        self.wake(tags)
+
     def wake(self, tags: list[str]) -> None:
         """Restore only these tags."""
         gc.collect()

@@ -2,6 +2,7 @@
 """vLLM's worker on an NPU."""
 
 import gc
+import sys
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ class NPUWorker(SleepingWorker, Worker):
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()
+        _wake_what_was_left()
         self._start_memory.require()
         self.init_snapshot = MemorySnapshot(device=self.device)  # for vLLM's logs
         self.requested_memory = self._start_memory.share
@@ -70,7 +72,7 @@ class NPUWorker(SleepingWorker, Worker):
 
     def _require_no_other_engine(self) -> None:
         """Sleep covers the tagged memory of the whole process, so one engine may use it."""
-        if _sleeping_worker is not None and _sleeping_worker() is not None:
+        if _lives_with_sleep_mode():
             raise ValueError(
                 "another engine of this process has sleep mode on, and only one can: shut it down, "
                 "or start this one in a process of its own"
@@ -183,3 +185,16 @@ class NPUWorker(SleepingWorker, Worker):
         super().shutdown()
         if _sleeping_worker is not None and _sleeping_worker() is self:
             _sleeping_worker = None
+
+
+def _lives_with_sleep_mode() -> bool:
+    """Whether an engine of this process has sleep mode on."""
+    return _sleeping_worker is not None and _sleeping_worker() is not None
+
+
+def _wake_what_was_left() -> None:
+    """Of an engine with sleep mode that has ended, if there was one."""
+    if "vllm_sleep_ascend._camem" in sys.modules and not _lives_with_sleep_mode():
+        from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory
+
+        SleepingMemory().wake_what_was_left()

@@ -8,12 +8,13 @@ import psutil
 import pytest
 import torch
 from helpers import MIB
-from helpers.engine import few, mapped, tokens, used
+from helpers.engine import engine, few, mapped, tokens, used
 from helpers.reference import FEW_TOKENS, PROMPTS, hf_greedy
 from vllm import SamplingParams
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.memory.pool import use_pool
 from vllm_sleep_ascend.sim import control
 
 
@@ -191,3 +192,28 @@ def test_workers_that_are_put_to_sleep_past_the_engine(llm, tiny_model, expected
     answers = [list(output.outputs[0].token_ids) for output in outputs]
     assert answers == hf_greedy(tiny_model, PROMPTS, FEW_TOKENS)
     assert few(llm) == expected
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(tiny_model, expected, sleeps):
+    """A library that is imported while a model is built makes its constants in the memory of the
+    weights, and keeps them."""
+
+    def ends_asleep() -> torch.Tensor:
+        with engine(tiny_model, enable_sleep_mode=True) as llm:
+            with use_pool("weights"):
+                constant = torch.arange(8.0, device="npu")
+            llm.sleep(level=1)
+        return constant
+
+    constant = ends_asleep()
+    gc.collect()
+    assert {a["state"] for a in _camem.allocations()} == {"offloaded"}
+    with engine(tiny_model, enable_sleep_mode=sleeps) as llm:
+        assert constant.tolist() == list(range(8))
+        assert few(llm) == expected
+        if sleeps:
+            llm.sleep(level=1)
+            llm.wake_up()
+            assert few(llm) == expected
+    assert constant.tolist() == list(range(8))
