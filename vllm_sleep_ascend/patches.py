@@ -27,7 +27,7 @@ from vllm_sleep_ascend.engine import (
 from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.rank_answers import reads_every_answer
 from vllm_sleep_ascend.engine.wrap import Wrapper, wrap
-from vllm_sleep_ascend.front_end import calls, endpoints, replicas, server
+from vllm_sleep_ascend.front_end import calls, endpoints, engine_death, replicas, server
 from vllm_sleep_ascend.rank.guarded_calls import guards_calls
 
 
@@ -98,6 +98,7 @@ def _with_offline(stock: Callable[..., None]) -> Callable[..., None]:
 _CORE = "vllm.v1.engine.core:EngineCore"
 _PROCESS = "vllm.v1.engine.core:EngineCoreProc"
 _IN_PROCESS = "vllm.v1.engine.core_client:InprocClient"
+_BLOCKING = "vllm.v1.engine.core_client:SyncMPClient"
 _CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 _CLIENT_OF_SEVERAL = "vllm.v1.engine.core_client:DPLBAsyncMPClient"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
@@ -110,6 +111,7 @@ _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _CHECKED = "input is checked before an engine sees it, errors keep their type, gauges follow"
 _NOTED = "afterwards the engine may have to refuse requests: the next one asks it first"
 _REFUSED = "stock vLLM lets requests wait in an engine that does not serve; an option refuses them"
+_DEAD = "a call of an engine that dies meanwhile raises, and does not wait for ever"
 _SEVERAL = "an error names its data-parallel engine, and comes once every engine has answered"
 _VERSION = "the version is that of the weights loaded last"
 
@@ -157,6 +159,8 @@ EVERYWHERE = (
           "the engine drains itself, and there is nothing to wait for"),
     Patch(_IN_PROCESS, "get_output", pauses.get_output, (),
           "outputs of requests that ended while the engine drained are delivered"),
+    Patch(_BLOCKING, "call_utility", engine_death.raises_in_thread, ("method",), _DEAD),
+    Patch(_CLIENT, "_call_utility_async", engine_death.raises, ("method",), _DEAD),
     Patch(_CLIENT, "call_utility_all_async", _instead(replicas.call_all), ("method",),
           _SEVERAL, since="0.32"),
     Patch(_CLIENT_OF_SEVERAL, "call_utility_async", replicas.of_the_first, ("method",), _SEVERAL),
