@@ -111,7 +111,7 @@ _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _CHECKED = "input is checked before an engine sees it, errors keep their type, gauges follow"
 _NOTED = "afterwards the engine may have to refuse requests: the next one asks it first"
 _REFUSED = "stock vLLM lets requests wait in an engine that does not serve; an option refuses them"
-_DEAD = "a call of an engine that dies meanwhile raises, and does not wait for ever"
+_DEAD = "a call to an engine that dies meanwhile raises, and does not wait for ever"
 _SEVERAL = "an error names its data-parallel engine, and comes once every engine has answered"
 _VERSION = "the version is that of the weights loaded last"
 

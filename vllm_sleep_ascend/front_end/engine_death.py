@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of an engine that dies before it has answered. vLLM's clients notice the death, and their
+"""Calls to an engine that dies before it has answered. vLLM's clients notice the death, and their
 next call raises; the one that waits would wait for ever."""
 
 import asyncio
@@ -17,18 +17,19 @@ _LOOK_S = 1.0
 
 def raises(stock: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def _call_utility_async(
-        self: "AsyncMPClient", method: str, *args: object, engine: bytes
+        self: "AsyncMPClient", method: str, *args: object, **kwargs: object
     ) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        call = asyncio.ensure_future(stock(self, method, *args, engine=engine))
+        call = asyncio.ensure_future(stock(self, method, *args, **kwargs))
         try:
             while not (await asyncio.wait([call], timeout=_LOOK_S))[0]:
                 if self.resources.engine_dead:
                     raise EngineDeadError
             return call.result()
         finally:
-            call.cancel()
+            if not call.cancel() and not call.cancelled():
+                call.exception()  # nobody else asks, if the caller is cancelled at this moment
 
     return _call_utility_async
 

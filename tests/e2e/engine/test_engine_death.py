@@ -4,6 +4,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,31 @@ def test_a_call_of_llm_raises(tiny_model, held_copies, monkeypatch, call) -> Non
         if call == "wake_up":
             llm.sleep()
         held_copies()
-        threading.Timer(1, kill_engine, (llm.llm_engine.engine_core,)).start()
+        client = llm.llm_engine.engine_core
+
+        def kill_meanwhile() -> None:
+            wait_for(lambda: client.utility_results, "the call")
+            kill_engine(client)
+
+        killer = threading.Thread(target=kill_meanwhile)
+        killer.start()
         with pytest.raises(EngineDeadError):
             getattr(llm, call)()
+        killer.join()
 
 
 def test_a_call_of_async_llm_raises(tiny_model, held_copies) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    engines = async_llm(tiny_model)
-    llm, run = next(engines)
-    held_copies()
+    with contextmanager(async_llm)(tiny_model) as (llm, run):
+        held_copies()
 
-    async def sleep() -> None:
-        asyncio.get_running_loop().call_later(1, kill_engine, llm.engine_core)
-        await llm.sleep()
+        async def sleep() -> None:
+            asleep = asyncio.create_task(llm.sleep())
+            while not llm.engine_core.utility_results:
+                await asyncio.sleep(0.01)
+            kill_engine(llm.engine_core)
+            await asleep
 
-    with pytest.raises(EngineDeadError):
-        run(sleep())
-    with pytest.raises(StopIteration):
-        next(engines)
+        with pytest.raises(EngineDeadError):
+            run(sleep())
