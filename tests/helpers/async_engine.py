@@ -52,12 +52,16 @@ def async_llm(model: Path, **options: Any) -> Iterator[tuple[Any, Callable]]:
             )
         )
 
-    llm = run(start())
-    yield llm, run
-    llm.shutdown()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    patch.undo()
+    try:
+        llm = run(start())
+        try:
+            yield llm, run
+        finally:
+            llm.shutdown()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        patch.undo()
 
 
 class Request:

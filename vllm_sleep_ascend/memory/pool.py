@@ -114,6 +114,11 @@ def blocks() -> Iterator[tuple[int, int]]:
                 yield block["address"], block["requested_size"]
 
 
+def addresses() -> set[int]:
+    """Of the segments in the pools. Memory of an engine that has ended is in none of them."""
+    return {segment["address"] for segment in _segments()}
+
+
 def _segments() -> Iterator[Segment]:
     for pool in _pools:
         yield from _snapshot(pool)

@@ -33,6 +33,7 @@ class SleepingMemory:
     it happens, or it is rolled back and the error says why."""
 
     _configured: ClassVar[bool] = False  # the process's allocator
+    _saved: ClassVar[list[tuple[int, torch.Tensor]] | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +45,16 @@ class SleepingMemory:
         self._config = SleepModeConfig()
         if not SleepingMemory._configured:
             self.configure(self._config)
+
+    @property
+    def saved(self) -> list[tuple[int, torch.Tensor]] | None:
+        """What level 2 keeps of discarded memory, by address; None while nothing is kept. It
+        outlives an engine that ends asleep."""
+        return SleepingMemory._saved
+
+    @saved.setter
+    def saved(self, content: list[tuple[int, torch.Tensor]] | None) -> None:
+        SleepingMemory._saved = content
 
     def configure(self, config: SleepModeConfig) -> None:
         """Set the engine's options, before its first allocation."""
@@ -121,21 +132,33 @@ class SleepingMemory:
         )
 
     def wake_what_was_left(self) -> None:
-        """Wake what still sleeps of an engine of this process that has ended. Something refers to
-        it, such as a constant of a library that was first imported while a model was built."""
+        """Wake what an engine of this process left asleep when it ended. Something refers to it,
+        such as a constant of a library that was first imported while a model was built.
+
+        Raises:
+            SleepModeError: it could not wake, and is as it was.
+        """
         tags = self.tags()
         left = [a for a in _camem.allocations() if a["state"] in _ASLEEP and a["tag"] in tags]
-        if not left:
-            return
-        lost = sum(a["bytes"] for a in left if a["state"] == "discarded")
-        logger.log(
-            logging.WARNING if lost else logging.INFO,
-            "camem: %d bytes of an engine that has ended while it slept are in use, and wake; the "
-            "content of %d of them was discarded at level 2",
-            sum(a["bytes"] for a in left),
-            lost,
-        )
-        self.wake(tags)
+        if left:
+            total = sum(a["bytes"] for a in left)
+            logger.info(
+                "camem: %d bytes that an ended engine left asleep are still in use: they wake",
+                total,
+            )
+            try:
+                self.wake(tags)
+            except SleepModeError as error:
+                error.args = (
+                    f"{total} bytes that an ended engine left asleep are still in use, and could "
+                    f"not wake: {error} Drop what refers to them, or start a new process",
+                )
+                raise
+        discarded = [a for a in left if a["state"] == "discarded"]
+        for address, content in self.saved or ():
+            if any(a["address"] <= address < a["address"] + a["bytes"] for a in discarded):
+                self.write(address, content)
+        self.saved = None
 
     def wake(self, tags: list[str]) -> None:
         """Restore only these tags."""
@@ -226,12 +249,19 @@ class SleepingMemory:
         return [(a["address"], a["bytes"]) for a in _camem.allocations() if a["tag"] == tag]
 
     def blocks(self, tag: str) -> list[tuple[int, int]]:
-        """Address and bytes of torch's allocations in this tag's memory."""
+        """Address and bytes of torch's allocations in this tag's memory, and of all memory that an
+        ended engine left there."""
         ranges = self.ranges(tag)
-        return [
+        found = [
             (address, size)
             for address, size in pool.blocks()
             if any(start <= address < start + total for start, total in ranges)
+        ]
+        known = pool.addresses()
+        return found + [
+            (a["address"], a["bytes"])
+            for a in _camem.allocations()
+            if a["tag"] == tag and a["address"] not in known and a["state"] != "trimmed"
         ]
 
     def read(self, address: int, size: int) -> torch.Tensor:

@@ -64,7 +64,7 @@ class NPUWorker(SleepingWorker, Worker):
         set_random_seed(self.model_config.seed)
         gc.collect()
         torch_npu.npu.empty_cache()
-        _wake_what_was_left()
+        self._wake_what_was_left()
         self._start_memory.require()
         self.init_snapshot = MemorySnapshot(device=self.device)  # for vLLM's logs
         self.requested_memory = self._start_memory.share
@@ -72,11 +72,21 @@ class NPUWorker(SleepingWorker, Worker):
 
     def _require_no_other_engine(self) -> None:
         """Sleep covers the tagged memory of the whole process, so one engine may use it."""
-        if _lives_with_sleep_mode():
+        if _sleep_mode_is_in_use():
             raise ValueError(
                 "another engine of this process has sleep mode on, and only one can: shut it down, "
                 "or start this one in a process of its own"
             )
+
+    def _wake_what_was_left(self) -> None:
+        """Wake what an engine of this process left asleep when it ended."""
+        if "vllm_sleep_ascend._camem" not in sys.modules or _sleep_mode_is_in_use():
+            return
+        from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory
+
+        enabled = self.model_config.enable_sleep_mode
+        memory = self.sleep_mode_backend if enabled else SleepingMemory()
+        memory.wake_what_was_left()
 
     def _choose_device(self) -> None:
         parallel = self.parallel_config
@@ -187,14 +197,6 @@ class NPUWorker(SleepingWorker, Worker):
             _sleeping_worker = None
 
 
-def _lives_with_sleep_mode() -> bool:
+def _sleep_mode_is_in_use() -> bool:
     """Whether an engine of this process has sleep mode on."""
     return _sleeping_worker is not None and _sleeping_worker() is not None
-
-
-def _wake_what_was_left() -> None:
-    """Of an engine with sleep mode that has ended, if there was one."""
-    if "vllm_sleep_ascend._camem" in sys.modules and not _lives_with_sleep_mode():
-        from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory
-
-        SleepingMemory().wake_what_was_left()

@@ -20,12 +20,12 @@ class SavedContent:
 
     def __init__(self, backend: "CamemBackend") -> None:
         self._backend = backend
-        self._blocks: list[tuple[int, torch.Tensor]] | None = None
+        self.forget()
 
     @property
     def saved(self) -> bool:
         """Whether content is saved now."""
-        return self._blocks is not None
+        return self._backend.saved is not None
 
     def save(self, discarded: Iterable[torch.Tensor]) -> None:
         """Copy to the host what is in the weights' memory, awake or in a host backup, except
@@ -38,7 +38,7 @@ class SavedContent:
         for tensor in discarded:
             storage = covered.setdefault(tensor.untyped_storage().data_ptr(), {})
             storage[tensor.data_ptr()] = tensor.nbytes
-        self._blocks = [
+        self._backend.saved = [
             (address, self._backend.read(address, size))
             for address, size in self._backend.blocks("weights")
             if sum(covered.get(address, {}).values()) < size
@@ -46,9 +46,9 @@ class SavedContent:
 
     def restore(self) -> None:
         """Copy it back. The memory must be awake."""
-        for address, content in self._blocks or ():
+        for address, content in self._backend.saved or ():
             self._backend.write(address, content)
 
     def forget(self) -> None:
         """Drop the copies."""
-        self._blocks = None
+        self._backend.saved = None

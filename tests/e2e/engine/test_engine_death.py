@@ -43,8 +43,10 @@ def test_a_call_of_llm_raises(tiny_model, held_copies, monkeypatch, call) -> Non
         client = llm.llm_engine.engine_core
 
         def kill_meanwhile() -> None:
-            wait_for(lambda: client.utility_results, "the call")
-            kill_engine(client)
+            try:
+                wait_for(lambda: client.utility_results, "the call")
+            finally:
+                kill_engine(client)
 
         killer = threading.Thread(target=kill_meanwhile)
         killer.start()

@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 from helpers import MIB
-from helpers.engine import engine, few, mapped, tokens, used
+from helpers.engine import engine, few, mapped, start, tokens, used
+from helpers.faults import DRIVER_ERROR
 from helpers.reference import FEW_TOKENS, PROMPTS, hf_greedy
 from vllm import SamplingParams
 
@@ -194,11 +195,46 @@ def test_workers_that_are_put_to_sleep_past_the_engine(llm, tiny_model, expected
     assert few(llm) == expected
 
 
+@pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("sleeps", [True, False])
-def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(tiny_model, expected, sleeps):
+def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(
+    tiny_model, expected, sleeps, level
+):
     """A library that is imported while a model is built makes its constants in the memory of the
     weights, and keeps them."""
 
+    def ends_asleep() -> torch.Tensor:
+        with engine(tiny_model, enable_sleep_mode=True) as llm:
+            with use_pool("weights"):
+                constant = torch.arange(8.0, device="npu")
+            llm.sleep(level)
+        return constant
+
+    def state() -> str:
+        address = constant.data_ptr()
+        (found,) = (
+            a["state"]
+            for a in _camem.allocations()
+            if a["address"] <= address < a["address"] + a["bytes"]
+        )
+        return found
+
+    constant = ends_asleep()
+    gc.collect()
+    assert state() == ("offloaded" if level == 1 else "discarded")
+    with engine(tiny_model, enable_sleep_mode=sleeps) as llm:
+        assert state() == "mapped"
+        assert constant.tolist() == list(range(8))
+        assert few(llm) == expected
+        for again in (1, 2) if sleeps else ():
+            llm.sleep(again)
+            llm.wake_up()
+            llm.collective_rpc("reload_weights")
+            assert few(llm) == expected
+            assert constant.tolist() == list(range(8))
+
+
+def test_a_start_names_what_an_ended_engine_left_and_could_not_wake(tiny_model, expected):
     def ends_asleep() -> torch.Tensor:
         with engine(tiny_model, enable_sleep_mode=True) as llm:
             with use_pool("weights"):
@@ -207,13 +243,11 @@ def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(tiny_model, e
         return constant
 
     constant = ends_asleep()
-    gc.collect()
-    assert {a["state"] for a in _camem.allocations()} == {"offloaded"}
-    with engine(tiny_model, enable_sleep_mode=sleeps) as llm:
+    control.set_faults(f"aclrtMapMem:1:{DRIVER_ERROR}:*")
+    words = r"bytes that an ended engine left asleep are still in use, and could not wake: wake"
+    with pytest.raises(SleepModeError, match=words):
+        start(tiny_model, enable_sleep_mode=True)
+    control.set_faults("")
+    with engine(tiny_model, enable_sleep_mode=True) as llm:
         assert constant.tolist() == list(range(8))
         assert few(llm) == expected
-        if sleeps:
-            llm.sleep(level=1)
-            llm.wake_up()
-            assert few(llm) == expected
-    assert constant.tolist() == list(range(8))
