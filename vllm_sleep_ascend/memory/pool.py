@@ -106,17 +106,17 @@ def trim() -> int:
     return _camem.trim(unused) if unused else 0
 
 
-def blocks() -> Iterator[tuple[int, int]]:
-    """Address and bytes of each tensor storage in the pools, awake or asleep."""
-    for segment in _segments():
-        for block in segment["blocks"]:
-            if block["state"] == "active_allocated":
-                yield block["address"], block["requested_size"]
-
-
-def addresses() -> set[int]:
-    """Of the segments in the pools. Memory of an engine that has ended is in none of them."""
-    return {segment["address"] for segment in _segments()}
+def blocks() -> dict[int, list[tuple[int, int]]]:
+    """Address and bytes of each tensor storage in the pools, awake or asleep, by the address of its
+    segment."""
+    return {
+        segment["address"]: [
+            (block["address"], block["requested_size"])
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated"
+        ]
+        for segment in _segments()
+    }
 
 
 def _segments() -> Iterator[Segment]:

@@ -156,7 +156,7 @@ class SleepingMemory:
                 raise
         discarded = [a for a in left if a["state"] == "discarded"]
         for address, content in self.saved or ():
-            if any(a["address"] <= address < a["address"] + a["bytes"] for a in discarded):
+            if any(_holds(a, address) for a in discarded):
                 self.write(address, content)
         self.saved = None
 
@@ -251,17 +251,12 @@ class SleepingMemory:
     def blocks(self, tag: str) -> list[tuple[int, int]]:
         """Address and bytes of torch's allocations in this tag's memory, and of all memory that an
         ended engine left there."""
-        ranges = self.ranges(tag)
-        found = [
-            (address, size)
-            for address, size in pool.blocks()
-            if any(start <= address < start + total for start, total in ranges)
-        ]
-        known = pool.addresses()
-        return found + [
-            (a["address"], a["bytes"])
+        of_pools = pool.blocks()
+        return [
+            block
             for a in _camem.allocations()
-            if a["tag"] == tag and a["address"] not in known and a["state"] != "trimmed"
+            if a["tag"] == tag and a["state"] != "trimmed"
+            for block in of_pools.get(a["address"], [(a["address"], a["bytes"])])
         ]
 
     def read(self, address: int, size: int) -> torch.Tensor:
@@ -274,8 +269,7 @@ class SleepingMemory:
         if content is not None:
             return torch.frombuffer(bytearray(content), dtype=torch.uint8)
         for a in _camem.allocations():
-            inside = a["address"] <= address < a["address"] + a["bytes"]
-            if inside and a["state"] != "mapped":
+            if _holds(a, address) and a["state"] != "mapped":
                 raise SleepModeError(
                     f"memory of tag {a['tag']!r} sleeps and cannot be read; call wake_up() first"
                 )
@@ -381,6 +375,10 @@ class SleepingMemory:
 
 def _device() -> torch.device:
     return torch.device("npu", torch_npu.npu.current_device())
+
+
+def _holds(allocation: "_camem.AllocationInfo", address: int) -> bool:
+    return 0 <= address - allocation["address"] < allocation["bytes"]
 
 
 def _to_offload(

@@ -195,21 +195,21 @@ def test_workers_that_are_put_to_sleep_past_the_engine(llm, tiny_model, expected
     assert few(llm) == expected
 
 
+def left_by_an_engine(tiny_model, level: int) -> torch.Tensor:
+    """A constant as of a library that is imported while a model is built: in the memory of the
+    weights, of an engine that has ended asleep."""
+    with engine(tiny_model, enable_sleep_mode=True) as llm:
+        with use_pool("weights"):
+            constant = torch.arange(8.0, device="npu")
+        llm.sleep(level)
+    return constant
+
+
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("sleeps", [True, False])
 def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(
     tiny_model, expected, sleeps, level
 ):
-    """A library that is imported while a model is built makes its constants in the memory of the
-    weights, and keeps them."""
-
-    def ends_asleep() -> torch.Tensor:
-        with engine(tiny_model, enable_sleep_mode=True) as llm:
-            with use_pool("weights"):
-                constant = torch.arange(8.0, device="npu")
-            llm.sleep(level)
-        return constant
-
     def state() -> str:
         address = constant.data_ptr()
         (found,) = (
@@ -219,7 +219,7 @@ def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(
         )
         return found
 
-    constant = ends_asleep()
+    constant = left_by_an_engine(tiny_model, level)
     gc.collect()
     assert state() == ("offloaded" if level == 1 else "discarded")
     with engine(tiny_model, enable_sleep_mode=sleeps) as llm:
@@ -235,14 +235,7 @@ def test_what_an_engine_left_asleep_wakes_when_the_next_one_starts(
 
 
 def test_a_start_names_what_an_ended_engine_left_and_could_not_wake(tiny_model, expected):
-    def ends_asleep() -> torch.Tensor:
-        with engine(tiny_model, enable_sleep_mode=True) as llm:
-            with use_pool("weights"):
-                constant = torch.arange(8.0, device="npu")
-            llm.sleep(level=1)
-        return constant
-
-    constant = ends_asleep()
+    constant = left_by_an_engine(tiny_model, 1)
     control.set_faults(f"aclrtMapMem:1:{DRIVER_ERROR}:*")
     words = r"bytes that an ended engine left asleep are still in use, and could not wake: wake"
     with pytest.raises(SleepModeError, match=words):

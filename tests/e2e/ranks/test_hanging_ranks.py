@@ -26,7 +26,9 @@ def sleeps(llm: "LLM") -> bool:
     """Put it to sleep, unless a rank has yet to answer an earlier call."""
     try:
         llm.sleep(level=1)
-    except RankGoneError:
+    except RankGoneError as error:
+        if "has not answered an earlier call" not in str(error):
+            raise
         return False
     return True
 
