@@ -92,6 +92,18 @@ class SleepModeConfig(BaseModel):
     """Beside vllm-ascend: patterns of the names of parameters that level 2 keeps on the host, as
     vLLM's own sleep_preserve_parameter_names, which vLLM 0.23 lacks."""
 
+    idle_sleep_s: float | None = Field(default=None, ge=0.1, allow_inf_nan=False)
+    """Seconds without work after which an engine in a process of its own falls asleep; None: never.
+    After a failure it waits twice as long, up to 64 times."""
+
+    idle_level: Literal[1, 2] = Field(default=1)
+    """The level of that sleep. 2 needs after_level2="reload"; weights that are in no checkpoint
+    sleep at level 1."""
+
+    wake_on_request: bool = Field(default=False)
+    """A request wakes the engine, whoever put it to sleep; from level 2 with after_level2="reload"
+    alone. If that fails it gets the reason, from a server with 503."""
+
     admin_port: int | None = Field(default=None, ge=1, le=65535)
     """A server's admin door: the sleep endpoints, status and metrics on a port of their own,
     without vLLM's development mode."""
@@ -105,6 +117,21 @@ class SleepModeConfig(BaseModel):
     admin_key_file: str | None = Field(default=None)
     """A file with the door's key, which only the server's user may read. Without it the key is that
     of the environment (``admin_key.VARIABLE``), if there is one."""
+
+    @model_validator(mode="after")
+    def _requests_can_be_served(self) -> "SleepModeConfig":
+        if "idle_level" in self.model_fields_set and self.idle_sleep_s is None:
+            raise ValueError("idle_level needs idle_sleep_s")
+        if self.idle_level == 2 and self.after_level2 != "reload":
+            raise ValueError(
+                f"idle_level=2 discards the weights, and after_level2={self.after_level2!r} loads "
+                "none at the wake; set after_level2='reload', or idle_level=1"
+            )
+        if self.wake_on_request and self.while_asleep == "refuse":
+            raise ValueError(
+                "wake_on_request and while_asleep='refuse' exclude each other; choose one"
+            )
+        return self
 
     @field_validator("admin_socket", "admin_key_file")
     @classmethod

@@ -19,6 +19,7 @@ from vllm_sleep_ascend.engine import (
     core,
     kv_cache,
     launched,
+    on_request,
     pauses,
     refusals,
     state,
@@ -112,6 +113,7 @@ _CHECKED = "input is checked before an engine sees it, errors keep their type, g
 _NOTED = "afterwards the engine may have to refuse requests: the next one asks it first"
 _REFUSED = "stock vLLM lets requests wait in an engine that does not serve; an option refuses them"
 _DEAD = "a call to an engine that dies meanwhile raises, and does not wait for ever"
+_ADDED = f"{_REFUSED}, and another lets them wake it"
 _SEVERAL = "an error names its data-parallel engine, and comes once every engine has answered"
 _VERSION = "the version is that of the weights loaded last"
 
@@ -130,6 +132,8 @@ EVERYWHERE = (
           "a user's pause outlives a sleep, and a sleep that waits can be called off"),
     Patch(_CORE, "resume_scheduler", core.resume_scheduler, (),
           "nothing is scheduled before memory is awake and the weights are loaded"),
+    Patch(_PROCESS, "_notify_idle_state_callbacks", on_request.resting, (),
+          "an engine that is idle may sleep by itself"),
     Patch(_PROCESS, "resume_scheduler", pauses.still_rejecting, (),
           "a pause that rejects requests does so until its user resumes"),
     Patch(_CORE, "is_sleeping", core.is_sleeping, (),
@@ -137,9 +141,11 @@ EVERYWHERE = (
     Patch(_CORE, "reset_prefix_cache", kv_cache.with_copies,
           ("reset_running_requests", "reset_connector"),
           "copies of the cache in a KV connector go with it, and its events are published"),
+    Patch(_CORE, "reset_mm_cache", on_request.keeping_inputs, (),
+          "front ends do not know of an idle sleep: what they sent before is kept"),
     Patch(_CORE, "collective_rpc", core.collective_rpc, ("method",),
           "calls that touch sleeping memory are refused, and those that move memory followed"),
-    Patch(_CORE, "add_request", core.add_request, ("request",), _REFUSED),
+    Patch(_CORE, "add_request", core.add_request, ("request",), _ADDED),
     Patch(_CORE, "step", core.step, (), "no step runs on memory that sleeps"),
     Patch(_CORE, "step_with_batch_queue", core.step, (), "no step runs on memory that sleeps"),
     Patch(_CORE, "set_weight_version", weight_version.set_weight_version, ("weight_version",),
@@ -179,7 +185,7 @@ EVERYWHERE = (
     Patch(_ASYNC, "wake_up", calls.checked_async(check_wake_up), ("tags",), _CHECKED),
     Patch(_ASYNC, "release_kv_cache_memory", calls.checked_async(check_enabled), (), _CHECKED,
           since="0.32"),
-    Patch(_ASYNC, "add_request", calls.admitted, ("request_id",), _REFUSED),
+    Patch(_ASYNC, "add_request", calls.admitted, ("request_id",), _ADDED),
     Patch(_ASYNC, "resume_generation", calls.resume_generation, (),
           "a sleep that still waits on one engine is called off on all"),
     Patch(_ASYNC, "collective_rpc", calls.noted, ("method",), _NOTED),
@@ -187,7 +193,8 @@ EVERYWHERE = (
     # The HTTP server
     Patch("vllm.entrypoints.serve.instrumentator", "register_instrumentator_api_routers",
           server.with_middleware, ("app",),
-          "requests that an option refuses get 503, and gauges are fresh when they are read"),
+          "options refuse requests with 503 or let them wake the engine, gauges are fresh when "
+          "they are read, and the admin door lives as long as the server"),
 )  # fmt: skip
 
 DEVELOPMENT = (

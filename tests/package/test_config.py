@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.engine.checks import check_on_request
 
 
 def parse(options):
@@ -54,3 +55,43 @@ def test_a_device_is_not_waited_for_longer_than_other_ranks_wait():
     options = [{}, {"rank_timeout_s": 30.0}, {"rank_timeout_s": 30.0, "device_timeout_s": 30.0}]
     configs = [parse({"sleep_mode": given}) for given in options]
     assert [config.device_timeout_s for config in configs] == [60.0, 15.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"idle_sleep_s": 0.01}, "idle_sleep_s=0.01"),
+        ({"idle_sleep_s": float("inf")}, "idle_sleep_s=inf"),
+        ({"idle_sleep_s": 9, "idle_level": 0}, "idle_level=0"),
+        ({"idle_level": 2}, "idle_level needs idle_sleep_s"),
+        ({"idle_sleep_s": 9, "idle_level": 2}, "after_level2='refuse' loads none at the wake"),
+        (
+            {"idle_sleep_s": 9, "idle_level": 2, "after_level2": "warn"},
+            "set after_level2='reload', or idle_level=1",
+        ),
+        (
+            {"wake_on_request": True, "while_asleep": "refuse"},
+            "wake_on_request and while_asleep='refuse' exclude each other",
+        ),
+    ],
+)
+def test_sleeps_by_itself_that_could_not_be_served_are_refused(options, named):
+    with pytest.raises(ValueError, match=named):
+        parse({"sleep_mode": options})
+
+
+@pytest.mark.parametrize("options", [{"idle_sleep_s": 9.0}, {"wake_on_request": True}])
+def test_engines_that_cannot_decide_alone_do_not_sleep_by_themselves(options):
+    def engine(backend="mp", enabled=True, **options):
+        return SimpleNamespace(
+            additional_config={"sleep_mode": options},
+            model_config=SimpleNamespace(enable_sleep_mode=enabled),
+            parallel_config=SimpleNamespace(distributed_executor_backend=backend),
+        )
+
+    check_on_request(engine(**options))
+    with pytest.raises(ValueError, match=r"external_launcher.*on every rank"):
+        check_on_request(engine("external_launcher", **options))
+    with pytest.raises(ValueError, match="sleep mode is not enabled"):
+        check_on_request(engine(enabled=False, **options))
+    check_on_request(engine("external_launcher", enabled=False))

@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 from vllm.v1.engine.core import EngineCoreProc
 
-from vllm_sleep_ascend.engine.not_serving import NotServingError
+from vllm_sleep_ascend.engine.refusals import NotServingError
 from vllm_sleep_ascend.error_text import restored, write_type
 from vllm_sleep_ascend.errors import HostOutOfMemoryError, RankGoneError, SleepModeError
 

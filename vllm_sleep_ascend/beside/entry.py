@@ -11,7 +11,12 @@ from vllm.logger import init_logger
 from vllm_sleep_ascend.beside import IN_USE, SWITCH, WORKER
 from vllm_sleep_ascend.beside.seams import check_seams
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.engine.checks import check_door, check_engines, check_graphs
+from vllm_sleep_ascend.engine.checks import (
+    check_door,
+    check_engines,
+    check_graphs,
+    check_on_request,
+)
 from vllm_sleep_ascend.engine.kv_cache import check_connector
 
 logger = init_logger(f"vllm.{__name__}")
@@ -58,6 +63,7 @@ def _choose_worker(vllm_config: Any) -> None:
         )
         return
     check_door(SleepModeConfig.from_vllm_config(vllm_config))
+    check_on_request(vllm_config)
     check_engines(vllm_config)
     check_connector(vllm_config)
     check_graphs(vllm_config, recaptures=True)

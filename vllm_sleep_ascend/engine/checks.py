@@ -67,6 +67,22 @@ def check_graphs(vllm_config: "VllmConfig", recaptures: bool = False) -> None:
     )
 
 
+def check_on_request(vllm_config: "VllmConfig") -> None:
+    """
+    Raises:
+        ValueError: an option would put an engine to sleep, or wake it, that cannot decide alone.
+    """
+    config = SleepModeConfig.from_vllm_config(vllm_config)
+    if config.idle_sleep_s is None and not config.wake_on_request:
+        return
+    check_enabled(vllm_config)
+    if vllm_config.parallel_config.distributed_executor_backend == "external_launcher":
+        raise ValueError(
+            "idle_sleep_s and wake_on_request are not supported with external_launcher: the engine "
+            "of each rank would decide alone; call sleep() and wake_up() on every rank"
+        )
+
+
 def check_door(config: SleepModeConfig) -> str | None:
     """The admin door's key, if there is a door and it has one.
 

@@ -13,6 +13,7 @@ from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import check_enabled
 from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.launched import on_any_rank
+from vllm_sleep_ascend.engine.on_request import OnRequest
 from vllm_sleep_ascend.engine.pauses import call_off_sleep, pausing_to_sleep
 from vllm_sleep_ascend.engine.refusals import refuse_new, refuse_waiting
 from vllm_sleep_ascend.engine.serving_gate import ServingGate, serve_on
@@ -85,12 +86,16 @@ def sleep(stock: _Sleep) -> _Sleep:
                 _check_wait(self)
             if level > 0:
                 _check_workers(self, level)
-            refuse_waiting(self)
+            gate = ServingGate.of(self)
+            if gate is not None and gate.refuses_while_asleep:
+                refuse_waiting(self, gate.asleep)
             with pausing_to_sleep(self):
                 result = stock(self, level, mode)
         if isinstance(result, Future):  # Requests are running: the sleep follows later.
             EngineState.of(self).pending_sleep = result
-            result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused))
+            result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused, mode))
+        else:
+            _wake_for_waiting(self, mode)
         return result
 
     return sleep
@@ -121,13 +126,23 @@ def _check_workers(core: "EngineCore", level: int) -> None:
             raise SleepModeError(f"sleep refused: {reason}")
 
 
-def _sleep_is_done(core: "EngineCore", done: Future[None], was_paused: bool) -> None:
+def _sleep_is_done(
+    core: "EngineCore", done: Future[None], was_paused: bool, mode: PauseMode
+) -> None:
     EngineState.of(core).pending_sleep = None
     error = done.exception()
     if error is not None:
         with suppress(BaseException), _named():
             raise error
     _record_sleep(core, was_paused, failed=error is not None)
+    _wake_for_waiting(core, mode)
+
+
+def _wake_for_waiting(core: "EngineCore", mode: PauseMode) -> None:
+    on_request = OnRequest.of(core)
+    reason = None if on_request is None else on_request.wake_after_sleep(mode)
+    if reason is not None:
+        refuse_waiting(core, reason)
 
 
 def wake_up(stock: _WakeUp) -> _WakeUp:
@@ -213,6 +228,9 @@ def resume_scheduler(stock: Callable[["EngineCore"], None]) -> Callable[["Engine
     call ends the user's own pause."""
 
     def resume_scheduler(self: "EngineCore") -> None:
+        on_request = OnRequest.of(self)
+        if on_request is not None:
+            on_request.resumes()
         gate = ServingGate.of(self)
         wakes = EngineState.of(self).wakes
         if not wakes:
@@ -271,15 +289,21 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
         except Exception:
             _follow_load(gate, method)
             raise
+        finally:
+            if _may_touch_memory(method):
+                _works(self)
         _follow_load(gate, method)
         return result
 
     return collective_rpc
 
 
+def _may_touch_memory(method: _Method) -> bool:
+    return not isinstance(method, str) or method not in policy.SAFE_CALLS
+
+
 def _follow_load(gate: ServingGate, method: _Method) -> None:
-    may_load = not isinstance(method, str) or method not in policy.SAFE_CALLS
-    if may_load or gate.unseen or gate.held or not gate.clear:
+    if _may_touch_memory(method) or gate.unseen or gate.held or not gate.clear:
         gate.follow_load()
 
 
@@ -301,6 +325,7 @@ def _following_move(core: "EngineCore") -> Iterator[None]:
 
 def add_request(stock: Callable[..., None]) -> Callable[..., None]:
     def add_request(self: "EngineCore", request: "Request", *args: Any, **kwargs: Any) -> None:
+        _works(self)
         if refuse_new(self, request):
             return None
         gate = ServingGate.of(self)
@@ -320,15 +345,28 @@ def step(stock: _Step) -> _Step:
             self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
             if not self.batch_queue:
                 return {}, False
-        return stock(self)
+        result = stock(self)
+        _works(self)
+        return result
 
     return step
 
 
+def _works(core: "EngineCore") -> None:
+    on_request = OnRequest.of(core)
+    if on_request is not None:
+        on_request.works()
+
+
 def refusal(self: "EngineCore") -> str | None:
-    """Why new requests are refused now; None if they are accepted."""
+    """Why new requests are refused now; None if they are accepted. A sleeping engine wakes before
+    that, if an option says so."""
     gate = ServingGate.of(self)
-    return None if gate is None else on_any_rank(self, gate.look_and_refuse())
+    if gate is None:
+        return None
+    on_request = OnRequest.of(self)
+    reason = None if on_request is None else on_request.wake()
+    return on_any_rank(self, reason or gate.look_and_refuse())
 
 
 @contextmanager

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusals of requests that are already in the engine: the reason goes from the engine's process to
-the front end, where ``generate`` and ``encode`` raise it."""
+"""The answer to a request that the engine cannot serve now.
+
+If the request is already in the engine, the reason goes from its process to the front end, where
+``generate`` and ``encode`` raise it.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm_sleep_ascend.engine.not_serving import NotServingError
+from vllm_sleep_ascend.engine.on_request import OnRequest
 from vllm_sleep_ascend.engine.serving_gate import ServingGate
 from vllm_sleep_ascend.engine.state import EngineState, scheduler_of
+from vllm_sleep_ascend.errors import SleepModeError
+
+try:
+    from vllm.exceptions import GracefulHTTPError
+except ImportError:  # an older vLLM; its server is answered for by SleepModeMiddleware
+    GracefulHTTPError = Exception  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
@@ -23,31 +33,42 @@ if TYPE_CHECKING:
 _Process = Callable[..., "OutputProcessorOutput"]
 
 # In front of a stop_reason of vLLM's, which the engine itself leaves to numbers of tokens.
-_MARK = f"{NotServingError.__name__}: "
+_MARK = "NotServingError: "
+
+
+class NotServingError(SleepModeError, GracefulHTTPError):
+    """A generation request came while the engine sleeps, or before its weights were loaded.
+
+    vLLM's server answers it with 503.
+    """
+
+    def __init__(self, message: str) -> None:
+        RuntimeError.__init__(self, message)
+        self.message = message
+        self.http_status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 def refuse_new(core: "EngineCore", request: "Request") -> bool:
-    """Whether this request, which has passed the front end's check, is refused."""
+    """Whether this request, which has passed the front end's check, is refused; before that it
+    wakes the engine, if an option says so."""
     gate = ServingGate.of(core)
-    if gate is None or not gate.refuses:
+    if gate is None or getattr(request, "abort_immediately", False):
         return False
+    on_request = OnRequest.of(core)
+    reason = None if on_request is None else on_request.wake()
     if request.request_id in scheduler_of(core).requests:  # more input of a session
         return False
-    if getattr(request, "abort_immediately", False):
-        return False
-    reason = gate.refusal()
+    if reason is None and gate.refuses:
+        reason = gate.refusal()
     if reason is not None:
         _answer(core, [request], reason)
     return reason is not None
 
 
-def refuse_waiting(core: "EngineCore") -> None:
-    """Before a sleep, with ``while_asleep="refuse"``: refuse all requests that have not begun."""
+def refuse_waiting(core: "EngineCore", reason: str) -> None:
+    """Refuse all requests that have not begun."""
     from vllm.v1.request import RequestStatus
 
-    gate = ServingGate.of(core)
-    if gate is None or not gate.refuses_while_asleep:
-        return
     waiting = [
         request.request_id
         for request in scheduler_of(core).requests.values()
@@ -57,7 +78,7 @@ def refuse_waiting(core: "EngineCore") -> None:
     ]
     if waiting:
         refused = core.scheduler.finish_requests(waiting, RequestStatus.FINISHED_ABORTED)
-        _answer(core, refused, gate.asleep)
+        _answer(core, refused, reason)
 
 
 def _answer(core: "EngineCore", requests: "Iterable[Request]", reason: str) -> None:

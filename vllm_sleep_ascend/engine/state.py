@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.core import EngineCore
 
+    from vllm_sleep_ascend.engine.on_request import OnRequest
     from vllm_sleep_ascend.engine.pauses import WaitBeforeSleep
     from vllm_sleep_ascend.engine.serving_gate import ServingGate
 
@@ -21,6 +22,7 @@ _ATTRIBUTE = "sleep_mode_state"
 class EngineState:
     """
     gate: whether it may serve; None without sleep mode.
+    on_request: what it does by itself; without an option for that, a tuple with None.
     pending_sleep: a sleep that waits for requests to end.
     wait: its part before any memory moves.
     pauses_to_sleep: the current pause call belongs to a sleep, not to the user.
@@ -29,6 +31,7 @@ class EngineState:
     """
 
     gate: "ServingGate | None" = None
+    on_request: "tuple[OnRequest | None] | None" = None
     pending_sleep: Future[None] | None = None
     wait: "WaitBeforeSleep | None" = None
     pauses_to_sleep: bool = False

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.engine import core
-from vllm_sleep_ascend.engine.not_serving import NotServingError
+from vllm_sleep_ascend.engine.refusals import NotServingError
 from vllm_sleep_ascend.engine.serving_gate import ServingGate
 from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.errors import SleepModeError
 from vllm_sleep_ascend.front_end import metrics
+from vllm_sleep_ascend.front_end.admission import Admission
 from vllm_sleep_ascend.front_end.replicas import call_all
 
 if TYPE_CHECKING:
@@ -29,44 +30,24 @@ _OfEngine = Callable[Concatenate["LLMEngine", _P], _T]
 _OfLLM = Callable[Concatenate["LLM", _P], _T]
 _Check = Callable[Concatenate["VllmConfig", _P], None]
 
-_MAY_REFUSE = "sleep_mode_may_refuse"  # of an AsyncLLM: whether its engine has to be asked
-
-
-async def refusal(client: "AsyncLLM") -> str | None:
-    """Why this engine takes no request now; None if it does, or if no option refuses any.
-
-    An answer takes a step of the engine, so it is asked only after a call of this front end that
-    may keep it from serving. Otherwise the engine itself says so: see ``refusals``.
-    """
-    if not getattr(client, _MAY_REFUSE, False):
-        return None
-    config = SleepModeConfig.from_vllm_config(client.vllm_config)
-    if config.after_level2 == "warn" and config.while_asleep == "wait":
-        return None
-    setattr(client, _MAY_REFUSE, False)  # a call that comes meanwhile sets it again
-    reasons = await call_all(client.engine_core, "sleep_mode_refusal")
-    reason = next((reason for reason in reasons if reason), None)
-    if reason is not None:
-        setattr(client, _MAY_REFUSE, True)
-    return reason
-
 
 def noted(stock: _OfAsync[_P, _T]) -> _OfAsync[_P, _T]:
-    """A call after which the engine may refuse requests."""
+    """A call after which the engine may refuse requests, or sleep."""
 
     async def call(self: "AsyncLLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        setattr(self, _MAY_REFUSE, True)
+        admission = Admission.of(self)
+        admission.may_change()
         try:
             return await stock(self, *args, **kwargs)
         finally:
-            setattr(self, _MAY_REFUSE, True)
+            admission.may_change()
 
     return call
 
 
 def admitted(stock: _OfAsync[_P, _T]) -> _OfAsync[_P, _T]:
     async def add_request(self: "AsyncLLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        reason = await refusal(self)
+        reason = await Admission.of(self).refusal(self)
         if reason is not None:
             raise NotServingError(reason)
         return await stock(self, *args, **kwargs)
@@ -107,11 +88,14 @@ def serving(stock: _OfLLM[_P, _T]) -> _OfLLM[_P, _T]:
 
     def call(self: "LLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         engine = self.llm_engine
+        config = engine.vllm_config
         reason = None
-        if engine.is_sleeping():
-            reason = f"the engine sleeps; call wake_up() before {stock.__name__}()"
-        elif engine.vllm_config.model_config.enable_sleep_mode:
+        if config.model_config.enable_sleep_mode and (
+            not engine.is_sleeping() or SleepModeConfig.from_vllm_config(config).wake_on_request
+        ):
             reason = _refusal_of(engine.engine_core)
+        if reason is None and engine.is_sleeping():
+            reason = f"the engine sleeps; call wake_up() before {stock.__name__}()"
         if reason is not None:
             raise NotServingError(reason)
         return stock(self, *args, **kwargs)

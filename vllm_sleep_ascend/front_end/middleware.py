@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's middleware: refuses requests if an option says so, and refreshes gauges."""
+"""The server's middleware: refuses requests or has them wake the engine, if an option says so, and
+refreshes gauges."""
 
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,17 @@ _GENERATION = frozenset(
         "/v2/rerank",
         "/v2/embed",
         "/generative_scoring",
+        "/cohere/v2/chat",
     )
 )
+_NO_ENGINE = ("/count_tokens", "/render", "/derender", "/cancel")
+"""Ends of paths that generate nothing."""
 
 
 class SleepModeMiddleware:
     """Answers 503 with ``Retry-After`` to generation requests that an option refuses
-    (``while_asleep``, ``after_level2``), and refreshes the gauges before ``/metrics``."""
+    (``while_asleep``, ``after_level2``) or whose wake fails (``wake_on_request``), and refreshes
+    the gauges before ``/metrics``."""
 
     def __init__(self, app: "ASGIApp") -> None:
         self._app = app
@@ -60,9 +65,16 @@ def _path(scope: "Scope") -> str:
 
 def _generates(scope: "Scope") -> bool:
     path = _path(scope)
-    return scope["method"] == "POST" and (
-        path in _GENERATION or (path.startswith("/v1/") and path not in _CONTROL)
-    )
+    if scope["method"] != "POST" or path in _CONTROL or path.endswith(_NO_ENGINE):
+        return False
+    return (path in _GENERATION or path.startswith("/v1/")) and _has_route(scope)
+
+
+def _has_route(scope: "Scope") -> bool:
+    """Whether this server does not just answer 404 or 405."""
+    from starlette.routing import Match
+
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 async def answer_not_serving(_: "Request", error: Exception) -> "JSONResponse":
@@ -80,10 +92,10 @@ def _unavailable(reason: str) -> "JSONResponse":
 async def _refused(client: "AsyncLLM") -> "ASGIApp | None":
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    from vllm_sleep_ascend.front_end.calls import refusal
+    from vllm_sleep_ascend.front_end.admission import Admission
 
     try:
-        reason = await refusal(client)
+        reason = await Admission.of(client).refusal(client)
     except EngineDeadError:
         return None  # vLLM answers
     return None if reason is None else _unavailable(reason)

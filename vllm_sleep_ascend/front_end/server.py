@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.engine.not_serving import NotServingError
+from vllm_sleep_ascend.engine.refusals import NotServingError
 from vllm_sleep_ascend.front_end.middleware import SleepModeMiddleware, answer_not_serving
 
 if TYPE_CHECKING:

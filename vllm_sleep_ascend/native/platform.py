@@ -283,9 +283,10 @@ def _configure_sleep_mode(vllm_config: "VllmConfig") -> None:
     if not enabled and not asked:
         return
     from vllm_sleep_ascend.config import SleepModeConfig
-    from vllm_sleep_ascend.engine.checks import check_door
+    from vllm_sleep_ascend.engine.checks import check_door, check_on_request
 
     check_door(SleepModeConfig.from_vllm_config(vllm_config))
+    check_on_request(vllm_config)
     if enabled:
         from vllm_sleep_ascend.engine.checks import check_engines, check_graphs
         from vllm_sleep_ascend.engine.kv_cache import check_connector

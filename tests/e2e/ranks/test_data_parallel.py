@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data-parallel server: its replicas sleep together, and the one that fails is named."""
 
+import json
 import os
 from pathlib import Path
 
@@ -161,3 +162,30 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
             fail(1, "")
             assert request.answer().json()["choices"] == [undisturbed]
         assert answers(server, 0) == answers(server, 1) == expected
+
+
+@pytest.mark.slow
+def test_replicas_that_are_idle_sleep_and_requests_wake_them(tiny_model, tmp_path) -> None:
+    (expected,) = hf_greedy(tiny_model, PROMPTS[:1])
+    sleep_mode = {"idle_sleep_s": 1, "wake_on_request": True}
+    options = ("--enable-sleep-mode", "--dtype", "float32", "--data-parallel-size", "2", *SMALL)
+    options += ("--additional-config", json.dumps({"sleep_mode": sleep_mode}))
+    memory = ("--kv-cache-memory-bytes", str(64 * MIB), "--gpu-memory-utilization", "0.4")
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    with Server(tiny_model, *options, *memory, log=tmp_path / "log", env=env) as server:
+        body = {"model": server.model, "max_tokens": len(expected), "temperature": 0}
+        body |= {"prompt": PROMPTS[0], "ignore_eos": True, "return_token_ids": True}
+
+        def tokens(replica: int) -> list[int]:
+            headers = {"X-data-parallel-rank": str(replica)}
+            (choice,) = server.post("/v1/completions", json=body, headers=headers)["choices"]
+            return choice["token_ids"]
+
+        def states() -> list[str]:
+            return [rank["state"] for rank in server.http.get("/sleep_status").json()["ranks"]]
+
+        for replica in (0, 1):
+            wait_for(lambda: states() == ["SUSPENDED"] * 2, "both replicas sleep")
+            assert tokens(replica) == expected
+        assert tokens(0) == tokens(1) == expected
+        wait_for(lambda: states() == ["SUSPENDED"] * 2, "both replicas sleep again")

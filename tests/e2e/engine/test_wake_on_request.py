@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that a request wakes, with sleeps and requests at the same time."""
+
+import asyncio
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from helpers.async_engine import Request, async_llm, greedy
+from helpers.engine import engine, few
+from helpers.faults import DRIVER_ERROR, set_faults
+from helpers.reference import hf_few
+
+OPTIONS = {"sleep_mode": {"wake_on_request": True}}
+TOKENS = 8
+SEQUENCES = 2  # computed at once
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory):
+    file = tmp_path_factory.mktemp("faults") / "rules"
+    file.touch()
+    return file
+
+
+@pytest.fixture(scope="module")
+def woken(tiny_model, rules):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NPU_SIM_FAULTS_FILE", str(rules))
+        with contextmanager(async_llm)(
+            tiny_model, additional_config=OPTIONS, max_num_seqs=SEQUENCES
+        ) as engine_and_run:
+            yield engine_and_run
+
+
+async def requests(llm: Any, name: str, count: int) -> list[Any]:
+    """What each gets: its tokens, or the error that it raises."""
+
+    async def ask(number: int) -> Any:
+        request = await Request(llm, f"{name}-{number}", TOKENS).run()
+        return request.tokens if request.reason == "length" else request.reason
+
+    asked = (ask(number) for number in range(count))
+    return await asyncio.gather(*asked, return_exceptions=True)
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait"])
+def test_requests_that_a_sleep_overtakes_wake_it(tiny_model, woken, mode) -> None:
+    """Wherever they are when it comes, and though most of them have not begun."""
+    llm, run = woken
+    expected = greedy(tiny_model)[:TOKENS]
+
+    async def meet(turns: int) -> list[Any]:
+        asked = asyncio.create_task(requests(llm, f"{mode}-{turns}", 3 * SEQUENCES))
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+        await llm.sleep(mode=mode)
+        return await asked
+
+    for turns in range(0, 40, 4):
+        for found in run(meet(turns)):
+            assert found == expected or (mode == "abort" and found == "abort")
+
+
+def test_a_sleep_that_keeps_requests_is_ended_by_a_new_one(tiny_model, woken) -> None:
+    llm, run = woken
+    expected = greedy(tiny_model)[:TOKENS]
+
+    async def kept() -> tuple[bool, list[Any]]:
+        request = Request(llm, "kept", 200)
+        running = asyncio.create_task(request.run())
+        await request.started.wait()
+        await llm.sleep(mode="keep")
+        is_kept = not running.done() and await llm.is_sleeping()
+        found = await requests(llm, "new", 1)
+        await running
+        return is_kept, [*found, request.tokens]
+
+    is_kept, (new, tokens) = run(kept())
+    assert is_kept
+    assert new == expected
+    assert tokens == greedy(tiny_model)[:200]
+
+
+def test_requests_that_it_sleeps_over_get_the_failure_of_the_wake(tiny_model, woken, rules) -> None:
+    from vllm_sleep_ascend.engine.refusals import NotServingError
+
+    llm, run = woken
+
+    async def meet() -> list[Any]:
+        first = Request(llm, "first", 60)
+        running = asyncio.create_task(first.run())
+        await first.started.wait()
+        asleep = asyncio.create_task(llm.sleep(mode="wait"))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(requests(llm, "waiting", 3))
+        await asleep
+        await running
+        return await waiting
+
+    set_faults(rules, f"aclrtMapMem:1:{DRIVER_ERROR}:*")
+    for found in run(meet()):
+        assert isinstance(found, NotServingError)
+        assert str(found).startswith("the engine sleeps, and a request could not wake it: ")
+    set_faults(rules, "")
+    run(llm.wake_up())
+    assert run(requests(llm, "then", 1)) == [greedy(tiny_model)[:TOKENS]]
+
+
+def test_calls_of_workers_and_requests_at_once(tiny_model, woken) -> None:
+    """A trainer's calls beside requests, each of which finds the engine awake."""
+    llm, run = woken
+
+    async def both() -> list[Any]:
+        asked = asyncio.create_task(requests(llm, "beside", 6))
+        while not asked.done():
+            await llm.collective_rpc("check_health")
+            await llm.pause_generation(mode="keep")
+            await llm.resume_generation()
+        return await asked
+
+    assert run(both()) == [greedy(tiny_model)[:TOKENS]] * 6
+
+
+def test_generate_wakes_an_engine_in_this_process(tiny_model) -> None:
+    from vllm_sleep_ascend.engine.refusals import NotServingError
+
+    with engine(tiny_model, enable_sleep_mode=True, additional_config=OPTIONS) as llm:
+        expected = hf_few(tiny_model)
+        for _ in range(2):
+            llm.sleep(level=1)
+            assert few(llm) == expected
+        llm.sleep(level=2)
+        with pytest.raises(NotServingError, match="a request does not wake it with after_level2"):
+            few(llm)
+        llm.wake_up()
+        llm.collective_rpc("reload_weights")
+        assert few(llm) == expected

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that sleeps by itself when it is idle (``idle_sleep_s``), and that a request wakes
+(``wake_on_request``).
+
+The engine's own process decides, because it alone sees every request, whichever front end sends it,
+in one order with the calls that put it to sleep.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from threading import Timer
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.engine.state import EngineState, is_pending, scheduler_of
+from vllm_sleep_ascend.error_text import restored
+from vllm_sleep_ascend.policy import PauseMode
+from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+logger = init_logger(f"vllm.{__name__}")
+
+_RETRY_S = 1.0
+"""For so long after a wake that failed, requests get its error: it is that of all that waited."""
+
+_MOST_DOUBLINGS = 6
+
+
+class OnRequest:
+    """Wakes an EngineCore for requests, and puts it to sleep when it is idle."""
+
+    def __init__(self, core: "EngineCore", config: SleepModeConfig) -> None:
+        self._core = core
+        self._config = config
+        self._failure = ""
+        self._failed_at = 0.0
+        self._owes_wake = False  # a request came while a sleep waited for others to end
+        self._last_work = time.monotonic()
+        self._failed_sleeps = 0
+        self._timer: Timer | None = None
+        self.falls_asleep = False  # by itself
+
+    @classmethod
+    def of(cls, core: "EngineCore") -> "OnRequest | None":
+        """That of this engine; None without such an option."""
+        if not core.vllm_config.model_config.enable_sleep_mode:
+            return None
+        state = EngineState.of(core)
+        if state.on_request is None:
+            config = SleepModeConfig.from_vllm_config(core.vllm_config)
+            acts = config.wake_on_request or config.idle_sleep_s is not None
+            state.on_request = (cls(core, config) if acts else None,)
+        return state.on_request[0]
+
+    def wake(self) -> str | None:
+        """Wake the engine for a request, if its memory sleeps. Returns why that failed."""
+        core = self._core
+        if not self._config.wake_on_request:
+            return None
+        if is_pending(core):
+            self._owes_wake = True
+            return None
+        if not core.model_executor.sleeping_tags:
+            return None
+        if self._failure and time.monotonic() < self._failed_at + _RETRY_S:
+            return self._failure
+        self._failure = ""
+        try:
+            ranks: list[RankStatus] = core.model_executor.collective_rpc("sleep_status")
+            if level_of(ranks) == 2 and self._config.after_level2 != "reload":
+                return (
+                    "the engine sleeps at level 2, which discarded its weights, and a request does "
+                    f"not wake it with after_level2={self._config.after_level2!r}: wake it and "
+                    "load its weights, or start it with after_level2='reload'"
+                )
+            logger.info("A request wakes the engine.")
+            core.wake_up()
+        except Exception as error:  # of whatever type a rank raised
+            self._failure = f"the engine sleeps, and a request could not wake it: {restored(error)}"
+            self._failed_at = time.monotonic()
+            logger.warning("%s", self._failure)
+        return self._failure or None
+
+    def wake_after_sleep(self, mode: PauseMode) -> str | None:
+        """Wake an engine that a sleep has put to sleep over requests that wait for it: those that
+        came during the sleep, and after mode "wait" those that had not begun. Mode "keep" keeps
+        what was there before. Returns as ``wake``."""
+        owes_wake = self._owes_wake or mode == "wait"
+        self._owes_wake = False
+        requests = scheduler_of(self._core).requests.values()
+        if not owes_wake or all(request.is_finished() for request in requests):
+            return None
+        reason = self.wake()
+        self._look_again()  # vLLM's loop may be about to wait, for it had no work before the sleep
+        return reason
+
+    def works(self) -> None:
+        """Note that the engine is not idle."""
+        self._last_work = time.monotonic()
+
+    def resumes(self) -> None:
+        """Note that the engine serves, so that a later sleep is not answered with an old error."""
+        self._failure = ""
+        self.works()
+
+    def rest(self) -> None:
+        """The engine has nothing to do: put it to sleep, or look again when it is time."""
+        idle_s = self._config.idle_sleep_s
+        core = self._core
+        if idle_s is None or core.is_sleeping() or core.is_scheduler_paused():
+            return
+        if core.scheduler.has_requests() or core.batch_queue:
+            return
+        rest = self._last_work + idle_s * 2**self._failed_sleeps - time.monotonic()
+        if rest <= 0:
+            self._sleep()
+        elif self._timer is None:
+            self._timer = Timer(rest, self._look_again)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _look_again(self) -> None:
+        """Have the engine's loop come by, from any thread."""
+        from vllm.v1.engine import EngineCoreRequestType
+
+        self._timer = None
+        queue = getattr(self._core, "input_queue", None)  # an in-process engine has no loop
+        if queue is not None:
+            queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def _sleep(self) -> None:
+        self.falls_asleep = True
+        try:
+            ranks: list[RankStatus] = self._core.model_executor.collective_rpc("sleep_status")
+            level = self._level(ranks)
+            logger.info(
+                "Idle for %g s: the engine goes to sleep at level %d.",
+                self._config.idle_sleep_s,
+                level,
+            )
+            self._core.sleep(level, "wait")
+            self._failed_sleeps = 0
+        except Exception as error:  # of whatever type a rank raised
+            logger.warning("The idle engine did not fall asleep: %s", restored(error))
+            self._failed_sleeps = min(self._failed_sleeps + 1, _MOST_DOUBLINGS)
+            self.works()
+            self.rest()
+        finally:
+            self.falls_asleep = False
+
+    def _level(self, ranks: Sequence[RankStatus]) -> int:
+        """That of the option; 1 if level 2 would lose weights for good."""
+        if self._config.idle_level == 1:
+            return 1
+        for rank in ranks:
+            if "weights" in rank and (lost := in_no_checkpoint(rank["weights"])):
+                logger.warning("The idle engine sleeps at level 1: %s are in no checkpoint", lost)
+                return 1
+        return self._config.idle_level
+
+
+def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreProc"], None]:
+    """Before the engine's loop waits for its next message."""
+
+    def _notify_idle_state_callbacks(self: "EngineCoreProc") -> None:
+        stock(self)
+        on_request = OnRequest.of(self)
+        if on_request is not None:
+            on_request.rest()
+
+    return _notify_idle_state_callbacks
+
+
+def keeping_inputs(stock: Callable[["EngineCore"], None]) -> Callable[["EngineCore"], None]:
+    """The engine's copies of processed images. Front ends send one once, and a sleep of which they
+    do not know may not lose it."""
+
+    def reset_mm_cache(self: "EngineCore") -> None:
+        on_request = OnRequest.of(self)
+        if on_request is None or not on_request.falls_asleep:
+            stock(self)
+
+    return reset_mm_cache
