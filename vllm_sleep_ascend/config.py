@@ -94,7 +94,7 @@ class SleepModeConfig(BaseModel):
 
     idle_sleep_s: float | None = Field(default=None, ge=0.1, allow_inf_nan=False)
     """Seconds without work after which an engine in a process of its own falls asleep; None: never.
-    After a failure it waits twice as long, up to 64 times."""
+    Each failure doubles them, up to 64 times the value, until there is work again."""
 
     idle_level: Literal[1, 2] = Field(default=1)
     """The level of that sleep. 2 needs after_level2="reload"; weights that are in no checkpoint

@@ -142,7 +142,7 @@ EVERYWHERE = (
           ("reset_running_requests", "reset_connector"),
           "copies of the cache in a KV connector go with it, and its events are published"),
     Patch(_CORE, "reset_mm_cache", on_request.keeping_inputs, (),
-          "front ends do not know of an idle sleep: what they sent before is kept"),
+          "front ends send an image once: an engine that sleeps by itself keeps its copy"),
     Patch(_CORE, "collective_rpc", core.collective_rpc, ("method",),
           "calls that touch sleeping memory are refused, and those that move memory followed"),
     Patch(_CORE, "add_request", core.add_request, ("request",), _ADDED),

@@ -51,6 +51,8 @@ def take_over(platform: Any) -> None:
 
 def _choose_worker(vllm_config: Any) -> None:
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model_config is not None:
+        check_on_request(vllm_config)
     if model_config is None or not model_config.enable_sleep_mode or parallel.worker_cls == WORKER:
         return
     if parallel.worker_cls != _STOCK_WORKER:
@@ -63,7 +65,6 @@ def _choose_worker(vllm_config: Any) -> None:
         )
         return
     check_door(SleepModeConfig.from_vllm_config(vllm_config))
-    check_on_request(vllm_config)
     check_engines(vllm_config)
     check_connector(vllm_config)
     check_graphs(vllm_config, recaptures=True)

@@ -17,7 +17,7 @@ from vllm_sleep_ascend.engine.on_request import OnRequest
 from vllm_sleep_ascend.engine.pauses import call_off_sleep, pausing_to_sleep
 from vllm_sleep_ascend.engine.refusals import refuse_new, refuse_waiting
 from vllm_sleep_ascend.engine.serving_gate import ServingGate, serve_on
-from vllm_sleep_ascend.engine.state import EngineState, is_pending, scheduler_of
+from vllm_sleep_ascend.engine.state import EngineState, is_pending, scheduler_of, unfinished
 from vllm_sleep_ascend.engine.wrap import wrap
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import RankGoneError, SleepModeError
@@ -108,9 +108,7 @@ def _check_wait(core: "EngineCore") -> None:
     if gate is None or not gate.held:
         return
     reason = gate.look_and_refuse()
-    # The scheduler's own count does not include waiting requests.
-    under_way = any(not request.is_finished() for request in scheduler_of(core).requests.values())
-    if reason is not None and under_way:
+    if reason is not None and unfinished(core):
         raise SleepModeError(
             f"sleep(mode='wait') refused: requests are under way, and {reason}. Or use mode "
             "'abort' or 'keep'"
@@ -142,7 +140,7 @@ def _wake_for_waiting(core: "EngineCore", mode: PauseMode) -> None:
     on_request = OnRequest.of(core)
     reason = None if on_request is None else on_request.wake_after_sleep(mode)
     if reason is not None:
-        refuse_waiting(core, reason)
+        refuse_waiting(core, reason, also_begun=mode == "wait")  # as preempted ones
 
 
 def wake_up(stock: _WakeUp) -> _WakeUp:
@@ -278,6 +276,9 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
         gate = ServingGate.of(self)
         if gate is None:
             return stock(self, method, *args, **kwargs)
+        on_request = OnRequest.of(self)
+        if on_request is not None and method in policy.NEEDS:
+            on_request.end_own_sleep()
         wrap(type(self.model_executor), "collective_rpc", guards_calls)  # Ray's, or a user's own
         call = GuardedCall(method) if method in policy.STEP_CALLS else method
         try:
@@ -341,10 +342,18 @@ def step(stock: _Step) -> _Step:
     paused."""
 
     def step(self: "EngineCore") -> tuple[dict[int, "EngineCoreOutputs"] | None, bool]:
+        scheduler, finished = scheduler_of(self), EngineState.of(self).finished
         if self.model_executor.sleeping_tags:
-            self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            if scheduler.pause_state != PauseState.PAUSED_ALL:
+                scheduler.set_pause_state(PauseState.PAUSED_ALL)
             if not self.batch_queue:
+                # A step would tell the workers. Meanwhile they are no work for the engine.
+                finished |= scheduler.finished_req_ids
+                scheduler.finished_req_ids.clear()
                 return {}, False
+        if finished:
+            scheduler.finished_req_ids |= finished
+            finished.clear()
         result = stock(self)
         _works(self)
         return result
@@ -365,7 +374,10 @@ def refusal(self: "EngineCore") -> str | None:
     if gate is None:
         return None
     on_request = OnRequest.of(self)
-    reason = None if on_request is None else on_request.wake()
+    reason = None
+    if on_request is not None:
+        reason = on_request.wake()
+        on_request.works()  # the request is about to come
     return on_any_rank(self, reason or gate.look_and_refuse())
 
 

@@ -12,9 +12,11 @@ from threading import Timer
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend.config import SleepModeConfig
-from vllm_sleep_ascend.engine.state import EngineState, is_pending, scheduler_of
+from vllm_sleep_ascend.engine.serving_gate import ServingGate
+from vllm_sleep_ascend.engine.state import EngineState, is_pending, unfinished
 from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.policy import PauseMode
 from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
@@ -42,11 +44,12 @@ class OnRequest:
         self._last_work = time.monotonic()
         self._failed_sleeps = 0
         self._timer: Timer | None = None
-        self.falls_asleep = False  # by itself
+        self._falls_asleep = self._sleeps_by_itself = False
+        self._told = ""
 
     @classmethod
     def of(cls, core: "EngineCore") -> "OnRequest | None":
-        """That of this engine; None without such an option."""
+        """This engine's; None if no option asks for it."""
         if not core.vllm_config.model_config.enable_sleep_mode:
             return None
         state = EngineState.of(core)
@@ -57,9 +60,13 @@ class OnRequest:
         return state.on_request[0]
 
     def wake(self) -> str | None:
-        """Wake the engine for a request, if its memory sleeps. Returns why that failed."""
+        """Wake the engine for a request, if its memory sleeps. Returns why that failed. An engine
+        that its user has paused would not serve it, and sleeps on."""
         core = self._core
-        if not self._config.wake_on_request:
+        gate = ServingGate.of(core)
+        if not self._config.wake_on_request or gate is None:
+            return None
+        if gate.users_pause != PauseState.UNPAUSED:
             return None
         if is_pending(core):
             self._owes_wake = True
@@ -91,20 +98,28 @@ class OnRequest:
         what was there before. Returns as ``wake``."""
         owes_wake = self._owes_wake or mode == "wait"
         self._owes_wake = False
-        requests = scheduler_of(self._core).requests.values()
-        if not owes_wake or all(request.is_finished() for request in requests):
+        if not owes_wake or not unfinished(self._core):
             return None
         reason = self.wake()
-        self._look_again()  # vLLM's loop may be about to wait, for it had no work before the sleep
+        self._come_by()  # vLLM's loop may be about to wait, for it had no work before the sleep
         return reason
+
+    def end_own_sleep(self) -> None:
+        """Wake an engine that sleeps by itself for a call that its user makes, who put nothing to
+        sleep."""
+        if self._sleeps_by_itself and self._core.model_executor.sleeping_tags:
+            logger.info("A call wakes the engine.")
+            self._core.wake_up()
 
     def works(self) -> None:
         """Note that the engine is not idle."""
         self._last_work = time.monotonic()
+        self._failed_sleeps = 0
 
     def resumes(self) -> None:
         """Note that the engine serves, so that a later sleep is not answered with an old error."""
         self._failure = ""
+        self._sleeps_by_itself = False
         self.works()
 
     def rest(self) -> None:
@@ -113,7 +128,7 @@ class OnRequest:
         core = self._core
         if idle_s is None or core.is_sleeping() or core.is_scheduler_paused():
             return
-        if core.scheduler.has_requests() or core.batch_queue:
+        if unfinished(core) or core.scheduler.has_requests() or core.batch_queue:
             return
         rest = self._last_work + idle_s * 2**self._failed_sleeps - time.monotonic()
         if rest <= 0:
@@ -124,16 +139,19 @@ class OnRequest:
             self._timer.start()
 
     def _look_again(self) -> None:
+        self._timer = None
+        self._come_by()
+
+    def _come_by(self) -> None:
         """Have the engine's loop come by, from any thread."""
         from vllm.v1.engine import EngineCoreRequestType
 
-        self._timer = None
         queue = getattr(self._core, "input_queue", None)  # an in-process engine has no loop
         if queue is not None:
             queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def _sleep(self) -> None:
-        self.falls_asleep = True
+        self._falls_asleep = True
         try:
             ranks: list[RankStatus] = self._core.model_executor.collective_rpc("sleep_status")
             level = self._level(ranks)
@@ -144,23 +162,37 @@ class OnRequest:
             )
             self._core.sleep(level, "wait")
             self._failed_sleeps = 0
+            self._sleeps_by_itself = True
         except Exception as error:  # of whatever type a rank raised
             logger.warning("The idle engine did not fall asleep: %s", restored(error))
             self._failed_sleeps = min(self._failed_sleeps + 1, _MOST_DOUBLINGS)
-            self.works()
+            self._last_work = time.monotonic()
             self.rest()
         finally:
-            self.falls_asleep = False
+            self._falls_asleep = False
 
     def _level(self, ranks: Sequence[RankStatus]) -> int:
-        """That of the option; 1 if level 2 would lose weights for good."""
+        """The option's; 1 if level 2 would lose weights for good."""
         if self._config.idle_level == 1:
             return 1
         for rank in ranks:
             if "weights" in rank and (lost := in_no_checkpoint(rank["weights"])):
-                logger.warning("The idle engine sleeps at level 1: %s are in no checkpoint", lost)
+                if lost != self._told:
+                    logger.warning(
+                        "The idle engine sleeps at level 1: %s are in no checkpoint", lost
+                    )
+                    self._told = lost
                 return 1
         return self._config.idle_level
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether a sleep is under way of which a front end does not know, or during which its
+        requests may come."""
+        if not self._config.wake_on_request:
+            return self._falls_asleep
+        state = EngineState.of(self._core)
+        return self._falls_asleep or state.pauses_to_sleep or state.pending_sleep is not None
 
 
 def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreProc"], None]:
@@ -176,12 +208,12 @@ def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreP
 
 
 def keeping_inputs(stock: Callable[["EngineCore"], None]) -> Callable[["EngineCore"], None]:
-    """The engine's copies of processed images. Front ends send one once, and a sleep of which they
-    do not know may not lose it."""
+    """The engine's copies of processed images. A front end sends each once, and believes it there
+    until its own copies are reset. An engine that has more than its front end is in order."""
 
     def reset_mm_cache(self: "EngineCore") -> None:
         on_request = OnRequest.of(self)
-        if on_request is None or not on_request.falls_asleep:
+        if on_request is None or not on_request.keeps_inputs:
             stock(self)
 
     return reset_mm_cache

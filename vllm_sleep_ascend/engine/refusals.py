@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sleep_ascend.engine.on_request import OnRequest
 from vllm_sleep_ascend.engine.serving_gate import ServingGate
-from vllm_sleep_ascend.engine.state import EngineState, scheduler_of
+from vllm_sleep_ascend.engine.state import EngineState, scheduler_of, unfinished
 from vllm_sleep_ascend.errors import SleepModeError
 
 try:
@@ -57,7 +57,9 @@ def refuse_new(core: "EngineCore", request: "Request") -> bool:
     on_request = OnRequest.of(core)
     reason = None if on_request is None else on_request.wake()
     if request.request_id in scheduler_of(core).requests:  # more input of a session
-        return False
+        if reason is not None:
+            _refuse(core, [request.request_id], reason)
+        return reason is not None
     if reason is None and gate.refuses:
         reason = gate.refusal()
     if reason is not None:
@@ -65,20 +67,32 @@ def refuse_new(core: "EngineCore", request: "Request") -> bool:
     return reason is not None
 
 
-def refuse_waiting(core: "EngineCore", reason: str) -> None:
-    """Refuse all requests that have not begun."""
+def refuse_waiting(core: "EngineCore", reason: str, also_begun: bool = False) -> None:
+    """Refuse all requests that have not begun, or all."""
     from vllm.v1.request import RequestStatus
 
     waiting = [
         request.request_id
-        for request in scheduler_of(core).requests.values()
-        if request.status < RequestStatus.RUNNING
-        and not request.num_computed_tokens
-        and not request.num_output_tokens
+        for request in unfinished(core)
+        if also_begun
+        or (
+            request.status < RequestStatus.RUNNING
+            and not request.num_computed_tokens
+            and not request.num_output_tokens
+        )
     ]
     if waiting:
-        refused = core.scheduler.finish_requests(waiting, RequestStatus.FINISHED_ABORTED)
-        _answer(core, refused, reason)
+        _refuse(core, waiting, reason)
+
+
+def _refuse(core: "EngineCore", names: list[str], reason: str) -> None:
+    """End these requests of the engine."""
+    from vllm.v1.request import RequestStatus
+
+    requests = scheduler_of(core).requests
+    refused = [requests[name] for name in names]
+    core.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
+    _answer(core, refused, reason)
 
 
 def _answer(core: "EngineCore", requests: "Iterable[Request]", reason: str) -> None:

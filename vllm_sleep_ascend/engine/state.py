@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request
 
     from vllm_sleep_ascend.engine.on_request import OnRequest
     from vllm_sleep_ascend.engine.pauses import WaitBeforeSleep
@@ -23,6 +24,7 @@ class EngineState:
     """
     gate: whether it may serve; None without sleep mode.
     on_request: what it does by itself; without an option for that, a tuple with None.
+    finished: requests that ended while memory sleeps; the workers forget them with the next step.
     pending_sleep: a sleep that waits for requests to end.
     wait: its part before any memory moves.
     pauses_to_sleep: the current pause call belongs to a sleep, not to the user.
@@ -36,6 +38,7 @@ class EngineState:
     wait: "WaitBeforeSleep | None" = None
     pauses_to_sleep: bool = False
     wakes: bool = False
+    finished: set[str] = field(default_factory=set)
     undelivered: "deque[EngineCoreOutputs]" = field(default_factory=deque)
 
     @classmethod
@@ -56,3 +59,10 @@ def scheduler_of(core: "EngineCore") -> "Scheduler":
 def is_pending(core: "EngineCore") -> bool:
     """Whether a sleep waits for requests to end."""
     return EngineState.of(core).pending_sleep is not None
+
+
+def unfinished(core: "EngineCore") -> "list[Request]":
+    """Its requests, also those that vLLM's own counts leave out: what waits during a pause, and a
+    session that waits for input."""
+    requests = scheduler_of(core).requests.values()
+    return [request for request in requests if not request.is_finished()]

@@ -26,7 +26,8 @@ class Admission:
         )
         self._idle_s = config.idle_sleep_s
         self._last_request = time.monotonic()
-        self._is_unsure = False
+        self._wakes = config.wake_on_request
+        self._is_unsure = True
         self._changes = 0
 
     @classmethod
@@ -53,8 +54,10 @@ class Admission:
         if not self._acts or not self._is_unsure:
             return None
         seen = self._changes
-        reasons = await call_all(client.engine_core, "sleep_mode_refusal")
-        reason = next((reason for reason in reasons if reason), None)
-        if reason is None and seen == self._changes:
+        answers: list[str | None] = await call_all(client.engine_core, "sleep_mode_refusal")
+        reasons = [reason for reason in answers if reason is not None]
+        if not reasons and seen == self._changes:
             self._is_unsure = False
-        return reason
+        if self._wakes and len(reasons) < len(answers):
+            return None  # some data-parallel engine serves it; another answers for itself
+        return reasons[0] if reasons else None

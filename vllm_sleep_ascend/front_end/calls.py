@@ -89,12 +89,12 @@ def serving(stock: _OfLLM[_P, _T]) -> _OfLLM[_P, _T]:
     def call(self: "LLM", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         engine = self.llm_engine
         config = engine.vllm_config
-        reason = None
-        if config.model_config.enable_sleep_mode and (
-            not engine.is_sleeping() or SleepModeConfig.from_vllm_config(config).wake_on_request
-        ):
+        asleep, reason = engine.is_sleeping(), None
+        wakes = SleepModeConfig.from_vllm_config(config).wake_on_request
+        if config.model_config.enable_sleep_mode and (wakes or not asleep):
             reason = _refusal_of(engine.engine_core)
-        if reason is None and engine.is_sleeping():
+            asleep = asleep and engine.is_sleeping()
+        if reason is None and asleep:
             reason = f"the engine sleeps; call wake_up() before {stock.__name__}()"
         if reason is not None:
             raise NotServingError(reason)

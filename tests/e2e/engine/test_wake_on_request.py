@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from helpers.async_engine import Request, async_llm, greedy
+from helpers.async_engine import Request, async_llm, greedy, under_way
 from helpers.engine import engine, few
 from helpers.faults import DRIVER_ERROR, set_faults
 from helpers.reference import hf_few
@@ -84,26 +84,50 @@ def test_a_sleep_that_keeps_requests_is_ended_by_a_new_one(tiny_model, woken) ->
 
 def test_requests_that_it_sleeps_over_get_the_failure_of_the_wake(tiny_model, woken, rules) -> None:
     from vllm_sleep_ascend.engine.refusals import NotServingError
+    from vllm_sleep_ascend.front_end.replicas import call_all
 
     llm, run = woken
 
     async def meet() -> list[Any]:
-        first = Request(llm, "first", 60)
-        running = asyncio.create_task(first.run())
-        await first.started.wait()
+        seats = [(await under_way(llm, f"seat-{number}"))[1] for number in range(SEQUENCES)]
         asleep = asyncio.create_task(llm.sleep(mode="wait"))
-        await asyncio.sleep(0)
+        while not asleep.done() and not any(await call_all(llm.engine_core, "sleep_mode_pending")):
+            await asyncio.sleep(0)
         waiting = asyncio.create_task(requests(llm, "waiting", 3))
         await asleep
-        await running
+        await asyncio.gather(*seats)
         return await waiting
 
     set_faults(rules, f"aclrtMapMem:1:{DRIVER_ERROR}:*")
     for found in run(meet()):
         assert isinstance(found, NotServingError)
         assert str(found).startswith("the engine sleeps, and a request could not wake it: ")
+    # What it ended leaves no work that it could not do asleep: a pause waits for all work.
+    run(llm.pause_generation(mode="wait"))
     set_faults(rules, "")
     run(llm.wake_up())
+    run(llm.resume_generation())
+    assert run(requests(llm, "then", 1)) == [greedy(tiny_model)[:TOKENS]]
+
+
+def test_requests_that_end_asleep_are_no_work(tiny_model, woken) -> None:
+    """Those of clients that do not wait for the wake."""
+    llm, run = woken
+
+    async def leave() -> None:
+        await llm.sleep(mode="keep")
+        await llm.pause_generation(mode="keep")  # so that the request does not wake it
+        request = asyncio.create_task(Request(llm, "leaves", TOKENS).run())
+        while not llm.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0)
+        await llm.is_sleeping()  # the engine has the request, which came before
+        request.cancel()
+        await asyncio.wait([request])
+        await llm.pause_generation(mode="wait")
+        await llm.wake_up()
+        await llm.resume_generation()
+
+    run(leave())
     assert run(requests(llm, "then", 1)) == [greedy(tiny_model)[:TOKENS]]
 
 
