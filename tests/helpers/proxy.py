@@ -9,7 +9,7 @@ import sys
 import httpx
 
 from helpers.patience import patience, wait_for
-from helpers.server import Server, free_ports
+from helpers.server import Server, free_ports, http_client
 
 PROMPTS = ["The future of AI is", "One day a fox", "import os\n", "def main(", "Once more"]
 TOKENS = 12
@@ -26,10 +26,8 @@ class Proxy:
     def __init__(self, servers: list[Server], *options: str, env: dict[str, str] | None = None):
         self.port, self.admin_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
-        self.users = httpx.Client(base_url=self.url, timeout=120 * patience())
-        self.admin = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.admin_port}", timeout=120 * patience()
-        )
+        self.users = http_client(self.url)
+        self.admin = http_client(f"http://127.0.0.1:{self.admin_port}")
         ports = ("--port", str(self.port), "--admin-port", str(self.admin_port))
         self.process = subprocess.Popen(
             command(servers, *ports, *options), env={**os.environ, **(env or {})}

@@ -29,6 +29,12 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
+def http_client(url: str, **options: Any) -> httpx.Client:
+    """It does not use a connection again that the server, after 5 s, may be about to close."""
+    limits = httpx.Limits(keepalive_expiry=2)
+    return httpx.Client(base_url=url, timeout=120 * patience(), limits=limits, **options)
+
+
 class Server:
     """A server process group on a loopback port (0 for a free one), as a context manager.
 
@@ -47,7 +53,7 @@ class Server:
         self.model = str(model)
         self.log = log
         self.port = port or free_ports(1)[0]
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120 * patience())
+        self.http = http_client(f"http://127.0.0.1:{self.port}")
         with report.start_of("server"):
             self.process = (warm.ColdProcess if cold else warm.WarmProcess)(
                 [

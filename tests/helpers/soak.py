@@ -19,8 +19,8 @@ from pathlib import Path
 import httpx
 
 from helpers import MIB
-from helpers.patience import deadline, patience
-from helpers.server import HBM_GIB, MEMORY, SMALL, Server
+from helpers.patience import deadline
+from helpers.server import HBM_GIB, MEMORY, SMALL, Server, http_client
 
 PROMPTS = {
     "The future of AI is": 12,
@@ -89,7 +89,7 @@ class Soak:
 
     def client(self, number: int) -> None:
         chance = random.Random(self.result.seed * 1000 + number)
-        with httpx.Client(base_url=self.server.http.base_url, timeout=120 * patience()) as http:
+        with http_client(str(self.server.http.base_url)) as http:
             while not self.stop.is_set():
                 prompt = chance.choice(list(PROMPTS))
                 ended, start = self.aborts_ended, time.monotonic()

@@ -15,7 +15,7 @@ from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.launched import on_any_rank
 from vllm_sleep_ascend.engine.on_request import OnRequest
 from vllm_sleep_ascend.engine.pauses import call_off_sleep, pausing_to_sleep
-from vllm_sleep_ascend.engine.refusals import refuse_new, refuse_waiting
+from vllm_sleep_ascend.engine.refusals import refuse, refuse_new, refuse_waiting
 from vllm_sleep_ascend.engine.serving_gate import ServingGate, serve_on
 from vllm_sleep_ascend.engine.state import EngineState, is_pending, scheduler_of, unfinished
 from vllm_sleep_ascend.engine.wrap import wrap
@@ -68,6 +68,7 @@ def _record_sleep(core: "EngineCore", was_paused: bool, failed: bool) -> None:
 def sleep(stock: _Sleep) -> _Sleep:
     def sleep(self: "EngineCore", level: int = 1, mode: PauseMode = "abort") -> Future[None] | None:
         check_sleep(self.vllm_config, level, mode)
+        _is_the_users(self)
         pending = EngineState.of(self).pending_sleep
         if pending is not None:
             if mode == "abort":  # of the requests that the pending sleep waits for
@@ -138,14 +139,22 @@ def _sleep_is_done(
 
 def _wake_for_waiting(core: "EngineCore", mode: PauseMode) -> None:
     on_request = OnRequest.of(core)
-    reason = None if on_request is None else on_request.wake_after_sleep(mode)
+    waiting, reason = ([], None) if on_request is None else on_request.wake_after_sleep(mode)
     if reason is not None:
-        refuse_waiting(core, reason, also_begun=mode == "wait")  # as preempted ones
+        refuse(core, waiting, reason)
+
+
+def _is_the_users(core: "EngineCore") -> None:
+    """A sleep or a wake that its user asked for: from here on they know whether it sleeps."""
+    on_request = OnRequest.of(core)
+    if on_request is not None:
+        on_request.sleeps_by_itself = False
 
 
 def wake_up(stock: _WakeUp) -> _WakeUp:
     def wake_up(self: "EngineCore", tags: list[str] | None = None) -> bool | Future[bool]:
         check_wake_up(self.vllm_config, tags)
+        _is_the_users(self)
         call_off_sleep(self, "wake_up()")
         state = EngineState.of(self)
         if state.pending_sleep is not None:
@@ -226,10 +235,7 @@ def resume_scheduler(stock: Callable[["EngineCore"], None]) -> Callable[["Engine
     call ends the user's own pause."""
 
     def resume_scheduler(self: "EngineCore") -> None:
-        on_request = OnRequest.of(self)
-        if on_request is not None:
-            on_request.resumes()
-        gate = ServingGate.of(self)
+        gate, on_request = ServingGate.of(self), OnRequest.of(self)
         wakes = EngineState.of(self).wakes
         if not wakes:
             call_off_sleep(self, "resume_scheduler()")
@@ -238,9 +244,14 @@ def resume_scheduler(stock: Callable[["EngineCore"], None]) -> Callable[["Engine
         if self.model_executor.is_sleeping:
             if wakes:  # vLLM 0.23 resumes after each part of a wake
                 return None
+            if on_request is not None and on_request.sleeps_by_itself:
+                gate.users_pause = PauseState.UNPAUSED
+                return on_request.end_own_sleep()
             raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
         if is_pending(self):
             raise SleepModeError("a sleep waits for requests to end; wait for it, then wake_up()")
+        if on_request is not None:
+            on_request.resumes()
         if not wakes:
             gate.users_pause = PauseState.UNPAUSED
         gate.look()
@@ -277,7 +288,9 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
         if gate is None:
             return stock(self, method, *args, **kwargs)
         on_request = OnRequest.of(self)
-        if on_request is not None and method in policy.NEEDS:
+        if method in _MOVES:
+            _is_the_users(self)
+        elif on_request is not None and _may_touch_memory(method):
             on_request.end_own_sleep()
         wrap(type(self.model_executor), "collective_rpc", guards_calls)  # Ray's, or a user's own
         call = GuardedCall(method) if method in policy.STEP_CALLS else method

@@ -8,6 +8,7 @@ in one order with the calls that put it to sleep.
 
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from threading import Timer
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,15 @@ class OnRequest:
     def __init__(self, core: "EngineCore", config: SleepModeConfig) -> None:
         self._core = core
         self._config = config
+        self._idle_s = inf if config.idle_sleep_s is None else config.idle_sleep_s
         self._failure = ""
         self._failed_at = 0.0
-        self._owes_wake = False  # a request came while a sleep waited for others to end
+        self._came_meanwhile: list[str] = []  # while a sleep waited for others to end
         self._last_work = time.monotonic()
         self._failed_sleeps = 0
         self._timer: Timer | None = None
-        self._falls_asleep = self._sleeps_by_itself = False
+        self._falls_asleep = False
+        self.sleeps_by_itself = False
         self._told = ""
 
     @classmethod
@@ -59,9 +62,13 @@ class OnRequest:
             state.on_request = (cls(core, config) if acts else None,)
         return state.on_request[0]
 
-    def wake(self) -> str | None:
+    def wake(self, request_id: str | None = None) -> str | None:
         """Wake the engine for a request, if its memory sleeps. Returns why that failed. An engine
-        that its user has paused would not serve it, and sleeps on."""
+        that its user has paused would not serve it, and sleeps on.
+
+        Args:
+            request_id: None if the request is still to come.
+        """
         core = self._core
         gate = ServingGate.of(core)
         if not self._config.wake_on_request or gate is None:
@@ -69,7 +76,8 @@ class OnRequest:
         if gate.users_pause != PauseState.UNPAUSED:
             return None
         if is_pending(core):
-            self._owes_wake = True
+            if request_id is not None:
+                self._came_meanwhile.append(request_id)
             return None
         if not core.model_executor.sleeping_tags:
             return None
@@ -92,22 +100,22 @@ class OnRequest:
             logger.warning("%s", self._failure)
         return self._failure or None
 
-    def wake_after_sleep(self, mode: PauseMode) -> str | None:
+    def wake_after_sleep(self, mode: PauseMode) -> tuple[list[str], str | None]:
         """Wake an engine that a sleep has put to sleep over requests that wait for it: those that
-        came during the sleep, and after mode "wait" those that had not begun. Mode "keep" keeps
-        what was there before. Returns as ``wake``."""
-        owes_wake = self._owes_wake or mode == "wait"
-        self._owes_wake = False
-        if not owes_wake or not unfinished(self._core):
-            return None
+        came during the sleep, and after mode "wait" all, as none was to be kept. Returns them, and
+        as ``wake``."""
+        came, self._came_meanwhile = self._came_meanwhile, []
+        there = [request.request_id for request in unfinished(self._core)]
+        waiting = there if mode == "wait" else [name for name in there if name in came]
+        if not waiting:
+            return [], None
         reason = self.wake()
         self._come_by()  # vLLM's loop may be about to wait, for it had no work before the sleep
-        return reason
+        return waiting, reason
 
     def end_own_sleep(self) -> None:
-        """Wake an engine that sleeps by itself for a call that its user makes, who put nothing to
-        sleep."""
-        if self._sleeps_by_itself and self._core.model_executor.sleeping_tags:
+        """Wake an engine that sleeps by itself for a call of its user, who put nothing to sleep."""
+        if self.sleeps_by_itself:
             logger.info("A call wakes the engine.")
             self._core.wake_up()
 
@@ -119,18 +127,16 @@ class OnRequest:
     def resumes(self) -> None:
         """Note that the engine serves, so that a later sleep is not answered with an old error."""
         self._failure = ""
-        self._sleeps_by_itself = False
         self.works()
 
     def rest(self) -> None:
         """The engine has nothing to do: put it to sleep, or look again when it is time."""
-        idle_s = self._config.idle_sleep_s
         core = self._core
-        if idle_s is None or core.is_sleeping() or core.is_scheduler_paused():
+        if self._idle_s == inf or core.is_sleeping() or core.is_scheduler_paused():
             return
         if unfinished(core) or core.scheduler.has_requests() or core.batch_queue:
             return
-        rest = self._last_work + idle_s * 2**self._failed_sleeps - time.monotonic()
+        rest = self._last_work + self._idle_s * 2**self._failed_sleeps - time.monotonic()
         if rest <= 0:
             self._sleep()
         elif self._timer is None:
@@ -152,21 +158,26 @@ class OnRequest:
 
     def _sleep(self) -> None:
         self._falls_asleep = True
+        failed = self._failed_sleeps  # a sleep that is rolled back resumes
         try:
             ranks: list[RankStatus] = self._core.model_executor.collective_rpc("sleep_status")
             level = self._level(ranks)
             logger.info(
                 "Idle for %g s: the engine goes to sleep at level %d.",
-                self._config.idle_sleep_s,
+                self._idle_s,
                 level,
             )
             self._core.sleep(level, "wait")
             self._failed_sleeps = 0
-            self._sleeps_by_itself = True
+            self.sleeps_by_itself = True
         except Exception as error:  # of whatever type a rank raised
-            logger.warning("The idle engine did not fall asleep: %s", restored(error))
-            self._failed_sleeps = min(self._failed_sleeps + 1, _MOST_DOUBLINGS)
+            self._failed_sleeps = min(failed + 1, _MOST_DOUBLINGS)
             self._last_work = time.monotonic()
+            logger.warning(
+                "The idle engine did not fall asleep, and tries again in %g s: %s",
+                self._idle_s * 2**self._failed_sleeps,
+                restored(error),
+            )
             self.rest()
         finally:
             self._falls_asleep = False

@@ -55,10 +55,10 @@ def refuse_new(core: "EngineCore", request: "Request") -> bool:
     if gate is None or getattr(request, "abort_immediately", False):
         return False
     on_request = OnRequest.of(core)
-    reason = None if on_request is None else on_request.wake()
+    reason = None if on_request is None else on_request.wake(request.request_id)
     if request.request_id in scheduler_of(core).requests:  # more input of a session
         if reason is not None:
-            _refuse(core, [request.request_id], reason)
+            refuse(core, [request.request_id], reason)
         return reason is not None
     if reason is None and gate.refuses:
         reason = gate.refusal()
@@ -67,25 +67,22 @@ def refuse_new(core: "EngineCore", request: "Request") -> bool:
     return reason is not None
 
 
-def refuse_waiting(core: "EngineCore", reason: str, also_begun: bool = False) -> None:
-    """Refuse all requests that have not begun, or all."""
+def refuse_waiting(core: "EngineCore", reason: str) -> None:
+    """Refuse all requests that have not begun."""
     from vllm.v1.request import RequestStatus
 
     waiting = [
         request.request_id
         for request in unfinished(core)
-        if also_begun
-        or (
-            request.status < RequestStatus.RUNNING
-            and not request.num_computed_tokens
-            and not request.num_output_tokens
-        )
+        if request.status < RequestStatus.RUNNING
+        and not request.num_computed_tokens
+        and not request.num_output_tokens
     ]
     if waiting:
-        _refuse(core, waiting, reason)
+        refuse(core, waiting, reason)
 
 
-def _refuse(core: "EngineCore", names: list[str], reason: str) -> None:
+def refuse(core: "EngineCore", names: list[str], reason: str) -> None:
     """End these requests of the engine."""
     from vllm.v1.request import RequestStatus
 

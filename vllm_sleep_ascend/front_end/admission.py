@@ -24,9 +24,9 @@ class Admission:
             or config.after_level2 != "warn"
             or config.while_asleep == "refuse"
         )
+        self._wakes = config.wake_on_request
         self._idle_s = config.idle_sleep_s
         self._last_request = time.monotonic()
-        self._wakes = config.wake_on_request
         self._is_unsure = True
         self._changes = 0
 
@@ -53,11 +53,11 @@ class Admission:
         self._last_request = now
         if not self._acts or not self._is_unsure:
             return None
+        if self._wakes and len(client.engine_core.core_engines) > 1:
+            return None  # each data-parallel engine wakes, and answers, for its own requests
         seen = self._changes
-        answers: list[str | None] = await call_all(client.engine_core, "sleep_mode_refusal")
-        reasons = [reason for reason in answers if reason is not None]
-        if not reasons and seen == self._changes:
+        reasons = await call_all(client.engine_core, "sleep_mode_refusal")
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is None and seen == self._changes:
             self._is_unsure = False
-        if self._wakes and len(reasons) < len(answers):
-            return None  # some data-parallel engine serves it; another answers for itself
-        return reasons[0] if reasons else None
+        return reason

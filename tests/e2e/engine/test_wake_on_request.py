@@ -12,6 +12,7 @@ from helpers.faults import DRIVER_ERROR, set_faults
 from helpers.reference import hf_few
 
 OPTIONS = {"sleep_mode": {"wake_on_request": True}}
+SLOW_COPIES = "aclrtMemcpyAsync:1:delay_ms=20:*"
 TOKENS = 8
 SEQUENCES = 2  # computed at once
 
@@ -62,15 +63,15 @@ def test_requests_that_a_sleep_overtakes_wake_it(tiny_model, woken, mode) -> Non
             assert found == expected or (mode == "abort" and found == "abort")
 
 
-def test_a_sleep_that_keeps_requests_is_ended_by_a_new_one(tiny_model, woken) -> None:
+def test_a_sleep_that_keeps_requests_is_ended_by_a_new_one(tiny_model, woken, rules) -> None:
     llm, run = woken
     expected = greedy(tiny_model)[:TOKENS]
 
     async def kept() -> tuple[bool, list[Any]]:
-        request = Request(llm, "kept", 200)
-        running = asyncio.create_task(request.run())
-        await request.started.wait()
+        set_faults(rules, SLOW_COPIES)
+        request, running = await under_way(llm, "kept", 200)
         await llm.sleep(mode="keep")
+        set_faults(rules, "")
         is_kept = not running.done() and await llm.is_sleeping()
         found = await requests(llm, "new", 1)
         await running
@@ -120,7 +121,9 @@ def test_requests_that_end_asleep_are_no_work(tiny_model, woken) -> None:
         request = asyncio.create_task(Request(llm, "leaves", TOKENS).run())
         while not llm.output_processor.has_unfinished_requests():
             await asyncio.sleep(0)
-        await llm.is_sleeping()  # the engine has the request, which came before
+        # The engine has the request, which came before this call.
+        (status,) = await llm.collective_rpc("sleep_status")
+        assert status["tags"]["weights"]["offloaded"] > 0
         request.cancel()
         await asyncio.wait([request])
         await llm.pause_generation(mode="wait")

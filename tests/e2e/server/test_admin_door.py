@@ -18,7 +18,7 @@ from helpers import MIB
 from helpers.cli import vllm_sleep
 from helpers.patience import patience, wait_for
 from helpers.proxy import Proxy, text
-from helpers.server import HBM_GIB, MEMORY, SMALL, Server, free_ports
+from helpers.server import HBM_GIB, MEMORY, SMALL, Server, free_ports, http_client
 
 from vllm_sleep_ascend import admin_key
 
@@ -93,7 +93,7 @@ def door(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with Server(tiny_model, *OPTIONS, *config(admin_port=port), log=log, env=env) as server:
         headers = {"Authorization": f"Bearer {KEY}"}
         address = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=address, headers=headers, timeout=120 * patience()) as http:
+        with http_client(address, headers=headers) as http:
             yield Door(server, port, http)
 
 
@@ -422,7 +422,7 @@ def test_one_of_several_api_servers_has_it_and_loopback_needs_no_key(tiny_model,
     env = environment("two-front-ends")
     # Cold: prometheus_client decides at its import whether several processes share their metrics.
     with Server(tiny_model, *options, log=log, env=env, cold=True) as server:
-        door = Door(server, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120))
+        door = Door(server, port, http_client(f"http://127.0.0.1:{port}"))
         wait_for(lambda: "The admin door is open at" in log.read_text(), "the door opens")
         before = server.complete()
         assert door.http.post("/sleep").json()["status"] == "sleeping"
