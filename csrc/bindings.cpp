@@ -106,7 +106,8 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
                     unsigned host_threads, const std::string& host_memory,
                     const std::string& why_host_memory, const std::string& unprepared,
                     double device_timeout_s, std::size_t scratch_chunk_bytes,
-                    const std::vector<std::string>& scratch_tags) {
+                    const std::vector<std::string>& scratch_tags, const std::string& backup_dir,
+                    std::size_t disk_blocks_bytes) {
   Settings settings;
   settings.chunk_bytes = chunk_bytes;
   settings.keep_host_backup = keep_host_backup;
@@ -117,6 +118,8 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
   settings.device_timeout = std::chrono::milliseconds(std::llround(device_timeout_s * 1000));
   settings.scratch_chunk_bytes = scratch_chunk_bytes;
   settings.scratch_tags = tag_ids(scratch_tags);
+  settings.backup_dir = backup_dir;
+  settings.disk_blocks_bytes = disk_blocks_bytes;
   const WithoutGil released;  // a transaction may hold the lock for a long time
   Pool::instance().configure(settings);
 }
@@ -159,6 +162,7 @@ py::list allocations() {
     entry["device_bytes"] = info.device_bytes;
     entry["host_bytes"] = info.host_bytes;
     entry["page_locked_bytes"] = info.page_locked_bytes;
+    entry["disk_bytes"] = info.disk_bytes;
     entry["checksum"] = info.backup_sum;
     result.append(entry);
   }
@@ -180,6 +184,8 @@ py::dict host_memory() {
   result["copying_bytes_per_s"] = info.speeds ? info.speeds->copying : 0.0;
   result["prepared"] = info.prepared;
   result["staging"] = info.staging;
+  result["disk_staging"] = info.disk_staging;
+  result["why_not_direct"] = why_not_direct();
   result["steps"] = info.steps;
   result["failure"] = last_locking_failure();
   return result;
@@ -218,6 +224,10 @@ void translate(std::exception_ptr error, const std::string& message, const py::d
     where["free_bytes"] = failed.free();
     const bool host = dynamic_cast<const OutOfHostMemory*>(&failed) != nullptr;
     raise_error(host ? "HostOutOfMemoryError" : "DeviceOutOfMemoryError", message, where);
+  } catch (const DiskError& failed) {
+    where["needed_bytes"] = failed.needed();
+    where["free_bytes"] = failed.free();
+    raise_error("DiskError", message, where);
   } catch (const std::exception&) {
     raise_error("SleepModeError", message, where);
   }
@@ -240,6 +250,8 @@ PYBIND11_MODULE(_camem, module) {
       translate(error, failed.what(), py::dict());
     } catch (const OutOfMemory& failed) {
       translate(error, failed.what(), py::dict());
+    } catch (const DiskError& failed) {
+      translate(error, failed.what(), py::dict());
     }
   });
 
@@ -250,7 +262,8 @@ PYBIND11_MODULE(_camem, module) {
              py::arg("device_timeout_s") =
                  std::chrono::duration<double>(Settings().device_timeout).count(),
              py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
-             py::arg("scratch_tags") = std::vector<std::string>());
+             py::arg("scratch_tags") = std::vector<std::string>(), py::arg("backup_dir") = "",
+             py::arg("disk_blocks_bytes") = Settings().disk_blocks_bytes);
   module.def("set_current_tag", [](const std::string& name) {
     Pool& pool = Pool::instance();
     return pool.tag_name(pool.set_current_tag(pool.tag(name)));
@@ -293,6 +306,8 @@ PYBIND11_MODULE(_camem, module) {
   module.def("read_backup", &read_backup, py::arg("address"), py::arg("bytes"));
   module.def("tags", [] { return Pool::instance().tag_names(); });
   module.def("available_host_bytes", &available_host_bytes);
+  module.def("free_disk_bytes", &free_disk_bytes, py::arg("directory"),
+             py::call_guard<WithoutGil>());
   module.def("pinned_host_bytes", &page_locked_host_bytes);
   module.def("plain_host_bytes", &plain_host_bytes);
   module.def("host_memory", &host_memory);

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPENDENCIES = ROOT / "build" / "bench-deps"  # created by fetch.py
 PEERS = DEPENDENCIES / "peers"
 OUT = ROOT / "build" / "bench-cuda"
-PARTS = ("ascendcl", "host", "pool")  # of the allocator, in csrc
+PARTS = ("ascendcl", "disk", "host", "pool")  # of the allocator, in csrc
 
 
 def build() -> None:

@@ -44,10 +44,11 @@ bool Chunk::settle(bool keep_backup) noexcept {
   if (is_stuck()) return content == Content::kDevice && keep_backup;
   try {
     if (content != Content::kDevice && memory.mapped()) memory.unmap();
-    if (content == Content::kHost || content == Content::kNone) {
+    if (content == Content::kBackup || content == Content::kNone) {
       if (memory) memory.release();
     }
     if (content == Content::kNone || (content == Content::kDevice && !keep_backup)) {
+      disk.release();
       backup.release();
     }
     return true;
@@ -72,7 +73,7 @@ State Allocation::state() const {
   if (trimmed) return State::kTrimmed;
   bool mapped = true;
   for (const Chunk& chunk : chunks) {
-    if (chunk.content == Content::kHost || chunk.content == Content::kParked) {
+    if (chunk.content == Content::kBackup || chunk.content == Content::kParked) {
       return State::kOffloaded;
     }
     mapped = mapped && chunk.content == Content::kDevice;
@@ -82,7 +83,7 @@ State Allocation::state() const {
 
 bool Allocation::backed_up(std::uint64_t sum) const {
   const auto copied = [](const Chunk& chunk) {
-    return chunk.content == Content::kDevice && chunk.backup;
+    return chunk.content == Content::kDevice && chunk.has_backup();
   };
   return backup_sum == sum && !backup_distrusted &&
          std::all_of(chunks.begin(), chunks.end(), copied);
@@ -94,6 +95,7 @@ void Allocation::release() {
     if (chunk.memory.mapped()) chunk.memory.unmap();
     if (chunk.memory) chunk.memory.release();
     chunk.content = Content::kNone;
+    chunk.disk.release();
     chunk.backup.release();
   }
   range.release();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An allocation: a reserved address range, its physical chunks and their host backups.
+// An allocation: a reserved address range, its physical chunks and their backups.
 #pragma once
 
 #include <array>
@@ -11,6 +11,7 @@
 
 #include "ascendcl/copy_stream.h"
 #include "ascendcl/vmm.h"
+#include "disk/backup.h"
 #include "host/memory.h"
 
 namespace camem {
@@ -20,7 +21,7 @@ namespace camem {
 enum class Content : std::uint8_t {
   kDevice,  // mapped, usable
   kParked,  // in unmapped device memory, until the commit or after a failed rollback
-  kHost,    // in the host backup
+  kBackup,  // in the backup, in host memory or on disk
   kNone,    // discarded
 };
 
@@ -29,9 +30,12 @@ struct Chunk {
   std::byte* address = nullptr;
   std::size_t bytes = 0;
   PhysicalMemory memory;
-  HostMemory backup;
+  HostMemory backup;  // a chunk has this one, or the one on disk, or none
+  DiskBackup disk;
   Content content = Content::kNone;
   std::array<const CopyStream*, 2> copying{};  // streams that may have copies of it in flight
+
+  bool has_backup() const { return backup || disk; }
 
   // Makes sure that device memory is mapped at `address`. Throws; a retry continues where the
   // failed call stopped.

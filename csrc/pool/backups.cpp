@@ -18,6 +18,9 @@ constexpr std::size_t kSample = std::size_t{4} << 20;  // that copies are tried 
 // Locking fewer chunks than this takes less time than measuring which way is faster.
 constexpr std::size_t kWorthMeasuring = 16;
 
+// More requests in flight than any disk serves at once.
+constexpr std::size_t kDiskThreads = 64;
+
 // A pause before background work: a sleep and a wake may follow each other closely, and should not
 // have to wait for the driver's locks.
 constexpr std::chrono::seconds kQuiet{1};
@@ -27,6 +30,11 @@ constexpr std::chrono::seconds kQuiet{1};
 unsigned Backups::threads() const {
   const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
   return std::max(settings_.copy_threads, std::min(settings_.host_threads, cores));
+}
+
+unsigned Backups::disk_threads() const {
+  const std::size_t lanes = settings_.disk_blocks_bytes / (2 * DiskBackup::kPiece);
+  return static_cast<unsigned>(std::clamp<std::size_t>(lanes, 1, kDiskThreads));
 }
 
 HostSource Backups::source(int device) {
@@ -90,7 +98,7 @@ bool Backups::stages(int device, std::size_t bytes) {
 std::size_t Backups::missing(Tasks::const_iterator first, Tasks::const_iterator last) {
   std::vector<std::size_t> sizes;
   std::for_each(first, last, [&](const Task& task) {
-    if (!task.chunk->backup) sizes.push_back(task.chunk->bytes);
+    if (!task.chunk->has_backup()) sizes.push_back(task.chunk->bytes);
   });
   const std::vector<std::size_t> missing = reserve_.not_ready(sizes);
   return std::accumulate(missing.begin(), missing.end(), std::size_t{0});
@@ -102,6 +110,32 @@ void Backups::require_host_memory(const Tasks& offloads) {
   reserve_.wait_until_idle();
   const std::size_t available = available_host_bytes();
   if (needed > available) throw_backup_does_not_fit(needed, available);
+}
+
+// Of a chunk whose content is on the device, a backup may go at any time. One in another place,
+// from before the settings changed, does.
+void Backups::take_place(const Tasks& offloads) {
+  const std::string& directory = settings_.backup_dir;
+  const bool to_disk = !directory.empty();
+  std::size_t bytes = 0;
+  for (const auto& [allocation, chunk, before, had_backup] : offloads) {
+    if (chunk->disk ? chunk->disk.file()->directory() != directory : to_disk && chunk->backup) {
+      allocation->backup_sum.reset();
+      chunk->backup.release();
+      chunk->disk.release();
+    }
+    if (!chunk->disk) bytes += chunk->bytes;
+  }
+  if (!to_disk) return require_host_memory(offloads);
+  if (bytes == 0) return;
+  const auto file = std::make_shared<DiskFile>(settings_.backup_dir, bytes);
+  std::size_t offset = 0;
+  for (const auto& [allocation, chunk, before, had_backup] : offloads) {
+    if (chunk->disk) continue;
+    allocation->backup_sum.reset();
+    chunk->disk = DiskBackup(file, offset, chunk->bytes);
+    offset += chunk->bytes;
+  }
 }
 
 void Backups::take_back(const Allocation& allocation, Chunk& chunk) noexcept {
@@ -132,15 +166,20 @@ void Backups::clear() noexcept {
   prepared_.reset();
   reserve_.clear();
   transfer_.staging().close();
+  transfer_.disk_staging().close();
 }
 
-void Backups::resume_background(const Tasks& to_host) noexcept {
+void Backups::resume_background(const Tasks& to_backup) noexcept {
   try {
     const bool used =
-        prepared_ && std::any_of(to_host.begin(), to_host.end(), [&](const Task& task) {
+        prepared_ && std::any_of(to_backup.begin(), to_backup.end(), [&](const Task& task) {
           return !task.had_backup && prepared_->tags.count(task.allocation->tag) != 0;
         });
     if (used) release_prepared();
+    const Tasks on_disk = registry_.select([](const Allocation&, const Chunk& chunk) {
+      return chunk.content == Content::kBackup && chunk.disk;
+    });
+    if (on_disk.empty()) transfer_.disk_staging().close();
     if (!order_locking_of_plain_backups() && prepared_ && !reserve_.is_working()) order_prepared();
   } catch (const std::exception&) {
     // Nothing is prepared then, and the next sleep allocates what it needs.
@@ -152,7 +191,7 @@ void Backups::order_prepared() {
   HostReserve::Order order;
   std::vector<std::size_t> sizes;
   const Tasks tasks = registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
-    return chunk.content == Content::kDevice && !chunk.backup &&
+    return chunk.content == Content::kDevice && !chunk.has_backup() &&
            prepared_->tags.count(allocation.tag) != 0;
   });
   if (tasks.empty()) return;
@@ -207,7 +246,12 @@ bool Backups::put_in_place_of_plain(HostMemory& block) {
 }
 
 HostInfo Backups::info() {
-  return {choice(), speeds_, reserve_.ready_bytes(), transfer_.staging().bytes(), reserve_.steps()};
+  return {choice(),
+          speeds_,
+          reserve_.ready_bytes(),
+          transfer_.staging().bytes(),
+          transfer_.disk_staging().bytes(),
+          reserve_.steps()};
 }
 
 }  // namespace camem

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The host memory of the backups: where it comes from, and what is allocated in advance.
+// Where backups go: to host memory, where that comes from and what is allocated in advance, or to a
+// file.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +23,7 @@ struct HostInfo {
   std::optional<HostSpeeds> speeds;  // empty if not measured yet
   std::size_t prepared;              // page-locked, for future backups
   std::size_t staging;               // page-locked, for copies of plain backups
+  std::size_t disk_staging;          // page-locked, for copies of backups on disk
   std::uint64_t steps;               // steps of the model, during which preparation slows down
 };
 
@@ -38,14 +40,17 @@ class Backups {
   // A sweep has to follow.
   HostSource source(int device);
 
-  // Throws OutOfHostMemory if the machine lacks the memory that a sleep of these still needs.
-  void require_host_memory(const Tasks& offloads);
-  // Bytes that a sleep of these still has to allocate.
+  // Before a sleep of these. Throws OutOfHostMemory if the machine lacks the memory that it still
+  // needs, or takes what it needs of the disk and throws DiskError if there is not enough.
+  void take_place(const Tasks& offloads);
+  // Bytes of host memory that a sleep of these still has to allocate.
   std::size_t missing(Tasks::const_iterator first, Tasks::const_iterator last);
   // Whether unprepared backups of this size are copied faster into plain memory.
   bool stages(int device, std::size_t bytes);
   // The number of threads that allocate host memory.
   unsigned threads() const;
+  // The number of threads that write to or read from the disk, each with two blocks.
+  unsigned disk_threads() const;
   // A prepared block, or none.
   std::optional<HostMemory> take(std::size_t bytes) { return reserve_.take(bytes); }
   // Takes a backup back from a failed sleep, and keeps it if it was prepared. A sweep frees what
@@ -66,9 +71,9 @@ class Backups {
   void pause() { reserve_.cancel(); }
   // A sleep is about to copy, and should not compete for the driver.
   void stop() { reserve_.stop(); }
-  // An operation has ended or failed. `to_host` is what a sleep copied, possibly into prepared
+  // An operation has ended or failed. `to_backup` is what a sleep copied, possibly into prepared
   // memory.
-  void resume_background(const Tasks& to_host = {}) noexcept;
+  void resume_background(const Tasks& to_backup = {}) noexcept;
 
   // Thread-safe. Neither waits.
   void step_begins() noexcept { reserve_.step_begins(); }
@@ -82,6 +87,7 @@ class Backups {
     bool slowly;
   };
 
+  void require_host_memory(const Tasks& offloads);
   HostChoice try_registered_memory(int device);
   void order_prepared();
   bool order_locking_of_plain_backups();

@@ -183,7 +183,7 @@ Report Pool::commit_prepared() {
   prepared_.reset();
   Report report = prepared.transaction.commit();
   sweep();
-  backups_.resume_background(prepared.transaction.to_host());
+  backups_.resume_background(prepared.transaction.to_backup());
   report.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - prepared.start).count();
   return report;
@@ -296,10 +296,12 @@ std::vector<AllocationInfo> Pool::allocations() {
                         0,
                         0,
                         0,
+                        0,
                         allocation->backup_sum};
     for (const Chunk& chunk : allocation->chunks) {
       if (chunk.memory) info.device_bytes += chunk.bytes;
       if (chunk.backup) info.host_bytes += chunk.bytes;
+      if (chunk.disk) info.disk_bytes += chunk.bytes;
       if (chunk.backup.is_page_locked()) info.page_locked_bytes += chunk.bytes;
     }
     infos.push_back(info);
@@ -315,9 +317,13 @@ bool Pool::read_backup(std::uintptr_t address, std::size_t bytes, std::byte* tar
     const auto start = reinterpret_cast<std::uintptr_t>(chunk.address);
     const auto end = start + chunk.bytes;
     if (bytes == 0 || address >= end) continue;
-    if (chunk.content != Content::kHost) return false;
+    if (chunk.content != Content::kBackup) return false;
     const std::size_t count = std::min(bytes, end - address);
-    std::memcpy(target, chunk.backup.data() + (address - start), count);
+    if (chunk.disk) {
+      chunk.disk.read(address - start, count, target);
+    } else {
+      std::memcpy(target, chunk.backup.data() + (address - start), count);
+    }
     address += count;
     target += count;
     bytes -= count;

@@ -30,8 +30,9 @@ struct AllocationInfo {
   TagId tag;
   State state;
   std::size_t device_bytes;                 // physical memory held now
-  std::size_t host_bytes;                   // backup held now
-  std::size_t page_locked_bytes;            // the page-locked part of the backup
+  std::size_t host_bytes;                   // backup in host memory held now
+  std::size_t page_locked_bytes;            // the page-locked part of that
+  std::size_t disk_bytes;                   // backup on disk held now
   std::optional<std::uint64_t> backup_sum;  // checksum of the backup, if one was given
 };
 
@@ -103,8 +104,8 @@ class Pool {
 
   std::vector<AllocationInfo> allocations();
 
-  // Copies [address, address + bytes) of a sleeping allocation from its host backup to `target`.
-  // False if no backup holds that memory.
+  // Copies [address, address + bytes) of a sleeping allocation from its backup to `target`. False
+  // if no backup holds that memory. Throws DiskError.
   bool read_backup(std::uintptr_t address, std::size_t bytes, std::byte* target);
 
   // See Backups. wait_prepared() returns false on a timeout.

@@ -47,7 +47,7 @@ Tasks Registry::select(const std::function<bool(const Allocation&, const Chunk&)
     if (allocation->trimmed) continue;
     for (Chunk& chunk : allocation->chunks) {
       if (wanted(*allocation, chunk)) {
-        tasks.push_back({allocation.get(), &chunk, chunk.content, bool(chunk.backup)});
+        tasks.push_back({allocation.get(), &chunk, chunk.content, chunk.has_backup()});
       }
     }
   }

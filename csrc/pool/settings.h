@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <set>
+#include <string>
 
 #include "host/source.h"
 #include "pool/allocation.h"
@@ -29,6 +30,10 @@ struct Settings {
   std::chrono::milliseconds device_timeout{60000};
   HostChoice host_choice{HostSource::kAcl, ""};  // registered memory is tried first
   Unprepared unprepared = Unprepared::kMeasured;
+  // Backups go to a file in this directory instead of host memory, unless it is empty, through
+  // page-locked blocks of this size together.
+  std::string backup_dir;
+  std::size_t disk_blocks_bytes = std::size_t{256} << 20;
   // The content of these tags is not needed once a sleep has begun. Their chunks are larger (fewer
   // calls), and a single rank frees them before the commit; a rollback maps them again, empty.
   std::size_t scratch_chunk_bytes = std::size_t{1} << 30;

@@ -17,8 +17,10 @@
 namespace camem {
 namespace {
 
-// Large enough for the link's full speed, small enough to be allocated quickly.
-constexpr std::size_t kPiece = std::size_t{2} << 20;
+aclrtMemcpyKind kind_of(Direction direction) {
+  return direction == Direction::kDeviceToHost ? ACL_MEMCPY_DEVICE_TO_HOST
+                                               : ACL_MEMCPY_HOST_TO_DEVICE;
+}
 
 // Runs the work on each of `threads` threads, and returns the seconds until all have finished.
 double seconds_of(unsigned threads, const std::function<void(unsigned)>& work) {
@@ -44,7 +46,7 @@ void Staging::open(int device, unsigned threads, HostSource source) {
   seconds_of(static_cast<unsigned>(lanes.size()), [&](unsigned thread) {
     try {
       DeviceGuard guard(device);
-      for (HostMemory& block : lanes[thread]) block = HostMemory::page_locked(kPiece, source);
+      for (HostMemory& block : lanes[thread]) block = HostMemory::page_locked(piece_, source);
     } catch (const std::exception&) {
       lanes[thread] = {};  // this thread copies synchronously
     }
@@ -60,12 +62,12 @@ std::optional<HostSpeeds> Staging::open_and_measure(int device, unsigned threads
   const double locking = seconds_of(1, [&](unsigned) { open(device, threads, source); });
   if (lanes_.empty()) return std::nullopt;
   const auto count = static_cast<unsigned>(lanes_.size());
-  const std::size_t bytes = count * 2 * kPiece;
+  const std::size_t bytes = count * 2 * piece_;
   HostSpace space(bytes);
   std::byte* first = space.map(bytes);
   const double copying = seconds_of(count, [&](unsigned thread) {
     for (unsigned i = 0; i < 2; ++i) {
-      std::memcpy(first + (2 * thread + i) * kPiece, lanes_[thread][i].data(), kPiece);
+      std::memcpy(first + (2 * thread + i) * piece_, lanes_[thread][i].data(), piece_);
     }
   });
   munmap(first, bytes);
@@ -85,41 +87,63 @@ std::size_t Staging::bytes() {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto lanes =
       std::count_if(lanes_.begin(), lanes_.end(), [](const Lane& lane) { return bool(lane[0]); });
-  return (static_cast<std::size_t>(lanes) + stuck_.size()) * 2 * kPiece;
+  return (static_cast<std::size_t>(lanes) + stuck_.size()) * 2 * piece_;
+}
+
+void Staging::copy_synchronously(Direction direction, Chunk& chunk) const {
+  const bool offload = direction == Direction::kDeviceToHost;
+  const auto copy = [&](std::byte* host, std::byte* device, std::size_t bytes) {
+    CAMEM_CHECK(aclrtMemcpy(offload ? host : device, bytes, offload ? device : host, bytes,
+                            kind_of(direction)),
+                bytes);
+  };
+  if (!chunk.disk) return copy(chunk.backup.data(), chunk.address, chunk.bytes);
+  const PieceBuffer buffer;
+  for (std::size_t i = 0; i < chunk.disk.pieces(); ++i) {
+    if (!offload) chunk.disk.read_piece(i, buffer.data());
+    copy(buffer.data(), chunk.address + i * piece_, chunk.disk.bytes_of(i));
+    if (offload) chunk.disk.write_piece(i, buffer.data());
+  }
 }
 
 void Staging::copy(Direction direction, Chunk& chunk, unsigned thread,
                    const std::array<CopyStream*, 2>& streams) {
-  const bool offload = direction == Direction::kDeviceToHost;
-  const aclrtMemcpyKind kind = offload ? ACL_MEMCPY_DEVICE_TO_HOST : ACL_MEMCPY_HOST_TO_DEVICE;
-  std::byte* host = chunk.backup.data();
   if (thread >= lanes_.size() || !lanes_[thread][0] || streams[0] == nullptr) {
-    CAMEM_CHECK(aclrtMemcpy(offload ? host : chunk.address, chunk.bytes,
-                            offload ? chunk.address : host, chunk.bytes, kind),
-                chunk.bytes);
-    return;
+    return copy_synchronously(direction, chunk);
   }
+  const bool offload = direction == Direction::kDeviceToHost;
   Lane& lane = lanes_[thread];
-  const std::size_t pieces = (chunk.bytes + kPiece - 1) / kPiece;
-  const auto bytes_of = [&](std::size_t i) { return std::min(kPiece, chunk.bytes - i * kPiece); };
+  const std::size_t pieces = (chunk.bytes + piece_ - 1) / piece_;
+  const auto bytes_of = [&](std::size_t i) { return std::min(piece_, chunk.bytes - i * piece_); };
   const auto launch = [&](std::size_t i) {
-    std::byte* device = chunk.address + i * kPiece;
+    std::byte* device = chunk.address + i * piece_;
     std::byte* block = lane[i % 2].data();
-    streams[i % 2]->copy(offload ? block : device, offload ? device : block, bytes_of(i), kind);
+    streams[i % 2]->copy(offload ? block : device, offload ? device : block, bytes_of(i),
+                         kind_of(direction));
   };
   const auto finish = [&](std::size_t i) { streams[i % 2]->wait(bytes_of(i)); };
+  const auto store = [&](std::size_t i) {
+    const std::byte* block = lane[i % 2].data();
+    if (chunk.disk) return chunk.disk.write_piece(i, block);
+    std::memcpy(chunk.backup.data() + i * piece_, block, bytes_of(i));
+  };
+  const auto load = [&](std::size_t i) {
+    std::byte* block = lane[i % 2].data();
+    if (chunk.disk) return chunk.disk.read_piece(i, block);
+    std::memcpy(block, chunk.backup.data() + i * piece_, bytes_of(i));
+  };
   try {
     if (offload) {
       for (std::size_t i = 0; i < std::min<std::size_t>(2, pieces); ++i) launch(i);
       for (std::size_t i = 0; i < pieces; ++i) {
         finish(i);
-        std::memcpy(host + i * kPiece, lane[i % 2].data(), bytes_of(i));
+        store(i);
         if (i + 2 < pieces) launch(i + 2);
       }
     } else {
       for (std::size_t i = 0; i < pieces; ++i) {
         if (i >= 2) finish(i - 2);
-        std::memcpy(lane[i % 2].data(), host + i * kPiece, bytes_of(i));
+        load(i);
         launch(i);
       }
       for (std::size_t i = pieces - std::min<std::size_t>(2, pieces); i < pieces; ++i) finish(i);

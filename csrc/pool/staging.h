@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Copies between the device and plain host memory in pieces, through page-locked blocks: while one
-// piece crosses the link, the thread copies another one in host memory.
+// Copies between the device and backups that AscendCL cannot copy to asynchronously, plain host
+// memory and files, in pieces through page-locked blocks: while one piece crosses the link, the
+// thread copies another one in host memory, or has the disk write or read it.
 #pragma once
 
 #include <acl/acl.h>
@@ -21,6 +22,8 @@ enum class Direction { kDeviceToHost, kHostToDevice };
 
 class Staging {
  public:
+  explicit Staging(std::size_t piece) : piece_(piece) {}
+
   // Gives each of `threads` threads two blocks, or fewer if the host has no more.
   void open(int device, unsigned threads, HostSource source);
   void close() noexcept;
@@ -33,8 +36,8 @@ class Staging {
   // Copies the chunk to or from its backup, and returns when that is done. `thread` counts from 0
   // and uses its own blocks; without any, or without streams, the copy is a synchronous one, for
   // which the runtime locks pages itself, and which has no deadline: of memory that is not
-  // page-locked, aclrtMemcpyAsync is the same. Throws AclError; then nothing is in flight any more,
-  // or the chunk is stuck.
+  // page-locked, aclrtMemcpyAsync is the same. Throws AclError or DiskError; then nothing is in
+  // flight any more, or the chunk is stuck.
   void copy(Direction direction, Chunk& chunk, unsigned thread,
             const std::array<CopyStream*, 2>& streams);
 
@@ -45,6 +48,9 @@ class Staging {
     std::array<CopyStream*, 2> streams;
   };
 
+  void copy_synchronously(Direction direction, Chunk& chunk) const;
+
+  const std::size_t piece_;  // of a file: DiskBackup::kPiece
   std::vector<Lane> lanes_;
   std::mutex mutex_;
   std::vector<StuckLane> stuck_;  // blocks that copies may still use; their threads have none

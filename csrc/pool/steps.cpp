@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
+#include <map>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -66,13 +68,31 @@ std::string message_of(std::exception_ptr error) {
 }
 
 // Many copies in flight keep the link busy while other processes use the device. A thread that also
-// allocates host memory, or copies within it, is slower than the link, so one copy is enough.
-void Steps::copy(Iterator first, Iterator last, Direction direction, bool takes_host_memory,
+// allocates host memory, or copies within it, is slower than the link, so one copy is enough. So is
+// a thread that waits for the disk, which wants as many requests as there are threads.
+Parallelism Steps::open_staging(Iterator first, Iterator last, bool takes_host_memory,
+                                bool stages) {
+  const int device = first->allocation->device;
+  const bool plain = any_plain(first, last);
+  const auto on_disk = static_cast<unsigned>(
+      std::min(std::count_if(first, last, [](const Task& task) { return bool(task.chunk->disk); }),
+               std::ptrdiff_t{1} << 16));
+  if (stages || plain) {
+    transfer_.staging().open(device, backups_.threads(), backups_.source(device));
+  }
+  unsigned threads = takes_host_memory || plain ? backups_.threads() : 0;
+  if (on_disk > 0) {
+    const unsigned wanted = std::min(backups_.disk_threads(), on_disk);
+    transfer_.disk_staging().open(device, wanted, backups_.source(device));
+    threads = std::max(threads, wanted);
+  }
+  return threads > 0 ? Parallelism{threads, 1} : Parallelism{settings_.copy_threads, 8};
+}
+
+void Steps::copy(Iterator first, Iterator last, Direction direction, Parallelism parallelism,
                  const Transfer::Step& before, const Transfer::Step& after) {
   std::vector<Chunk*> chunks;
   for (auto task = first; task != last; ++task) chunks.push_back(task->chunk);
-  const Parallelism parallelism = takes_host_memory ? Parallelism{backups_.threads(), 1}
-                                                    : Parallelism{settings_.copy_threads, 8};
   try {
     transfer_.run(first->allocation->device, direction, chunks, parallelism, before, after);
   } catch (const CopyFailure& failure) {
@@ -94,11 +114,10 @@ void Steps::offload(const Tasks& tasks, Release release) {
       HostSpace space(missing);
       const HostSource source = backups_.source(device);
       const bool stage = backups_.stages(device, missing);
-      const bool plain = any_plain(first, last);
-      if (stage || plain) transfer_.staging().open(device, backups_.threads(), source);
+      const Parallelism parallelism = open_staging(first, last, missing > 0, stage);
       const auto before = [&](std::size_t i) {
         Chunk& chunk = *first[static_cast<std::ptrdiff_t>(i)].chunk;
-        if (chunk.backup) return;
+        if (chunk.has_backup()) return;
         if (auto ready = backups_.take(chunk.bytes)) {
           chunk.backup = std::move(*ready);
         } else {
@@ -108,14 +127,19 @@ void Steps::offload(const Tasks& tasks, Release release) {
       };
       const auto after = [&](std::size_t i) {
         Chunk& chunk = *first[static_cast<std::ptrdiff_t>(i)].chunk;
-        if (release == Release::kAtCommit) return chunk.park();
-        chunk.content = Content::kHost;
+        if (release == Release::kAtCommit || chunk.disk) return chunk.park();
+        chunk.content = Content::kBackup;
         chunk.detach();
       };
-      copy(first, last, Direction::kDeviceToHost, missing > 0 || plain, before, after);
+      copy(first, last, Direction::kDeviceToHost, parallelism, before, after);
     });
     first = last;
   }
+  std::map<DiskFile*, const Allocation*> files;
+  for (const Task& task : tasks) {
+    if (task.chunk->disk) files.emplace(task.chunk->disk.file().get(), task.allocation);
+  }
+  for (const auto& [file, allocation] : files) at(*allocation, [file = file] { file->sync(); });
 }
 
 // Maps chunks on a separate thread, ahead of the copies into them: other processes may free device
@@ -186,10 +210,11 @@ class Steps::MapAhead {
 
 // Chunks without content are mapped last, because no copy waits for them.
 void Steps::restore(Tasks tasks, Deadline deadline) {
-  const auto with_content = [](const Task& task) { return task.chunk->content == Content::kHost; };
+  const auto with_content = [](const Task& task) {
+    return task.chunk->content == Content::kBackup;
+  };
   for (auto first = tasks.begin(); first != tasks.end();) {
     const auto last = end_of_device(first, tasks.end());
-    const int device = first->allocation->device;
     const auto empty = std::stable_partition(first, last, with_content);
     at(*first->allocation, [&] {
       MapAhead ahead({first, last}, deadline);
@@ -198,11 +223,8 @@ void Steps::restore(Tasks tasks, Deadline deadline) {
         first[static_cast<std::ptrdiff_t>(i)].chunk->content = Content::kDevice;
       };
       if (first != empty) {
-        const bool plain = any_plain(first, empty);
-        if (plain) {
-          transfer_.staging().open(device, backups_.threads(), backups_.source(device));
-        }
-        copy(first, empty, Direction::kHostToDevice, plain, mapped, copied);
+        copy(first, empty, Direction::kHostToDevice, open_staging(first, empty, false, false),
+             mapped, copied);
       }
       for (auto task = empty; task != last; ++task) {
         mapped(static_cast<std::size_t>(task - first));

@@ -44,8 +44,9 @@ class Steps {
   Steps(const Settings& settings, Transfer& transfer, Backups& backups)
       : settings_(settings), transfer_(transfer), backups_(backups) {}
 
-  // Copies the chunks to the host. Once its copy is verified, a chunk's device memory is freed, or
-  // parked until the commit.
+  // Copies the chunks to their backups. Once its copy is verified, a chunk's device memory is
+  // freed, or parked until the commit: always parked if the backup is on disk, because a rollback
+  // should not depend on reading it back.
   void offload(const Tasks& tasks, Release release);
 
   // Maps the chunks, waiting for device memory until the deadline, and copies the backups back.
@@ -58,7 +59,8 @@ class Steps {
   class MapAhead;
   using Iterator = Tasks::const_iterator;
 
-  void copy(Iterator first, Iterator last, Direction direction, bool takes_host_memory,
+  Parallelism open_staging(Iterator first, Iterator last, bool takes_host_memory, bool stages);
+  void copy(Iterator first, Iterator last, Direction direction, Parallelism parallelism,
             const Transfer::Step& before, const Transfer::Step& after);
 
   const Settings& settings_;

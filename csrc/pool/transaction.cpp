@@ -83,13 +83,13 @@ void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release rele
   const Tasks discarded = select_mapped(Action::kDiscard, std::not_fn(is_scratch));
   const Tasks scratch = select_mapped(Action::kDiscard, is_scratch);
   const Tasks asleep = select(Action::kDiscard, [](const Allocation&, const Chunk& chunk) {
-    return chunk.content == Content::kHost || chunk.content == Content::kParked;
+    return chunk.content == Content::kBackup || chunk.content == Content::kParked;
   });
-  for (const Tasks& tasks : {copied, unchanged}) append(to_host_, tasks);
+  for (const Tasks& tasks : {copied, unchanged}) append(to_backup_, tasks);
   for (const Tasks& tasks : {discarded, scratch, asleep}) append(to_none_, tasks);
 
   if (!copied.empty()) backups_.stop();
-  backups_.require_host_memory(copied);
+  backups_.take_place(copied);
   Tasks parked = discarded;
   append(parked, unchanged);
   const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
@@ -114,15 +114,15 @@ Report Transaction::commit() {
     report.tags[task.allocation->tag].*kind += task.chunk->bytes;
   };
   // A copy has taken away the checksum of the backup before.
-  for (const Task& task : to_host_) {
+  for (const Task& task : to_backup_) {
     add(task, task.allocation->backup_sum ? &Moved::unchanged : &Moved::offloaded);
   }
   for (const Task& task : to_none_) add(task, &Moved::discarded);
   for (const Task& task : to_device_) {
-    add(task, task.before == Content::kHost ? &Moved::restored : &Moved::remapped);
+    add(task, task.before == Content::kBackup ? &Moved::restored : &Moved::remapped);
   }
-  for (const Task& task : to_host_) {
-    task.chunk->content = Content::kHost;
+  for (const Task& task : to_backup_) {
+    task.chunk->content = Content::kBackup;
     const std::uint64_t* sum = sum_of(*task.allocation, sums_);
     if (sum != nullptr) task.allocation->backup_sum = *sum;
   }
@@ -142,7 +142,7 @@ RolledBack Transaction::take_back() noexcept {
   };
   // The chunks that were mapped before and whose content is in this place now.
   const auto for_each_mapped_before = [&](Content content, const auto& work) {
-    for (const Tasks* tasks : {&to_host_, &to_none_}) {
+    for (const Tasks* tasks : {&to_backup_, &to_none_}) {
       for (const Task& task : *tasks) {
         if (task.before == Content::kDevice && task.chunk->content == content) work(task);
       }
@@ -158,7 +158,7 @@ RolledBack Transaction::take_back() noexcept {
   for_each_mapped_before(Content::kParked, remap);
   attempt([&] {
     Tasks copied;
-    for_each_mapped_before(Content::kHost, [&](const Task& task) { copied.push_back(task); });
+    for_each_mapped_before(Content::kBackup, [&](const Task& task) { copied.push_back(task); });
     steps_.restore(std::move(copied), {});
   });
   for_each_mapped_before(Content::kNone, [&](const Task& task) {
@@ -185,7 +185,7 @@ RolledBack Transaction::take_back() noexcept {
 }
 
 void Transaction::forget(const Allocation& allocation) {
-  for (Tasks* tasks : {&to_host_, &to_none_, &to_device_}) {
+  for (Tasks* tasks : {&to_backup_, &to_none_, &to_device_}) {
     tasks->erase(std::remove_if(tasks->begin(), tasks->end(),
                                 [&](const Task& task) { return task.allocation == &allocation; }),
                  tasks->end());

@@ -78,15 +78,15 @@ class Transaction {
   // torch has freed this allocation meanwhile.
   void forget(const Allocation& allocation);
 
-  // What will be on the host after the commit.
-  const Tasks& to_host() const { return to_host_; }
+  // What will be in backups after the commit.
+  const Tasks& to_backup() const { return to_backup_; }
 
  private:
   const Settings& settings_;
   Registry& registry_;
   Backups& backups_;
   Steps& steps_;
-  Tasks to_host_;
+  Tasks to_backup_;
   Tasks to_none_;
   Tasks to_device_;
   Sums sums_;

@@ -82,6 +82,7 @@ bool Transfer::is_stuck() noexcept {
 
 void Transfer::close() noexcept {
   staging_.close();
+  disk_staging_.close();
   for (auto& [device, lanes] : devices_) {
     for (int attempt = 0; attempt < 2 && !lanes.streams.empty(); ++attempt) {
       try {
@@ -159,7 +160,8 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
             chunks[index]->copying = {batch.stream};
             start_copy(direction, *chunks[index], *batch.stream);
           } else {
-            staging_.copy(direction, *chunks[index], thread, own);
+            Staging& staging = chunks[index]->disk ? disk_staging_ : staging_;
+            staging.copy(direction, *chunks[index], thread, own);
             copied_ += chunks[index]->bytes;
             after(index);
           }

@@ -60,8 +60,10 @@ class Transfer {
   void run(int device, Direction direction, const std::vector<Chunk*>& chunks,
            Parallelism parallelism, const Step& before, const Step& after);
 
-  // Blocks for copies of chunks whose backup is not page-locked.
+  // Blocks for copies of chunks whose backup is not page-locked, and of those whose backup is on
+  // disk.
   Staging& staging() { return staging_; }
+  Staging& disk_staging() { return disk_staging_; }
 
   // Bytes copied by the current or last operation. Thread-safe.
   std::size_t copied_bytes() const { return copied_; }
@@ -72,6 +74,8 @@ class Transfer {
   // instead of an event behind the copy, because only the stream reports whether its work failed.
   static constexpr std::size_t kStreams = 6;
   static constexpr std::size_t kLeastLink = 100'000;  // bytes per millisecond
+  // Large enough for the link's full speed, small enough to be allocated quickly.
+  static constexpr std::size_t kPiece = std::size_t{2} << 20;
 
   struct Lanes {
     std::optional<OwnContext> context;
@@ -80,7 +84,8 @@ class Transfer {
 
   std::map<int, Lanes> devices_;
   Patience patience_;
-  Staging staging_;
+  Staging staging_{kPiece};
+  Staging disk_staging_{DiskBackup::kPiece};
   std::atomic<std::size_t> copied_{0};
 };
 

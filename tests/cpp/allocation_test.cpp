@@ -110,7 +110,7 @@ TEST(settle_keeps_what_the_content_needs) {
   };
   for (const Row& row :
        {Row{Content::kDevice, true, true, true}, Row{Content::kDevice, false, true, false},
-        Row{Content::kHost, true, false, true}, Row{Content::kHost, false, false, true},
+        Row{Content::kBackup, true, false, true}, Row{Content::kBackup, false, false, true},
         Row{Content::kNone, true, false, false}, Row{Content::kNone, false, false, false}}) {
     Allocation allocation = make(kChunk);
     camem::Chunk& chunk = allocation.chunks[0];
@@ -125,7 +125,7 @@ TEST(settle_keeps_what_the_content_needs) {
 }
 
 TEST(the_state_follows_from_the_chunks) {
-  constexpr Content D = Content::kDevice, H = Content::kHost, N = Content::kNone;
+  constexpr Content D = Content::kDevice, H = Content::kBackup, N = Content::kNone;
   struct Row {
     std::vector<Content> chunks;
     State state;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
@@ -18,6 +19,7 @@
 #include "blocks.h"
 #include "check.h"
 #include "pool/pool.h"
+#include "temporary_folder.h"
 
 using camem::Action;
 using camem::Until;
@@ -282,6 +284,18 @@ TEST(through_blocks_into_plain_memory_every_call_may_fail_once) {
   for (const Operation& operation : kOperations) {
     survive_each(operation, device::single_faults(calls_of(operation), device::kDriverError));
   }
+}
+
+TEST(with_backups_on_disk_every_call_may_fail_once) {
+  const TemporaryFolder folder;
+  camem::Settings settings = small_settings();
+  settings.backup_dir = folder.path();
+  pool().configure(settings);
+  for (const Operation& operation : kOperations) {
+    survive_each(operation, device::single_faults(calls_of(operation), device::kDriverError));
+  }
+  CHECK(std::filesystem::is_empty(folder.path()));
+  configure();
 }
 
 TEST(scratch_memory_that_goes_at_once_comes_back_after_any_failing_call) {
