@@ -25,8 +25,9 @@ class AllocationInfo(TypedDict):
     tag: str
     state: Literal["mapped", "offloaded", "discarded", "trimmed"]
     device_bytes: int
-    host_bytes: int  # size of its backup
-    page_locked_bytes: int  # the page-locked part of the backup
+    host_bytes: int  # size of its backup in host memory
+    page_locked_bytes: int  # the page-locked part of that
+    disk_bytes: int  # size of its backup on disk
     checksum: int | None  # of the backup's content, if one was given
 
 class HostMemory(TypedDict):
@@ -36,6 +37,8 @@ class HostMemory(TypedDict):
     copying_bytes_per_s: float  # into plain memory that is touched for the first time
     prepared: int  # page-locked, for future backups
     staging: int  # page-locked, for copies of plain backups
+    disk_staging: int  # page-locked, for copies of backups on disk
+    why_not_direct: str  # what kept the last file from O_DIRECT, or empty
     steps: int  # calls of step_begins() so far
     failure: str  # why the last block could not be registered or page-locked, or empty
 
@@ -53,6 +56,8 @@ def configure(
     device_timeout_s: float = 60.0,
     scratch_chunk_bytes: int = 1 << 30,
     scratch_tags: list[str] = ...,
+    backup_dir: str = "",
+    disk_blocks_bytes: int = 256 << 20,
 ) -> None:
     """Set the unit of later allocations, and how transfers work.
 
@@ -62,6 +67,8 @@ def configure(
     without prepared memory: "lock" allocates page-locked memory, "stage" copies through a few
     page-locked blocks into plain memory, "measured" does what is faster on this host.
     ``scratch_tags`` are never copied, and are allocated in units of ``scratch_chunk_bytes``.
+    ``backup_dir``: backups go to a nameless file in it instead of host memory, through page-locked
+    blocks of ``disk_blocks_bytes`` together.
     """
 
 def set_current_tag(name: str) -> str:
@@ -79,7 +86,7 @@ def sleep(
     ``checksums`` are those of contents, by address. An allocation whose kept backup has the same
     checksum is not copied. New backups keep their checksums.
 
-    Memory that already sleeps is left unchanged, except that ``discard`` drops its host backup. The
+    Memory that already sleeps is left unchanged, except that ``discard`` drops its backup. The
     caller has flushed torch's queues. If a call fails, everything is mapped again with its content,
     scratch tags possibly without; the error says what could not be restored.
 
@@ -144,13 +151,24 @@ def allocations() -> list[AllocationInfo]:
     """Every allocation, by address."""
 
 def read_backup(address: int, bytes: int) -> bytes | None:
-    """The content of sleeping memory, from its host backup; None without a backup."""
+    """The content of sleeping memory, from its backup; None without one.
+
+    Raises:
+        DiskError: the backup is on disk, and cannot be read or is not what was written.
+    """
 
 def tags() -> list[str]:
     """Every tag that has been used."""
 
 def available_host_bytes() -> int:
     """Bytes that the machine or this process's control group has left, whichever is less."""
+
+def free_disk_bytes(directory: str) -> int:
+    """Bytes that the file system of this directory has left for this user.
+
+    Raises:
+        DiskError: it does not say.
+    """
 
 def pinned_host_bytes() -> int:
     """This process's page-locked host memory: backups, prepared memory, staging."""

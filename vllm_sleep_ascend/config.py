@@ -2,6 +2,7 @@
 """The options of ``additional_config={"sleep_mode": {...}}`` (``--additional-config``)."""
 
 import os
+import tempfile
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,7 +26,8 @@ class SleepModeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     keep_host_backup: bool = Field(default=True)
-    """Keep the pinned host memory of a backup after the wake, so that the next sleep has it."""
+    """Keep the pinned host memory, or the file, of a backup after the wake, so that the next sleep
+    has it."""
 
     chunk_mib: int = Field(default=64, ge=2, le=4096, multiple_of=2)
     """MiB of device memory that are taken, copied and given back at a time; of what is never copied
@@ -35,8 +37,9 @@ class SleepModeConfig(BaseModel):
     """Seconds that a wake, and each step of a start, waits for device memory that another process
     still holds. A start beside vllm-ascend does not wait."""
 
-    host_backup: Literal["auto", "on_demand", "prepared"] = Field(default="auto")
-    """When the page-locked memory of a level-1 backup is taken. "on_demand": by the first sleep, or
+    host_backup: Literal["auto", "on_demand", "prepared", "disk"] = Field(default="auto")
+    """When the page-locked memory of a level-1 backup is taken. "disk": never, the backup is a file
+    in ``backup_dir``. "on_demand": by the first sleep, or
     behind it where plain memory is faster to have. "prepared": by many threads as soon as the
     engine is ready to serve. "auto": then too, by one thread that rests half of the time, if the
     host has twice what all ranks on it need and backups are kept; level 2 gives it back. While the
@@ -47,6 +50,14 @@ class SleepModeConfig(BaseModel):
     registered, which Linux keeps in place from 5.19 on; elsewhere aclrtMallocHost is used. "auto":
     registered where it can be and copies from and to it were tried, else aclrtMallocHost, which
     also takes over once a block cannot be locked or registered."""
+
+    backup_dir: str | None = Field(default=None)
+    """The directory of ``host_backup="disk"``, on each host of the engine. The file there has no
+    name, and ends with the process."""
+
+    disk_blocks_mib: int = Field(default=256, ge=16, le=1024, multiple_of=16)
+    """MiB of page-locked memory, on each rank, through which backups go to the disk and back; as
+    many requests of 8 MiB are in flight as half of it holds."""
 
     skip_unchanged: bool = Field(default=False)
     """Copy only allocations whose checksum changed since the backup that is kept."""
@@ -133,7 +144,7 @@ class SleepModeConfig(BaseModel):
             )
         return self
 
-    @field_validator("admin_socket", "admin_key_file")
+    @field_validator("admin_socket", "admin_key_file", "backup_dir")
     @classmethod
     def _is_absolute(cls, path: str | None) -> str | None:
         if path is not None and not os.path.isabs(path):
@@ -157,6 +168,24 @@ class SleepModeConfig(BaseModel):
             raise ValueError("admin_key_file needs admin_port or admin_socket")
         return self
 
+    def check_backup_dir(self) -> None:
+        """At the start of a rank, on its host. Later a wake from the file does not need it.
+
+        Raises:
+            ValueError: the directory does not exist, or this user cannot write in it.
+        """
+        if self.backup_dir is None:
+            return
+        try:
+            with tempfile.TemporaryFile(dir=self.backup_dir):
+                pass
+        except OSError as error:
+            named = f"additional_config[{KEY!r}]: backup_dir={self.backup_dir!r}"
+            raise ValueError(
+                f"{named}: no file can be created in it ({error.strerror}); name a directory on a "
+                "fast disk, on every host of the engine, in which this user may write"
+            ) from None
+
     @property
     def has_door(self) -> bool:
         return self.admin_port is not None or self.admin_socket is not None
@@ -170,6 +199,15 @@ class SleepModeConfig(BaseModel):
     def _unchanged_needs_a_backup(self) -> "SleepModeConfig":
         if self.skip_unchanged and not self.keep_host_backup:
             raise ValueError("skip_unchanged needs the backup that keep_host_backup=false gives up")
+        return self
+
+    @model_validator(mode="after")
+    def _disk_has_a_directory(self) -> "SleepModeConfig":
+        if self.host_backup == "disk" and self.backup_dir is None:
+            raise ValueError("host_backup='disk' needs backup_dir, a directory on a fast disk")
+        for option in ("backup_dir", "disk_blocks_mib"):
+            if option in self.model_fields_set and self.host_backup != "disk":
+                raise ValueError(f"{option} needs host_backup='disk'")
         return self
 
     @model_validator(mode="after")

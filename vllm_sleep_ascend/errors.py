@@ -43,6 +43,18 @@ class HostOutOfMemoryError(SleepModeError, MemoryError):
     free_bytes: int = 0
 
 
+class DiskError(SleepModeError):
+    """The disk could not take or return a backup, or returned something else than was written.
+
+    Attributes:
+        needed_bytes: what the backup needs of the disk, 0 unless that is short of space.
+        free_bytes: what the disk has left then.
+    """
+
+    needed_bytes: int = 0
+    free_bytes: int = 0
+
+
 class WeightsError(SleepModeError):
     """The weights in device memory are not, or not all, what they should be.
 

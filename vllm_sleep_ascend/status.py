@@ -26,6 +26,7 @@ class TagUsage(TypedDict):
     device: int
     host: int
     page_locked: int  # of ``host``
+    disk: int
     allocations: int
 
 
@@ -70,6 +71,16 @@ class HostMemoryStatus(TypedDict):
     failure: str
 
 
+class DiskBackupStatus(TypedDict):
+    """Backups on disk: where they lie, their bytes, bytes of the page-locked blocks for their
+    copies, and what kept the last file from O_DIRECT (``""``: nothing)."""
+
+    directory: str
+    bytes: int
+    blocks: int
+    why_not_direct: str
+
+
 class LastOperation(TypedDict):
     """``tags`` has bytes by what became of them; ``copied_bytes`` are those that took the link."""
 
@@ -101,6 +112,7 @@ class RankStatus(TypedDict):
     resident: NotRequired[dict[str, int]]  # account.resident_bytes()
     host_backup: NotRequired[int]
     host_memory: NotRequired[HostMemoryStatus]
+    disk_backup: NotRequired[DiskBackupStatus | None]  # None: backups are in host memory
     parameters_without_content: NotRequired[int]
     weights: NotRequired[WeightsOrigin]
     last_operation: NotRequired[LastOperation | None]

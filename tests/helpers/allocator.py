@@ -46,6 +46,8 @@ def configure(
     host_memory: str = "auto",
     unprepared: str = "measured",
     device_timeout_s: float = 60.0,
+    backup_dir: str = "",
+    disk_blocks_mib: int = 16,
 ) -> None:
     source, why = page_locked_source(host_memory)
     _camem.configure(
@@ -59,6 +61,8 @@ def configure(
         device_timeout_s=device_timeout_s,
         scratch_chunk_bytes=chunk_mib * MIB,
         scratch_tags=list(scratch),
+        backup_dir=backup_dir,
+        disk_blocks_bytes=disk_blocks_mib * MIB,
     )
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,44 @@ def test_bad_options_are_named_with_those_that_exist(options, named):
 def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="skip_unchanged needs the backup"):
         parse({"sleep_mode": {"skip_unchanged": True, "keep_host_backup": False}})
+
+
+def test_a_backup_on_disk_needs_a_directory(tmp_path):
+    config = parse({"sleep_mode": {"host_backup": "disk", "backup_dir": str(tmp_path)}})
+    assert (config.host_backup, config.backup_dir) == ("disk", str(tmp_path))
+    assert config.disk_blocks_mib == 256
+    with pytest.raises(ValueError, match="host_backup='disk' needs backup_dir"):
+        parse({"sleep_mode": {"host_backup": "disk"}})
+    for option, value in {"backup_dir": str(tmp_path), "disk_blocks_mib": 32}.items():
+        with pytest.raises(ValueError, match=f"{option} needs host_backup='disk'"):
+            parse({"sleep_mode": {option: value}})
+
+
+def test_bad_values_for_a_disk_are_named(tmp_path):
+    for option, reason in {
+        "backup_dir": ("relative", "backup_dir='relative'.*an absolute path is needed"),
+        "disk_blocks_mib": (40, "disk_blocks_mib=40.*multiple of 16"),
+    }.items():
+        options = {"host_backup": "disk", "backup_dir": str(tmp_path), option: reason[0]}
+        with pytest.raises(ValueError, match=reason[1]):
+            parse({"sleep_mode": options})
+
+
+def test_a_directory_in_which_no_file_can_be_created_is_named(tmp_path):
+    """A start asks; in /proc nobody can, not even root."""
+    file = tmp_path / "file"
+    file.write_text("")
+    reasons = {
+        str(tmp_path / "missing"): "No such file or directory",
+        str(file): "Not a directory",
+        "/proc": "",
+    }
+    for path, reason in reasons.items():
+        config = parse({"sleep_mode": {"host_backup": "disk", "backup_dir": path}})
+        with pytest.raises(ValueError, match=f"backup_dir='{re.escape(path)}': no.*{reason}"):
+            config.check_backup_dir()
+    parse({"sleep_mode": {"host_backup": "disk", "backup_dir": str(tmp_path)}}).check_backup_dir()
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_the_section_must_be_a_mapping():

@@ -68,6 +68,7 @@ def _describe(server: "ServerStatus") -> str:
         memory = [
             f"{tag} {usage['device'] / 2**20:.0f} MiB on the device and "
             f"{usage['host'] / 2**20:.0f} MiB on the host"
+            + (f" and {usage['disk'] / 2**20:.0f} MiB on disk" if usage.get("disk") else "")
             for tag, usage in rank.get("tags", {}).items()
         ]
         memory.append(f"{rank['free'] / 2**20:.0f} of {rank['total'] / 2**20:.0f} MiB free")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _State = Literal["mapped", "offloaded", "discarded"]
-_Location = Literal["device", "host"]
+_Location = Literal["device", "host", "disk"]
 _STATES: tuple[_State, ...] = get_args(_State)
 _LOCATIONS: tuple[_Location, ...] = get_args(_Location)
 _SCRAPE_S = 1.0
@@ -36,12 +36,13 @@ class SleepModeGauges:
         self.state = _gauge(
             "vllm:sleep_mode_bytes",
             "Bytes of allocations that can sleep: mapped (awake), offloaded (asleep, content in "
-            "host memory) or discarded (asleep, content forgotten).",
+            "host memory or on disk) or discarded (asleep, content forgotten).",
             (*_LABELS, "state"),
         )
         self.held = _gauge(
             "vllm:sleep_mode_held_bytes",
-            "Bytes that sleep mode holds: device memory, and pinned host memory of backups.",
+            "Bytes that sleep mode holds: device memory, and backups in pinned host memory and on "
+            "disk.",
             (*_LABELS, "location"),
         )
 

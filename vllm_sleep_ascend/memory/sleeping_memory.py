@@ -19,7 +19,7 @@ from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.memory.host import page_locked_source
 from vllm_sleep_ascend.memory.progress import logged
 from vllm_sleep_ascend.policy import SCRATCH_TAGS, Action
-from vllm_sleep_ascend.status import HostMemoryStatus, LastOperation, TagUsage
+from vllm_sleep_ascend.status import DiskBackupStatus, HostMemoryStatus, LastOperation, TagUsage
 
 # A child of vLLM's logger, so that its handlers and level apply where it is.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -42,6 +42,7 @@ class SleepingMemory:
         self.commits_at_once = True
         self._prepared = ""
         self._host_memory_logged = ""
+        self._page_cache_logged = ""
         self._config = SleepModeConfig()
         if not SleepingMemory._configured:
             self.configure(self._config)
@@ -57,7 +58,12 @@ class SleepingMemory:
         SleepingMemory._saved = content
 
     def configure(self, config: SleepModeConfig) -> None:
-        """Set the engine's options, before its first allocation."""
+        """Set the engine's options, before its first allocation.
+
+        Raises:
+            ValueError: ``backup_dir`` is no directory in which files can be created.
+        """
+        config.check_backup_dir()
         SleepingMemory._configured = True
         self._config = config
         source, why = page_locked_source(config.host_memory)
@@ -70,6 +76,8 @@ class SleepingMemory:
             why_host_memory=why,
             device_timeout_s=config.device_timeout_s,
             scratch_tags=list(SCRATCH_TAGS),
+            backup_dir=config.backup_dir or "",
+            disk_blocks_bytes=config.disk_blocks_mib << 20,
         )
 
     @property
@@ -96,7 +104,7 @@ class SleepingMemory:
         ``ranks`` of them share the host. A sleep that needs more than it has says so when it comes.
         """
         when, by_itself = self._config.host_backup, self._config.host_backup == "auto"
-        if when == "on_demand" or (by_itself and not self._config.keep_host_backup):
+        if when in ("on_demand", "disk") or (by_itself and not self._config.keep_host_backup):
             return
         needed, available = self.host_need({"weights": "offload"}, "keep")
         if by_itself and available < 2 * ranks * needed:
@@ -130,6 +138,15 @@ class SleepingMemory:
             "registered" if source == "registered" else "that of aclrtMallocHost",
             memory["why"],
         )
+
+    def _log_page_cache(self) -> None:
+        """Once for each reason, as soon as it is known."""
+        why = _camem.host_memory()["why_not_direct"]
+        if why and why != self._page_cache_logged:
+            self._page_cache_logged = why
+            logger.warning(
+                "camem: backups on disk go through the page cache, which may be slower: %s", why
+            )
 
     def wake_what_was_left(self) -> None:
         """Wake what an engine of this process left asleep when it ended. Something refers to it,
@@ -211,6 +228,7 @@ class SleepingMemory:
                     "device": 0,
                     "host": 0,
                     "page_locked": 0,
+                    "disk": 0,
                     "allocations": 0,
                 },
             )
@@ -219,6 +237,7 @@ class SleepingMemory:
             usage["device"] += allocation["device_bytes"]
             usage["host"] += allocation["host_bytes"]
             usage["page_locked"] += allocation["page_locked_bytes"]
+            usage["disk"] += allocation["disk_bytes"]
         return tags
 
     def host_memory(self) -> HostMemoryStatus:
@@ -232,11 +251,45 @@ class SleepingMemory:
             "failure": memory["failure"],
         }
 
+    def disk_backup(self) -> DiskBackupStatus | None:
+        """Where backups on disk lie; None without ``host_backup="disk"``."""
+        directory = self._config.backup_dir
+        if directory is None:
+            return None
+        memory = _camem.host_memory()
+        return {
+            "directory": directory,
+            "bytes": sum(a["disk_bytes"] for a in _camem.allocations()),
+            "blocks": memory["disk_staging"],
+            "why_not_direct": memory["why_not_direct"],
+        }
+
+    def disk_need(
+        self, actions: Mapping[str, Action], otherwise: Action = "offload"
+    ) -> tuple[str, int, int] | None:
+        """The directory of backups, the bytes there that a sleep with these actions needs beyond
+        what is held already, and bytes that are free; None without ``host_backup="disk"``.
+
+        Raises:
+            DiskError: the directory's file system does not say.
+        """
+        directory = self._config.backup_dir
+        if directory is None:
+            return None
+        needed = sum(
+            a["bytes"] - a["disk_bytes"]
+            for a in _to_offload(_camem.allocations(), actions, otherwise)
+        )
+        return directory, needed, _camem.free_disk_bytes(directory)
+
     def host_need(
         self, actions: Mapping[str, Action], otherwise: Action = "offload"
     ) -> tuple[int, int]:
         """Host bytes that a sleep with these actions needs beyond what is held already, and bytes
-        that the machine or this process's control group has left."""
+        that the machine or this process's control group has left. A disk's blocks do not count: a
+        host without memory for them is left with fewer."""
+        if self._config.backup_dir is not None:
+            return 0, _camem.available_host_bytes()
         needed = sum(
             max(0, a["bytes"] - a["host_bytes"])
             for a in _to_offload(_camem.allocations(), actions, otherwise)
@@ -260,7 +313,7 @@ class SleepingMemory:
         ]
 
     def read(self, address: int, size: int) -> torch.Tensor:
-        """A copy of memory as bytes on the host; for sleeping memory, from its host backup.
+        """A copy of memory as bytes on the host; for sleeping memory, from its backup.
 
         Raises:
             SleepModeError: the memory sleeps, and its backup cannot be read.
@@ -358,6 +411,7 @@ class SleepingMemory:
             _describe(report["tags"]) or "nothing to do",
         )
         self._log_host_memory()
+        self._log_page_cache()
         weights = report["tags"].get("weights")
         if weights and weights["discarded"] and self._config.host_backup == "auto":
             self._release_prepared()
@@ -384,7 +438,7 @@ def _holds(allocation: "_camem.AllocationInfo", address: int) -> bool:
 def _to_offload(
     allocations: "list[_camem.AllocationInfo]", actions: Mapping[str, Action], otherwise: Action
 ) -> "list[_camem.AllocationInfo]":
-    """The allocations that a sleep with these actions copies to the host."""
+    """The allocations that a sleep with these actions copies to their backups."""
     return [
         a
         for a in allocations

@@ -52,8 +52,8 @@ class SleepMode:
     def sleep(self, level: int) -> None:
         """Free this rank's device memory, if every rank of the engine can.
 
-        Level 1 keeps the weights in host memory; level 2 forgets them and keeps the model's buffers
-        and the parameters that match ``sleep_preserve_parameter_names``.
+        Level 1 keeps the weights in host memory or on disk; level 2 forgets them and keeps the
+        model's buffers and the parameters that match ``sleep_preserve_parameter_names``.
 
         Raises:
             ValueError: the level does not exist.
@@ -229,6 +229,7 @@ class SleepMode:
             "resident": resident_bytes(worker.device, tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
             "host_memory": backend.host_memory(),
+            "disk_backup": backend.disk_backup(),
             "parameters_without_content": len(self._weights.content.missing()),
             "weights": self._weights.origin(),
             "last_operation": backend.last_operation,

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backups on disk: what the host holds, what errors say, and what a killed process leaves.
+
+The system calls fail one by one in tests/cpp/disk_test.cpp.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import MIB, ROOT, allocator
+from helpers.disk import nameless_files, spoil
+from helpers.logs import messages_of
+from helpers.patience import patience
+
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.errors import DiskError, SleepModeError
+from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory
+
+SIZES = (2, 6, 10)  # MiB; chunks are 4 MiB
+TOTAL = sum(SIZES) * MIB
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Iterator[list[allocator.Block]]:
+    allocator.start()
+    allocator.configure(backup_dir=str(tmp_path))
+    blocks = [allocator.Block("weights", mib * MIB, seed) for seed, mib in enumerate(SIZES)]
+    yield blocks
+    for block in blocks:
+        block.free()
+    assert nameless_files(tmp_path) == [] and list(tmp_path.iterdir()) == []
+    assert _camem.pinned_host_bytes() == _camem.plain_host_bytes() == 0
+    allocator.configure()
+
+
+def sleep() -> None:
+    _camem.sleep(allocator.LEVEL_1)
+
+
+def wake(blocks: list[allocator.Block]) -> None:
+    _camem.wake(list(allocator.TAGS))
+    assert all(block.intact() for block in blocks)
+
+
+def on_disk() -> int:
+    return sum(a["disk_bytes"] for a in _camem.allocations())
+
+
+def test_the_host_holds_the_blocks_and_no_more(weights, tmp_path) -> None:
+    for _ in range(2):
+        sleep()
+        assert on_disk() == TOTAL
+        assert sum(a["host_bytes"] for a in _camem.allocations()) == 0
+        assert _camem.pinned_host_bytes() == _camem.host_memory()["disk_staging"] == 16 * MIB
+        assert list(tmp_path.iterdir()) == []
+        (file,) = nameless_files(tmp_path)
+        assert file.stat().st_size == TOTAL and file.stat().st_mode & 0o777 == 0o600
+        wake(weights)
+        assert _camem.pinned_host_bytes() == 0
+
+
+def test_an_open_file_does_not_pass_to_programs_that_are_started(weights, tmp_path) -> None:
+    sleep()
+    listed = ["ls", "-l", "/proc/self/fd"]
+    assert str(tmp_path) not in subprocess.run(listed, capture_output=True, text=True).stdout
+    wake(weights)
+
+
+def test_sleeping_content_is_read_from_the_disk(weights) -> None:
+    block = weights[2]
+    awake = block.read()
+    sleep()
+    assert _camem.read_backup(block.address, block.size) == awake
+    assert _camem.read_backup(block.address + 5 * MIB, MIB) == awake[5 * MIB : 6 * MIB]
+    wake(weights)
+
+
+def test_spoilt_content_is_never_served(weights, tmp_path) -> None:
+    sleep()
+    assert spoil(tmp_path) == TOTAL // MIB
+    for _ in range(2):
+        with pytest.raises(DiskError, match="not what was written") as refused:
+            wake(weights)
+        text = str(refused.value)
+        assert f"{tmp_path} (backup_dir" in text and "at offset" in text
+        assert "sleep at level 2, wake and load the weights" in text
+        assert refused.value.tag == "weights"
+        assert {block.state for block in weights} == {"offloaded"}
+        assert sum(a["device_bytes"] for a in _camem.allocations()) == 0
+    with pytest.raises(DiskError, match="not what was written"):
+        _camem.read_backup(weights[0].address, 1)
+    spoil(tmp_path)
+    wake(weights)
+
+
+def test_a_file_that_may_not_be_so_large_leaves_all_awake(weights) -> None:
+    """The process's own limit on files; Python ignores its signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"everything is as it was.*repeated") as refused:
+            sleep()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in str(refused.value)
+    assert all(block.state == "mapped" and block.intact() for block in weights)
+    assert on_disk() == 0
+    sleep()
+    wake(weights)
+
+
+def test_free_space_is_that_of_the_file_system(tmp_path) -> None:
+    free = _camem.free_disk_bytes(str(tmp_path))
+    stat = os.statvfs(tmp_path)
+    assert 0 < free <= stat.f_blocks * stat.f_frsize
+    with pytest.raises(DiskError, match=r"/nowhere .backup_dir. cannot be read: No such file"):
+        _camem.free_disk_bytes("/nowhere")
+
+
+def test_the_status_and_the_log_say_where_backups_lie(weights, tmp_path) -> None:
+    memory = SleepingMemory()
+    memory.configure(
+        SleepModeConfig(
+            host_backup="disk", backup_dir=str(tmp_path), chunk_mib=4, disk_blocks_mib=16
+        )
+    )
+    directory, needed, free = memory.disk_need(allocator.LEVEL_1) or ("", 0, 0)
+    assert (directory, needed) == (str(tmp_path), TOTAL) and free > TOTAL
+    assert memory.host_need(allocator.LEVEL_1)[0] == 0
+    memory.prepare()
+    assert _camem.host_memory()["prepared"] == 0
+    with messages_of("memory.sleeping_memory") as warnings:
+        memory.sleep("sleep", dict(allocator.LEVEL_1))
+        usage = memory.usage()["weights"]
+        assert (usage["host"], usage["disk"], usage["offloaded"]) == (0, TOTAL, TOTAL)
+        status = memory.disk_backup()
+        assert status is not None
+        assert (status["directory"], status["bytes"]) == (str(tmp_path), TOTAL)
+        assert status["blocks"] == 16 * MIB
+        memory.wake(list(allocator.TAGS))
+        memory.sleep("sleep", dict(allocator.LEVEL_1))
+        memory.wake(list(allocator.TAGS))
+    # Said once, where the file system of the test refuses O_DIRECT.
+    assert len(warnings) == (1 if status["why_not_direct"] else 0)
+    assert all(block.intact() for block in weights)
+    directory, needed, free = memory.disk_need(allocator.LEVEL_1) or ("", 1, 0)
+    assert (directory, needed) == (str(tmp_path), 0) and free > 0
+
+
+def test_a_start_names_a_directory_that_is_missing(tmp_path) -> None:
+    missing = tmp_path / "missing"
+    config = SleepModeConfig(host_backup="disk", backup_dir=str(missing))
+    with pytest.raises(ValueError, match=f"backup_dir='{missing}': no file can be created in it"):
+        SleepingMemory().configure(config)
+
+
+KILLED = """
+import sys, threading, time
+from helpers import MIB, allocator
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.sim import control
+
+allocator.start()
+allocator.configure(threads=1, backup_dir=sys.argv[1])
+blocks = [allocator.Block("weights", 8 * MIB, seed) for seed in range(3)]
+sleep = lambda: _camem.sleep(allocator.LEVEL_1)
+wake = lambda: _camem.wake(list(allocator.TAGS))
+
+def held_at(call, nth, operation):
+    control.reset_counters()
+    control.set_faults(f"{call}:{nth}:delay_ms=600000")
+    threading.Thread(target=operation, daemon=True).start()
+    while control.fault_hits() == 0:
+        time.sleep(0.001)
+"""
+PHASES = {
+    "asleep": "sleep()",
+    "prepared": "_camem.sleep(allocator.LEVEL_1, commit=False)",
+    "while it writes": "held_at('aclrtMemcpyAsync', 2, sleep)",
+    "while it commits": "held_at('aclrtFreePhysical', 2, sleep)",
+    "while it wakes": "sleep(); held_at('aclrtMemcpyAsync', 2, wake)",
+    "awake with a kept file": "sleep(); wake()",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_process_leaves_no_file(phase, tmp_path) -> None:
+    code = KILLED + PHASES[phase] + "\nprint('ready', flush=True)\ntime.sleep(600)\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ['PYTHONPATH']}",
+            "NPU_SIM_MACHINE": f"disk-{os.getpid()}-{[*PHASES].index(phase)}",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == "ready\n"
+            (file,) = nameless_files(tmp_path, child.pid)
+            assert file.stat().st_size == 24 * MIB
+            assert list(tmp_path.iterdir()) == []
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait(60 * patience())
+    assert list(tmp_path.iterdir()) == []
+    assert not Path(f"/proc/{child.pid}").exists()
+
+
+def test_disk_errors_are_errors_of_sleep_mode() -> None:
+    assert issubclass(DiskError, SleepModeError)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Level 1 with ``host_backup="disk"``: tokens, bytes, and what a killed server leaves."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import MIB
+from helpers.disk import nameless_files, spoil
+from helpers.engine import engine, few
+from helpers.reference import hf_few
+from helpers.server import MEMORY, SMALL, Server
+
+from vllm_sleep_ascend import _camem
+from vllm_sleep_ascend.errors import DiskError, SleepModeError
+
+BLOCKS_MIB = 32
+
+
+def options(directory: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "host_backup": "disk",
+        "backup_dir": str(directory),
+        "disk_blocks_mib": BLOCKS_MIB,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("backups")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model, directory) -> Iterator[Any]:
+    config = {"sleep_mode": options(directory, chunk_mib=2)}
+    with engine(tiny_model, enable_sleep_mode=True, additional_config=config) as llm:
+        yield llm
+    assert list(directory.iterdir()) == []
+
+
+def status(llm: Any) -> dict[str, Any]:
+    (rank,) = llm.collective_rpc("sleep_status")
+    return rank
+
+
+def test_tokens_and_bytes(llm, tiny_model, directory) -> None:
+    expected = hf_few(tiny_model)
+    for _ in range(2):
+        assert few(llm) == expected
+        weights = status(llm)["tags"]["weights"]["mapped"]
+        llm.sleep(level=1)
+        rank = status(llm)
+        usage = rank["tags"]["weights"]
+        assert (usage["offloaded"], usage["disk"], usage["host"]) == (weights, weights, 0)
+        assert usage["device"] == rank["host_backup"] == 0
+        disk = rank["disk_backup"]
+        assert disk["directory"] == str(directory)
+        assert disk["bytes"] == sum(tag["disk"] for tag in rank["tags"].values()) >= weights
+        assert 0 < disk["blocks"] == _camem.pinned_host_bytes() <= BLOCKS_MIB * MIB
+        assert _camem.plain_host_bytes() == 0
+        assert list(directory.iterdir()) == []
+        assert len(nameless_files(directory)) == 1
+        llm.wake_up()
+        assert rank["last_operation"]["tags"]["weights"]["offloaded"] == weights
+        assert status(llm)["last_operation"]["tags"]["weights"]["restored"] == weights
+        assert _camem.pinned_host_bytes() == 0
+    assert few(llm) == expected
+
+
+def test_wake_by_tags_and_level_2_from_level_1(llm, tiny_model) -> None:
+    expected = hf_few(tiny_model)
+    llm.sleep(level=1)
+    llm.wake_up(tags=["weights"])
+    assert status(llm)["tags"]["kv_cache"]["discarded"] > 0
+    llm.wake_up(tags=["kv_cache"])
+    assert few(llm) == expected
+    llm.sleep(level=1)
+    llm.sleep(level=2)
+    assert status(llm)["tags"]["weights"]["disk"] == 0
+    llm.wake_up()
+    llm.collective_rpc("reload_weights")
+    assert few(llm) == expected
+
+
+def test_a_backup_that_changed_is_not_served(llm, tiny_model, directory) -> None:
+    expected = hf_few(tiny_model)
+    llm.sleep(level=1)
+    assert spoil(directory) > 0
+    for _ in range(2):
+        with pytest.raises(DiskError, match=r"not what was written.*same call can be repeated"):
+            llm.wake_up()
+        assert status(llm)["tags"]["weights"]["mapped"] == 0
+        assert status(llm)["last_error"]["type"] == "DiskError"
+    with pytest.raises(SleepModeError):
+        few(llm)
+    spoil(directory)
+    llm.wake_up()
+    assert few(llm) == expected
+
+
+def test_two_ranks_sleep_on_one_disk(tiny_model, tmp_path) -> None:
+    expected = hf_few(tiny_model)
+    with engine(
+        tiny_model,
+        enable_sleep_mode=True,
+        additional_config={"sleep_mode": options(tmp_path)},
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    ) as llm:
+        assert few(llm) == expected
+        llm.sleep(level=1)
+        for rank in llm.collective_rpc("sleep_status"):
+            assert rank["tags"]["weights"]["disk"] == rank["tags"]["weights"]["offloaded"] > 0
+            assert rank["host_backup"] == 0
+        assert list(tmp_path.iterdir()) == []
+        llm.wake_up()
+        assert few(llm) == expected
+
+
+def test_a_killed_server_leaves_no_file(tiny_model, tmp_path) -> None:
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    config = {"sleep_mode": options(backups)}
+    with Server(
+        tiny_model,
+        *(*SMALL, *MEMORY, "--enable-sleep-mode"),
+        *("--additional-config", json.dumps(config)),
+        log=tmp_path / "log",
+        env={"VLLM_SERVER_DEV_MODE": "1"},
+    ) as server:
+        text = server.complete()
+        server.post("/sleep?level=1")
+        metrics = server.http.get("/metrics").text
+        (held,) = (
+            line
+            for line in metrics.splitlines()
+            if line.startswith("vllm:sleep_mode_held_bytes")
+            and 'tag="weights"' in line
+            and 'location="disk"' in line
+        )
+        assert float(held.split()[-1]) == server.rank_status()["tags"]["weights"]["disk"] > 0
+        server.post("/wake_up")
+        assert server.complete() == text
+        server.post("/sleep?level=1")
+        engine_process = server.engine()
+        assert len(nameless_files(backups, engine_process.pid)) == 1
+        assert list(backups.iterdir()) == []
+        engine_process.send_signal(signal.SIGKILL)
+        psutil.wait_procs([engine_process], timeout=60)
+    assert list(backups.iterdir()) == []
+    open_files = (
+        file
+        for process in psutil.process_iter()
+        for file in _nameless_files_of(backups, process.pid)
+    )
+    assert list(open_files) == []
+
+
+def _nameless_files_of(directory: Path, pid: int) -> list[Path]:
+    try:
+        return nameless_files(directory, pid)
+    except OSError:  # it has ended meanwhile, or is another user's
+        return []
