@@ -7,6 +7,7 @@
 #if defined(__x86_64__)
 #include <nmmintrin.h>
 #elif defined(__aarch64__)
+#include <arm_acle.h>
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -87,7 +88,7 @@ __attribute__((target("+crc"))) std::uint32_t by_instruction(std::uint32_t sum,
                                                              const std::byte*& data,
                                                              std::size_t& bytes) {
   for (; bytes >= kWord; data += kWord, bytes -= kWord) {
-    sum = __builtin_aarch64_crc32cx(sum, word_at(data));
+    sum = __crc32cd(sum, word_at(data));
   }
   return sum;
 }
