@@ -39,20 +39,37 @@ double seconds_of(unsigned threads, const std::function<void(unsigned)>& work) {
 }  // namespace
 
 void Staging::open(int device, unsigned threads, HostSource source) {
-  const auto gone = [](const Lane& lane) { return !lane[0]; };
+  const auto gone = [](const Lane& lane) { return !lane.blocks[0]; };
   lanes_.erase(std::remove_if(lanes_.begin(), lanes_.end(), gone), lanes_.end());
   if (lanes_.size() >= threads) return;
   std::vector<Lane> lanes(threads - lanes_.size());
   seconds_of(static_cast<unsigned>(lanes.size()), [&](unsigned thread) {
     try {
       DeviceGuard guard(device);
-      for (HostMemory& block : lanes[thread]) block = HostMemory::page_locked(piece_, source);
+      take_blocks(lanes[thread], source);
     } catch (const std::exception&) {
-      lanes[thread] = {};  // this thread copies synchronously
+      // This thread copies synchronously.
     }
   });
   for (Lane& lane : lanes) {
-    if (lane[0] && lane[1]) lanes_.push_back(std::move(lane));
+    if (lane.blocks[0]) lanes_.push_back(std::move(lane));
+  }
+}
+
+void Staging::open_as_needed(unsigned threads, HostSource source) {
+  lanes_.resize(std::max<std::size_t>(lanes_.size(), threads));
+  for (Lane& lane : lanes_) {
+    if (!lane.blocks[0]) lane.needed = source;
+  }
+}
+
+// Both or none: without, its thread copies synchronously.
+void Staging::take_blocks(Lane& lane, HostSource source) const {
+  lane.needed.reset();
+  try {
+    for (HostMemory& block : lane.blocks) block = HostMemory::page_locked(piece_, source);
+  } catch (const std::exception&) {
+    lane.blocks = {};
   }
 }
 
@@ -67,7 +84,7 @@ std::optional<HostSpeeds> Staging::open_and_measure(int device, unsigned threads
   std::byte* first = space.map(bytes);
   const double copying = seconds_of(count, [&](unsigned thread) {
     for (unsigned i = 0; i < 2; ++i) {
-      std::memcpy(first + (2 * thread + i) * piece_, lanes_[thread][i].data(), piece_);
+      std::memcpy(first + (2 * thread + i) * piece_, lanes_[thread].blocks[i].data(), piece_);
     }
   });
   munmap(first, bytes);
@@ -85,8 +102,8 @@ void Staging::close() noexcept {
 
 std::size_t Staging::bytes() {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto lanes =
-      std::count_if(lanes_.begin(), lanes_.end(), [](const Lane& lane) { return bool(lane[0]); });
+  const auto lanes = std::count_if(lanes_.begin(), lanes_.end(),
+                                   [](const Lane& lane) { return bool(lane.blocks[0]); });
   return (static_cast<std::size_t>(lanes) + stuck_.size()) * 2 * piece_;
 }
 
@@ -108,27 +125,30 @@ void Staging::copy_synchronously(Direction direction, Chunk& chunk) const {
 
 void Staging::copy(Direction direction, Chunk& chunk, unsigned thread,
                    const std::array<CopyStream*, 2>& streams) {
-  if (thread >= lanes_.size() || !lanes_[thread][0] || streams[0] == nullptr) {
+  if (thread < lanes_.size() && lanes_[thread].needed && streams[0] != nullptr) {
+    take_blocks(lanes_[thread], *lanes_[thread].needed);
+  }
+  if (thread >= lanes_.size() || !lanes_[thread].blocks[0] || streams[0] == nullptr) {
     return copy_synchronously(direction, chunk);
   }
   const bool offload = direction == Direction::kDeviceToHost;
-  Lane& lane = lanes_[thread];
+  Blocks& blocks = lanes_[thread].blocks;
   const std::size_t pieces = (chunk.bytes + piece_ - 1) / piece_;
   const auto bytes_of = [&](std::size_t i) { return std::min(piece_, chunk.bytes - i * piece_); };
   const auto launch = [&](std::size_t i) {
     std::byte* device = chunk.address + i * piece_;
-    std::byte* block = lane[i % 2].data();
+    std::byte* block = blocks[i % 2].data();
     streams[i % 2]->copy(offload ? block : device, offload ? device : block, bytes_of(i),
                          kind_of(direction));
   };
   const auto finish = [&](std::size_t i) { streams[i % 2]->wait(bytes_of(i)); };
   const auto store = [&](std::size_t i) {
-    const std::byte* block = lane[i % 2].data();
+    const std::byte* block = blocks[i % 2].data();
     if (chunk.disk) return chunk.disk.write_piece(i, block);
     std::memcpy(chunk.backup.data() + i * piece_, block, bytes_of(i));
   };
   const auto load = [&](std::size_t i) {
-    std::byte* block = lane[i % 2].data();
+    std::byte* block = blocks[i % 2].data();
     if (chunk.disk) return chunk.disk.read_piece(i, block);
     std::memcpy(block, chunk.backup.data() + i * piece_, bytes_of(i));
   };
@@ -153,7 +173,7 @@ void Staging::copy(Direction direction, Chunk& chunk, unsigned thread,
     chunk.copying = {streams[0], streams[1]};
     if (chunk.is_stuck()) {
       std::lock_guard<std::mutex> lock(mutex_);
-      stuck_.push_back({std::exchange(lane, {}), streams});
+      stuck_.push_back({std::exchange(blocks, {}), streams});
     }
     throw;
   }

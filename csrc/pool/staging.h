@@ -26,6 +26,9 @@ class Staging {
 
   // Gives each of `threads` threads two blocks, or fewer if the host has no more.
   void open(int device, unsigned threads, HostSource source);
+  // The same, but each thread takes its blocks when it first copies, so that the others need not
+  // wait for them.
+  void open_as_needed(unsigned threads, HostSource source);
   void close() noexcept;
   std::size_t bytes();
 
@@ -42,12 +45,17 @@ class Staging {
             const std::array<CopyStream*, 2>& streams);
 
  private:
-  using Lane = std::array<HostMemory, 2>;
+  using Blocks = std::array<HostMemory, 2>;
+  struct Lane {
+    Blocks blocks;
+    std::optional<HostSource> needed;  // from which its thread still has to take the blocks
+  };
   struct StuckLane {
-    Lane lane;
+    Blocks blocks;
     std::array<CopyStream*, 2> streams;
   };
 
+  void take_blocks(Lane& lane, HostSource source) const;
   void copy_synchronously(Direction direction, Chunk& chunk) const;
 
   const std::size_t piece_;  // of a file: DiskBackup::kPiece

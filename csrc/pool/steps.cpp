@@ -83,7 +83,7 @@ Parallelism Steps::open_staging(Iterator first, Iterator last, bool takes_host_m
   unsigned threads = takes_host_memory || plain ? backups_.threads() : 0;
   if (on_disk > 0) {
     const unsigned wanted = std::min(backups_.disk_threads(), on_disk);
-    transfer_.disk_staging().open(device, wanted, backups_.source(device));
+    transfer_.disk_staging().open_as_needed(wanted, backups_.source(device));
     threads = std::max(threads, wanted);
   }
   return threads > 0 ? Parallelism{threads, 1} : Parallelism{settings_.copy_threads, 8};

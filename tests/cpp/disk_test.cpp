@@ -145,9 +145,10 @@ TEST(a_backup_on_disk_holds_no_more_of_the_host_than_its_blocks) {
     CHECK_EQ(disk_bytes(), kAll);
     CHECK_EQ(world.weights.info().disk_bytes, kLarge);
     CHECK_EQ(world.weights.info().host_bytes, 0u);
-    CHECK_EQ(held().host_bytes(), kBlocks);
-    CHECK_EQ(camem::page_locked_host_bytes() + camem::plain_host_bytes(), kBlocks);
-    CHECK_EQ(pool().host_info().disk_staging, kBlocks);
+    const std::size_t blocks = held().host_bytes();  // of the threads that came to copy
+    CHECK(blocks >= 2 * DiskBackup::kPiece && blocks <= kBlocks);
+    CHECK_EQ(camem::page_locked_host_bytes() + camem::plain_host_bytes(), blocks);
+    CHECK_EQ(pool().host_info().disk_staging, blocks);
     wake_all();
     world.check_intact();
     CHECK_EQ(held().host_bytes(), 0u);
@@ -233,7 +234,7 @@ TEST(the_place_of_backups_may_change_between_two_sleeps) {
     const Disk first;
     sleep();
     CHECK_EQ(disk_bytes(), kAll);
-    CHECK_EQ(held().host_bytes(), kBlocks);
+    CHECK(held().host_bytes() <= kBlocks);
     {
       const Disk second;
       wake_all();
@@ -328,7 +329,8 @@ bool must_fail(const std::string& call, const Kind& kind) {
   return !(call == "pwrite" && kind.fault == Fault::kTorn);
 }
 
-void survive(const Operation& operation, const std::string& call, std::size_t nth, const Kind& kind) {
+void survive(const Operation& operation, const std::string& call, std::size_t nth,
+             const Kind& kind) {
   const device::Held before = held();
   {
     const Disk disk(false);
