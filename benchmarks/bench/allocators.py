@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,10 @@ OURS: dict[str, dict[str, Any]] = {
     "ours_registered_lock": {"host_memory": "registered", "prepare": False, "unprepared": "lock"},
     "ours_skip_unchanged": {"skip": True},
     "ours_released": {"keep": False},
+    "ours_disk": {"prepare": False, "disk": True},
+    "ours_disk_registered": {"prepare": False, "disk": True, "host_memory": "registered"},
 }
-PEERS = ("cumem", "tms", "tms_retain")
+PEERS = ("cumem", "tms", "tms_retain", "tms_disk")
 
 
 class Allocator(Protocol):
@@ -38,7 +41,14 @@ class Allocator(Protocol):
 class Ours:
     """vllm_sleep_ascend's compiled allocator. ``variant`` chooses the options."""
 
-    def __init__(self, machine: Machine, variant: str, chunk_mib: int) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        variant: str,
+        chunk_mib: int,
+        directory: Path | None,
+        disk_blocks_mib: int,
+    ) -> None:
         self._machine = machine
         self.camem = build.load(machine.name)
         from vllm_sleep_ascend.policy import POLICY, SCRATCH_TAGS
@@ -57,6 +67,8 @@ class Ours:
             host_memory=options.get("host_memory", "acl"),
             unprepared=options.get("unprepared", "measured"),
             scratch_tags=list(SCRATCH_TAGS),
+            backup_dir=str(directory) if options.get("disk") else "",
+            disk_blocks_bytes=disk_blocks_mib * MIB,
         )
         self._hooks: Any = None
         if machine.name == "cuda":
@@ -143,11 +155,15 @@ class Cumem:
 
 
 class MemorySaver:
-    """torch_memory_saver; ``retain`` keeps its host backup between sleeps."""
+    """torch_memory_saver; ``retain`` keeps its host backup between sleeps, and with ``directory``
+    the backup is on disk."""
 
-    def __init__(self, retain: bool) -> None:
+    def __init__(self, retain: bool, directory: Path | None = None) -> None:
+        self._on_disk = directory is not None
         if retain:
             os.environ["TMS_RETAIN_CPU_BACKUP"] = "1"
+        if directory is not None:
+            os.environ["TMS_DISK_BACKUP_DIR"] = str(directory)
         sys.path.insert(0, str(build.PEERS))
         from torch_memory_saver import torch_memory_saver
 
@@ -156,7 +172,8 @@ class MemorySaver:
 
     @contextmanager
     def use_pool(self, tag: str) -> Iterator[None]:
-        with self._saver.region(tag=tag, enable_cpu_backup=tag == "weights"):
+        kept = "enable_disk_backup" if self._on_disk else "enable_cpu_backup"
+        with self._saver.region(tag=tag, **{kept: tag == "weights"}):
             yield
 
     def prepare(self) -> None: ...
@@ -173,9 +190,16 @@ class MemorySaver:
         return {}
 
 
-def make(name: str, machine: Machine, chunk_mib: int = 64) -> Allocator:
+def make(
+    name: str,
+    machine: Machine,
+    chunk_mib: int = 64,
+    directory: Path | None = None,
+    disk_blocks_mib: int = 256,
+) -> Allocator:
+    """``directory`` and ``disk_blocks_mib`` are for those whose backup is on disk."""
     if name == "cumem":
         return Cumem()
-    if name in ("tms", "tms_retain"):
-        return MemorySaver(retain=name == "tms_retain")
-    return Ours(machine, name, chunk_mib)
+    if name in ("tms", "tms_retain", "tms_disk"):
+        return MemorySaver(name == "tms_retain", directory if name == "tms_disk" else None)
+    return Ours(machine, name, chunk_mib, directory, disk_blocks_mib)

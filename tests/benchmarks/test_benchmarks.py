@@ -74,3 +74,16 @@ def test_preparing_beside_a_decode_keeps_the_weights(tmp_path):
     run("preparing.py", "--device", "sim", *arguments)  # fails if contents were lost
     ways = json.loads((tmp_path / "preparing_sim_toy.json").read_text())["ways"]
     assert len(ways) == 5 and all(way["steps"] > 1 for way in ways.values())
+
+
+def test_a_backup_on_disk_keeps_all_contents(tmp_path):
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    arguments = ("--dir", str(backups), "--cycles", "2", "--out", str(tmp_path))
+    table = run("disk.py", "--device", "sim", *arguments)
+    (figures,) = json.loads((tmp_path / "disk_sim_toy.json").read_text())["runs"].values()
+    assert figures["contents_kept"]
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in figures["gb_s"].values())
+    assert figures["pinned_bytes"] == figures["plain_bytes"] == 0  # awake again
+    assert list(backups.iterdir()) == []
+    assert "| ours_disk" in table
