@@ -103,25 +103,6 @@ def test_a_backup_that_changed_is_not_served(llm, tiny_model, directory) -> None
     assert few(llm) == expected
 
 
-def test_two_ranks_sleep_on_one_disk(tiny_model, tmp_path) -> None:
-    expected = hf_few(tiny_model)
-    with engine(
-        tiny_model,
-        enable_sleep_mode=True,
-        additional_config={"sleep_mode": options(tmp_path)},
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-    ) as llm:
-        assert few(llm) == expected
-        llm.sleep(level=1)
-        for rank in llm.collective_rpc("sleep_status"):
-            assert rank["tags"]["weights"]["disk"] == rank["tags"]["weights"]["offloaded"] > 0
-            assert rank["host_backup"] == 0
-        assert list(tmp_path.iterdir()) == []
-        llm.wake_up()
-        assert few(llm) == expected
-
-
 def test_a_killed_server_leaves_no_file(tiny_model, tmp_path) -> None:
     backups = tmp_path / "backups"
     backups.mkdir()
