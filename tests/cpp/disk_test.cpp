@@ -73,7 +73,9 @@ class Disk {
 };
 
 struct World {
-  Block weights{"weights", kLarge, 1};
+  explicit World(std::size_t large = kLarge) : weights("weights", large, 1) {}
+
+  Block weights;
   Block small{"weights", kSmall, 2};
   Block runtime{"runtime", kSmall, 3};
   Block cache{"kv_cache", kSmall, 4};
@@ -329,12 +331,14 @@ bool must_fail(const std::string& call, const Kind& kind) {
   return !(call == "pwrite" && kind.fault == Fault::kTorn);
 }
 
+constexpr std::size_t kSwept = 10 * kMiB;  // pieces of 8 and 2 MiB
+
 void survive(const Operation& operation, const std::string& call, std::size_t nth,
              const Kind& kind) {
   const device::Held before = held();
   {
     const Disk disk(false);
-    World world;
+    World world(kSwept);
     operation.prepare();
     std::string message;
     {
@@ -354,7 +358,7 @@ void survive(const Operation& operation, const std::string& call, std::size_t nt
         CHECK(disk.files().empty());
         CHECK_EQ(held().host_bytes(), 0u);
       } else {
-        CHECK_EQ(disk_bytes(), kAll);
+        CHECK_EQ(disk_bytes(), kSwept + 2 * kSmall);
         CHECK_EQ(held().device_bytes, 0u);
       }
       operation.run();
@@ -379,7 +383,7 @@ TEST(every_system_call_of_sleep_and_wake_may_fail_once) {
     std::map<std::string, std::size_t> counts;
     {
       const Disk disk(false);
-      World world;
+      World world(kSwept);
       operation.prepare();
       const Counting calls;
       operation.run();
@@ -405,7 +409,7 @@ TEST(every_system_call_of_sleep_and_wake_may_fail_once) {
       }
     }
   }
-  CHECK(faults >= 150);
+  CHECK(faults >= 120);
 }
 
 TEST(too_little_space_is_found_before_anything_is_touched) {
