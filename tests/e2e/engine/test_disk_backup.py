@@ -2,6 +2,7 @@
 """Level 1 with ``host_backup="disk"``: tokens, bytes, and what a killed server leaves."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import MIB
+from helpers.cli import vllm_sleep
 from helpers.disk import nameless_files, spoil
 from helpers.engine import engine, few
 from helpers.reference import hf_few
@@ -117,14 +119,17 @@ def test_a_killed_server_leaves_no_file(tiny_model, tmp_path) -> None:
         text = server.complete()
         server.post("/sleep?level=1")
         metrics = server.http.get("/metrics").text
-        (held,) = (
+        (gauge,) = (
             line
             for line in metrics.splitlines()
             if line.startswith("vllm:sleep_mode_held_bytes")
             and 'tag="weights"' in line
             and 'location="disk"' in line
         )
-        assert float(held.split()[-1]) == server.rank_status()["tags"]["weights"]["disk"] > 0
+        assert float(gauge.split()[-1]) == server.rank_status()["tags"]["weights"]["disk"] > 0
+        status = vllm_sleep("status", f"http://127.0.0.1:{server.port}").stdout
+        held = "weights 0 MiB on the device and 0 MiB on the host"
+        assert re.search(rf"{held} and [1-9]\d* MiB on disk", status), status
         server.post("/wake_up")
         assert server.complete() == text
         server.post("/sleep?level=1")
