@@ -5,6 +5,7 @@ refreshes gauges."""
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend.front_end import metrics
+from vllm_sleep_ascend.routes import Needs, needs
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -13,24 +14,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _RETRY_AFTER_S = 1
-
-_CONTROL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-_GENERATION = frozenset(
-    (
-        "/inference/v1/generate",
-        "/invocations",
-        "/pooling",
-        "/classify",
-        "/score",
-        "/rerank",
-        "/v2/rerank",
-        "/v2/embed",
-        "/generative_scoring",
-        "/cohere/v2/chat",
-    )
-)
-_NO_ENGINE = ("/count_tokens", "/render", "/derender", "/cancel")
-"""Ends of paths that generate nothing."""
 
 
 class SleepModeMiddleware:
@@ -64,10 +47,7 @@ def _path(scope: "Scope") -> str:
 
 
 def _generates(scope: "Scope") -> bool:
-    path = _path(scope)
-    if scope["method"] != "POST" or path in _CONTROL or path.endswith(_NO_ENGINE):
-        return False
-    return (path in _GENERATION or path.startswith("/v1/")) and _has_route(scope)
+    return needs(scope["method"], _path(scope)) is Needs.STEPS and _has_route(scope)
 
 
 def _has_route(scope: "Scope") -> bool:

@@ -3,23 +3,31 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 
 import httpx
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from vllm_sleep_ascend.client.calls import CallFailed
-from vllm_sleep_ascend.proxy.responses import CLIENT_LEFT, PassedOn, Refused, end_to_end
+from vllm_sleep_ascend.proxy.background import Background
+from vllm_sleep_ascend.proxy.naming import model_of, server_of
+from vllm_sleep_ascend.proxy.operations import ASK_S
+from vllm_sleep_ascend.proxy.responses import (
+    CLIENT_LEFT,
+    NoAnswer,
+    PassedOn,
+    Refused,
+    end_to_end,
+)
 from vllm_sleep_ascend.proxy.schedule import Schedule
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import QueueFull, Turns
-
-_PASSED_ON = ("/v1/{path:path}", "/tokenize", "/detokenize", "/pooling", "/classify", "/score")
-_SHOWN = 200  # Characters of a name that is refused.
+from vllm_sleep_ascend.routes import Needs, needs, posts
 
 
 class Public:
@@ -37,19 +45,25 @@ class Public:
             limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
             trust_env=False,
         )
+        passed_on = (*posts(Needs.STEPS), *posts(Needs.TEXT), "/v1/{path:path}")
+        self._background = Background(turns, self._http)
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._one_model),
                 Route("/health", health),
-                *(Route(path, self._serve, methods=["POST"]) for path in _PASSED_ON),
+                Route("/v1/responses/{response}", self._serve),
+                *(Route(path, self._serve, methods=["POST"]) for path in passed_on),
             ],
             lifespan=self._lifespan,
+            exception_handlers={HTTPException: _refused},
         )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._http)
+            stack.push_async_callback(self._background.close)
             for server in self.turns.servers:
                 await stack.enter_async_context(server.client)
             task = asyncio.create_task(Schedule(self.turns).run())
@@ -62,21 +76,28 @@ class Public:
 
     async def _models(self, _: Request) -> Response:
         """All servers' models, without waking a server."""
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "vllm"}
-            for server in self.turns.servers
-            for name in server.models
-        ]
+        data = [_card(name) for server in self.turns.servers for name in server.models]
         return JSONResponse({"object": "list", "data": data})
 
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        try:
+            await server_of(self.turns, name)
+        except Refused as refused:
+            return refused.response()
+        return JSONResponse(_card(name))
+
     async def _serve(self, request: Request) -> Response:
-        name, response = "", None
+        name = ""
         try:
             body = await self._body(request)
-            server = await server_of(self.turns, _model(body))
-            name = server.name
-            working = asyncio.create_task(self._pass_on(request, server, body))
-            response = await _unless_client_leaves(request, working)
+            if needs(request.method, _path(request)) is Needs.STORE:
+                answer = self._find(request, body)
+            else:
+                server = await server_of(self.turns, await model_of(request, body))
+                name = server.name
+                answer = self._pass_on(request, server, body)
+            response = await _unless_client_leaves(request, asyncio.create_task(answer))
         except Refused as refused:
             response = refused.response()
         except ClientDisconnect:
@@ -89,8 +110,8 @@ class Public:
         Raises:
             Refused: it is too large, or its path is not one of the servers'.
         """
-        if {"..", "."} & set(request.url.path.split("/")):
-            raise Refused(400, f"{request.url.path!r} is not a path here")
+        if {"..", "."} & set(_path(request).split("/")):
+            raise Refused(400, f"{_path(request)!r} is not a path here")
         body = bytearray()
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > self._max_body:
@@ -102,19 +123,14 @@ class Public:
         return bytes(body)
 
     async def _pass_on(self, request: Request, server: Server, body: bytes) -> Response:
-        """Wait for the server's turn, and send it the request.
+        """Send the server the request; one that needs its engine waits for the server's turn.
 
         Raises:
             Refused: the queue is full, or the server does not wake or answer.
         """
-        try:
-            url = httpx.URL(server.name).copy_with(
-                path=request.url.path, query=request.scope["query_string"] or None
-            )
-        except httpx.InvalidURL as error:
-            raise Refused(400, str(error)) from None
-        headers = end_to_end(request.headers.raw)
-        asked = self._http.build_request("POST", url, headers=headers, content=body)
+        asked = self._to(server, request, body)
+        if needs(request.method, _path(request)) is Needs.TEXT:
+            return PassedOn(await self._answer(server, asked))
         try:
             await self.turns.enter(server)
         except QueueFull as full:
@@ -122,50 +138,112 @@ class Public:
         except CallFailed as error:
             raise Refused(503, f"the model cannot be woken: {error}", 5) from None
         try:
-            upstream = await self._http.send(asked, stream=True)
+            upstream = await self._answer(server, asked)
+        except BaseException as error:
+            self.turns.leave(server, broken=isinstance(error, NoAnswer))
+            raise
+        if _path(request) == "/v1/responses" and _is_json(upstream):
+            return await self._background.begun(server, upstream)
+        return PassedOn(upstream, lambda broken: self.turns.leave(server, broken))
+
+    async def _find(self, request: Request, body: bytes) -> Response:
+        """Ask all servers for a stored response, and pass on the answer of the one that has it. One
+        that sleeps answers as well.
+
+        Raises:
+            Refused: no server has it.
+        """
+
+        async def ask(server: Server) -> httpx.Response:
+            try:
+                async with asyncio.timeout(ASK_S):
+                    return await self._answer(server, self._to(server, request, body))
+            except TimeoutError:
+                raise NoAnswer(server.name, f"nothing came within {ASK_S:g} s") from None
+
+        asked = [asyncio.create_task(ask(server)) for server in self.turns.servers]
+        chosen: httpx.Response | None = None
+        try:
+            await asyncio.wait(asked)
+            best = min(asked, key=_rank)
+            if _rank(best) != _MISSING:
+                chosen = best.result()
+                return PassedOn(chosen)
+        finally:
+            for task in asked:
+                task.cancel()
+                if task.done() and not task.exception() and task.result() is not chosen:
+                    await task.result().aclose()
+        raise Refused(404, "no server has this response")
+
+    def _to(self, server: Server, request: Request, body: bytes) -> httpx.Request:
+        """
+        Raises:
+            Refused: what it asks for is no URL.
+        """
+        try:
+            url = httpx.URL(server.name).copy_with(
+                path=_path(request), query=request.scope["query_string"] or None
+            )
+        except httpx.InvalidURL as error:
+            raise Refused(400, str(error)) from None
+        headers = end_to_end(request.headers.raw)
+        return self._http.build_request(request.method, url, headers=headers, content=body)
+
+    async def _answer(self, server: Server, asked: httpx.Request) -> httpx.Response:
+        """The server's answer, of which only the head has been read.
+
+        Raises:
+            Refused: it cannot be asked this.
+            NoAnswer: it does not answer.
+        """
+        try:
+            return await self._http.send(asked, stream=True)
         except httpx.LocalProtocolError as error:
-            self.turns.leave(server)
             raise Refused(400, str(error)) from None
         except httpx.HTTPError as error:
-            self.turns.leave(server, broken=True)
-            reason = str(error) or type(error).__name__
-            raise Refused(502, f"{server.name} did not answer: {reason}") from None
-        except BaseException:
-            self.turns.leave(server)
-            raise
-        return PassedOn(upstream, lambda broken: self.turns.leave(server, broken))
+            raise NoAnswer(server.name, str(error) or type(error).__name__) from None
+
+
+def _path(request: Request) -> str:
+    """As routed. Starlette's ``request.url`` depends on the Host header, which the client chose."""
+    path: str = request.scope["path"]
+    return path
+
+
+def _is_json(answer: httpx.Response) -> bool:
+    kind: str = answer.headers.get("content-type", "")
+    return kind.startswith("application/json")
+
+
+_MISSING = 3
+
+
+def _rank(asked: "asyncio.Task[httpx.Response]") -> int:
+    """How much a server's answer says of a stored response; the least says most."""
+    if isinstance(asked.exception(), Refused):
+        return 2
+    status = asked.result().status_code
+    if status == HTTPStatus.NOT_FOUND:
+        return _MISSING
+    return 0 if status < HTTPStatus.BAD_REQUEST else 1
+
+
+def _card(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "vllm"}
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    """An unknown path or method, in vLLM's form."""
+    assert isinstance(error, HTTPException)
+    response = Refused(error.status_code, error.detail).response()
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def health(_: Request) -> Response:
     """200 if the proxy is running. The admin port's /status has the state of its servers."""
     return Response(status_code=200)
-
-
-async def server_of(turns: Turns, model: str | None) -> Server:
-    """
-    Raises:
-        Refused: no server has the model.
-    """
-    if model is None and len(turns.servers) == 1:
-        return turns.servers[0]
-    server = await turns.server_of(model) if model is not None else None
-    if server is not None:
-        return server
-    known = ", ".join(sorted(name for server in turns.servers for name in server.models))
-    if model is None:
-        raise Refused(400, f"name a model, one of {known}")
-    raise Refused(404, f"no model {model[:_SHOWN]!r}; there are {known}")
-
-
-def _model(body: bytes) -> str | None:
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-    model = content.get("model") if isinstance(content, dict) else None
-    if model is not None and not isinstance(model, str):
-        raise Refused(400, f"model must be a string, not {type(model).__name__}")
-    return model
 
 
 async def _unless_client_leaves(request: Request, working: asyncio.Task[Response]) -> Response:

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Callable
+from http import HTTPStatus
 
 import httpx
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -28,10 +29,17 @@ class Refused(Exception):
         self.retry_after_s = retry_after_s
 
     def response(self) -> Response:
-        kind = "invalid_request_error" if self.status < 500 else "unavailable"
-        error = {"message": str(self), "type": kind, "code": self.status}
+        kind = f"{HTTPStatus(self.status).phrase.title().replace(' ', '')}Error"  # as vLLM's
+        error = {"message": str(self), "type": kind, "param": None, "code": self.status}
         wait = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else None
         return JSONResponse({"error": error}, self.status, headers=wait)
+
+
+class NoAnswer(Refused):
+    """The server did not answer."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        super().__init__(502, f"{server} did not answer: {reason}")
 
 
 class PassedOn(StreamingResponse):
@@ -41,7 +49,9 @@ class PassedOn(StreamingResponse):
         finish: called once at the end, with whether the server has broken off the answer.
     """
 
-    def __init__(self, upstream: httpx.Response, finish: Callable[[bool], None]) -> None:
+    def __init__(
+        self, upstream: httpx.Response, finish: Callable[[bool], None] = lambda _: None
+    ) -> None:
         super().__init__(upstream.aiter_raw(), upstream.status_code)
         self.raw_headers = end_to_end(upstream.headers.raw)
         self._upstream, self._finish = upstream, finish

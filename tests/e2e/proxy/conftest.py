@@ -13,7 +13,15 @@ from helpers.models import make_model
 from helpers.proxy import PROMPTS, TOKENS, Proxy, used
 from helpers.server import SMALL, Server
 
-OPTIONS = ("--enable-sleep-mode", "--dtype", "float32", *SMALL, "--gpu-memory-utilization", "0.4")
+OPTIONS = (
+    "--enable-sleep-mode",
+    "--enable-scale-out",
+    "--dtype",
+    "float32",
+    *SMALL,
+    "--gpu-memory-utilization",
+    "0.4",
+)
 CHUNKS = ("--additional-config", '{"sleep_mode": {"chunk_mib": 2}}')
 API_KEY = "key-of-the-third"
 
@@ -32,6 +40,7 @@ def start(tmp_path_factory) -> Iterator[Start]:
     faults.touch()
     env = {
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         "NPU_SIM_MACHINE": f"proxy-{os.getpid()}",
         "NPU_SIM_HBM_GIB": "1",
         "NPU_SIM_LINK_GBPS": "0.05",
