@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin that orders tests and distributes them in groups over two processes."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,10 +73,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _reschedule(self, node: Any) -> None:
             if node not in self.registered_collections:
                 return  # it has not collected yet
-            super()._reschedule(node)
-            # A process starts its last known test only after it gets another one or a shutdown.
-            while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+            with contextlib.suppress(OSError):  # it has crashed, and is about to be removed
                 super()._reschedule(node)
+                # A process starts its last known test only after it gets another or a shutdown.
+                while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+                    super()._reschedule(node)
 
     config.option.loadscopereorder = False  # keep the order of collection
     return Groups(config, log)
