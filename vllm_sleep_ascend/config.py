@@ -206,7 +206,8 @@ class SleepModeConfig(BaseModel):
         if self.host_backup == "disk" and self.backup_dir is None:
             raise ValueError("host_backup='disk' needs backup_dir, a directory on a fast disk")
         for option in ("backup_dir", "disk_blocks_mib"):
-            if option in self.model_fields_set and self.host_backup != "disk":
+            is_default = getattr(self, option) == type(self).model_fields[option].default
+            if not is_default and self.host_backup != "disk":
                 raise ValueError(f"{option} needs host_backup='disk'")
         return self
 

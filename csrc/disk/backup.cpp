@@ -47,11 +47,12 @@ void DiskBackup::read_piece(std::size_t piece, std::byte* data) const {
   const std::uint32_t sum = crc32c(data, bytes);
   if (sum == sums_[piece]) return;
   std::ostringstream text;
-  text << "the backup in " << file_->directory() << " (backup_dir, a file without a name) is not "
-       << "what was written: " << bytes << " bytes at offset " << offset << " have the checksum "
-       << std::hex << sum << " instead of " << sums_[piece]
-       << ". It is not used. Repeat the wake; if the disk does not recover, sleep at level 2, wake "
-          "and load the weights, or restart the engine";
+  text
+      << "the backup in " << file_->directory() << " (backup_dir, a file without a name) is not "
+      << "what was written: " << bytes << " bytes at offset " << offset << " have the checksum "
+      << std::hex << sum << " instead of " << sums_[piece]
+      << ". It is not used. Repeat the wake; if the disk does not recover, restart the engine, or, "
+         "if this is the tag 'weights', sleep at level 2, wake and load them";
   throw DiskError(text.str());
 }
 

@@ -37,8 +37,11 @@ int open_without_name(const std::string& directory) {
     return open(directory.c_str(), O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
   });
   if (fd >= 0 || !needs_a_name(errno)) return fd;
-  std::string name = directory + "/.vllm-sleep-XXXXXX";
-  const int named = uninterrupted([&] { return mkostemp(name.data(), O_CLOEXEC); });
+  std::string name;
+  const int named = uninterrupted([&] {
+    name = directory + "/.vllm-sleep-XXXXXX";  // also after a failure, which has filled it in
+    return mkostemp(name.data(), O_CLOEXEC);
+  });
   if (named < 0) return -1;
   if (unlink(name.c_str()) == 0) return named;
   const int error = errno;
@@ -108,6 +111,8 @@ void DiskFile::preallocate(std::size_t bytes) {
   }
   const int error = errno;
   if (error == ENOSPC || error == EDQUOT) {
+    // What it has taken is free again before the rest is counted.
+    static_cast<void>(uninterrupted([&] { return ftruncate(fd_, 0); }));
     throw_out_of_space(directory_, bytes, error == EDQUOT ? 0 : free_disk_bytes(directory_));
   }
   fail("preallocated", error, bytes, 0);

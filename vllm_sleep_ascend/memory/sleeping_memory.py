@@ -82,8 +82,8 @@ class SleepingMemory:
 
     @property
     def verifies(self) -> bool:
-        """Whether a wake verifies the content against its checksums."""
-        return self._config.verify_wake
+        """Whether a wake verifies the content against checksums, and may find it changed."""
+        return self._config.verify_wake or self._config.host_backup == "disk"
 
     @property
     def reloads_after_level_2(self) -> bool:

@@ -105,6 +105,18 @@ def test_a_backup_that_changed_is_not_served(llm, tiny_model, directory) -> None
     assert few(llm) == expected
 
 
+def test_level_2_reads_nothing_of_a_disk_that_fails(llm, tiny_model, directory) -> None:
+    expected = hf_few(tiny_model)
+    llm.sleep(level=1)
+    spoil(directory)
+    with pytest.raises(DiskError, match=r"tag 'weights'.*sleep at level 2"):
+        llm.wake_up()
+    llm.sleep(level=2)
+    llm.wake_up()
+    llm.collective_rpc("reload_weights")
+    assert few(llm) == expected
+
+
 def test_a_killed_server_leaves_no_file(tiny_model, tmp_path) -> None:
     backups = tmp_path / "backups"
     backups.mkdir()
