@@ -24,6 +24,7 @@ def rules(tmp_path_factory):
 def idle(tiny_model, rules):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NPU_SIM_FAULTS_FILE", str(rules))
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # other tests use the device
         with contextmanager(async_llm)(
             tiny_model, additional_config=OPTIONS, max_num_seqs=1
         ) as engine_and_run:
