@@ -30,8 +30,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def http_client(url: str, **options: Any) -> httpx.Client:
-    """It does not use a connection again that the server, after 5 s, may be about to close."""
-    limits = httpx.Limits(keepalive_expiry=2)
+    """A connection for each request: a server closes those that rest, and after an error of its own
+    any, and a request on one that is about to close fails."""
+    limits = httpx.Limits(max_keepalive_connections=0)
     return httpx.Client(base_url=url, timeout=120 * patience(), limits=limits, **options)
 
 
