@@ -9,13 +9,12 @@ because times of host memory mean nothing.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import time
 from typing import Any
 
+from bench import children
 from bench.options import add_options, fill_in_options
 
 GIB = 1 << 30
@@ -111,14 +110,6 @@ def touch_host(size: int) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def run_child(name: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, *arguments, "--child", name]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        return {"error": f"exit code {done.returncode}: {done.stdout.strip()[-200:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
@@ -136,22 +127,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.child is not None:
-        print(json.dumps(measure(options.child, options)), flush=True)
-        os._exit(0)  # the process's exit is not measured
-    from bench import build, report
+        children.end_child(measure(options.child, options))
+    from bench import report
     from bench.machine import Machine
     from bench.models import MODELS
 
-    environment = dict(os.environ)
+    environment = children.environment_for(options.device)
     if options.device == "cuda":
-        build.build()
-        environment.setdefault("NPU_SIM_HBM_GIB", str(build.device_gib() - 3))
         touch_host(min(3 * MODELS[options.model].bytes(), 90 * GIB))
-    names = [name for name in f"{options.ours},{options.peer}".split(",") if name]
-    runs: dict[str, Any] = {}
-    for name in names:
-        runs[name] = run_child(name, sys.argv[1:], environment)
-        print(f"{name}: {json.dumps(runs[name])}", flush=True)
+    runs = children.run_each(f"{options.ours},{options.peer}", environment)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
@@ -167,8 +151,7 @@ def main() -> None:
         report.write_json(options.out / f"{stem}.json", result)
         if options.device != "sim":
             report.draw_allocators(options.out / f"{stem}.png", result)
-    if any("error" in run or not run["contents_kept"] for run in runs.values()):
-        raise SystemExit("an allocator failed, or lost contents")
+    children.check(runs)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ that was never written.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench import children
 from bench.options import add_options, fill_in_options
 
 MIB = 1 << 20
@@ -150,31 +149,15 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def run_child(name: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, *arguments, "--child", name]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        return {"error": f"exit code {done.returncode}: {done.stdout.strip()[-200:]}"}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     options = parse()
     if options.child is not None:
-        print(json.dumps(measure(options.child, options)), flush=True)
-        os._exit(0)  # the process's exit is not measured
-    from bench import build, report
+        children.end_child(measure(options.child, options))
+    from bench import report
     from bench.machine import Machine
 
-    environment = dict(os.environ)
-    if options.device == "cuda":
-        build.build()
-        environment.setdefault("NPU_SIM_HBM_GIB", str(build.device_gib() - 3))
-    runs: dict[str, Any] = {}
-    for name in filter(None, f"{options.ours},{options.peer}".split(",")):
-        runs[name] = run_child(name, sys.argv[1:], environment)
-        print(f"{name}: {json.dumps(runs[name])}", flush=True)
+    environment = children.environment_for(options.device)
+    runs = children.run_each(f"{options.ours},{options.peer}", environment)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
@@ -186,8 +169,7 @@ def main() -> None:
     if options.out is not None:
         stem = f"disk_{options.device}_{options.model}"
         report.write_json(options.out / f"{stem}.json", result)
-    if any("error" in run or not run["contents_kept"] for run in runs.values()):
-        raise SystemExit("an allocator failed, or lost contents")
+    children.check(runs)
 
 
 if __name__ == "__main__":
