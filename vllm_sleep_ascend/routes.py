@@ -21,13 +21,8 @@ class Needs(Enum):
 _GROUPS = {
     Needs.STEPS: (
         *("POST /v1/chat/completions", "POST /v1/chat/completions/batch", "POST /v1/completions"),
-        *(
-            "POST /v1/responses",
-            "POST /v1/decisions",
-            "POST /v1/messages",
-            "POST /cohere/v2/chat",
-            "POST /v1/systemone",
-        ),
+        *("POST /v1/responses", "POST /v1/messages", "POST /cohere/v2/chat"),
+        *("POST /v1/systemone", "POST /v1/decisions"),
         *("POST /inference/v1/generate", "POST /invocations", "POST /generative_scoring"),
         *("POST /v1/embeddings", "POST /v2/embed", "POST /pooling", "POST /classify"),
         *("POST /score", "POST /v1/score", "POST /rerank", "POST /v1/rerank", "POST /v2/rerank"),
@@ -40,7 +35,7 @@ _GROUPS = {
         *("POST /v1/messages/render", "POST /v1/responses/render", "POST /cohere/v2/chat/render"),
         *("POST /v1/chat/completions/derender", "POST /v1/completions/derender"),
     ),
-    Needs.STORE: (*("GET /v1/responses/{response_id}", "POST /v1/responses/{response_id}/cancel"),),
+    Needs.STORE: ("GET /v1/responses/{response_id}", "POST /v1/responses/{response_id}/cancel"),
     Needs.SERVER: (
         *("GET /health", "GET /ping", "POST /ping", "GET /load", "GET /version", "GET /metrics"),
         *("GET /v1/models", "GET /tokenizer_info", "GET /kv_event_sources"),

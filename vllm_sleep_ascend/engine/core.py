@@ -68,7 +68,7 @@ def _record_sleep(core: "EngineCore", was_paused: bool, failed: bool) -> None:
 def sleep(stock: _Sleep) -> _Sleep:
     def sleep(self: "EngineCore", level: int = 1, mode: PauseMode = "abort") -> Future[None] | None:
         check_sleep(self.vllm_config, level, mode)
-        _is_the_users(self)
+        OnRequest.of(self).sleeps_by_itself = False
         pending = EngineState.of(self).pending_sleep
         if pending is not None:
             if mode == "abort":  # of the requests that the pending sleep waits for
@@ -138,23 +138,15 @@ def _sleep_is_done(
 
 
 def _wake_for_waiting(core: "EngineCore", mode: PauseMode) -> None:
-    on_request = OnRequest.of(core)
-    waiting, reason = ([], None) if on_request is None else on_request.wake_after_sleep(mode)
+    waiting, reason = OnRequest.of(core).wake_after_sleep(mode)
     if reason is not None:
         refuse(core, waiting, reason)
-
-
-def _is_the_users(core: "EngineCore") -> None:
-    """A sleep or a wake that its user asked for: from here on they know whether it sleeps."""
-    on_request = OnRequest.of(core)
-    if on_request is not None:
-        on_request.sleeps_by_itself = False
 
 
 def wake_up(stock: _WakeUp) -> _WakeUp:
     def wake_up(self: "EngineCore", tags: list[str] | None = None) -> bool | Future[bool]:
         check_wake_up(self.vllm_config, tags)
-        _is_the_users(self)
+        OnRequest.of(self).sleeps_by_itself = False
         call_off_sleep(self, "wake_up()")
         state = EngineState.of(self)
         if state.pending_sleep is not None:
@@ -244,14 +236,13 @@ def resume_scheduler(stock: Callable[["EngineCore"], None]) -> Callable[["Engine
         if self.model_executor.is_sleeping:
             if wakes:  # vLLM 0.23 resumes after each part of a wake
                 return None
-            if on_request is not None and on_request.sleeps_by_itself:
+            if on_request.sleeps_by_itself:
                 gate.users_pause = PauseState.UNPAUSED
                 return on_request.end_own_sleep()
             raise SleepModeError("the engine sleeps; wake it with wake_up() before it resumes")
         if is_pending(self):
             raise SleepModeError("a sleep waits for requests to end; wait for it, then wake_up()")
-        if on_request is not None:
-            on_request.resumes()
+        on_request.resumes()
         if not wakes:
             gate.users_pause = PauseState.UNPAUSED
         gate.look()
@@ -284,13 +275,12 @@ def is_sleeping(stock: Callable[["EngineCore"], bool]) -> Callable[["EngineCore"
 
 def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
     def collective_rpc(self: "EngineCore", method: _Method, *args: Any, **kwargs: Any) -> _T:
-        gate = ServingGate.of(self)
+        gate, on_request = ServingGate.of(self), OnRequest.of(self)
         if gate is None:
             return stock(self, method, *args, **kwargs)
-        on_request = OnRequest.of(self)
         if method in _MOVES:
-            _is_the_users(self)
-        elif on_request is not None and _may_touch_memory(method):
+            on_request.sleeps_by_itself = False
+        elif _may_touch_memory(method):
             on_request.end_own_sleep()
         wrap(type(self.model_executor), "collective_rpc", guards_calls)  # Ray's, or a user's own
         call = GuardedCall(method) if method in policy.STEP_CALLS else method
@@ -305,7 +295,7 @@ def collective_rpc(stock: Callable[..., _T]) -> Callable[..., _T]:
             raise
         finally:
             if _may_touch_memory(method):
-                _works(self)
+                on_request.works()
         _follow_load(gate, method)
         return result
 
@@ -339,7 +329,7 @@ def _following_move(core: "EngineCore") -> Iterator[None]:
 
 def add_request(stock: Callable[..., None]) -> Callable[..., None]:
     def add_request(self: "EngineCore", request: "Request", *args: Any, **kwargs: Any) -> None:
-        _works(self)
+        OnRequest.of(self).works()
         if refuse_new(self, request):
             return None
         gate = ServingGate.of(self)
@@ -368,16 +358,10 @@ def step(stock: _Step) -> _Step:
             scheduler.finished_req_ids |= finished
             finished.clear()
         result = stock(self)
-        _works(self)
+        OnRequest.of(self).works()
         return result
 
     return step
-
-
-def _works(core: "EngineCore") -> None:
-    on_request = OnRequest.of(core)
-    if on_request is not None:
-        on_request.works()
 
 
 def refusal(self: "EngineCore") -> str | None:
@@ -387,10 +371,8 @@ def refusal(self: "EngineCore") -> str | None:
     if gate is None:
         return None
     on_request = OnRequest.of(self)
-    reason = None
-    if on_request is not None:
-        reason = on_request.wake()
-        on_request.works()  # the request is about to come
+    reason = on_request.wake()
+    on_request.works()  # the request is about to come
     return on_any_rank(self, reason or gate.look_and_refuse())
 
 

@@ -34,9 +34,18 @@ _MOST_DOUBLINGS = 6
 
 
 class OnRequest:
-    """Wakes an EngineCore for requests, and puts it to sleep when it is idle."""
+    """Wakes an EngineCore for requests, and puts it to sleep when it is idle, as far as options ask
+    for that.
 
-    def __init__(self, core: "EngineCore", config: SleepModeConfig) -> None:
+    Attributes:
+        sleeps_by_itself: it was idle, and its user has asked for no sleep or wake since.
+    """
+
+    def __init__(self, core: "EngineCore") -> None:
+        enabled = core.vllm_config.model_config.enable_sleep_mode
+        config = (
+            SleepModeConfig.from_vllm_config(core.vllm_config) if enabled else SleepModeConfig()
+        )
         self._core = core
         self._config = config
         self._idle_s = inf if config.idle_sleep_s is None else config.idle_sleep_s
@@ -51,16 +60,12 @@ class OnRequest:
         self._told = ""
 
     @classmethod
-    def of(cls, core: "EngineCore") -> "OnRequest | None":
-        """This engine's; None if no option asks for it."""
-        if not core.vllm_config.model_config.enable_sleep_mode:
-            return None
+    def of(cls, core: "EngineCore") -> "OnRequest":
+        """This engine's."""
         state = EngineState.of(core)
         if state.on_request is None:
-            config = SleepModeConfig.from_vllm_config(core.vllm_config)
-            acts = config.wake_on_request or config.idle_sleep_s is not None
-            state.on_request = (cls(core, config) if acts else None,)
-        return state.on_request[0]
+            state.on_request = cls(core)
+        return state.on_request
 
     def wake(self, request_id: str | None = None) -> str | None:
         """Wake the engine for a request, if its memory sleeps. Returns why that failed. An engine
@@ -107,7 +112,7 @@ class OnRequest:
         came, self._came_meanwhile = self._came_meanwhile, []
         there = [request.request_id for request in unfinished(self._core)]
         waiting = there if mode == "wait" else [name for name in there if name in came]
-        if not waiting:
+        if not waiting or not self._config.wake_on_request:
             return [], None
         reason = self.wake()
         self._come_by()  # vLLM's loop may be about to wait, for it had no work before the sleep
@@ -200,10 +205,9 @@ class OnRequest:
     def keeps_inputs(self) -> bool:
         """Whether a sleep is under way of which a front end does not know, or during which its
         requests may come."""
-        if not self._config.wake_on_request:
+        if self._falls_asleep or not self._config.wake_on_request:
             return self._falls_asleep
-        state = EngineState.of(self._core)
-        return self._falls_asleep or state.pauses_to_sleep or state.pending_sleep is not None
+        return EngineState.of(self._core).pauses_to_sleep or is_pending(self._core)
 
 
 def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreProc"], None]:
@@ -211,9 +215,7 @@ def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreP
 
     def _notify_idle_state_callbacks(self: "EngineCoreProc") -> None:
         stock(self)
-        on_request = OnRequest.of(self)
-        if on_request is not None:
-            on_request.rest()
+        OnRequest.of(self).rest()
 
     return _notify_idle_state_callbacks
 
@@ -223,8 +225,7 @@ def keeping_inputs(stock: Callable[["EngineCore"], None]) -> Callable[["EngineCo
     until its own copies are reset. An engine that has more than its front end is in order."""
 
     def reset_mm_cache(self: "EngineCore") -> None:
-        on_request = OnRequest.of(self)
-        if on_request is None or not on_request.keeps_inputs:
+        if not OnRequest.of(self).keeps_inputs:
             stock(self)
 
     return reset_mm_cache

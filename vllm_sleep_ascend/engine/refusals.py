@@ -54,8 +54,7 @@ def refuse_new(core: "EngineCore", request: "Request") -> bool:
     gate = ServingGate.of(core)
     if gate is None or getattr(request, "abort_immediately", False):
         return False
-    on_request = OnRequest.of(core)
-    reason = None if on_request is None else on_request.wake(request.request_id)
+    reason = OnRequest.of(core).wake(request.request_id)
     if request.request_id in scheduler_of(core).requests:  # more input of a session
         if reason is not None:
             refuse(core, [request.request_id], reason)

@@ -23,7 +23,7 @@ _ATTRIBUTE = "sleep_mode_state"
 class EngineState:
     """
     gate: whether it may serve; None without sleep mode.
-    on_request: what it does by itself; without an option for that, a tuple with None.
+    on_request: what it does by itself, if options ask for that.
     finished: requests that ended while memory sleeps; the workers forget them with the next step.
     pending_sleep: a sleep that waits for requests to end.
     wait: its part before any memory moves.
@@ -33,7 +33,7 @@ class EngineState:
     """
 
     gate: "ServingGate | None" = None
-    on_request: "tuple[OnRequest | None] | None" = None
+    on_request: "OnRequest | None" = None
     pending_sleep: Future[None] | None = None
     wait: "WaitBeforeSleep | None" = None
     pauses_to_sleep: bool = False

@@ -44,10 +44,9 @@ class Background:
         try:
             content = b"".join([part async for part in upstream.aiter_raw()])
         except BaseException as error:
-            broken = isinstance(error, httpx.HTTPError)
-            self._turns.leave(server, broken)
-            if broken:
-                raise NoAnswer(server.name, str(error) or type(error).__name__) from None
+            self._turns.leave(server, broken=isinstance(error, httpx.HTTPError))
+            if isinstance(error, httpx.HTTPError):
+                raise NoAnswer(server.name, error) from None
             raise
         finally:
             await upstream.aclose()

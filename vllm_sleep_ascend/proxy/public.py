@@ -202,7 +202,7 @@ class Public:
         except httpx.LocalProtocolError as error:
             raise Refused(400, str(error)) from None
         except httpx.HTTPError as error:
-            raise NoAnswer(server.name, str(error) or type(error).__name__) from None
+            raise NoAnswer(server.name, error) from None
 
 
 def _path(request: Request) -> str:

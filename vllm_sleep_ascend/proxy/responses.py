@@ -38,8 +38,9 @@ class Refused(Exception):
 class NoAnswer(Refused):
     """The server did not answer."""
 
-    def __init__(self, server: str, reason: str) -> None:
-        super().__init__(502, f"{server} did not answer: {reason}")
+    def __init__(self, server: str, reason: str | Exception) -> None:
+        text = str(reason) or type(reason).__name__
+        super().__init__(502, f"{server} did not answer: {text}")
 
 
 class PassedOn(StreamingResponse):
