@@ -83,6 +83,14 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file with the fault rules of an engine that a module starts in another process."""
+    path = tmp_path_factory.mktemp("faults") / "rules"
+    path.touch()
+    return path
+
+
 @pytest.fixture
 def left_awake(server: Any, faults: Path) -> Iterator[None]:
     """After the test, the server is awake and its device has no faults."""

@@ -2,7 +2,6 @@
 """Beside vllm-ascend: an engine that sleeps by itself, and that requests wake."""
 
 import asyncio
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,21 +13,10 @@ TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def rules(tmp_path_factory):
-    file = tmp_path_factory.mktemp("faults") / "rules"
-    file.touch()
-    return file
-
-
-@pytest.fixture(scope="module")
 def idle(tiny_model, rules):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NPU_SIM_FAULTS_FILE", str(rules))
         patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # other tests use the device
-        with contextmanager(async_llm)(
-            tiny_model, additional_config=OPTIONS, max_num_seqs=1
-        ) as engine_and_run:
-            yield engine_and_run
+        yield from async_llm(tiny_model, rules, additional_config=OPTIONS, max_num_seqs=1)
 
 
 async def falls_asleep(llm: Any) -> None:

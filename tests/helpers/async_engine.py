@@ -24,13 +24,18 @@ def rejects_while_paused() -> bool:
     return hasattr(EngineCoreProc, "pause_generation")
 
 
-def async_llm(model: Path, **options: Any) -> Iterator[tuple[Any, Callable]]:
-    """An engine, and ``run``, which runs a coroutine in the engine's event loop."""
+def async_llm(
+    model: Path, rules: Path | None = None, **options: Any
+) -> Iterator[tuple[Any, Callable]]:
+    """An engine, and ``run``, which runs a coroutine in the engine's event loop. ``rules`` is the
+    file of its device's faults."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    if rules is not None:
+        patch.setenv("NPU_SIM_FAULTS_FILE", str(rules))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

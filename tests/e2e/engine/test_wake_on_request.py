@@ -2,7 +2,6 @@
 """Engines that a request wakes, with sleeps and requests at the same time."""
 
 import asyncio
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,20 +17,8 @@ SEQUENCES = 2  # computed at once
 
 
 @pytest.fixture(scope="module")
-def rules(tmp_path_factory):
-    file = tmp_path_factory.mktemp("faults") / "rules"
-    file.touch()
-    return file
-
-
-@pytest.fixture(scope="module")
 def woken(tiny_model, rules):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NPU_SIM_FAULTS_FILE", str(rules))
-        with contextmanager(async_llm)(
-            tiny_model, additional_config=OPTIONS, max_num_seqs=SEQUENCES
-        ) as engine_and_run:
-            yield engine_and_run
+    yield from async_llm(tiny_model, rules, additional_config=OPTIONS, max_num_seqs=SEQUENCES)
 
 
 async def requests(llm: Any, name: str, count: int) -> list[Any]:
