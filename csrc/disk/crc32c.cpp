@@ -43,24 +43,15 @@ std::uint64_t word_at(const std::byte* data) {
   return word;
 }
 
-// Consumes whole words with `step`, which takes a sum and a word.
-template <class Step>
-std::uint32_t over_words(std::uint32_t sum, const std::byte*& data, std::size_t& bytes,
-                         const Step& step) {
-  for (; bytes >= kWord; data += kWord, bytes -= kWord) sum = step(sum, word_at(data));
-  return sum;
-}
-
 std::uint32_t by_tables(std::uint32_t sum, const std::byte* data, std::size_t bytes) {
   static const Tables tables = make_tables();
-  sum = over_words(sum, data, bytes, [](std::uint32_t before, std::uint64_t word) {
-    word ^= before;
-    std::uint32_t after = 0;
+  for (; bytes >= kWord; data += kWord, bytes -= kWord) {
+    const std::uint64_t word = word_at(data) ^ sum;
+    sum = 0;
     for (std::size_t k = 0; k < kWord; ++k) {
-      after ^= tables[kWord - 1 - k][(word >> (8 * k)) & 0xff];
+      sum ^= tables[kWord - 1 - k][(word >> (8 * k)) & 0xff];
     }
-    return after;
-  });
+  }
   for (; bytes > 0; ++data, --bytes) {
     sum = (sum >> 8) ^ tables[0][(sum ^ static_cast<std::uint32_t>(*data)) & 0xff];
   }
@@ -71,7 +62,6 @@ std::uint32_t by_tables(std::uint32_t sum, const std::byte* data, std::size_t by
 
 bool has_instruction() { return __builtin_cpu_supports("sse4.2") != 0; }
 
-// No lambda: a closure does not inherit the target of the function around it.
 __attribute__((target("sse4.2"))) std::uint32_t by_instruction(std::uint32_t sum,
                                                                const std::byte*& data,
                                                                std::size_t& bytes) {
