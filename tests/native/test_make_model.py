@@ -80,3 +80,14 @@ def test_an_adapter_is_made_for_its_model(tmp_path):
         module = "base_model.model.model.layers.3.self_attn.k_proj"
         assert halves.get_tensor(f"{module}.lora_A.weight").shape == (8, 128)
         assert halves.get_tensor(f"{module}.lora_B.weight").shape == (64, 8)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm"])
+def test_a_vision_model_has_the_parameters_of_published_ones(name):
+    from helpers.models import make_model
+    from transformers import AutoModelForImageTextToText
+
+    _, loaded = AutoModelForImageTextToText.from_pretrained(
+        make_model(name), output_loading_info=True
+    )
+    assert not any(loaded.values()), loaded

@@ -76,6 +76,7 @@ def test_graph_modes(model, options, mode):
         ({"cudagraph_mode": "PIECEWISE"}, "PIECEWISE needs .*; use NONE or FULL_DECODE_ONLY"),
         ({"cudagraph_mode": "FULL_AND_PIECEWISE"}, "FULL_AND_PIECEWISE needs torch.compile"),
         ({"cudagraph_mode": "FULL"}, "FULL captures prompts too, .*; use NONE or FULL_DECODE_ONLY"),
+        ({"cudagraph_mm_encoder": True}, "encoders are not captured; leave cudagraph_mm_encoder"),
     ],
 )
 def test_other_graph_modes_are_refused_by_name(model, options, message):
@@ -251,7 +252,6 @@ def test_engines_that_share_experts_do_not_sleep(model):
         ("is_hybrid", "Mamba or linear-attention layers"),
         ("has_inner_state", "Mamba or linear-attention layers"),
         ("is_encoder_decoder", "encoder-decoder cross attention"),
-        ("is_multimodal_model", "image, audio or video inputs"),
         ("quantization", "quantisation of a checkpoint needs compiled kernels"),
     ],
 )
@@ -262,7 +262,7 @@ def test_refused_models(trait, message):
         ("use_mla", "is_hybrid", "has_inner_state", "is_attention_free", "is_encoder_decoder"),
         False,
     )
-    traits |= {"is_multimodal_model": False, "quantization": None, trait: "awq"}
+    traits |= {"quantization": None, trait: "awq"}
     config = Mock()
     config.model_config = SimpleNamespace(model="some/model", architectures=["SomeLM"], **traits)
     config.cache_config.cache_dtype = "auto"
@@ -293,3 +293,14 @@ def test_attention_backends(model):
     for option in ("use_mla", "use_sparse", "use_mm_prefix", "use_rswa", "use_dcp"):
         with pytest.raises(ValueError, match="is not supported: "):
             current_platform.get_attn_backend_cls(None, config._replace(**{option: True}))
+
+
+def test_encoders_have_one_attention_backend():
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    choose = current_platform.get_vit_attn_backend
+    pytorch = AttentionBackendEnum.TORCH_SDPA
+    assert choose(80, torch.bfloat16) == choose(80, torch.bfloat16, pytorch) == pytorch
+    with pytest.raises(ValueError, match="FLASH_ATTN is not available for encoders; leave out"):
+        choose(80, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN)

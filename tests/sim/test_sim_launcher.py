@@ -32,6 +32,16 @@ def test_a_command_runs_under_the_toolkit() -> None:
     assert result.stdout.split() == [str(TOOLKIT), "2"], result.stderr
 
 
+def test_torchvision_is_imported_though_its_library_is_for_cuda() -> None:
+    """PyPI's wheel for x86-64, beside a torch for CPUs."""
+    code = (
+        "import torch; from torchvision.transforms.v2 import functional as f;"
+        "print(*f.resize(torch.zeros(3, 8, 8), [4, 2]).shape)"
+    )
+    result = launch("python", "-c", code)
+    assert result.stdout.split() == ["3", "4", "2"], result.stderr
+
+
 def test_its_exit_status_is_the_commands() -> None:
     assert launch("sh", "-c", "exit 7").returncode == 7
 

@@ -179,6 +179,24 @@ class NPUPlatform(Platform):
         return f"{NPUAttentionBackend.__module__}.{NPUAttentionBackend.__qualname__}"
 
     @classmethod
+    def get_vit_attn_backend(
+        cls, head_size: int, dtype: torch.dtype, backend: "AttentionBackendEnum | None" = None
+    ) -> "AttentionBackendEnum":
+        """PyTorch attends in the encoders of images.
+
+        Raises:
+            ValueError: another backend was requested.
+        """
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        if backend not in (None, AttentionBackendEnum.TORCH_SDPA):
+            raise ValueError(
+                f"NPU: attention backend {backend.name} is not available for encoders; "
+                "leave out --mm-encoder-attn-backend"
+            )
+        return AttentionBackendEnum.TORCH_SDPA
+
+    @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         from vllm_sleep_ascend.native.kernels import replace_triton_kernels
 

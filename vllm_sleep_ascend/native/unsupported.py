@@ -54,6 +54,11 @@ def choose_compilation(compilation: CompilationConfig) -> None:
             f"NPU: cudagraph_mode {graphs.name} {reason}; use "
             f"{' or '.join(mode.name for mode in _GRAPHS)}"
         )
+    if compilation.cudagraph_mm_encoder:
+        raise ValueError(
+            "NPU: graphs of encoders are not captured; leave cudagraph_mm_encoder out of "
+            "--compilation-config"
+        )
     if graphs is None:
         logger.info_once(
             "NPU: the model runs eagerly, without torch.compile. Decode steps are captured as "
@@ -88,8 +93,6 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
             )
         if model.is_encoder_decoder:
             yield f"{name}: encoder-decoder cross attention; choose a decoder-only model"
-        if model.is_multimodal_model:
-            yield f"{name}: image, audio or video inputs; choose a text model"
         if vllm_config.lora_config is not None and model.is_moe:
             yield f"{name}: LoRA adapters of experts; merge the adapter into the model"
         if model.quantization is not None:

@@ -19,12 +19,14 @@ def load_operators() -> None:
         absent_modules,
         imports,
         npu,
+        torchvision_operators,
         triton_kernels,
         vllm_ascend_library,
     )
 
     torch.ops.load_library(str(library))
     npu.register(library)
+    imports.hook({"torchvision": torchvision_operators.around_import})
     if importlib.util.find_spec("vllm_ascend") is not None:
         npu.define_vllm_ascend(library)
         absent_modules.install()

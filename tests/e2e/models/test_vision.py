@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with image inputs: Hugging Face's answers before sleep and after each level."""
+
+import pytest
+from helpers.engine import driver_worker, engine, sleep_and_wake
+from helpers.models import make_model, other_weights
+from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Question, ask, hf_answers
+
+MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm"]
+IMAGES = {"limit_mm_per_prompt": {"image": 3, "video": 0}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with engine(model, enable_sleep_mode=True, **IMAGES) as llm:
+        yield llm
+
+
+def encoded(llm) -> int:
+    """Images whose embeddings are cached on the device."""
+    return len(driver_worker(llm).model_runner.encoder_cache)
+
+
+def processed(llm) -> list:
+    """The caches of preprocessed images: the engine's, and the front end's of what that has."""
+    sender = llm.llm_engine.renderer.mm_processor_cache
+    receiver = llm.llm_engine.engine_core.engine_core.mm_receiver_cache
+    return [sender._cache, receiver._cache]
+
+
+def buffers(llm) -> dict:
+    """What the model computes with and no checkpoint contains, on the host."""
+    network = driver_worker(llm).model_runner.get_model()
+    return {name: buffer.cpu() for name, buffer in network.named_buffers()}
+
+
+def test_the_answers_tell_the_images_apart(model):
+    answers = hf_answers(model)
+    assert len({tuple(answer) for answer in answers}) == len(QUESTIONS)
+    assert all(len(set(answer)) > len(answer) // 2 for answer in answers), "answers repeat a token"
+
+
+def test_none_one_and_several_images(llm, model):
+    assert ask(llm) == hf_answers(model)
+    for question, expected in zip(QUESTIONS, hf_answers(model), strict=True):
+        assert ask(llm, [question]) == [expected], "with the caches of the batch"
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_same_answers_after_sleep(llm, model, level):
+    before = buffers(llm)
+    assert before
+    assert ask(llm) == hf_answers(model)
+    sleep_and_wake(llm, level)
+    after = buffers(llm)
+    assert after.keys() == before.keys()
+    assert all(after[name].equal(before[name]) for name in before)
+    assert ask(llm) == hf_answers(model)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_no_image_is_cached_through_a_sleep(llm, model, level):
+    """Neither its embeddings on the device nor its pixels, which clients would not send again."""
+    ask(llm, QUESTIONS[1:3])
+    assert encoded(llm) >= 2
+    assert all(len(cache) >= 2 for cache in processed(llm))
+    sleep_and_wake(llm, level)
+    assert encoded(llm) == 0
+    assert [len(cache) for cache in processed(llm)] == [0, 0]
+    assert ask(llm, QUESTIONS[2:3]) == hf_answers(model, QUESTIONS[2:3])
+    assert encoded(llm) == 1
+
+
+def test_other_weights_after_level_2_see_the_same_image_anew(llm, model, tmp_path):
+    """A stale embedding of the image would give another answer."""
+    other = other_weights(model, tmp_path / "other")
+    questions = [Question((WIDE,), TEXT), Question((OTHER, WIDE), TEXT)]
+    assert hf_answers(other, questions) != hf_answers(model, questions)
+    assert ask(llm, questions) == hf_answers(model, questions)
+    for path in (other, model):
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        llm.wake_up(tags=["kv_cache"])
+        assert ask(llm, questions) == hf_answers(path, questions)
