@@ -2,9 +2,11 @@
 """Models with image inputs: Hugging Face's answers before sleep and after each level."""
 
 import pytest
-from helpers.engine import driver_worker, engine, sleep_and_wake
+import torch
+from helpers import MIB
+from helpers.engine import driver_worker, engine, mapped, sleep_and_wake
 from helpers.models import make_model, other_weights
-from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Question, ask, hf_answers
+from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Picture, Question, ask, hf_answers
 
 MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm"]
 IMAGES = {"limit_mm_per_prompt": {"image": 3, "video": 0}}
@@ -88,3 +90,44 @@ def test_other_weights_after_level_2_see_the_same_image_anew(llm, model, tmp_pat
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         llm.wake_up(tags=["kv_cache"])
         assert ask(llm, questions) == hf_answers(path, questions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
+        {"tensor_parallel_size": 2},
+    ],
+    ids=["bfloat16", "graphs", "two ranks"],
+)
+def test_other_engines(options):
+    """The operators of 16 bits, graphs of decode steps, and a tower on two ranks."""
+    model = make_model("tiny-qwen2.5-vl")
+    with engine(model, enable_sleep_mode=True, **IMAGES, **options) as llm:
+        assert ask(llm) == hf_answers(model)
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert ask(llm) == hf_answers(model), f"after level {level}"
+
+
+def test_a_start_leaves_room_for_the_largest_image():
+    """vLLM encodes one before it sizes the KV cache. Four heads attend from each of its 64 by 64
+    patches to all of them."""
+    scores = 4 * 4096**2 * 4
+    options = {
+        "enable_sleep_mode": True,
+        "kv_cache_memory_bytes": None,
+        "max_num_batched_tokens": 1024,
+        "mm_processor_kwargs": {"size": {"shortest_edge": 56**2, "longest_edge": 896**2}},
+        **IMAGES,
+    }
+    model = make_model("tiny-qwen2.5-vl")
+    with engine(model, **options) as llm:
+        profiled = mapped("kv_cache")
+        torch.npu.reset_peak_memory_stats()
+        ask(llm, [Question((Picture(4, 896, 896),), TEXT)])
+        peak = torch.npu.max_memory_allocated()
+        assert profiled + scores < peak <= 1024 * MIB, "half of the device"
+    with engine(model, skip_mm_profiling=True, **options) as llm:
+        assert mapped("kv_cache") - profiled >= scores
