@@ -187,6 +187,9 @@ def text_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden), 1.0
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
+        if kind == "phi3":
+            yield from _fused_layer(layer, hidden, q, kv, config["intermediate_size"])
+            continue
         # Large queries and keys, so that the softmax concentrates on few tokens.
         for name, rows, gain in (("q", q, 2.0), ("k", kv, 2.0), ("v", kv, 1.0)):
             yield f"{layer}self_attn.{name}_proj.weight", (rows, hidden), gain
@@ -216,6 +219,17 @@ def text_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]
     yield "model.norm.weight", (hidden,), 3.0 / (TIED_DEVIATION * hidden**0.5) if tied else 1.0
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden), 2.0
+
+
+def _fused_layer(
+    layer: str, hidden: int, q: int, kv: int, inner: int
+) -> Iterator[tuple[str, Shape, float]]:
+    yield f"{layer}self_attn.qkv_proj.weight", (q + 2 * kv, hidden), 2.0
+    yield f"{layer}self_attn.o_proj.weight", (hidden, q), 0.7
+    yield f"{layer}mlp.gate_up_proj.weight", (2 * inner, hidden), 1.5
+    yield f"{layer}mlp.down_proj.weight", (hidden, inner), 0.5
+    yield f"{layer}input_layernorm.weight", (hidden,), 1.0
+    yield f"{layer}post_attention_layernorm.weight", (hidden,), 1.0
 
 
 def make_weight(
@@ -297,11 +311,13 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
         },
         "special_tokens_map.json": {"eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0]},
     }
-    if "vision_config" in config:
+    if vision_models.tokens(config):
         template = vision_models.chat_template(config)
         texts |= vision_models.processor_files(config)
         texts["chat_template.json"] = {"chat_template": template}
         texts["tokenizer_config.json"]["chat_template"] = template
+    for name, code in vision_models.code(config).items():
+        (folder / name).write_text(code, encoding="utf-8")
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     used_vocab = tokenizer.get_vocab_size()

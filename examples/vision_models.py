@@ -2,10 +2,11 @@
 """What `make_model.py` needs to make vision models: configurations, towers and processors.
 
 The towers have the parameters of published checkpoints, by the same names, and are small. The
-processors are those that Transformers ships.
+processors are those that Transformers ships, but for Phi-3-vision's (`phi3v_processor.py`).
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 Config = dict[str, Any]
@@ -28,6 +29,7 @@ _SMOLVLM_TOKENS = {
 }
 _TILES = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 _TOKENS = {
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
     "qwen2_5_vl": [*_QWEN_TOKENS.values()],
     "qwen3_vl": [*_QWEN_TOKENS.values()],
     "smolvlm": [*_SMOLVLM_TOKENS.values(), *_TILES],
@@ -46,8 +48,33 @@ def _ids(tokens: dict[str, str]) -> Config:
 
 def configs(tiny: Config) -> dict[str, Config]:
     """Every vision model's config.json, around a tiny text model."""
+    hidden = tiny["hidden_size"]
     heads = {"head_dim": 32, "attention_bias": False}
     return {
+        # vLLM knows one tower for it, CLIP's ViT-L/14-336, of which this has the first layer, and
+        # one token for images, which is beyond a tiny vocabulary. A published model calls
+        # itself phi3_v, which Transformers does not know.
+        "tiny-phi3v": {
+            **tiny,
+            "model_type": "phi3",
+            "architectures": ["Phi3VForCausalLM"],
+            "vocab_size": 32064,
+            "sliding_window": None,
+            "img_processor": {
+                "name": "clip_vision_model",
+                "layer_idx": 0,
+                "type_feature": "patch",
+                "image_dim_out": 1024,
+                "num_img_tokens": 144,
+            },
+            "embd_layer": {
+                "embedding_cls": "image",
+                "use_hd_transform": True,
+                "with_learnable_separator": True,
+                "hd_transform_order": "sub_glb",
+                "projection_cls": "mlp",
+            },
+        },
         # Three rotary positions for each token, and attention within windows in two of three
         # layers of the tower.
         "tiny-qwen2.5-vl": {
@@ -63,7 +90,7 @@ def configs(tiny: Config) -> dict[str, Config]:
                 "intermediate_size": 128,
                 "num_heads": 4,
                 "hidden_act": "silu",
-                "out_hidden_size": tiny["hidden_size"],
+                "out_hidden_size": hidden,
                 "in_chans": 3,
                 "patch_size": 14,
                 "spatial_patch_size": 14,
@@ -98,7 +125,7 @@ def configs(tiny: Config) -> dict[str, Config]:
                 "intermediate_size": 128,
                 "num_heads": 4,
                 "hidden_act": "gelu_pytorch_tanh",
-                "out_hidden_size": tiny["hidden_size"],
+                "out_hidden_size": hidden,
                 "in_channels": 3,
                 "patch_size": 16,
                 "spatial_merge_size": 2,
@@ -142,6 +169,12 @@ def tokens(config: Config) -> list[str]:
 
 
 def chat_template(config: Config) -> str:
+    if config["model_type"] == "phi3":  # vLLM puts an image's number into the text
+        return (
+            "{% for message in messages %}{{ '<|' + message['role'] + '|>\n'"
+            " + message['content'] + '<|end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+        )
     return (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{% if message['content'] is string %}{{ message['content'] }}"
@@ -154,7 +187,15 @@ def chat_template(config: Config) -> str:
 
 def processor_files(config: Config) -> dict[str, Config]:
     """The files of the processor, with limits on an image's size that fit the tower."""
-    kind, tower = config["model_type"], config["vision_config"]
+    kind, tower = config["model_type"], config.get("vision_config", {})
+    if kind == "phi3":
+        return {
+            "processor_config.json": {
+                "processor_class": "Phi3VProcessor",
+                "auto_map": {"AutoProcessor": "processing_phi3_v.Phi3VProcessor"},
+                "num_crops": 2,
+            },
+        }
     if kind == "smolvlm":
         size = tower["image_size"]
         return {
@@ -192,6 +233,14 @@ def processor_files(config: Config) -> dict[str, Config]:
     }
 
 
+def code(config: Config) -> dict[str, str]:
+    """The Python files that come with the model."""
+    if config["model_type"] != "phi3":
+        return {}
+    processor = Path(__file__).with_name("phi3v_processor.py")
+    return {"processing_phi3_v.py": processor.read_text(encoding="utf-8")}
+
+
 def rename(name: str, config: Config) -> str:
     """A text parameter's name in the vision model."""
     inner = {"qwen3_vl": "model.language_model.", "smolvlm": "model.text_model."}
@@ -202,7 +251,9 @@ def rename(name: str, config: Config) -> str:
 def parameters(config: Config) -> Iterator[Parameter]:
     """Name, shape and gain of every parameter of the tower, and of what joins it to the text."""
     kind = config["model_type"]
-    if kind == "smolvlm":
+    if kind == "phi3":
+        yield from _phi3v(config)
+    elif kind == "smolvlm":
         yield from _smolvlm(config)
     elif kind in ("qwen2_5_vl", "qwen3_vl"):
         yield from _qwen(config)
@@ -275,3 +326,25 @@ def _smolvlm(config: Config) -> Iterator[Parameter]:
     yield from _norm(f"{root}post_layernorm", hidden)
     joined = hidden * config["scale_factor"] ** 2
     yield "model.connector.modality_projection.proj.weight", (text["hidden_size"], joined), 1.0
+
+
+def _phi3v(config: Config) -> Iterator[Parameter]:
+    hidden, inner, patch, positions = 1024, 4096, 14, 577
+    root = "model.vision_embed_tokens."
+    tower = f"{root}img_processor.vision_model."
+    yield f"{tower}embeddings.class_embedding", (hidden,), 1.0
+    yield f"{tower}embeddings.patch_embedding.weight", (hidden, 3, patch, patch), 1.0
+    yield f"{tower}embeddings.position_embedding.weight", (positions, hidden), hidden**0.5
+    yield from _norm(f"{tower}pre_layrnorm", hidden)
+    for index in range(config["img_processor"]["layer_idx"] + 1):
+        layer = f"{tower}encoder.layers.{index}."
+        yield from _norm(f"{layer}layer_norm1", hidden)
+        yield from _norm(f"{layer}layer_norm2", hidden)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{layer}self_attn.{name}", hidden, hidden, 1.5)
+        yield from _linear(f"{layer}mlp.fc1", inner, hidden, 1.5)
+        yield from _linear(f"{layer}mlp.fc2", hidden, inner)
+    yield f"{root}glb_GN", (1, 1, 4 * hidden), (4 * hidden) ** 0.5
+    yield f"{root}sub_GN", (1, 1, 1, 4 * hidden), (4 * hidden) ** 0.5
+    yield from _linear(f"{root}img_projection.0", config["hidden_size"], 4 * hidden, 1.0)
+    yield from _linear(f"{root}img_projection.2", config["hidden_size"], config["hidden_size"], 2.0)

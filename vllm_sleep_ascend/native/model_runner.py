@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's V1 model runner on an NPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -57,6 +58,27 @@ class _UnwrittenZeros(TorchFunctionMode):
         return (torch.empty if func is torch.zeros else func)(*args, **(kwargs or {}))
 
 
+def _let_phi3v_load_again(model: Any) -> None:
+    """Have later loads find Phi-3-vision's embedding under its first name.
+
+    vLLM's model replaces its own embedding by the text model's once a checkpoint has been loaded
+    without the former. That makes two names of one parameter, of which vLLM's loader takes the
+    first, and a checkpoint has the second: ``reload_weights`` would fail.
+    """
+    if type(model).__name__ != "Phi3VForCausalLM":
+        return
+    if model.embed_tokens is not model.language_model.model.embed_tokens:
+        return
+    stock: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = model.load_weights
+    first, second = "model.vision_embed_tokens.wte.weight", "model.embed_tokens.weight"
+
+    @wraps(stock)
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return stock((first if name == second else name, weight) for name, weight in weights)
+
+    model.load_weights = load_weights
+
+
 class NPUModelRunner(GPUModelRunner):
     """The stock V1 model runner. Its methods that use streams get the NPU's."""
 
@@ -66,6 +88,7 @@ class NPUModelRunner(GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
+        _let_phi3v_load_again(self.get_model())
         if self.vllm_config.quant_config is not None and self.model_config.enable_sleep_mode:
             from vllm_sleep_ascend.native.quantization import compact
 

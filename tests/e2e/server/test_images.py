@@ -8,20 +8,28 @@ from helpers.models import make_model
 from helpers.server import MEMORY, SMALL, InBackground, Server
 from helpers.vision import QUESTIONS, TOKENS, hf_answers, messages
 
-MODEL = "tiny-qwen2.5-vl"
+LENGTH = ("--max-model-len", "2048")
+OPTIONS = {
+    "tiny-phi3v": ("--trust-remote-code", "--limit-mm-per-prompt", '{"image": 3}'),
+    "tiny-qwen2.5-vl": ("--limit-mm-per-prompt", '{"image": 3, "video": 0}'),
+}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def model(request):
+    return make_model(request.param)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(model, tmp_path_factory):
     env = {
         "VLLM_SERVER_DEV_MODE": "1",
         "NPU_SIM_MACHINE": f"images-{os.getpid()}",
         "NPU_SIM_HBM_GIB": "1",
     }
     log = tmp_path_factory.mktemp("images") / "log"
-    limit = ("--limit-mm-per-prompt", '{"image": 3, "video": 0}')
-    options = ("--enable-sleep-mode", "--dtype", "float32", *limit, *SMALL, *MEMORY)
-    with Server(make_model(MODEL), *options, log=log, env=env) as server:
+    options = ("--enable-sleep-mode", "--dtype", "float32", *SMALL, *LENGTH, *MEMORY)
+    with Server(model, *options, *OPTIONS[model.name], log=log, env=env) as server:
         yield server
 
 
@@ -39,8 +47,8 @@ def answers(server) -> list[list[int]]:
     return [token_ids(server.post("/v1/chat/completions", json=body)) for body in bodies]
 
 
-def test_the_same_answers_about_images_before_sleep_and_after_each_level(server):
-    expected = hf_answers(make_model(MODEL))
+def test_the_same_answers_about_images_before_sleep_and_after_each_level(server, model):
+    expected = hf_answers(model)
     assert answers(server) == expected
 
     server.post("/sleep?level=1")
@@ -55,7 +63,7 @@ def test_the_same_answers_about_images_before_sleep_and_after_each_level(server)
     assert answers(server) == expected
 
 
-def test_an_image_that_comes_during_a_sleep_is_seen_after_it(server):
+def test_an_image_that_comes_during_a_sleep_is_seen_after_it(server, model):
     answers(server)
     server.post("/sleep?level=1")
     waits = InBackground(server, "/v1/chat/completions", json=body(server, QUESTIONS[3]))
@@ -63,4 +71,4 @@ def test_an_image_that_comes_during_a_sleep_is_seen_after_it(server):
     server.post("/wake_up")
     answer = waits.answer()
     assert answer.status_code == 200, answer.text
-    assert token_ids(answer.json()) == hf_answers(make_model(MODEL))[3]
+    assert token_ids(answer.json()) == hf_answers(model)[3]
