@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with image inputs: Hugging Face's answers before sleep and after each level."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import MIB
 from helpers.engine import driver_worker, engine, mapped, sleep_and_wake
 from helpers.models import make_model, other_weights
 from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Picture, Question, ask, hf_answers
+from safetensors.torch import load_file, save_file
+
+from vllm_sleep_ascend.errors import SleepModeError
 
 MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm", "tiny-phi3v"]
 IMAGES = {"limit_mm_per_prompt": {"image": 3, "video": 0}}
@@ -134,3 +139,35 @@ def test_a_start_leaves_room_for_the_largest_image():
         assert profiled + scores < peak <= 1024 * MIB, "half of the device"
     with engine(model, skip_mm_profiling=True, **options) as llm:
         assert mapped("kv_cache") - profiled >= scores
+
+
+@pytest.mark.parametrize(
+    "name,lost,seen_as",
+    [
+        ("tiny-qwen2.5-vl", "visual.blocks.1.attn.proj.weight", None),
+        (
+            "tiny-phi3v",
+            "model.vision_embed_tokens.img_projection.2.weight",
+            "vision_embed_tokens.img_projection.2.weight",
+        ),
+    ],
+)
+def test_a_wake_from_level_2_loads_the_tower_or_names_what_is_missing(
+    name, lost, seen_as, tmp_path
+):
+    model = tmp_path / "model"
+    shutil.copytree(make_model(name), model)
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    options = PHI3V if name == "tiny-phi3v" else IMAGES
+    reload = {"sleep_mode": {"after_level2": "reload"}}
+    expected = hf_answers(make_model(name), QUESTIONS[1:2])
+    with engine(model, enable_sleep_mode=True, additional_config=reload, **options) as llm:
+        llm.sleep(level=2)
+        save_file({n: w for n, w in load_file(file).items() if n != lost}, file)
+        with pytest.raises(SleepModeError, match=f"no weights for {seen_as or lost}"):
+            llm.wake_up()
+        assert llm.llm_engine.is_sleeping()
+        file.write_bytes(whole)
+        assert llm.wake_up() is True
+        assert ask(llm, QUESTIONS[1:2]) == expected
