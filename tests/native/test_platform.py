@@ -252,6 +252,7 @@ def test_engines_that_share_experts_do_not_sleep(model):
         ("is_hybrid", "Mamba or linear-attention layers"),
         ("has_inner_state", "Mamba or linear-attention layers"),
         ("is_encoder_decoder", "encoder-decoder cross attention"),
+        ("is_mm_prefix_lm", "attention in both directions within an image"),
         ("quantization", "quantisation of a checkpoint needs compiled kernels"),
     ],
 )
@@ -262,7 +263,7 @@ def test_refused_models(trait, message):
         ("use_mla", "is_hybrid", "has_inner_state", "is_attention_free", "is_encoder_decoder"),
         False,
     )
-    traits |= {"quantization": None, trait: "awq"}
+    traits |= {"is_mm_prefix_lm": False, "quantization": None, trait: "awq"}
     config = Mock()
     config.model_config = SimpleNamespace(model="some/model", architectures=["SomeLM"], **traits)
     config.cache_config.cache_dtype = "auto"

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_npu
@@ -13,6 +13,7 @@ from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
+from vllm.multimodal.utils import get_mm_features_in_window
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.workspace import lock_workspace
@@ -20,6 +21,9 @@ from vllm.v1.worker.workspace import lock_workspace
 from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.native.graphs import NPUGraphWrapper, capture_stream
 from vllm_sleep_ascend.native.lora import restore_adapters
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger(f"vllm.{__name__}")
@@ -83,6 +87,7 @@ class NPUModelRunner(GPUModelRunner):
     """The stock V1 model runner. Its methods that use streams get the NPU's."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self._dropped_images: set[str] = set()
         with cuda_streams_on_npu():
             super().__init__(vllm_config, device)
 
@@ -144,5 +149,38 @@ class NPUModelRunner(GPUModelRunner):
 
     def reset_lora_state(self) -> None:
         """Keep the loaded adapters when the base weights are replaced. The stock method drops them:
-        the next request for one would read its folder again, and end the engine if that is gone."""
+        the next request for one would read its folder again, and end the engine if that is gone.
+
+        Images are encoded anew. vLLM sees to that after ``reload_weights`` only, and not after a
+        weight update."""
         restore_adapters(self)
+        self._dropped_images |= self.encoder_cache.keys()
+        super().reset_encoder_cache()
+
+    def reset_encoder_cache(self) -> None:
+        if self.encoder_cache:  # no load has emptied it: the scheduler forgets its images too
+            self._dropped_images.clear()
+        super().reset_encoder_cache()
+
+    def _execute_mm_encoder(self, scheduler_output: "SchedulerOutput") -> Any:
+        self._plan_dropped_images(scheduler_output)
+        return super()._execute_mm_encoder(scheduler_output)
+
+    def _plan_dropped_images(self, scheduler_output: "SchedulerOutput") -> None:
+        """Have this step encode its images that a load of weights has dropped here alone: to the
+        scheduler they are encoded, and the stock runner would end the engine."""
+        if not self._dropped_images:
+            return
+        planned = scheduler_output.scheduled_encoder_inputs
+        for request, indices in planned.items():
+            features = self.requests[request].mm_features
+            self._dropped_images -= {features[index].identifier for index in indices}
+        for request, count in scheduler_output.num_scheduled_tokens.items():
+            state = self.requests[request]
+            start = state.num_computed_tokens
+            window = get_mm_features_in_window(state.mm_features, start=start, end=start + count)
+            for index in range(*window):
+                image = state.mm_features[index].identifier
+                if image in self._dropped_images:
+                    planned.setdefault(request, []).append(index)
+                    self._dropped_images.remove(image)

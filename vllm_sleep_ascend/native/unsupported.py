@@ -93,6 +93,11 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
             )
         if model.is_encoder_decoder:
             yield f"{name}: encoder-decoder cross attention; choose a decoder-only model"
+        if model.is_mm_prefix_lm:
+            yield (
+                f"{name}: attention in both directions within an image; choose a model whose "
+                "attention is causal"
+            )
         if vllm_config.lora_config is not None and model.is_moe:
             yield f"{name}: LoRA adapters of experts; merge the adapter into the model"
         if model.quantization is not None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import MIB
-from helpers.engine import driver_worker, engine, mapped, sleep_and_wake
+from helpers.engine import driver_worker, engine, mapped, send_update, sleep_and_wake
 from helpers.models import make_model, other_weights
 from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Picture, Question, ask, hf_answers
 from safetensors.torch import load_file, save_file
@@ -111,6 +111,21 @@ def test_other_weights_after_level_2_see_the_same_image_anew(llm, model, tmp_pat
         assert ask(llm, questions) == hf_answers(path, questions)
 
 
+def test_weights_that_are_loaded_without_a_sleep_see_the_same_image_anew(llm, model, tmp_path):
+    """Stock vLLM's scheduler counts it as encoded, and the engine would end."""
+    other = other_weights(model, tmp_path / "other")
+    questions = [Question((OTHER,), TEXT), Question((OTHER, WIDE), TEXT)]
+    assert ask(llm, questions) == hf_answers(model, questions)
+    for path in (other, model):
+        assert encoded(llm) > 0
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        llm.reset_prefix_cache()
+        assert ask(llm, questions) == hf_answers(path, questions)
+    llm.collective_rpc("reload_weights")
+    llm.llm_engine.reset_encoder_cache()
+    assert ask(llm, questions) == hf_answers(model, questions)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -182,3 +197,16 @@ def test_a_wake_from_level_2_loads_the_tower_or_names_what_is_missing(
         file.write_bytes(whole)
         assert llm.wake_up() is True
         assert ask(llm, QUESTIONS[1:2]) == expected
+
+
+def test_a_trainers_weights_see_the_same_image_anew(tmp_path):
+    model = make_model("tiny-qwen2.5-vl")
+    other = other_weights(model, tmp_path / "other")
+    updates = {"weight_transfer_config": {"backend": "safetensors"}}
+    questions = QUESTIONS[1:3]
+    with engine(model, enable_sleep_mode=True, **updates, **IMAGES) as llm:
+        assert ask(llm, questions) == hf_answers(model, questions)
+        llm.init_weight_transfer_engine({"init_info": {}})
+        send_update(llm, load_file(other / "model.safetensors"), tmp_path)
+        llm.reset_prefix_cache()
+        assert ask(llm, questions) == hf_answers(other, questions)
