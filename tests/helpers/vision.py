@@ -52,6 +52,13 @@ QUESTIONS = (
 )
 
 
+def options_of(model: Path) -> dict[str, Any]:
+    """Options of an engine, for images alone."""
+    if model.name == "tiny-phi3v":  # its processor comes with it
+        return {"limit_mm_per_prompt": {"image": 3}, "trust_remote_code": True}
+    return {"limit_mm_per_prompt": {"image": 3, "video": 0}}
+
+
 def ask(llm: Any, questions: Sequence[Question] = QUESTIONS, n: int = TOKENS) -> list[list[int]]:
     """``n`` greedy tokens of each answer, in one batch, end-of-text included."""
     from vllm import SamplingParams

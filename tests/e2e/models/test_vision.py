@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with image inputs: Hugging Face's answers before sleep and after each level."""
 
-import shutil
-
 import pytest
 import torch
 from helpers import MIB
-from helpers.engine import driver_worker, engine, mapped, send_update, sleep_and_wake
+from helpers.engine import driver_worker, engine, sleep_and_wake
 from helpers.models import make_model, other_weights
-from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Picture, Question, ask, hf_answers
-from safetensors.torch import load_file, save_file
-
-from vllm_sleep_ascend.errors import SleepModeError
+from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Question, ask, hf_answers, options_of
 
 MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm", "tiny-phi3v"]
-IMAGES = {"limit_mm_per_prompt": {"image": 3, "video": 0}}
-PHI3V = {"limit_mm_per_prompt": {"image": 3}, "trust_remote_code": True}  # for its processor
 ONE_ENGINE = 100 * MIB  # CLIP's tower is larger than tiny
 
 
@@ -26,8 +19,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def llm(model):
-    options = PHI3V if model.name == "tiny-phi3v" else IMAGES
-    with engine(model, enable_sleep_mode=True, **options) as llm:
+    with engine(model, enable_sleep_mode=True, **options_of(model)) as llm:
         yield llm
 
 
@@ -124,89 +116,3 @@ def test_weights_that_are_loaded_without_a_sleep_see_the_same_image_anew(llm, mo
     llm.collective_rpc("reload_weights")
     llm.llm_engine.reset_encoder_cache()
     assert ask(llm, questions) == hf_answers(model, questions)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": "bfloat16"},
-        {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
-        {"tensor_parallel_size": 2},
-    ],
-    ids=["bfloat16", "graphs", "two ranks"],
-)
-def test_other_engines(options):
-    """The operators of 16 bits, graphs of decode steps, and a tower on two ranks."""
-    model = make_model("tiny-qwen2.5-vl")
-    with engine(model, enable_sleep_mode=True, **IMAGES, **options) as llm:
-        assert ask(llm) == hf_answers(model)
-        for level in (1, 2):
-            sleep_and_wake(llm, level)
-            assert ask(llm) == hf_answers(model), f"after level {level}"
-
-
-def test_a_start_leaves_room_for_the_largest_image():
-    """vLLM encodes one before it sizes the KV cache. Four heads attend from each of its 64 by 64
-    patches to all of them."""
-    scores = 4 * 4096**2 * 4
-    options = {
-        "enable_sleep_mode": True,
-        "kv_cache_memory_bytes": None,
-        "max_num_batched_tokens": 1024,
-        "mm_processor_kwargs": {"size": {"shortest_edge": 56**2, "longest_edge": 896**2}},
-        **IMAGES,
-    }
-    model = make_model("tiny-qwen2.5-vl")
-    with engine(model, **options) as llm:
-        profiled = mapped("kv_cache")
-        torch.npu.reset_peak_memory_stats()
-        ask(llm, [Question((Picture(4, 896, 896),), TEXT)])
-        peak = torch.npu.max_memory_allocated()
-        assert profiled + scores < peak <= 1024 * MIB, "half of the device"
-    with engine(model, skip_mm_profiling=True, **options) as llm:
-        assert mapped("kv_cache") - profiled >= scores
-
-
-@pytest.mark.parametrize(
-    "name,lost,seen_as",
-    [
-        ("tiny-qwen2.5-vl", "visual.blocks.1.attn.proj.weight", None),
-        (
-            "tiny-phi3v",
-            "model.vision_embed_tokens.img_projection.2.weight",
-            "vision_embed_tokens.img_projection.2.weight",
-        ),
-    ],
-)
-def test_a_wake_from_level_2_loads_the_tower_or_names_what_is_missing(
-    name, lost, seen_as, tmp_path
-):
-    model = tmp_path / "model"
-    shutil.copytree(make_model(name), model)
-    file = model / "model.safetensors"
-    whole = file.read_bytes()
-    options = PHI3V if name == "tiny-phi3v" else IMAGES
-    reload = {"sleep_mode": {"after_level2": "reload"}}
-    expected = hf_answers(make_model(name), QUESTIONS[1:2])
-    with engine(model, enable_sleep_mode=True, additional_config=reload, **options) as llm:
-        llm.sleep(level=2)
-        save_file({n: w for n, w in load_file(file).items() if n != lost}, file)
-        with pytest.raises(SleepModeError, match=f"no weights for {seen_as or lost}"):
-            llm.wake_up()
-        assert llm.llm_engine.is_sleeping()
-        file.write_bytes(whole)
-        assert llm.wake_up() is True
-        assert ask(llm, QUESTIONS[1:2]) == expected
-
-
-def test_a_trainers_weights_see_the_same_image_anew(tmp_path):
-    model = make_model("tiny-qwen2.5-vl")
-    other = other_weights(model, tmp_path / "other")
-    updates = {"weight_transfer_config": {"backend": "safetensors"}}
-    questions = QUESTIONS[1:3]
-    with engine(model, enable_sleep_mode=True, **updates, **IMAGES) as llm:
-        assert ask(llm, questions) == hf_answers(model, questions)
-        llm.init_weight_transfer_engine({"init_info": {}})
-        send_update(llm, load_file(other / "model.safetensors"), tmp_path)
-        llm.reset_prefix_cache()
-        assert ask(llm, questions) == hf_answers(other, questions)
