@@ -154,6 +154,10 @@ class NPUModelRunner(GPUModelRunner):
         Images are encoded anew. vLLM sees to that after ``reload_weights`` only, and not after a
         weight update."""
         restore_adapters(self)
+        self.drop_images()
+
+    def drop_images(self) -> None:
+        """Have later steps encode the present images anew. A second call changes nothing."""
         self._dropped_images |= self.encoder_cache.keys()
         super().reset_encoder_cache()
 

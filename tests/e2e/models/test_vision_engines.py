@@ -2,6 +2,7 @@
 """Models with image inputs in engines with other options."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from helpers.models import make_model, other_weights
 from helpers.vision import QUESTIONS, TEXT, Picture, Question, ask, hf_answers, options_of
 from safetensors.torch import load_file, save_file
 
-from vllm_sleep_ascend.errors import SleepModeError
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 
 ONE_ENGINE = 100 * MIB  # CLIP's tower is larger than tiny
 
@@ -55,6 +56,43 @@ def test_a_start_leaves_room_for_the_largest_image():
         assert profiled + scores < peak <= 1024 * MIB, "half of the device"
     with engine(model, skip_mm_profiling=True, **options) as llm:
         assert mapped("kv_cache") - profiled >= scores
+
+
+def test_a_load_that_fails_on_one_rank_leaves_both_with_the_same_images(tmp_path):
+    """A rank that lacks an image alone would wait for the other in the tower."""
+    model = make_model("tiny-qwen2.5-vl")
+    lost = "visual.blocks.1.attn.proj.weight"
+    lacking = without(lost, model, tmp_path / "lacking")
+    questions = QUESTIONS[1:3]
+    options = {"tensor_parallel_size": 2, **options_of(model)}
+    with engine(model, enable_sleep_mode=True, **options) as llm:
+        assert ask(llm, questions) == hf_answers(model, questions)
+        assert llm.collective_rpc(encoded) == [2, 2]
+        llm.collective_rpc(rank_1_loads_from, args=(str(lacking),))
+        with pytest.raises(WeightsError, match=f"failed on 1 of 2 ranks.*rank 1, .*{lost}"):
+            llm.collective_rpc("reload_weights")
+        llm.collective_rpc(rank_1_loads_from, args=(str(model),))
+        assert llm.collective_rpc(encoded) == [0, 0]
+        llm.reset_prefix_cache()
+        assert ask(llm, questions) == hf_answers(model, questions)
+        assert llm.collective_rpc(encoded) == [2, 2]
+
+
+def encoded(worker) -> int:
+    return len(worker.model_runner.encoder_cache)
+
+
+def rank_1_loads_from(worker, path: str) -> None:
+    if worker.rank == 1:
+        worker.model_config.model = path
+
+
+def without(lost: str, model: Path, out: Path) -> Path:
+    """A copy of the model whose checkpoint lacks a weight."""
+    shutil.copytree(model, out)
+    file = out / "model.safetensors"
+    save_file({name: w for name, w in load_file(file).items() if name != lost}, file)
+    return out
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,10 @@ class Loads:
         def take_back() -> str:
             for name, value in source.items():
                 setattr(config, name, value)
+            # A rank on which the load went well has dropped them, and encoding is collective.
+            drop_images = getattr(worker.model_runner, "drop_images", None)  # of our own runner
+            if drop_images is not None:
+                drop_images()
             if self.current is None:
                 return ""
             self.current.take_back()
