@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replaces the Triton kernels of vLLM's V1 model runner by plain PyTorch."""
 
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -47,3 +48,11 @@ def replace_triton_kernels() -> None:
 
         plain = topk_topp_sampler.apply_top_k_top_p_pytorch
         topk_topp_sampler.apply_top_k_top_p_triton = plain  # type: ignore[assignment]
+
+
+def leave_triton_out_of_models() -> None:
+    """Have models that choose between Triton and PyTorch at each call, such as Qwen3-VL, choose
+    PyTorch. It reaches those whose modules have been imported."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.model_executor.models.") and "HAS_TRITON" in vars(module):
+            module.HAS_TRITON = False  # type: ignore[attr-defined]

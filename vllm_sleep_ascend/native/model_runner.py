@@ -20,6 +20,7 @@ from vllm.v1.worker.workspace import lock_workspace
 
 from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.native.graphs import NPUGraphWrapper, capture_stream
+from vllm_sleep_ascend.native.kernels import leave_triton_out_of_models
 from vllm_sleep_ascend.native.lora import restore_adapters
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class NPUModelRunner(GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
+        leave_triton_out_of_models()
         _let_phi3v_load_again(self.get_model())
         if self.vllm_config.quant_config is not None and self.model_config.enable_sleep_mode:
             from vllm_sleep_ascend.native.quantization import compact

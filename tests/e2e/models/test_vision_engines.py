@@ -36,6 +36,16 @@ def test_other_engines(options):
             assert ask(llm) == hf_answers(model), f"after level {level}"
 
 
+def test_with_triton_installed_the_tower_computes_in_pytorch(monkeypatch):
+    """Qwen3-VL would launch a kernel of vLLM's, for other devices, on an image's positions."""
+    from vllm.model_executor.models import qwen3_vl
+
+    monkeypatch.setattr(qwen3_vl, "HAS_TRITON", True)
+    model = make_model("tiny-qwen3-vl")
+    with engine(model, **options_of(model)) as llm:
+        assert ask(llm) == hf_answers(model)
+
+
 def test_a_start_leaves_room_for_the_largest_image():
     """vLLM encodes one before it sizes the KV cache. Four heads attend from each of its 64 by 64
     patches to all of them."""
