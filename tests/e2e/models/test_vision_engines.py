@@ -20,14 +20,13 @@ ONE_ENGINE = 100 * MIB  # CLIP's tower is larger than tiny
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": "bfloat16"},
         {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
         {"tensor_parallel_size": 2},
     ],
-    ids=["bfloat16", "graphs", "two ranks"],
+    ids=["graphs", "two ranks"],
 )
 def test_other_engines(options):
-    """The operators of 16 bits, graphs of decode steps, and a tower on two ranks."""
+    """Graphs of decode steps, and a tower on two ranks."""
     model = make_model("tiny-qwen2.5-vl")
     with engine(model, enable_sleep_mode=True, **options_of(model), **options) as llm:
         assert ask(llm) == hf_answers(model)
@@ -66,6 +65,18 @@ def test_a_start_leaves_room_for_the_largest_image():
         assert profiled + scores < peak <= 1024 * MIB, "half of the device"
     with engine(model, skip_mm_profiling=True, **options) as llm:
         assert mapped("kv_cache") - profiled >= scores
+
+
+def test_sixteen_bits():
+    """Rounding may choose another token than in 32 bits, but the same one after each level."""
+    model = make_model("tiny-qwen2.5-vl")
+    with engine(model, dtype="bfloat16", enable_sleep_mode=True, **options_of(model)) as llm:
+        before = ask(llm)
+        same = [answer == want for answer, want in zip(before, hf_answers(model), strict=True)]
+        assert sum(same) > len(same) / 2
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert ask(llm) == before, f"after level {level}"
 
 
 def test_a_load_that_fails_on_one_rank_leaves_both_with_the_same_images(tmp_path):
