@@ -7,6 +7,7 @@ from helpers import MIB
 from helpers.engine import driver_worker, engine, sleep_and_wake
 from helpers.models import make_model, other_weights
 from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Question, ask, hf_answers, options_of
+from safetensors.torch import load_file
 
 MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm", "tiny-phi3v"]
 ONE_ENGINE = 100 * MIB  # CLIP's tower is larger than tiny
@@ -116,3 +117,15 @@ def test_weights_that_are_loaded_without_a_sleep_see_the_same_image_anew(llm, mo
     llm.collective_rpc("reload_weights")
     llm.llm_engine.reset_encoder_cache()
     assert ask(llm, questions) == hf_answers(model, questions)
+
+
+def test_after_a_users_own_load_a_reset_has_the_same_image_seen_anew(llm, model, tmp_path):
+    other = other_weights(model, tmp_path / "other")
+    questions = [Question((OTHER,), TEXT), Question((OTHER, WIDE), TEXT)]
+    assert ask(llm, questions) == hf_answers(model, questions)
+    for path in (other, model):
+        weights = load_file(path / "model.safetensors")
+        driver_worker(llm).model_runner.get_model().load_weights(weights.items())
+        llm.reset_prefix_cache()
+        llm.llm_engine.reset_encoder_cache()
+        assert ask(llm, questions) == hf_answers(path, questions)
