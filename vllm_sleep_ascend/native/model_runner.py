@@ -70,7 +70,8 @@ def _let_phi3v_load_again(model: Any) -> None:
     without the former. That makes two names of one parameter, of which vLLM's loader takes the
     first, and a checkpoint has the second: ``reload_weights`` would fail.
     """
-    if type(model).__name__ != "Phi3VForCausalLM":
+    # vLLM's conversions to embedding models and the like are subclasses.
+    if all(kind.__name__ != "Phi3VForCausalLM" for kind in type(model).__mro__):
         return
     if model.embed_tokens is not model.language_model.model.embed_tokens:
         return

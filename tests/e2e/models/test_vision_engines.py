@@ -45,6 +45,20 @@ def test_with_triton_installed_the_tower_computes_in_pytorch(monkeypatch):
         assert ask(llm) == hf_answers(model)
 
 
+def test_phi3_vision_as_an_embedding_model_is_loaded_again():
+    """vLLM converts its class to another, with another name."""
+    model = make_model("tiny-phi3v")
+    options = {"runner": "pooling", "convert": "embed", **options_of(model)}
+    with engine(model, enable_sleep_mode=True, **options) as llm:
+
+        def embed():
+            return [one.outputs.embedding for one in llm.embed([TEXT], use_tqdm=False)]
+
+        before = embed()
+        sleep_and_wake(llm, 2)
+        assert embed() == before
+
+
 def test_a_start_leaves_room_for_the_largest_image():
     """vLLM encodes one before it sizes the KV cache. Four heads attend from each of its 64 by 64
     patches to all of them."""
