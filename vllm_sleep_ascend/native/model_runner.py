@@ -176,6 +176,7 @@ class NPUModelRunner(GPUModelRunner):
     def _plan_dropped_images(self, scheduler_output: "SchedulerOutput") -> None:
         """Have this step encode its images that a load of weights has dropped here alone: to the
         scheduler they are encoded, and the stock runner would end the engine."""
+        self._dropped_images.difference_update(scheduler_output.free_encoder_mm_hashes)
         if not self._dropped_images:
             return
         planned = scheduler_output.scheduled_encoder_inputs

@@ -119,6 +119,19 @@ def test_weights_that_are_loaded_without_a_sleep_see_the_same_image_anew(llm, mo
     assert ask(llm, questions) == hf_answers(model, questions)
 
 
+def test_images_that_the_scheduler_forgets_are_forgotten_after_a_load_too(llm):
+    """It forgets the oldest when it needs the space."""
+    runner = driver_worker(llm).model_runner
+    ask(llm, [Question((WIDE._replace(seed=100),), TEXT)], n=1)
+    images = set(runner.encoder_cache)
+    assert images
+    llm.collective_rpc("reload_weights")
+    assert images <= runner._dropped_images
+    for seed in range(101, 125):
+        ask(llm, [Question((WIDE._replace(seed=seed),), TEXT)], n=1)
+    assert not images & runner._dropped_images
+
+
 def test_after_a_users_own_load_a_reset_has_the_same_image_seen_anew(llm, model, tmp_path):
     other = other_weights(model, tmp_path / "other")
     questions = [Question((OTHER,), TEXT), Question((OTHER, WIDE), TEXT)]
