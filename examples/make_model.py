@@ -289,6 +289,22 @@ def train_tokenizer(vocab_size: int, special_tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def processor_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a vision model's processor, its own code apart."""
+    template = {"chat_template": vision_models.chat_template(config)}
+    return {**vision_models.processor_files(config), "chat_template.json": template}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    """All that the files of a model or an adapter are made from, by which a folder is known to be
+    of today."""
+    if name in ADAPTERS:
+        return {"recipe": RECIPE, **ADAPTERS[name]}
+    config = CONFIGS[name]
+    files = processor_files(config) if vision_models.tokens(config) else {}
+    return {"recipe": RECIPE, **config, **files, **vision_models.code(config)}
+
+
 def write_model(config: dict[str, Any], folder: Path) -> None:
     """Write every file of a model into an existing folder."""
     text = text_config(config)
@@ -312,10 +328,9 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
         "special_tokens_map.json": {"eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0]},
     }
     if vision_models.tokens(config):
-        template = vision_models.chat_template(config)
-        texts |= vision_models.processor_files(config)
-        texts["chat_template.json"] = {"chat_template": template}
-        texts["tokenizer_config.json"]["chat_template"] = template
+        processor = processor_files(config)
+        texts |= processor
+        texts["tokenizer_config.json"] |= processor["chat_template.json"]
     for name, code in vision_models.code(config).items():
         (folder / name).write_text(code, encoding="utf-8")
     for name, content in texts.items():
@@ -353,11 +368,10 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: no such model, or ``out`` exists with other content.
     """
-    everything = {**CONFIGS, **ADAPTERS}
-    if name not in everything:
-        raise ValueError(f"no model {name!r}; there are {', '.join(everything)}")
+    if name not in CONFIGS and name not in ADAPTERS:
+        raise ValueError(f"no model {name!r}; there are {', '.join((*CONFIGS, *ADAPTERS))}")
     folder = Path(out)
-    marker, recipe = folder / "make_model.json", {"recipe": RECIPE, **everything[name]}
+    marker, recipe = folder / "make_model.json", recipe_of(name)
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == recipe:
         print(f"{folder}: {name} is there already")
         return folder

@@ -44,6 +44,24 @@ def test_a_complete_model_is_reused(tmp_path, capsys):
     assert "made tiny-qwen2" in said("tiny-qwen2")
 
 
+def test_a_model_is_made_again_when_its_processor_has_changed(tmp_path, capsys, monkeypatch):
+    import make_model
+
+    out = tmp_path / "m"
+    for said in ("made", "is there already"):
+        make_model.make_model("tiny-phi3v", out)
+        assert said in capsys.readouterr().out
+    for part, files in (
+        ("code", {"processing_phi3_v.py": "# other"}),
+        ("processor_files", {"processor_config.json": {"num_crops": 3}}),
+    ):
+        monkeypatch.setattr(make_model.vision_models, part, lambda config, files=files: files)
+        make_model.make_model("tiny-phi3v", out)
+        assert "made tiny-phi3v" in capsys.readouterr().out
+    assert (out / "processing_phi3_v.py").read_text() == "# other"
+    assert '"num_crops": 3' in (out / "processor_config.json").read_text()
+
+
 def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
     import make_model
 
