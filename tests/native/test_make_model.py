@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch  # noqa: F401  with torch_npu, which the program does without
 from helpers import ROOT
 from safetensors import safe_open
 
