@@ -3,14 +3,12 @@
 
 import pytest
 import torch
-from helpers import MIB
 from helpers.engine import driver_worker, engine, sleep_and_wake
 from helpers.models import make_model, other_weights
 from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Question, ask, hf_answers, options_of
 from safetensors.torch import load_file
 
 MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm", "tiny-phi3v"]
-ONE_ENGINE = 100 * MIB  # CLIP's tower is larger than tiny
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 
-ONE_ENGINE = 100 * MIB  # CLIP's tower is larger than tiny
-
 
 @pytest.mark.parametrize(
     "options",
