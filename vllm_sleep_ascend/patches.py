@@ -212,8 +212,11 @@ OFFLINE = tuple(
 )  # fmt: skip
 """When an ``LLM`` makes its engine."""
 
-ADDED = {"sleep_mode_refusal": core.refusal, "sleep_mode_pending": state.is_pending}
-"""Methods of EngineCore's that front ends call."""
+ADDED = {
+    "sleep_mode_refusal": (core.refusal, "front ends ask why requests are refused"),
+    "sleep_mode_pending": (state.is_pending, "front ends ask whether a sleep waits"),
+}
+"""Methods that EngineCore has from us, and why."""
 
 
 def problems(patches: Iterable[Patch] = EVERYWHERE) -> list[str]:
@@ -231,7 +234,7 @@ def install_all() -> None:
     from vllm.v1.engine.core import EngineCore
 
     install(EVERYWHERE + (DEVELOPMENT if envs.VLLM_SERVER_DEV_MODE else ()))
-    for name, function in ADDED.items():
+    for name, (function, _) in ADDED.items():
         setattr(EngineCore, name, function)
 
 
@@ -256,6 +259,7 @@ def table() -> str:
         name = ".".join(patch.place.split(".")[-2:])
         taken = ", ".join(patch.parameters)
         rows.append(f"| `{name}` | {taken} | {patch.since} | {patch.why} |")
+    rows += (f"| `EngineCore.{name}` |  | added | {why} |" for name, (_, why) in ADDED.items())
     return "\n".join(rows)
 
 
