@@ -50,8 +50,10 @@ def _end(llm: Any) -> None:
 def _clean_up() -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.v1.worker.workspace import reset_workspace_manager
 
     _ROPE_DICT.clear()  # vLLM caches rotary tables for the life of a process
+    reset_workspace_manager()  # refers to the worker of a start that has failed
     gc.collect()
     cleanup_dist_env_and_memory()
 
