@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).parent))  # where it is run by path, from another folder
+import deepseek_models
 import vision_models
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -146,6 +147,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    **deepseek_models.configs(_TINY),
     **vision_models.configs(_TINY),
 }
 
@@ -189,6 +191,11 @@ def text_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]
         layer = f"model.layers.{index}."
         if kind == "phi3":
             yield from _fused_layer(layer, hidden, q, kv, config["intermediate_size"])
+            continue
+        if kind in deepseek_models.KINDS:
+            yield from deepseek_models.layer(layer, index, config)
+            yield f"{layer}input_layernorm.weight", (hidden,), 1.0
+            yield f"{layer}post_attention_layernorm.weight", (hidden,), 1.0
             continue
         # Large queries and keys, so that the softmax concentrates on few tokens.
         for name, rows, gain in (("q", q, 2.0), ("k", kv, 2.0), ("v", kv, 1.0)):

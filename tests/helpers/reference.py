@@ -3,9 +3,10 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,6 +48,28 @@ def merge(adapter: Path, network: torch.nn.Module) -> None:
         a, b = halves[key], halves[key.replace(".lora_A.", ".lora_B.")]
         weight = parameters[name]
         weight += (b.to(weight.dtype) @ a.to(weight.dtype)) * config["lora_alpha"] / config["r"]
+
+
+@torch.no_grad()
+def round_weights(network: torch.nn.Module) -> None:
+    """To 8 bits, as the engine does."""
+    from vllm_sleep_ascend.native.int8 import linear, quantize
+
+    for name, weight in network.named_parameters():
+        if "_proj" in name and weight.dim() > 1:
+            levels, scale = quantize(weight)
+            identity = torch.eye(weight.shape[-1]).expand(*weight.shape[:-2], -1, -1)
+            rounded = torch.stack([linear(*x) for x in _matrices(identity, levels, scale)])
+            weight.copy_(rounded.transpose(-1, -2).view_as(weight))
+
+
+def _matrices(
+    identity: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
+) -> Iterator[tuple[Any, ...]]:
+    many = levels.dim() == 3
+    for i in range(levels.shape[0] if many else 1):
+        eye, matrix, steps = (t[i] if many else t for t in (identity, levels, scale))
+        yield eye, matrix, None, steps
 
 
 class _Network:
@@ -108,10 +131,11 @@ def hf_lead(
     model: str | os.PathLike[str],
     answers: Sequence[Sequence[int]],
     prompts: Sequence[str] = PROMPTS,
+    change: Change | None = None,
 ) -> float:
     """How far answers are from greedy ones: 0.0 if each token has the best logit after those before
     it. Of two logits that are nearly equal, the better one depends on rounding in 16 bits."""
-    network = _network(Path(model), None)
+    network = _network(Path(model), change)
     return max(network.lead(p, answer) for p, answer in zip(prompts, answers, strict=True))
 
 

@@ -233,6 +233,30 @@ def test_other_kinds_of_speculative_decoding_are_refused(model):
         config_of(model, speculative_config=options)
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"kv_cache_dtype": "fp8"}, "KV cache dtype fp8; use --kv-cache-dtype auto"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context parallelism"),
+        ({"enable_lora": True}, "LoRA adapters with multi-head latent attention; merge"),
+        ({"cpu_offload_gb": 1}, "offloaded weights with multi-head latent attention; leave out"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "KV connector ExampleConnector with multi-head latent attention; leave it out",
+        ),
+        (
+            {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
+            "graphs of a mixture of experts",
+        ),
+    ],
+)
+def test_what_latent_attention_lacks_is_refused_by_name(options, message):
+    model = str(make_model("tiny-deepseek-v2"))
+    config_of(model)
+    with pytest.raises(ValueError, match=message):
+        config_of(model, **options)
+
+
 def test_adapters_of_experts_are_refused():
     with pytest.raises(ValueError, match="LoRA adapters of experts; merge the adapter"):
         config_of(str(make_model("tiny-qwen3-moe")), enable_lora=True)
@@ -250,7 +274,7 @@ def test_engines_that_share_experts_do_not_sleep(model):
 @pytest.mark.parametrize(
     "trait,message",
     [
-        ("use_mla", "multi-head latent attention"),
+        ("use_mla", "sparse attention by an indexer, with multi-head latent attention"),
         ("is_hybrid", "Mamba or linear-attention layers"),
         ("has_inner_state", "Mamba or linear-attention layers"),
         ("is_encoder_decoder", "encoder-decoder cross attention"),
@@ -267,7 +291,14 @@ def test_refused_models(trait, message):
     )
     traits |= {"is_mm_prefix_lm": False, "quantization": None, trait: "awq"}
     config = Mock()
-    config.model_config = SimpleNamespace(model="some/model", architectures=["SomeLM"], **traits)
+    config.model_config = SimpleNamespace(
+        model="some/model",
+        architectures=["SomeLM"],
+        hf_text_config=SimpleNamespace(index_topk=2048),
+        **traits,
+    )
+    config.offload_config.uva.cpu_offload_gb = 0
+    config.offload_config.prefetch.offload_group_size = 0
     config.cache_config.cache_dtype = "auto"
     config.cache_config.kv_offloading_size = config.kv_transfer_config = None
     config.parallel_config = SimpleNamespace(
@@ -293,9 +324,18 @@ def test_attention_backends(model):
     assert path == "vllm_sleep_ascend.native.attention.backend.NPUAttentionBackend"
     with pytest.raises(ValueError, match="FLASH_ATTN is not available; leave out"):
         current_platform.get_attn_backend_cls(AttentionBackendEnum.FLASH_ATTN, config)
-    for option in ("use_mla", "use_sparse", "use_mm_prefix", "use_rswa", "use_dcp"):
+    options = ["use_sparse", "use_mm_prefix", "use_rswa", "use_dcp"]
+    for option in options:
         with pytest.raises(ValueError, match="is not supported: "):
             current_platform.get_attn_backend_cls(None, config._replace(**{option: True}))
+
+    latent = AttentionSelectorConfig(**plain, use_mla=True)
+    path = current_platform.get_attn_backend_cls(None, latent)
+    assert path == "vllm_sleep_ascend.native.attention.mla.NPUMLABackend"
+    options += ["has_sink", "has_sliding_window", "use_non_causal", "use_kv_connector"]
+    for option in options:
+        with pytest.raises(ValueError, match="is not supported: "):
+            current_platform.get_attn_backend_cls(None, latent._replace(**{option: True}))
 
 
 def test_encoders_have_one_attention_backend():

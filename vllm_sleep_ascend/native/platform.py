@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.kernel import IrOpPriorityConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+    from vllm.v1.attention.backends.mla.prefill.selector import MLAPrefillSelectorConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -153,21 +156,20 @@ class NPUPlatform(Platform):
         attn_selector_config: "AttentionSelectorConfig",
         num_heads: int | None = None,
     ) -> str:
-        """This platform has one attention backend.
+        """This platform has one backend for each kind of attention.
 
         Raises:
             ValueError: another backend was requested, or this one does not support the layer.
         """
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-        from vllm_sleep_ascend.native.attention.backend import NPUAttentionBackend
-
         if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
             raise ValueError(
                 f"NPU: attention backend {selected_backend.name} is not available; "
                 "leave out --attention-backend"
             )
-        reasons = NPUAttentionBackend.validate_configuration(
+        backend = _attention_backend(latent=attn_selector_config.use_mla)
+        reasons = backend.validate_configuration(
             device_capability=None,  # type: ignore[arg-type]
             **attn_selector_config._asdict(),
         )
@@ -176,7 +178,15 @@ class NPUPlatform(Platform):
                 f"NPU: attention with {attn_selector_config!r} is not supported: "
                 f"{', '.join(reasons)}; choose a model or options without it"
             )
-        return f"{NPUAttentionBackend.__module__}.{NPUAttentionBackend.__qualname__}"
+        return f"{backend.__module__}.{backend.__qualname__}"
+
+    @classmethod
+    def get_mla_prefill_backend_cls(
+        cls, mla_selector_config: "MLAPrefillSelectorConfig"
+    ) -> "type[MLAPrefillBackend]":
+        from vllm_sleep_ascend.native.attention.mla import NoPrefill
+
+        return NoPrefill
 
     @classmethod
     def get_vit_attn_backend(
@@ -291,6 +301,16 @@ class NPUPlatform(Platform):
         """
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"NPU: dtype {dtype} is not supported; use bfloat16")
+
+
+def _attention_backend(latent: bool) -> "type[AttentionBackend]":
+    if latent:
+        from vllm_sleep_ascend.native.attention.mla import NPUMLABackend
+
+        return NPUMLABackend
+    from vllm_sleep_ascend.native.attention.backend import NPUAttentionBackend
+
+    return NPUAttentionBackend
 
 
 def _configure_sleep_mode(vllm_config: "VllmConfig") -> None:

@@ -85,7 +85,7 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
     if model is not None:
         name = f"model {model.model} ({', '.join(model.architectures)})"
         if model.use_mla:
-            yield f"{name}: multi-head latent attention; choose a model with ordinary attention"
+            yield from (f"{name}: {what}" for what in _not_with_latents(vllm_config))
         if model.is_hybrid or model.has_inner_state or model.is_attention_free:
             yield (
                 f"{name}: Mamba or linear-attention layers; choose a model with attention in "
@@ -128,6 +128,21 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield from (f"{what}; {_EAGER}" for what in _not_in_graphs(vllm_config))
     if vllm_config.use_v2_model_runner:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
+
+
+def _not_with_latents(vllm_config: VllmConfig) -> Iterator[str]:
+    """What models with multi-head latent attention lack."""
+    latent = "with multi-head latent attention"
+    if hasattr(vllm_config.model_config.hf_text_config, "index_topk"):
+        yield f"sparse attention by an indexer, {latent}; choose a model without index_topk"
+    if vllm_config.lora_config is not None:
+        yield f"LoRA adapters {latent}; merge the adapter into the model"
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        yield f"KV connector {transfer.kv_connector} {latent}; leave it out"
+    offload = vllm_config.offload_config
+    if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+        yield (f"offloaded weights {latent}; leave out --cpu-offload-gb and --offload-group-size")
 
 
 def _not_in_graphs(vllm_config: VllmConfig) -> Iterator[str]:

@@ -128,6 +128,8 @@ class NPUWorker(SleepingWorker, Worker):
         )
         if self.model_config.is_moe:
             import vllm_sleep_ascend.native.moe
+        if self.model_config.use_mla:
+            import vllm_sleep_ascend.native.attention.mla
         if self.vllm_config.quant_config is not None:
             import vllm_sleep_ascend.native.quantization  # noqa: F401
 

@@ -5,30 +5,11 @@ import pytest
 import torch
 from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
-from helpers.reference import PROMPTS, hf_greedy
+from helpers.reference import PROMPTS, hf_greedy, round_weights
 from vllm import SamplingParams
 
 TOKENS = 8
 SOME = PROMPTS[:5]
-
-
-@torch.no_grad()
-def round_weights(network):
-    from vllm_sleep_ascend.native.int8 import linear, quantize
-
-    for name, weight in network.named_parameters():
-        if "_proj" in name and weight.dim() > 1:
-            levels, scale = quantize(weight)
-            identity = torch.eye(weight.shape[-1]).expand(*weight.shape[:-2], -1, -1)
-            rounded = torch.stack([linear(*x) for x in _matrices(identity, levels, scale)])
-            weight.copy_(rounded.transpose(-1, -2).view_as(weight))
-
-
-def _matrices(identity, levels, scale):
-    many = levels.dim() == 3
-    for i in range(levels.shape[0] if many else 1):
-        eye, matrix, steps = (t[i] if many else t for t in (identity, levels, scale))
-        yield eye, matrix, None, steps
 
 
 def weight_bytes(llm):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -62,6 +62,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
     """Describes each step's batch, once for all layers of a KV cache group."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    metadata_class: ClassVar[type[NPUAttentionMetadata]] = NPUAttentionMetadata
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         self.content = kv_cache_spec.head_size + (
             getattr(kv_cache_spec, "head_size_v", None) or kv_cache_spec.head_size
         )
+        self.wide_queries = 0
         model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
         self.max_keys = model_config.max_model_len
         self.heads = get_num_attention_heads_from_layers(
@@ -147,6 +149,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
                 content=self.content,
                 causal=causal,
                 window=self.window,
+                wide=self.wide_queries,
             )
             return [
                 make_tile(plan, query_lens, query_start, lengths, block_table, self.window)
@@ -164,7 +167,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
                 self.mask,
                 self.block_size,
             )
-        return NPUAttentionMetadata(starts[-1], causal, make_tiles, batch)
+        return self.metadata_class(starts[-1], causal, make_tiles, batch)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -186,7 +189,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
         if self.mask is not None and self.max_keys <= fused.MOST_KEYS:
             none = fused.Batch([], [], common.block_table_tensor, self.mask, self.block_size)
             batch = none.padded(common.num_reqs)
-        return NPUAttentionMetadata(common.num_actual_tokens, True, make_tiles, batch, set())
+        return self.metadata_class(common.num_actual_tokens, True, make_tiles, batch, set())
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int

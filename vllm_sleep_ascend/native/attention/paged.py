@@ -70,6 +70,40 @@ def paged_attention(
         _attend(query, output, tile, rules, kv_heads, content, rows_of, read)
 
 
+def latent_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    output: torch.Tensor,
+    tiles: list[Tile],
+    rules: Rules,
+) -> None:
+    """Attend to a paged cache of latents: one row for each token, which is the key of all heads,
+    and whose first elements are their value.
+
+    Args:
+        query: ``[tokens, heads, head_size]``.
+        cache: ``[blocks, block_size, head_size]``, contiguous.
+        output: ``[tokens, heads, value size]``, written in place.
+        tiles: cover every query row once.
+        rules: the layer's attention.
+    """
+    block_size, size_v = cache.shape[1], output.shape[2]
+    tokens = cache.view(-1, rules.head_size)
+
+    def rows_of(tile: Tile, positions: torch.Tensor) -> torch.Tensor:
+        # In int32: an NPU divides int64 on its AI CPU.
+        blocks = tile.block_table.gather(1, (positions.int() // block_size).long())
+        return blocks.long() * block_size + positions % block_size
+
+    def read(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = tokens.index_select(0, rows.flatten()).float()
+        latents = latents.view(len(rows), 1, -1, rules.head_size)
+        return latents, latents[..., :size_v]
+
+    for tile in tiles:
+        _attend(query, output, tile, rules, 1, rules.head_size, rows_of, read)
+
+
 def dense_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -71,6 +71,7 @@ def plan_tiles(
     content: int,
     causal: bool = True,
     window: int | None = None,
+    wide: int = 0,
 ) -> Iterator[TilePlan]:
     """Split a batch into tiles.
 
@@ -82,6 +83,7 @@ def plan_tiles(
         content: elements of a key and its value together.
         causal: whether keys after the query row are hidden.
         window: visible keys of a query row, itself included; None for all.
+        wide: elements of a query row, if it may take more memory than its scores.
     """
     score_budget = SCRATCH_BYTES // (_FLOAT_BYTES * heads)
     order = sorted(
@@ -96,11 +98,20 @@ def plan_tiles(
         while end < len(order) and query_lens[order[end]].bit_length() == kind:
             keys, size = seq_lens[order[end]], end + 1 - start
             rows = max(query_lens[r] for r in order[start : end + 1])
-            if keys > keys_per_chunk(size, kv_heads, content) or rows * keys * size > score_budget:
+            if (
+                keys > keys_per_chunk(size, kv_heads, content)
+                or rows * max(keys, wide) * size > score_budget
+            ):
                 break
             end += 1
         yield from _group_tiles(
-            tuple(sorted(order[start:end])), query_lens, seq_lens, score_budget, causal, window
+            tuple(sorted(order[start:end])),
+            query_lens,
+            seq_lens,
+            score_budget,
+            causal,
+            window,
+            wide,
         )
         start = end
 
@@ -112,10 +123,11 @@ def _group_tiles(
     score_budget: int,
     causal: bool,
     window: int | None,
+    wide: int,
 ) -> Iterator[TilePlan]:
     rows = max(query_lens[r] for r in requests)
     keys = max(seq_lens[r] for r in requests)
-    step = min(rows, max(1, score_budget // (keys * len(requests))))
+    step = min(rows, max(1, score_budget // (max(keys, wide) * len(requests))))
     if causal and rows > 1:
         # Smaller steps skip more of the hidden half of the scores.
         step = min(step, 512)

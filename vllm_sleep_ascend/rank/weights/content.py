@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_sleep_ascend.rank.host_worker import HostWorker
+from vllm_sleep_ascend.rank.weights.parameters import own_parameters
 from vllm_sleep_ascend.rank.weights.shards import shards_of
 from vllm_sleep_ascend.rank.weights.unwritten import mark, unwritten, unwritten_at_start
 
@@ -39,11 +40,12 @@ class WeightsContent:
         self.beyond_loading = False
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """All current parameters; one that several models share occurs once."""
+        """All current parameters, without views of others; one that several models share occurs
+        once."""
         found: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
         for prefix, model in models_of(self._worker).items():
-            for name, parameter in model.named_parameters():
+            for name, parameter in own_parameters(model):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     found[prefix + name] = parameter

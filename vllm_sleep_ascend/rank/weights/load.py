@@ -11,6 +11,7 @@ from torch import nn
 from vllm_sleep_ascend.errors import WeightsError
 from vllm_sleep_ascend.rank.weights import layerwise
 from vllm_sleep_ascend.rank.weights.content import WeightsContent
+from vllm_sleep_ascend.rank.weights.parameters import own_parameters
 from vllm_sleep_ascend.rank.weights.shards import plain
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class Snapshot:
     """A copy of a model's parameters on the host, while a load replaces them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._content = [(p.data, p.data.to("cpu", copy=True)) for p in model.parameters()]
+        self._content = [
+            (parameter.data, parameter.data.to("cpu", copy=True))
+            for _, parameter in own_parameters(model)
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -19,6 +19,7 @@ from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
 from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, models_of
 from vllm_sleep_ascend.rank.weights.layerwise import unwrap_loaders
 from vllm_sleep_ascend.rank.weights.load import Loadable, Named, Snapshot, WeightLoad
+from vllm_sleep_ascend.rank.weights.parameters import own_parameters
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -146,7 +147,7 @@ class Loads:
         except Exception as error:
             return _Facts(error)
         model = models_of(self._worker).get(prefix)
-        needed = sum(p.nbytes for p in model.parameters()) if model is not None else 0
+        needed = sum(p.nbytes for _, p in own_parameters(model)) if model is not None else 0
         whole = not self._content.missing_of(prefix) and self._hooks.can_copy_back()
         return _Facts(None, needed, available_host_bytes(), whole)
 
