@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head latent attention with other options: types, ranks, 8-bit weights, draft models."""
+"""Multi-head latent attention with other options: types, ranks, 8-bit weights, draft models,
+graphs."""
 
 import pytest
-from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
-from helpers.models import make_model
+from helpers.engine import driver_worker, engine, few, sleep_and_wake, tokens
+from helpers.models import make_model, other_weights
 from helpers.ranks import assert_tokens_survive_sleep
-from helpers.reference import PROMPTS, hf_greedy, hf_lead, round_weights
+from helpers.reference import FEW_TOKENS, PROMPTS, hf_few, hf_greedy, hf_lead, round_weights
 
 SOME = PROMPTS[1:7:2]
 ROUNDING = 0.2
@@ -50,12 +51,37 @@ def test_two_ranks():
         assert_tokens_survive_sleep(llm, model)
 
 
-def test_with_a_draft_model():
-    model, draft = make_model("tiny-deepseek-v2"), make_model("tiny-qwen2-draft")
-    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
+@pytest.mark.parametrize("draft", ["tiny-qwen2-draft", "tiny-deepseek-v2-lite"])
+def test_with_a_draft_model(draft):
+    """The draft has a cache of another shape, or of latents too."""
+    model = make_model("tiny-deepseek-v2")
+    speculative = {"method": "draft_model", "num_speculative_tokens": 3}
+    speculative["model"] = str(make_model(draft))
     with engine(model, enable_sleep_mode=True, speculative_config=speculative) as llm:
         assert tokens(llm) == hf_greedy(model)
         for level in (1, 2):
             sleep_and_wake(llm, level)
             llm.reset_prefix_cache()
             assert tokens(llm, SOME) == hf_greedy(model, SOME), f"after level {level}"
+
+
+def test_graphs_of_a_model_without_experts(tmp_path):
+    """They read the derived matrices at the addresses where a load writes the weights."""
+    from vllm_sleep_ascend.sim import control
+
+    model = make_model("tiny-deepseek-v2-dense")
+    graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
+    with engine(model, enable_sleep_mode=True, compilation_config=graphs) as llm:
+        assert tokens(llm) == hf_greedy(model)
+        captured = control.call_count("aclmdlRICaptureBegin")
+        other = other_weights(model, tmp_path / "other")
+        for level, served in ((1, model), (2, model), (2, other)):
+            llm.sleep(level=level)
+            llm.wake_up(tags=["weights"])
+            if level == 2:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": str(served)})
+            llm.wake_up(tags=["kv_cache"])
+            replayed = control.call_count("aclmdlRIExecuteAsync")
+            assert few(llm) == hf_few(served)
+            assert control.call_count("aclmdlRIExecuteAsync") >= replayed + FEW_TOKENS - 1
+        assert control.call_count("aclmdlRICaptureBegin") == captured > 0
