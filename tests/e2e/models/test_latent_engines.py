@@ -43,10 +43,17 @@ def test_quantised_weights():
             assert [matrix.data_ptr() for matrix in derived] == addresses
 
 
-def test_two_ranks():
-    """Each has half of the heads, and the experts' halves."""
+LAYOUTS = {
+    "halves of heads and experts": {"tensor_parallel_size": 2},
+    "half of the experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "half of the layers": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_two_ranks(layout):
     model = make_model("tiny-deepseek-v3")
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    ranks = {**layout, "distributed_executor_backend": "mp"}
     with engine(model, enable_sleep_mode=True, **ranks) as llm:
         assert_tokens_survive_sleep(llm, model)
 
