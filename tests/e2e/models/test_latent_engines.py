@@ -43,6 +43,20 @@ def test_quantised_weights():
             assert [matrix.data_ptr() for matrix in derived] == addresses
 
 
+def test_the_profiling_run_takes_the_scratch_memory_of_a_step():
+    """vLLM's takes keys and values of 65,536 tokens in its place."""
+    from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES
+
+    model = make_model("tiny-deepseek-v2-lite")
+    with engine(model, kv_cache_memory_bytes=None, gpu_memory_utilization=0.4) as llm:
+        assert few(llm) == hf_few(model)
+        layers = driver_worker(llm).model_runner.get_model().model.layers
+        row = 4 * 4 * (32 + 32)  # four heads in float32
+        for layer in layers:
+            size = layer.self_attn.mla_attn.mla_attn.chunked_prefill_workspace_size
+            assert PEAK_BYTES <= size * row < PEAK_BYTES + row
+
+
 LAYOUTS = {
     "halves of heads and experts": {"tensor_parallel_size": 2},
     "half of the experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
