@@ -43,6 +43,17 @@ def test_quantised_weights():
             assert [matrix.data_ptr() for matrix in derived] == addresses
 
 
+def test_a_wake_that_loads_the_weights():
+    model = make_model("tiny-deepseek-v3")
+    reload = {"sleep_mode": {"after_level2": "reload"}}
+    with engine(model, enable_sleep_mode=True, additional_config=reload) as llm:
+        before = llm.collective_rpc("compute_weight_checksums")
+        llm.sleep(level=2)
+        llm.wake_up()
+        assert few(llm) == hf_few(model)
+        assert llm.collective_rpc("compute_weight_checksums") == before
+
+
 def test_the_profiling_run_takes_the_scratch_memory_of_a_step():
     """vLLM's takes keys and values of 65,536 tokens in its place."""
     from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES
