@@ -53,3 +53,38 @@ def test_router(renormalize):
             best = best / best.sum(-1, keepdim=True)
         torch.testing.assert_close(weights, best)
         assert torch.equal(ids.long(), score.topk(CHOSEN).indices)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_experts_in_groups_are_chosen_without_a_compiler(scoring):
+    """Two of the best half of four groups; a bias counts for the choice, not for the weights."""
+    from torch._dynamo.utils import counters
+    from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
+
+    import vllm_sleep_ascend.native.moe  # noqa: F401
+
+    torch.manual_seed(0)
+    logits, bias = torch.randn(TOKENS, 8), torch.randn(8) if scoring == "sigmoid" else None
+    frames = counters["frames"]["total"]
+    weights, ids = grouped_topk_router.grouped_topk(
+        torch.zeros(TOKENS, HIDDEN),
+        logits,
+        topk=2,
+        renormalize=True,
+        num_expert_group=4,
+        topk_group=2,
+        scoring_func=scoring,
+        routed_scaling_factor=2.5,
+        e_score_correction_bias=bias,
+    )
+    assert counters["frames"]["total"] == frames
+    for token in range(TOKENS):
+        scores = logits[token].softmax(0) if bias is None else logits[token].sigmoid()
+        choice = scores if bias is None else scores + bias
+        groups = choice.view(4, 2)
+        of_group = groups.amax(1) if bias is None else groups.sum(1)
+        allowed = [e for g in of_group.topk(2).indices.tolist() for e in (2 * g, 2 * g + 1)]
+        chosen = sorted(allowed, key=lambda e: choice[e].item(), reverse=True)[:2]
+        assert sorted(ids[token].tolist()) == sorted(chosen)
+        want = 2.5 * scores[ids[token].long()] / scores[chosen].sum()
+        torch.testing.assert_close(weights[token], want)

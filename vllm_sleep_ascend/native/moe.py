@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers in plain PyTorch.
 
-Importing this module registers the experts as out-of-tree operators of vLLM, and replaces the
-router's compiled top-k kernels.
+Importing this module registers the experts as out-of-tree operators of vLLM, replaces the router's
+compiled top-k kernels, and leaves torch.compile out of the router that chooses groups of experts
+(DeepSeek).
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+from vllm.model_executor.layers.fused_moe.router import fused_topk_router, grouped_topk_router
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -167,3 +169,4 @@ class NPUFusedMoEMethod(ExpertsMethod, UnquantizedFusedMoEMethod):  # type: igno
 
 fused_topk_router.vllm_topk_softmax = topk_softmax
 fused_topk_router.vllm_topk_sigmoid = topk_sigmoid
+grouped_topk_router.grouped_topk = inspect.unwrap(grouped_topk_router.grouped_topk)
