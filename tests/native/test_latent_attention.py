@@ -6,7 +6,12 @@ import torch
 
 from vllm_sleep_ascend.native.attention import tiles as tiles_module
 from vllm_sleep_ascend.native.attention.paged import Rules, latent_attention
-from vllm_sleep_ascend.native.attention.tiles import make_decode_tiles, make_tile, plan_tiles
+from vllm_sleep_ascend.native.attention.tiles import (
+    Kept,
+    make_decode_tiles,
+    make_tile,
+    plan_tiles,
+)
 
 HEADS, RANK, ROPE, NOPE, VALUE = 4, 24, 8, 16, 12
 SIZE, SCALE = RANK + ROPE, (NOPE + ROPE) ** -0.5
@@ -55,8 +60,8 @@ class Made:
         lengths = [count + cached for count, cached in self.requests]
         starts = torch.tensor([0, *new]).cumsum(0).int()
         plans = plan_tiles(new, lengths, heads=HEADS, kv_heads=1, content=SIZE, wide=SIZE)
-        exact = torch.tensor(lengths, dtype=torch.int32)
-        return [make_tile(plan, new, starts, exact, table) for plan in plans]
+        exact, kept = torch.tensor(lengths, dtype=torch.int32), Kept()
+        return [make_tile(plan, new, starts, exact, table, kept=kept) for plan in plans]
 
     def expected(self):
         """Of heads with keys and values of their own, in float64."""
@@ -90,6 +95,50 @@ def test_latents_are_the_keys_and_values_of_all_heads(requests, block_size, scra
     cache, table = made.cache()
     got = attended(made, cache, made.tiles(table), made.query())
     torch.testing.assert_close(got.double(), made.expected(), rtol=1e-4, atol=1e-5)
+
+
+def kept_bytes(tiles):
+    chunks = [chunk for tile in tiles for chunk in tile.chunks.values()]
+    return sum(part.nbytes for chunk in chunks for part in chunk if part is not None)
+
+
+def test_what_a_step_keeps_does_not_grow_with_its_context(monkeypatch):
+    """Rows and masks of a long prompt; what is not kept is computed anew by each layer."""
+    monkeypatch.setattr(tiles_module, "SCRATCH_BYTES", scratch := 1 << 20)
+    made = Made([(512, 3584)])
+    cache, table = made.cache()
+    tiles = made.tiles(table)
+    assert len(tiles) > 30
+    everything = sum(tile.num_keys * (8 + tile.rows.shape[1]) for tile in tiles)
+    for _ in range(2):
+        got = attended(made, cache, tiles, made.query())
+        torch.testing.assert_close(got.double(), made.expected(), rtol=1e-4, atol=1e-5)
+        assert scratch / 2 < kept_bytes(tiles) <= scratch < everything / 2
+
+
+def test_what_a_graph_keeps_does_not_grow_with_its_context(monkeypatch):
+    monkeypatch.setattr(tiles_module, "SCRATCH_BYTES", scratch := 1 << 16)
+    made = Made([(1, n) for n in range(9, 19)])
+    cache, table = made.cache()
+    cache[0] = 1.0
+    table = torch.cat((table, table.new_zeros(10, 300)), 1)
+    lengths = torch.tensor([new + cached for new, cached in made.requests])
+    tiles = make_decode_tiles(lengths, table, max_keys=4096, kv_heads=1, content=SIZE)
+    got = attended(made, cache, tiles, made.query())
+    torch.testing.assert_close(got.double(), made.expected(), rtol=1e-4, atol=1e-5)
+    assert scratch / 2 < kept_bytes(tiles) <= scratch < 8 * 10 * 4096
+
+
+@pytest.mark.parametrize(("tokens", "context"), [(8192, 32768), (8192, 131072)])
+def test_the_budget_of_a_step_holds_for_published_sizes(tokens, context):
+    """All chunks of DeepSeek-V3's step with 16 heads would be several times as large."""
+    kept, taken, all_bytes = Kept(), 0, 0
+    plans = plan_tiles([tokens], [context], heads=16, kv_heads=1, content=576, wide=576)
+    for plan in plans:
+        size = plan.num_keys * (8 + plan.num_rows)
+        all_bytes += size
+        taken += size * kept.take(size)
+    assert taken <= tiles_module.SCRATCH_BYTES < all_bytes / 5
 
 
 def test_tiles_of_a_graph():

@@ -23,7 +23,7 @@ from vllm_sleep_ascend.native.attention.metadata import (
     NPUAttentionMetadataBuilder,
 )
 from vllm_sleep_ascend.native.attention.paged import Rules, dense_attention, paged_attention
-from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES
+from vllm_sleep_ascend.native.attention.tiles import step_bytes
 
 
 class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
@@ -115,7 +115,7 @@ class NPUAttentionImpl(AttentionImpl[NPUAttentionMetadata]):
             )
         if attn_metadata is None:
             # Profiling: allocate the scratch memory that a real step may need.
-            torch.empty(PEAK_BYTES, dtype=torch.uint8, device=output.device)
+            torch.empty(step_bytes(len(output)), dtype=torch.uint8, device=output.device)
             return output.zero_()
         if self._attend_by_operator(query, kv_cache, attn_metadata, output):
             return output

@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, EncoderOnlyAttentionSpec, 
 from vllm_sleep_ascend.native.attention import fused
 from vllm_sleep_ascend.native.attention.kv_cache import Rows
 from vllm_sleep_ascend.native.attention.tiles import (
+    Kept,
     Tile,
     make_decode_tiles,
     make_tile,
@@ -151,10 +152,9 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
                 window=self.window,
                 wide=self.wide_queries,
             )
-            return [
-                make_tile(plan, query_lens, query_start, lengths, block_table, self.window)
-                for plan in plans
-            ]
+            batch = query_lens, query_start, lengths, block_table, self.window
+            kept = Kept()
+            return [make_tile(plan, *batch, kept) for plan in plans]
 
         batch = None
         if self.mask is not None and causal and (bounds is None or self.knows_lengths):

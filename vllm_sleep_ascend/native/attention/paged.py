@@ -20,8 +20,6 @@ from vllm_sleep_ascend.native.attention.tiles import Tile, keys_per_chunk
 ReadKV = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Maps rows, as ``rows_of`` gives them, to keys and values: ``[R, kv_heads, S, size]`` float32."""
 
-_MASK_CACHE_ELEMENTS = 1 << 20
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -208,7 +206,7 @@ def _chunk(
         if not rules.causal:
             hidden = hidden | (distance >= rules.window)
     chunk = (rows, hidden, distance if rules.alibi_slopes is not None else None)
-    if hidden.numel() <= _MASK_CACHE_ELEMENTS:
+    if tile.kept.take(sum(part.nbytes for part in chunk if part is not None)):
         tile.chunks[name] = chunk
     return chunk
 

@@ -18,6 +18,9 @@ SCRATCH_BYTES = 32 << 20
 PEAK_BYTES = 4 * SCRATCH_BYTES
 """The most memory that a tile may use, temporary copies included."""
 
+_TILE_BYTES = 2048
+"""Of a small tile's own tensors; torch_npu's allocator takes at least 512 for each."""
+
 _FLOAT_BYTES = 4
 _LEAST_CHUNK = 64
 
@@ -32,6 +35,28 @@ class TilePlan:
     """Query rows per request. Shorter requests repeat their last row, which is not stored."""
     num_keys: int
     """Keys per request, from its first visible key; masked if a request has fewer."""
+
+
+def step_bytes(tokens: int) -> int:
+    """The most memory that the tiles of a step may use: of the largest, of what they keep for the
+    step's layers, and of themselves if each has one token."""
+    return PEAK_BYTES + SCRATCH_BYTES + tokens * _TILE_BYTES
+
+
+@dataclass
+class Kept:
+    """What the tiles of a step keep for its layers, which then need not compute it anew. It is
+    bounded for all of them together: they live as long as the step."""
+
+    room: int = field(default_factory=lambda: SCRATCH_BYTES)
+    """Bytes that are left."""
+
+    def take(self, size: int) -> bool:
+        """Whether so many bytes may be kept; if so, they are taken."""
+        if size > self.room:
+            return False
+        self.room -= size
+        return True
 
 
 @dataclass
@@ -53,6 +78,8 @@ class Tile:
     """Flat indices into ``[R, Q]`` of the rows to store; None for all."""
     stored_rows: torch.Tensor
     """Rows of the flat query that these are written to."""
+    kept: Kept = field(default_factory=Kept)
+    """Shared by the tiles of a step."""
     chunks: dict = field(default_factory=dict)
     """Rows and masks, shared by the layers of a step."""
 
@@ -167,7 +194,7 @@ def make_decode_tiles(
         window: visible keys of a query row, itself included; None for all.
     """
     num_keys = max_keys if window is None else min(max_keys, window)
-    tiles = []
+    tiles, kept = [], Kept()
     most = max(1, SCRATCH_BYTES // (_FLOAT_BYTES * kv_heads * content * _LEAST_CHUNK))
     for first in range(0, len(seq_lens), most):
         lens = seq_lens[first : first + most].long().clamp(min=1).unsqueeze(1)
@@ -176,7 +203,12 @@ def make_decode_tiles(
         positions = lens - 1
         first_key = torch.zeros_like(lens) if window is None else (lens - window).clamp(min=0)
         tiles.append(
-            Tile(rows.unsqueeze(1), positions, first_key, positions, num_keys, table, None, rows)
+            Tile(
+                *(rows.unsqueeze(1), positions, first_key, positions, num_keys, table),
+                stored=None,
+                stored_rows=rows,
+                kept=kept,
+            )
         )
     return tiles
 
@@ -188,6 +220,7 @@ def make_tile(
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
     window: int | None = None,
+    kept: Kept | None = None,
 ) -> Tile:
     """Build a plan's index tensors on the device of ``seq_lens``.
 
@@ -198,6 +231,7 @@ def make_tile(
         seq_lens: ``[requests]``, exact.
         block_table: ``[requests, blocks]``.
         window: as given to ``plan_tiles``.
+        kept: of the step, if the plan is not all of it.
     """
     device = seq_lens.device
     num_requests = len(plan.requests)
@@ -222,4 +256,7 @@ def make_tile(
     first_key = torch.zeros_like(lens)
     if window is not None:
         first_key = (positions[:, :1] - window + 1).clamp(min=0)
-    return Tile(rows, positions, first_key, lens - 1, plan.num_keys, table, stored, stored_rows)
+    return Tile(
+        *(rows, positions, first_key, lens - 1, plan.num_keys, table, stored, stored_rows),
+        kept=kept or Kept(),
+    )
