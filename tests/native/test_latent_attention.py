@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vllm_sleep_ascend.native.attention import tiles as tiles_module
 from vllm_sleep_ascend.native.attention.paged import Rules, latent_attention
@@ -139,6 +140,34 @@ def test_the_budget_of_a_step_holds_for_published_sizes(tokens, context):
         all_bytes += size
         taken += size * kept.take(size)
     assert taken <= tiles_module.SCRATCH_BYTES < all_bytes / 5
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts tensors that are made from lists of the host."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requests", [[(1, 31), (1, 2), (200, 1000)], [(9, 9), *[(1, 30)] * 5]])
+def test_requests_side_by_side_are_sliced(requests, monkeypatch):
+    """A prompt after decode steps has many tiles; a host copy for each would stall the device."""
+    monkeypatch.setattr(tiles_module, "SCRATCH_BYTES", 1 << 16)
+    made = Made(requests)
+    cache, table = made.cache()
+    starts = torch.tensor([0, *(new for new, _ in requests)]).cumsum(0).int()
+    lengths = [new + cached for new, cached in requests]
+    exact, new = torch.tensor(lengths, dtype=torch.int32), [new for new, _ in requests]
+    plans = list(plan_tiles(new, lengths, heads=HEADS, kv_heads=1, content=SIZE, wide=SIZE))
+    assert any(plan.requests[0] > 0 for plan in plans)
+    with HostCopies() as copies:
+        tiles = [make_tile(plan, new, starts, exact, table) for plan in plans]
+    assert copies.count == 0
+    got = attended(made, cache, tiles, made.query())
+    torch.testing.assert_close(got.double(), made.expected(), rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_of_a_graph():

@@ -235,9 +235,12 @@ def make_tile(
     """
     device = seq_lens.device
     num_requests = len(plan.requests)
-    if plan.requests == tuple(range(num_requests)):
-        start, end = query_start[:num_requests], query_start[1 : num_requests + 1]
-        lens, table = seq_lens[:num_requests], block_table[:num_requests]
+    first = plan.requests[0]
+    if plan.requests == tuple(range(first, first + num_requests)):
+        # Without an index, whose copy from the host would wait for the device.
+        after = first + num_requests
+        start, end = query_start[first:after], query_start[first + 1 : after + 1]
+        lens, table = seq_lens[first:after], block_table[first:after]
     else:
         index = torch.tensor(plan.requests, device=device)
         start, end = query_start[index], query_start[index + 1]
