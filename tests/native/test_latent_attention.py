@@ -196,6 +196,21 @@ def test_queries_that_are_wider_than_their_scores_are_bounded_too():
     assert rows == 8192 + 500
 
 
+def test_wide_queries_of_a_graph_are_bounded_too():
+    heads, wide = 128, 576
+    tiles = make_decode_tiles(
+        torch.ones(300, dtype=torch.int32),
+        torch.zeros(300, 1, dtype=torch.int32),
+        max_keys=64,
+        kv_heads=1,
+        content=wide,
+        wide=heads * wide,
+    )
+    sizes = [len(tile.rows) for tile in tiles]
+    assert sum(sizes) == 300
+    assert max(sizes) * heads * wide * 4 <= tiles_module.SCRATCH_BYTES
+
+
 def test_a_step_stores_its_latents():
     from vllm_sleep_ascend.native.attention.mla import NPUMLAImpl
 

@@ -184,6 +184,7 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder[NPUAttentionMetadata]
             kv_heads=self.kv_heads,
             content=self.content,
             window=self.window,
+            wide=self.heads * self.wide_queries,
         )
         batch = None
         if self.mask is not None and self.max_keys <= fused.MOST_KEYS:

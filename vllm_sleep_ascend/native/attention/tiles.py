@@ -181,6 +181,7 @@ def make_decode_tiles(
     kv_heads: int,
     content: int,
     window: int | None = None,
+    wide: int = 0,
 ) -> list[Tile]:
     """The tiles of a batch with one query row per request. Neither their extent nor any work on
     the host depends on the lengths, so a captured graph can compute them anew in each replay.
@@ -192,10 +193,12 @@ def make_decode_tiles(
         kv_heads: key heads.
         content: elements of a key and its value together.
         window: visible keys of a query row, itself included; None for all.
+        wide: elements of all heads of a query row, if they may take more memory than its scores.
     """
     num_keys = max_keys if window is None else min(max_keys, window)
     tiles, kept = [], Kept()
-    most = max(1, SCRATCH_BYTES // (_FLOAT_BYTES * kv_heads * content * _LEAST_CHUNK))
+    of_request = max(kv_heads * content * _LEAST_CHUNK, wide)
+    most = max(1, SCRATCH_BYTES // (_FLOAT_BYTES * of_request))
     for first in range(0, len(seq_lens), most):
         lens = seq_lens[first : first + most].long().clamp(min=1).unsqueeze(1)
         table = block_table[first : first + most]
