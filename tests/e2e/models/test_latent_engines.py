@@ -54,18 +54,32 @@ def test_a_wake_that_loads_the_weights():
         assert llm.collective_rpc("compute_weight_checksums") == before
 
 
-def test_the_profiling_run_takes_the_scratch_memory_of_a_step():
-    """vLLM's takes keys and values of 65,536 tokens in its place."""
-    from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES
+def test_a_step_takes_no_more_than_the_profiling_run(monkeypatch):
+    """vLLM's takes keys and values of 65,536 tokens. The scratch memory is small here, so that the
+    queries of all tokens weigh more than it."""
+    import torch_npu
+    from vllm_sleep_ascend.native.attention import tiles
 
-    model = make_model("tiny-deepseek-v2-lite")
-    with engine(model, kv_cache_memory_bytes=None, gpu_memory_utilization=0.4) as llm:
-        assert few(llm) == hf_few(model)
-        layers = driver_worker(llm).model_runner.get_model().model.layers
-        row = 4 * 4 * (32 + 32)  # four heads in float32
-        for layer in layers:
-            size = layer.self_attn.mla_attn.mla_attn.chunked_prefill_workspace_size
-            assert PEAK_BYTES <= size * row < PEAK_BYTES + row
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(tiles, "PEAK_BYTES", 4 << 20)
+    new = 1024
+    model = make_model("tiny-deepseek-v2-dense")
+    with engine(model, max_num_batched_tokens=new, max_num_seqs=2) as llm:
+        worker = driver_worker(llm)
+
+        def peak_of(run):
+            torch_npu.npu.synchronize()
+            torch_npu.npu.reset_peak_memory_stats()
+            before = torch_npu.npu.memory_allocated()
+            run()
+            torch_npu.npu.synchronize()
+            return torch_npu.npu.max_memory_allocated() - before
+
+        prompt = {"prompt_token_ids": [3 + n % 200 for n in range(new - 1)]}
+        step = peak_of(lambda: tokens(llm, [prompt], 1))
+        profiled = peak_of(worker._run_largest_batch)
+        queries = 2 * new * 4 * 64 * 4  # of four heads with 64 latents, in float32
+        assert queries < step <= profiled, (queries, step, profiled)
 
 
 LAYOUTS = {

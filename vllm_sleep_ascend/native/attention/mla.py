@@ -19,7 +19,7 @@ Importing this module registers the layer with vLLM.
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -35,7 +35,7 @@ from vllm_sleep_ascend.native.attention.metadata import (
     NPUAttentionMetadataBuilder,
 )
 from vllm_sleep_ascend.native.attention.paged import Rules, latent_attention
-from vllm_sleep_ascend.native.attention.tiles import PEAK_BYTES
+from vllm_sleep_ascend.native.attention.tiles import step_bytes
 
 
 class NPUMLAMetadata(NPUAttentionMetadata):
@@ -142,9 +142,9 @@ class NPUMLAImpl(MLAAttentionImpl[NPUMLAMetadata]):
             attn_metadata: the step's batch.
             layer: not used.
         """
-        query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
-        output = query.new_empty(*query.shape[:2], self.kv_lora_rank)
-        latent_attention(query, kv_c_and_k_pe_cache, output, attn_metadata.tiles, self.rules)
+        first = q[0] if isinstance(q, tuple) else q
+        output = first.new_empty(*first.shape[:2], self.kv_lora_rank)
+        latent_attention(q, kv_c_and_k_pe_cache, output, attn_metadata.tiles, self.rules)
         return output, None
 
 
@@ -203,11 +203,19 @@ class NoPrefill(MLAPrefillBackend):
 
 @MultiHeadLatentAttentionWrapper.register_oot(name="MultiHeadLatentAttentionWrapper")
 class NPUMultiHeadLatentAttention(MultiHeadLatentAttentionWrapper):  # type: ignore[misc]
-    """vLLM's module around the layer. Its profiling run takes the scratch memory of a step here,
-    in place of keys and values of a long context."""
+    """vLLM's module around the layer. Its profiling run takes the memory of a step here, in place
+    of keys and values of a long context."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         row = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         row *= torch.get_default_dtype().itemsize
-        self.mla_attn._chunked_prefill_workspace_size = -(-PEAK_BYTES // row)
+        self.mla_attn._chunked_prefill_workspace_size = -(-self._step_bytes() // row)
+
+    def _step_bytes(self) -> int:
+        """Absorbed queries and what they get, of all tokens and heads; then either attention, or
+        the product with ``W_UV``, for which an NPU makes its operand contiguous."""
+        tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        element = tokens * self.num_heads * torch.get_default_dtype().itemsize
+        product = element * (self.kv_lora_rank + self.v_head_dim)
+        return 2 * element * self.kv_lora_rank + max(step_bytes(tokens), product)

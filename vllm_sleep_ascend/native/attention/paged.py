@@ -65,11 +65,11 @@ def paged_attention(
         return read_kv(cache, rules.head_size, rows)
 
     for tile in tiles:
-        _attend(query, output, tile, rules, kv_heads, content, rows_of, read)
+        _attend((query,), output, tile, rules, kv_heads, content, rows_of, read)
 
 
 def latent_attention(
-    query: torch.Tensor,
+    query: torch.Tensor | tuple[torch.Tensor, ...],
     cache: torch.Tensor,
     output: torch.Tensor,
     tiles: list[Tile],
@@ -79,7 +79,8 @@ def latent_attention(
     and whose first elements are their value.
 
     Args:
-        query: ``[tokens, heads, head_size]``.
+        query: ``[tokens, heads, head_size]``, or parts of it that are joined for one tile at a
+            time.
         cache: ``[blocks, block_size, head_size]``, contiguous.
         output: ``[tokens, heads, value size]``, written in place.
         tiles: cover every query row once.
@@ -98,8 +99,9 @@ def latent_attention(
         latents = latents.view(len(rows), 1, -1, rules.head_size)
         return latents, latents[..., :size_v]
 
+    parts = query if isinstance(query, tuple) else (query,)
     for tile in tiles:
-        _attend(query, output, tile, rules, 1, rules.head_size, rows_of, read)
+        _attend(parts, output, tile, rules, 1, rules.head_size, rows_of, read)
 
 
 def dense_attention(
@@ -131,11 +133,11 @@ def dense_attention(
         return kv[..., : rules.head_size], kv[..., rules.head_size :]
 
     for tile in tiles:
-        _attend(query, output, tile, rules, key.shape[1], both.shape[-1], rows_of, read)
+        _attend((query,), output, tile, rules, key.shape[1], both.shape[-1], rows_of, read)
 
 
 def _attend(
-    query: torch.Tensor,
+    query: tuple[torch.Tensor, ...],
     output: torch.Tensor,
     tile: Tile,
     rules: Rules,
@@ -145,8 +147,9 @@ def _attend(
     read: ReadKV,
 ) -> None:
     num_requests, num_rows = tile.rows.shape
-    group = query.shape[1] // kv_heads
-    q = query.index_select(0, tile.rows.flatten()).float().mul_(rules.scale)
+    group = query[0].shape[1] // kv_heads
+    taken = tile.rows.flatten()
+    q = torch.cat([part.index_select(0, taken).float() for part in query], dim=-1).mul_(rules.scale)
     q = q.view(num_requests, num_rows, kv_heads, group, rules.head_size)
     # [R, kv_heads, group * Q, head_size]: the heads of a group share keys that are not repeated.
     q = q.permute(0, 2, 3, 1, 4).reshape(num_requests, kv_heads, group * num_rows, rules.head_size)
