@@ -22,6 +22,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from vllm_sleep_ascend.native.int8 import linear, quantize
 from vllm_sleep_ascend.native.moe import ExpertsMethod
+from vllm_sleep_ascend.rank.weights.parameters import clone_parameters
 
 INT8_FOR = (kFp8StaticTensorSym, kFp8StaticChannelSym, kInt8StaticChannelSym)
 """vLLM's weight schemes with 8 bits and a scale per tensor or per output channel."""
@@ -70,6 +71,4 @@ def compact(model: nn.Module) -> None:
     from vllm_sleep_ascend.memory.pool import use_pool
 
     with use_pool("weights"):
-        for parameter in model.parameters():
-            if parameter.device.type == "npu":
-                parameter.data = parameter.data.clone()
+        clone_parameters(model, lambda parameter: parameter.device.type == "npu")

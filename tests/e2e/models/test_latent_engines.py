@@ -3,6 +3,7 @@
 graphs."""
 
 import pytest
+import torch
 from helpers.engine import driver_worker, engine, few, sleep_and_wake, tokens
 from helpers.models import make_model, other_weights
 from helpers.ranks import assert_tokens_survive_sleep
@@ -43,6 +44,43 @@ def test_quantised_weights():
             assert [matrix.data_ptr() for matrix in derived] == addresses
 
 
+def test_views_of_a_weight_stay_views_beside_quantised_experts():
+    """A write of one weight alone changes the tokens as the same load by vLLM does."""
+    model = make_model("tiny-deepseek-v2")
+    experts = {"quantization": "int8_per_channel_weight_only"}
+    with engine(model, enable_sleep_mode=True, dtype="float16", **experts) as llm:
+        assert hf_lead(model, tokens(llm, SOME), SOME) < 2 * ROUNDING
+        network = driver_worker(llm).model_runner.get_model()
+        layers = [layer.self_attn.mla_attn.mla_attn for layer in network.model.layers]
+        quantised = [n for n, p in network.named_parameters() if p.dtype == torch.int8]
+        assert quantised
+        assert all(".experts." in name for name in quantised)
+
+        def assert_views():
+            for layer in layers:
+                whole = layer.kv_b_proj.weight
+                for part in (layer.W_UK_T, layer.W_UV):
+                    assert part.dtype == whole.dtype == torch.float16
+                    assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+        assert_views()
+        before = tokens(llm, SOME)
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            llm.reset_prefix_cache()
+            assert tokens(llm, SOME) == before, f"after level {level}"
+            assert_views()
+        whole = layers[0].kv_b_proj.weight
+        name = "model.layers.0.self_attn.kv_b_proj.weight"
+        changed = whole.detach().cpu().flip(0)
+        new = {"weights_iterator": [(name, changed)], "is_checkpoint_format": False}
+        llm.collective_rpc("reload_weights", kwargs=new)
+        rank = whole.shape[1]
+        absorbed = changed.view(4, -1, rank)
+        assert layers[0].W_UK_T.cpu().equal(absorbed[:, :32])
+        assert layers[0].W_UV.cpu().equal(absorbed[:, 32:].transpose(1, 2))
+
+
 def test_a_wake_that_loads_the_weights():
     model = make_model("tiny-deepseek-v3")
     reload = {"sleep_mode": {"after_level2": "reload"}}
@@ -58,6 +96,7 @@ def test_a_step_takes_no_more_than_the_profiling_run(monkeypatch):
     """vLLM's takes keys and values of 65,536 tokens. The scratch memory is small here, so that the
     queries of all tokens weigh more than it."""
     import torch_npu
+
     from vllm_sleep_ascend.native.attention import tiles
 
     monkeypatch.setattr(tiles, "SCRATCH_BYTES", 1 << 20)

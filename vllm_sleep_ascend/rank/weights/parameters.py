@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's parameters, each memory once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -10,6 +10,26 @@ from torch import nn
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """All parameters but those that are a part of another one. Multi-head latent attention has
     such views: who loads the whole has loaded them, and no checkpoint names them."""
+    for name, parameter, whole in _with_wholes(model):
+        if whole is None:
+            yield name, parameter
+
+
+def clone_parameters(model: nn.Module, which: Callable[[nn.Parameter], bool]) -> None:
+    """Copy parameters into new memory. Those that are a part of another one stay a part of it."""
+    found = list(_with_wholes(model))
+    offsets = {id(parameter): parameter.storage_offset() for _, parameter, _ in found}
+    for _, parameter, whole in found:
+        if whole is None and which(parameter):
+            parameter.data = parameter.data.clone()
+    for _, part, whole in found:
+        if whole is not None and which(whole):
+            start = offsets[id(part)] - offsets[id(whole)] + whole.storage_offset()
+            part.data = whole.data.as_strided(part.shape, part.stride(), start)
+
+
+def _with_wholes(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter | None]]:
+    """Each parameter, with the largest one that it is a part of."""
     parameters = list(model.named_parameters())
     wholes: dict[int, list[nn.Parameter]] = {}
     for _, parameter in parameters:
@@ -17,8 +37,8 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             wholes.setdefault(_storage(parameter), []).append(parameter)
     for name, parameter in parameters:
         within = [] if parameter.is_meta else wholes.get(_storage(parameter), [])
-        if not any(_is_part(parameter, whole) for whole in within):
-            yield name, parameter
+        those = (whole for whole in within if _is_part(parameter, whole))
+        yield name, parameter, max(those, key=torch.Tensor.numel, default=None)
 
 
 def _storage(tensor: torch.Tensor) -> int:
