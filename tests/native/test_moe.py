@@ -55,6 +55,34 @@ def test_router(renormalize):
         assert torch.equal(ids.long(), score.topk(CHOSEN).indices)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_experts_are_chosen_with_a_bias(scoring, renormalize, biased):
+    """It counts for the choice, not for the weights. vLLM's kernels for it are CUDA's."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import fused_topk_bias
+
+    import vllm_sleep_ascend.native.moe  # noqa: F401
+
+    torch.manual_seed(0)
+    logits = torch.randn(TOKENS, EXPERTS)
+    bias = torch.tensor([3.0, 0.0, 0.0, 2.0, 0.0]) if biased else None
+    x = torch.zeros(TOKENS, HIDDEN)
+    weights, ids = fused_topk_bias(
+        x, logits, scoring, bias, CHOSEN, renormalize, routed_scaling_factor=2.5
+    )
+    assert weights.dtype == torch.float32
+    assert ids.dtype == torch.int32
+    for token in range(TOKENS):
+        scores = logits[token].softmax(0) if scoring == "softmax" else logits[token].sigmoid()
+        best = [0, 3] if biased else scores.topk(CHOSEN).indices.tolist()
+        assert ids[token].tolist() == best
+        want = 2.5 * scores[best]
+        torch.testing.assert_close(
+            weights[token], want / scores[best].sum() if renormalize else want
+        )
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_experts_in_groups_are_chosen_without_a_compiler(scoring):
     """Two of the best half of four groups; a bias counts for the choice, not for the weights."""

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.router import fused_topk_router, grouped_topk_router
+from vllm.model_executor.layers.fused_moe.router import (
+    fused_topk_bias_router,
+    fused_topk_router,
+    grouped_topk_router,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -87,11 +91,20 @@ def experts(
     return scattered.view(x.shape[0], chosen, -1).sum(dim=1).to(x.dtype)
 
 
-def _choose(scores: torch.Tensor, like: torch.Tensor, renormalize: bool) -> tuple[Any, Any]:
-    weights, ids = scores.topk(like.shape[-1], dim=-1)
+def _choose(
+    scores: torch.Tensor,
+    like: torch.Tensor,
+    renormalize: bool,
+    bias: torch.Tensor | None,
+    factor: float = 1.0,
+) -> tuple[Any, Any]:
+    """A bias counts for the choice, not for the weights."""
+    choice = scores if bias is None else scores + bias.float()
+    ids = choice.topk(like.shape[-1], dim=-1).indices
+    weights = scores.gather(-1, ids)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(like.dtype)
+    return weights * factor, ids.to(like.dtype)
 
 
 def topk_softmax(
@@ -100,9 +113,11 @@ def topk_softmax(
     token_expert_indices: torch.Tensor,
     gating_output: torch.Tensor,
     renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Weights and ids ``[tokens, chosen]`` of the top experts. The signature is vLLM's."""
-    return _choose(gating_output.float().softmax(dim=-1), topk_indices, renormalize)
+    scores = gating_output.float().softmax(dim=-1)
+    return _choose(scores, topk_indices, renormalize, e_score_correction_bias)
 
 
 def topk_sigmoid(
@@ -111,9 +126,13 @@ def topk_sigmoid(
     token_expert_indices: torch.Tensor,
     gating_output: torch.Tensor,
     renormalize: bool = False,
+    e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
 ) -> tuple[torch.Tensor, ...]:
-    """Like ``topk_softmax``, with a sigmoid for each expert."""
-    return _choose(gating_output.float().sigmoid(), topk_indices, renormalize)
+    """Like ``topk_softmax``, with a sigmoid for each expert, and weights times a factor."""
+    scores = gating_output.float().sigmoid()
+    bias = e_score_correction_bias
+    return _choose(scores, topk_indices, renormalize, bias, routed_scaling_factor)
 
 
 class ExpertsMethod:
@@ -167,6 +186,7 @@ class NPUFusedMoEMethod(ExpertsMethod, UnquantizedFusedMoEMethod):  # type: igno
         return False
 
 
-fused_topk_router.vllm_topk_softmax = topk_softmax
-fused_topk_router.vllm_topk_sigmoid = topk_sigmoid
+for _router in (fused_topk_router, fused_topk_bias_router):
+    _router.vllm_topk_softmax = topk_softmax
+    _router.vllm_topk_sigmoid = topk_sigmoid
 grouped_topk_router.grouped_topk = inspect.unwrap(grouped_topk_router.grouped_topk)
