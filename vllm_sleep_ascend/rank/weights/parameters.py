@@ -28,6 +28,16 @@ def clone_parameters(model: nn.Module, which: Callable[[nn.Parameter], bool]) ->
             part.data = whole.data.as_strided(part.shape, part.stride(), start)
 
 
+def derive_again(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have layers of multi-head latent attention derive the matrices that are no views, in place.
+
+    vLLM does so after other loads. One in the kernels' format copies parameters, and no more."""
+    own = {id(parameter) for _, parameter in own_parameters(model)}
+    for layer in model.modules():
+        if id(layer._parameters.get("W_UV")) in own:
+            layer.process_weights_after_loading(dtype)  # type: ignore[operator]
+
+
 def _with_wholes(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter | None]]:
     """Each parameter, with the largest one that it is a part of."""
     parameters = list(model.named_parameters())

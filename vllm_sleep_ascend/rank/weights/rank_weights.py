@@ -14,6 +14,7 @@ from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
 from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, models_of
 from vllm_sleep_ascend.rank.weights.load import Named
 from vllm_sleep_ascend.rank.weights.loading import SLOWEST_LOAD, Loads
+from vllm_sleep_ascend.rank.weights.parameters import derive_again
 from vllm_sleep_ascend.rank.weights.source import Sources
 from vllm_sleep_ascend.status import WeightsOrigin, WeightsReport, in_no_checkpoint
 
@@ -113,6 +114,8 @@ class RankWeights:
                 )
             if weights is not weights_iterator:
                 load.check_parameters()
+                with torch.no_grad():
+                    derive_again(load.model, load.model_config.dtype)
 
         all_of_it = weights_iterator is None
         self._loads.begin(
