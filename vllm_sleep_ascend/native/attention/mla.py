@@ -11,7 +11,8 @@ prompts. Here a tile has few query rows, for each of which they would be made an
 attended to in the same way as decode steps.
 
 ``W_UK_T`` and ``W_UV`` of a layer are views of the weight of ``kv_b_proj``. They take no memory of
-their own, and who writes that weight has written them.
+their own, and who writes that weight has written them. If it has 8 bits, they have memory of their
+own, and are derived again after each load (``rank.weights.parameters.derive_again``).
 
 Importing this module registers the layer with vLLM.
 """
