@@ -186,7 +186,8 @@ class NPUFusedMoEMethod(ExpertsMethod, UnquantizedFusedMoEMethod):  # type: igno
         return False
 
 
-for _router in (fused_topk_router, fused_topk_bias_router):
-    _router.vllm_topk_softmax = topk_softmax
-    _router.vllm_topk_sigmoid = topk_sigmoid
+fused_topk_router.vllm_topk_softmax = topk_softmax
+fused_topk_router.vllm_topk_sigmoid = topk_sigmoid
+fused_topk_bias_router.vllm_topk_softmax = topk_softmax
+fused_topk_bias_router.vllm_topk_sigmoid = topk_sigmoid
 grouped_topk_router.grouped_topk = inspect.unwrap(grouped_topk_router.grouped_topk)

@@ -28,7 +28,7 @@ def clone_parameters(model: nn.Module, which: Callable[[nn.Parameter], bool]) ->
             part.data = whole.data.as_strided(part.shape, part.stride(), start)
 
 
-def derive_again(model: nn.Module, dtype: torch.dtype) -> None:
+def derive_again(model: nn.Module, dtype: torch.dtype | str) -> None:
     """Have layers of multi-head latent attention derive the matrices that are no views, in place.
 
     vLLM does so after other loads. One in the kernels' format copies parameters, and no more."""
