@@ -257,6 +257,21 @@ def test_what_latent_attention_lacks_is_refused_by_name(options, message):
         config_of(model, **options)
 
 
+def test_what_latent_attention_of_a_draft_lacks_is_refused_by_name(model):
+    draft = {"method": "draft_model", "num_speculative_tokens": 2}
+    draft["model"] = str(make_model("tiny-deepseek-v2-dense"))
+    config_of(model, speculative_config=draft)
+    with pytest.raises(ValueError, match=r"draft model .*: offloaded weights with multi-head"):
+        config_of(model, speculative_config=draft, cpu_offload_gb=1)
+
+
+def test_a_draft_with_experts_beside_a_model_without_is_refused(model):
+    draft = {"method": "draft_model", "num_speculative_tokens": 2}
+    draft["model"] = str(make_model("tiny-qwen3-moe"))
+    with pytest.raises(ValueError, match=r"draft model .*: experts beside a model without, .*; ch"):
+        config_of(model, speculative_config=draft)
+
+
 def test_adapters_of_experts_are_refused():
     with pytest.raises(ValueError, match="LoRA adapters of experts; merge the adapter"):
         config_of(str(make_model("tiny-qwen3-moe")), enable_lora=True)
@@ -275,6 +290,7 @@ def test_engines_that_share_experts_do_not_sleep(model):
     "trait,message",
     [
         ("use_mla", "sparse attention by an indexer, with multi-head latent attention"),
+        ("zero_expert_num", r"zero experts \(LongCat\), which vLLM computes with Triton; choose"),
         ("is_hybrid", "Mamba or linear-attention layers"),
         ("has_inner_state", "Mamba or linear-attention layers"),
         ("is_encoder_decoder", "encoder-decoder cross attention"),
@@ -290,11 +306,12 @@ def test_refused_models(trait, message):
         False,
     )
     traits |= {"is_mm_prefix_lm": False, "quantization": None, trait: "awq"}
+    zeros = 256 if trait == "zero_expert_num" else 0
     config = Mock()
     config.model_config = SimpleNamespace(
         model="some/model",
         architectures=["SomeLM"],
-        hf_text_config=SimpleNamespace(index_topk=2048),
+        hf_text_config=SimpleNamespace(index_topk=2048, zero_expert_num=zeros),
         **traits,
     )
     config.offload_config.uva.cpu_offload_gb = 0

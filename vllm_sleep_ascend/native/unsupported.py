@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 
 from vllm import envs
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 # A child of vLLM's logger, so that its handlers and level apply.
@@ -85,7 +85,12 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
     if model is not None:
         name = f"model {model.model} ({', '.join(model.architectures)})"
         if model.use_mla:
-            yield from (f"{name}: {what}" for what in _not_with_latents(vllm_config))
+            yield from (f"{name}: {what}" for what in _not_with_latents(model, vllm_config))
+        if getattr(model.hf_text_config, "zero_expert_num", 0):
+            yield (
+                f"{name}: zero experts (LongCat), which vLLM computes with Triton; choose a model "
+                "without zero_expert_num"
+            )
         if model.is_hybrid or model.has_inner_state or model.is_attention_free:
             yield (
                 f"{name}: Mamba or linear-attention layers; choose a model with attention in "
@@ -118,6 +123,16 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
             f"speculative decoding with method {speculative.method}; use method "
             f"{' or '.join(_SPECULATIVE_METHODS)}"
         )
+    elif speculative is not None and speculative.method == "draft_model":
+        draft = speculative.draft_model_config
+        if draft.is_moe and not (model is not None and model.is_moe):
+            yield (
+                f"draft model {draft.model}: experts beside a model without, for which vLLM has no "
+                "group of ranks; choose a draft model without experts"
+            )
+        if draft.use_mla and not (model is not None and model.use_mla):
+            what = _not_with_latents(draft, vllm_config)
+            yield from (f"draft model {draft.model}: {reason}" for reason in what)
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend in _CUDA_WEIGHT_TRANSFER:
         yield (
@@ -130,10 +145,10 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
 
 
-def _not_with_latents(vllm_config: VllmConfig) -> Iterator[str]:
+def _not_with_latents(model: ModelConfig, vllm_config: VllmConfig) -> Iterator[str]:
     """What models with multi-head latent attention lack."""
     latent = "with multi-head latent attention"
-    if hasattr(vllm_config.model_config.hf_text_config, "index_topk"):
+    if hasattr(model.hf_text_config, "index_topk"):
         yield f"sparse attention by an indexer, {latent}; choose a model without index_topk"
     if vllm_config.lora_config is not None:
         yield f"LoRA adapters {latent}; merge the adapter into the model"

@@ -126,9 +126,12 @@ class NPUWorker(SleepingWorker, Worker):
             self.model_config.dtype,  # type: ignore[arg-type]
             self.model_config.get_head_size(),
         )
-        if self.model_config.is_moe:
+        models = [self.model_config]
+        if self.speculative_config is not None and self.speculative_config.draft_model_config:
+            models.append(self.speculative_config.draft_model_config)
+        if any(model.is_moe for model in models):
             import vllm_sleep_ascend.native.moe
-        if self.model_config.use_mla:
+        if any(model.use_mla for model in models):
             import vllm_sleep_ascend.native.attention.mla
         if self.vllm_config.quant_config is not None:
             import vllm_sleep_ascend.native.quantization  # noqa: F401

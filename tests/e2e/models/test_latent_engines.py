@@ -28,8 +28,9 @@ def test_sixteen_bits(name):
             assert tokens(llm) == before, f"after level {level}"
 
 
-def test_quantised_weights():
-    """Rounded weights cannot be viewed: the derived matrices have memory of their own here."""
+def test_quantised_weights(tmp_path):
+    """Rounded weights cannot be viewed: the derived matrices have memory of their own here, and
+    follow each load."""
     model = make_model("tiny-deepseek-v2")
     with engine(model, enable_sleep_mode=True, dtype="float16", quantization="fp8") as llm:
         before = tokens(llm)
@@ -42,6 +43,18 @@ def test_quantised_weights():
             llm.reset_prefix_cache()
             assert tokens(llm) == before, f"after level {level}"
             assert [matrix.data_ptr() for matrix in derived] == addresses
+
+        other = {"weights_path": str(other_weights(model, tmp_path / "other"))}
+        llm.collective_rpc("reload_weights", kwargs=other)
+        want = [matrix.cpu() for matrix in derived]
+        parameters = driver_worker(llm).model_runner.get_model().named_parameters()
+        weights = [(n, p.cpu()) for n, p in parameters if not n.endswith(("W_UK_T", "W_UV"))]
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model)})
+        assert not any(map(torch.equal, want, (matrix.cpu() for matrix in derived)))
+        kernel_format = {"weights_iterator": iter(weights), "is_checkpoint_format": False}
+        llm.collective_rpc("reload_weights", kwargs=kernel_format)
+        assert all(map(torch.equal, want, (matrix.cpu() for matrix in derived)))
+        assert [matrix.data_ptr() for matrix in derived] == addresses
 
 
 def test_views_of_a_weight_stay_views_beside_quantised_experts():
@@ -126,9 +139,16 @@ LAYOUTS = {
     "half of the experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     "half of the layers": {"pipeline_parallel_size": 2},
 }
+OFTEN = "halves of heads and experts"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=() if name == OFTEN else pytest.mark.slow)
+        for name, layout in LAYOUTS.items()
+    ],
+)
 def test_two_ranks(layout):
     model = make_model("tiny-deepseek-v3")
     ranks = {**layout, "distributed_executor_backend": "mp"}
@@ -136,10 +156,17 @@ def test_two_ranks(layout):
         assert_tokens_survive_sleep(llm, model)
 
 
-@pytest.mark.parametrize("draft", ["tiny-qwen2-draft", "tiny-deepseek-v2-lite"])
-def test_with_a_draft_model(draft):
-    """The draft has a cache of another shape, or of latents too."""
-    model = make_model("tiny-deepseek-v2")
+DRAFTS = [
+    pytest.param("tiny-deepseek-v2", "tiny-qwen2-draft", marks=pytest.mark.slow),
+    ("tiny-deepseek-v2", "tiny-deepseek-v2-lite"),
+    ("tiny-qwen2", "tiny-deepseek-v2-dense"),
+]
+
+
+@pytest.mark.parametrize(("name", "draft"), DRAFTS)
+def test_with_a_draft_model(name, draft):
+    """The draft has a cache of another shape, or of latents too; or it alone has latents."""
+    model = make_model(name)
     speculative = {"method": "draft_model", "num_speculative_tokens": 3}
     speculative["model"] = str(make_model(draft))
     with engine(model, enable_sleep_mode=True, speculative_config=speculative) as llm:
