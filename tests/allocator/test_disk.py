@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backups on disk: what the host holds, what errors say, and what a killed process leaves.
 
-The system calls fail one by one in tests/cpp/disk_test.cpp.
+The system calls fail one by one in tests/cpp/disk_faults_test.cpp.
 """
 
 import os
