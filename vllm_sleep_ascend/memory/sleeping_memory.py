@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-import torch_npu
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory import PROGRAM, pool
-from vllm_sleep_ascend.memory.checksum import checksums, memory_at
+from vllm_sleep_ascend.memory.checksum import checksums
+from vllm_sleep_ascend.memory.content import SleepingContent, current_device, holds
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.memory.host import page_locked_source
 from vllm_sleep_ascend.memory.progress import logged
@@ -28,12 +28,11 @@ _GIB = 1 << 30
 _ASLEEP = ("offloaded", "discarded")
 
 
-class SleepingMemory:
+class SleepingMemory(SleepingContent):
     """Frees and restores the memory of this process's allocations. Each operation is a transaction:
     it happens, or it is rolled back and the error says why."""
 
     _configured: ClassVar[bool] = False  # the process's allocator
-    _saved: ClassVar[list[tuple[int, torch.Tensor]] | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,16 +45,6 @@ class SleepingMemory:
         self._config = SleepModeConfig()
         if not SleepingMemory._configured:
             self.configure(self._config)
-
-    @property
-    def saved(self) -> list[tuple[int, torch.Tensor]] | None:
-        """What level 2 keeps of discarded memory, by address; None while nothing is kept. It
-        outlives an engine that ends asleep."""
-        return SleepingMemory._saved
-
-    @saved.setter
-    def saved(self, content: list[tuple[int, torch.Tensor]] | None) -> None:
-        SleepingMemory._saved = content
 
     def configure(self, config: SleepModeConfig) -> None:
         """Set the engine's options, before its first allocation.
@@ -173,7 +162,7 @@ class SleepingMemory:
                 raise
         discarded = [a for a in left if a["state"] == "discarded"]
         for address, content in self.saved or ():
-            if any(_holds(a, address) for a in discarded):
+            if any(holds(a, address) for a in discarded):
                 self.write(address, content)
         self.saved = None
 
@@ -297,41 +286,6 @@ class SleepingMemory:
         prepared = _camem.host_memory()["prepared"]
         return max(0, needed - prepared), _camem.available_host_bytes()
 
-    def ranges(self, tag: str) -> list[tuple[int, int]]:
-        """Address and bytes of each allocation of this tag, awake or asleep."""
-        return [(a["address"], a["bytes"]) for a in _camem.allocations() if a["tag"] == tag]
-
-    def blocks(self, tag: str) -> list[tuple[int, int]]:
-        """Address and bytes of torch's allocations in this tag's memory, and of all memory that an
-        ended engine left there."""
-        of_pools = pool.blocks()
-        return [
-            block
-            for a in _camem.allocations()
-            if a["tag"] == tag and a["state"] != "trimmed"
-            for block in of_pools.get(a["address"], [(a["address"], a["bytes"])])
-        ]
-
-    def read(self, address: int, size: int) -> torch.Tensor:
-        """A copy of memory as bytes on the host; for sleeping memory, from its backup.
-
-        Raises:
-            SleepModeError: the memory sleeps, and its backup cannot be read.
-        """
-        content = _camem.read_backup(address, size)
-        if content is not None:
-            return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        for a in _camem.allocations():
-            if _holds(a, address) and a["state"] != "mapped":
-                raise SleepModeError(
-                    f"memory of tag {a['tag']!r} sleeps and cannot be read; call wake_up() first"
-                )
-        return memory_at(address, size, torch.uint8, _device()).cpu()
-
-    def write(self, address: int, content: torch.Tensor) -> None:
-        """Copy bytes back to where ``read`` got them. The memory must be awake."""
-        memory_at(address, content.nbytes, torch.uint8, _device()).copy_(content)
-
     def sleep(
         self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
     ) -> None:
@@ -359,7 +313,7 @@ class SleepingMemory:
                 (a["address"], a["bytes"])
                 for a in _to_offload(_camem.allocations(), actions, otherwise)
             ],
-            _device(),
+            current_device(),
         )
 
     def _verify(self, addresses: set[int]) -> None:
@@ -369,7 +323,7 @@ class SleepingMemory:
             for a in _camem.allocations()
             if a["address"] in addresses and a["state"] == "mapped" and a["checksum"] is not None
         ]
-        sums = checksums([(a["address"], a["bytes"]) for a in woken], _device())
+        sums = checksums([(a["address"], a["bytes"]) for a in woken], current_device())
         changed = [a for a in woken if sums[a["address"]] != a["checksum"]]
         if not changed:
             return
@@ -425,14 +379,6 @@ class SleepingMemory:
                 "camem: %.2f GiB of prepared host memory go back: level 2 does not need it",
                 prepared / _GIB,
             )
-
-
-def _device() -> torch.device:
-    return torch.device("npu", torch_npu.npu.current_device())
-
-
-def _holds(allocation: "_camem.AllocationInfo", address: int) -> bool:
-    return 0 <= address - allocation["address"] < allocation["bytes"]
 
 
 def _to_offload(
