@@ -74,6 +74,7 @@ py::dict to_dict(const Report& report) {
     bytes["discarded"] = moved.discarded;
     bytes["restored"] = moved.restored;
     bytes["remapped"] = moved.remapped;
+    bytes["moved"] = moved.moved;
     tags[py::str(Pool::instance().tag_name(tag))] = bytes;
   }
   py::dict result;
@@ -82,11 +83,19 @@ py::dict to_dict(const Report& report) {
   return result;
 }
 
+std::optional<Place> parse_place(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  if (name == "host") return Place::kHost;
+  if (name == "disk") return Place::kDisk;
+  throw py::value_error("unknown place '" + name + "'; one of host, disk");
+}
+
 py::dict sleep_pool(const std::map<std::string, std::string>& actions, const std::string& otherwise,
-                    const Sums& checksums, bool commit) {
+                    const Sums& checksums, const std::string& place, bool commit) {
   Pool& pool = Pool::instance();
   Plan plan;
   plan.otherwise = parse_action(otherwise);
+  plan.place = parse_place(place);
   for (const auto& [name, action] : actions) plan.actions[pool.tag(name)] = parse_action(action);
   Report report;
   {
@@ -106,8 +115,8 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
                     unsigned host_threads, const std::string& host_memory,
                     const std::string& why_host_memory, const std::string& unprepared,
                     double device_timeout_s, std::size_t scratch_chunk_bytes,
-                    const std::vector<std::string>& scratch_tags, const std::string& backup_dir,
-                    std::size_t disk_blocks_bytes) {
+                    const std::vector<std::string>& scratch_tags, const std::string& place,
+                    const std::string& backup_dir, std::size_t disk_blocks_bytes) {
   Settings settings;
   settings.chunk_bytes = chunk_bytes;
   settings.keep_host_backup = keep_host_backup;
@@ -118,6 +127,7 @@ void configure_pool(std::size_t chunk_bytes, bool keep_host_backup, unsigned cop
   settings.device_timeout = std::chrono::milliseconds(std::llround(device_timeout_s * 1000));
   settings.scratch_chunk_bytes = scratch_chunk_bytes;
   settings.scratch_tags = tag_ids(scratch_tags);
+  settings.place = parse_place(place).value_or(Place::kHost);
   settings.backup_dir = backup_dir;
   settings.disk_blocks_bytes = disk_blocks_bytes;
   const WithoutGil released;  // a transaction may hold the lock for a long time
@@ -163,6 +173,8 @@ py::list allocations() {
     entry["host_bytes"] = info.host_bytes;
     entry["page_locked_bytes"] = info.page_locked_bytes;
     entry["disk_bytes"] = info.disk_bytes;
+    entry["asleep_in_host_bytes"] = info.asleep_in_host_bytes;
+    entry["asleep_on_disk_bytes"] = info.asleep_on_disk_bytes;
     entry["checksum"] = info.backup_sum;
     result.append(entry);
   }
@@ -262,14 +274,16 @@ PYBIND11_MODULE(_camem, module) {
              py::arg("device_timeout_s") =
                  std::chrono::duration<double>(Settings().device_timeout).count(),
              py::arg("scratch_chunk_bytes") = Settings().scratch_chunk_bytes,
-             py::arg("scratch_tags") = std::vector<std::string>(), py::arg("backup_dir") = "",
+             py::arg("scratch_tags") = std::vector<std::string>(), py::arg("place") = "host",
+             py::arg("backup_dir") = "",
              py::arg("disk_blocks_bytes") = Settings().disk_blocks_bytes);
   module.def("set_current_tag", [](const std::string& name) {
     Pool& pool = Pool::instance();
     return pool.tag_name(pool.set_current_tag(pool.tag(name)));
   });
   module.def("sleep", &sleep_pool, py::arg("actions"), py::arg("otherwise") = "offload",
-             py::arg("checksums") = Sums(), py::kw_only(), py::arg("commit") = true);
+             py::arg("checksums") = Sums(), py::kw_only(), py::arg("place") = "",
+             py::arg("commit") = true);
   module.def("wake", &wake_pool, py::arg("tags"), py::arg("timeout_s") = 0.0, py::kw_only(),
              py::arg("commit") = true);
   module.def("commit", &commit_pool);

@@ -13,6 +13,7 @@ class Moved(TypedDict):
     discarded: int
     restored: int
     remapped: int
+    moved: int  # backups that slept in the other place
 
 class Report(TypedDict):
     tags: dict[str, Moved]
@@ -28,6 +29,8 @@ class AllocationInfo(TypedDict):
     host_bytes: int  # size of its backup in host memory
     page_locked_bytes: int  # the page-locked part of that
     disk_bytes: int  # size of its backup on disk
+    asleep_in_host_bytes: int  # what sleeps, and whose backup is in host memory
+    asleep_on_disk_bytes: int  # or on disk
     checksum: int | None  # of the backup's content, if one was given
 
 class HostMemory(TypedDict):
@@ -56,6 +59,7 @@ def configure(
     device_timeout_s: float = 60.0,
     scratch_chunk_bytes: int = 1 << 30,
     scratch_tags: list[str] = ...,
+    place: Literal["host", "disk"] = "host",
     backup_dir: str = "",
     disk_blocks_bytes: int = 256 << 20,
 ) -> None:
@@ -67,8 +71,8 @@ def configure(
     without prepared memory: "lock" allocates page-locked memory, "stage" copies through a few
     page-locked blocks into plain memory, "measured" does what is faster on this host.
     ``scratch_tags`` are never copied, and are allocated in units of ``scratch_chunk_bytes``.
-    ``backup_dir``: backups go to a nameless file in it instead of host memory, through page-locked
-    blocks of ``disk_blocks_bytes`` together.
+    ``place`` is where backups go if a sleep does not say. Those on disk are nameless files in
+    ``backup_dir``, and are copied through page-locked blocks of ``disk_blocks_bytes`` together.
     """
 
 def set_current_tag(name: str) -> str:
@@ -79,6 +83,7 @@ def sleep(
     otherwise: Literal["keep", "offload", "discard"] = "offload",
     checksums: dict[int, int] = ...,
     *,
+    place: Literal["", "host", "disk"] = "",
     commit: bool = True,
 ) -> Report:
     """Apply its tag's action to every mapped allocation; ``otherwise`` is for other tags.
@@ -86,9 +91,11 @@ def sleep(
     ``checksums`` are those of contents, by address. An allocation whose kept backup has the same
     checksum is not copied. New backups keep their checksums.
 
-    Memory that already sleeps is left unchanged, except that ``discard`` drops its backup. The
-    caller has flushed torch's queues. If a call fails, everything is mapped again with its content,
-    scratch tags possibly without; the error says what could not be restored.
+    Memory that already sleeps is left unchanged, except that ``discard`` drops its backup, and that
+    the backups of offloaded tags move to ``place``, if that is given. A file is kept for later
+    sleeps while its allocations sleep in host memory. The caller has flushed torch's queues. If a
+    call fails, everything is mapped again with its content, scratch tags possibly without, and
+    backups lie where they did; the error says what could not be restored.
 
     Without ``commit`` it only prepares and returns an empty report; commit() or abort() follows.
     Any other sleep or wake rolls it back.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_sleep_ascend import admin_key
+from vllm_sleep_ascend.policy import Place
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -52,8 +53,9 @@ class SleepModeConfig(BaseModel):
     also takes over once a block cannot be locked or registered."""
 
     backup_dir: str | None = Field(default=None)
-    """The directory of ``host_backup="disk"``, on each host of the engine. The file there has no
-    name, and ends with the process."""
+    """The directory of backups on disk, on each host of the engine: of ``host_backup="disk"``, and
+    of those that a call or ``to_disk_after_s`` moves there. A file there has no name, and ends with
+    the process."""
 
     disk_blocks_mib: int = Field(default=256, ge=16, le=1024, multiple_of=16)
     """MiB of page-locked memory, on each rank, through which backups go to the disk and back; as
@@ -187,6 +189,22 @@ class SleepModeConfig(BaseModel):
             ) from None
 
     @property
+    def place(self) -> Place:
+        """Where backups go if a call does not say."""
+        return "disk" if self.host_backup == "disk" else "host"
+
+    def check_place(self, place: Place | None) -> None:
+        """
+        Raises:
+            ValueError: backups cannot go there.
+        """
+        if place == "disk" and self.backup_dir is None:
+            raise ValueError(
+                f"to='disk' needs the option backup_dir of additional_config[{KEY!r}], a directory "
+                "on a fast disk; restart the engine with it, or use to='host'"
+            )
+
+    @property
     def has_door(self) -> bool:
         return self.admin_port is not None or self.admin_socket is not None
 
@@ -205,10 +223,8 @@ class SleepModeConfig(BaseModel):
     def _disk_has_a_directory(self) -> "SleepModeConfig":
         if self.host_backup == "disk" and self.backup_dir is None:
             raise ValueError("host_backup='disk' needs backup_dir, a directory on a fast disk")
-        for option in ("backup_dir", "disk_blocks_mib"):
-            is_default = getattr(self, option) == type(self).model_fields[option].default
-            if not is_default and self.host_backup != "disk":
-                raise ValueError(f"{option} needs host_backup='disk'")
+        if "disk_blocks_mib" in self.model_fields_set and self.backup_dir is None:
+            raise ValueError("disk_blocks_mib needs backup_dir, a directory on a fast disk")
         return self
 
     @model_validator(mode="after")

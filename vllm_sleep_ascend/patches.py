@@ -25,6 +25,7 @@ from vllm_sleep_ascend.engine import (
     state,
     weight_version,
 )
+from vllm_sleep_ascend.engine.backups import place
 from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.rank_answers import reads_every_answer
 from vllm_sleep_ascend.engine.wrap import Wrapper, wrap
@@ -103,6 +104,7 @@ _BLOCKING = "vllm.v1.engine.core_client:SyncMPClient"
 _CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
 _CLIENT_OF_SEVERAL = "vllm.v1.engine.core_client:DPLBAsyncMPClient"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
+_EXECUTOR = "vllm.v1.executor.abstract:Executor"
 _RANKS = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
 _ONE_RANK = "vllm.v1.executor.uniproc_executor:UniProcExecutor"
 _LAUNCHED = "vllm.v1.executor.uniproc_executor:ExecutorWithExternalLauncher"
@@ -110,6 +112,7 @@ _ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 
 _CHECKED = "input is checked before an engine sees it, errors keep their type, gauges follow"
+_PLACE = "a sleep may name the place of its backups"
 _NOTED = "afterwards the engine may have to refuse requests: the next one asks it first"
 _REFUSED = "stock vLLM lets requests wait in an engine that does not serve; an option refuses them"
 _DEAD = "a call to an engine that dies meanwhile raises, and does not wait for ever"
@@ -156,6 +159,8 @@ EVERYWHERE = (
     Patch(_RANKS, "collective_rpc", lambda stock: reads_every_answer(guards_calls(stock)),
           ("method", "timeout"),
           "every rank's answer is read also after an error, and a rank that hangs is named"),
+    Patch(_EXECUTOR, "sleep", place.sleeping_to, ("level",),
+          "the place that a sleep names for its backups reaches the workers"),
     Patch(_ONE_RANK, "collective_rpc", guards_calls, ("method",),
           "calls that touch sleeping memory are refused; so too with Ray's executor, or a user's"),
     Patch(_LAUNCHED, "collective_rpc", launched.together, ("method",),
@@ -176,12 +181,16 @@ EVERYWHERE = (
           "a request that the engine refused raises the reason"),
     Patch(_ENGINE, "__init__", _with_offline, ("vllm_config",),
           "LLM's methods are replaced where its module is loaded"),
-    Patch(_ENGINE, "sleep", calls.checked(check_sleep), ("level", "mode"), _CHECKED),
+    Patch(_ENGINE, "sleep",
+          lambda stock: calls.checked(check_sleep)(calls.with_place(stock)), ("level", "mode"),
+          f"{_CHECKED}; {_PLACE}"),
     Patch(_ENGINE, "wake_up", calls.checked(check_wake_up), ("tags",), _CHECKED),
     Patch(_ENGINE, "release_kv_cache_memory", calls.checked(check_enabled), (), _CHECKED,
           since="0.32"),
     Patch(_ENGINE, "add_request", calls.admitted_in_process, ("request_id",), _REFUSED),
-    Patch(_ASYNC, "sleep", calls.checked_async(check_sleep), ("level", "mode"), _CHECKED),
+    Patch(_ASYNC, "sleep",
+          lambda stock: calls.checked_async(check_sleep)(calls.with_place(stock)),
+          ("level", "mode"), f"{_CHECKED}; {_PLACE}"),
     Patch(_ASYNC, "wake_up", calls.checked_async(check_wake_up), ("tags",), _CHECKED),
     Patch(_ASYNC, "release_kv_cache_memory", calls.checked_async(check_enabled), (), _CHECKED,
           since="0.32"),
@@ -205,10 +214,13 @@ DEVELOPMENT = (
 """With ``VLLM_SERVER_DEV_MODE=1`` alone."""
 
 _STEPPING = ("generate", "chat", "encode", "embed", "classify", "score", "beam_search")
-OFFLINE = tuple(
-    Patch("vllm.entrypoints.llm:LLM", name, calls.serving, (),
-          "an engine that sleeps would be stepped for ever")
-    for name in (*_STEPPING, "wait_for_completion")
+OFFLINE = (
+    *(
+        Patch("vllm.entrypoints.llm:LLM", name, calls.serving, (),
+              "an engine that sleeps would be stepped for ever")
+        for name in (*_STEPPING, "wait_for_completion")
+    ),
+    Patch("vllm.entrypoints.llm:LLM", "sleep", calls.sleep_of_llm, ("level", "mode"), _PLACE),
 )  # fmt: skip
 """When an ``LLM`` makes its engine."""
 

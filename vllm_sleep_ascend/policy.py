@@ -6,6 +6,9 @@ from typing import Literal, get_args
 Action = Literal["keep", "offload", "discard"]
 PauseMode = Literal["abort", "wait", "keep"]
 MODES: tuple[PauseMode, ...] = get_args(PauseMode)
+Place = Literal["host", "disk"]  # of backups
+PLACES: tuple[Place, ...] = get_args(Place)
+_AND_TO = ", to="
 
 GRAPHS = "cudagraph"  # vLLM's tag for what captured graphs use by themselves
 # The tags of which every level does the same: runtime state and graph pools survive, scratch and KV
@@ -99,6 +102,36 @@ def check_mode(mode: object) -> PauseMode:
         if mode == known:
             return known
     raise ValueError(f"pause mode {mode!r} does not exist; use one of {', '.join(MODES)}")
+
+
+def with_place(mode: PauseMode, place: Place | None) -> str:
+    """Both in one word, because vLLM's clients hand an engine the mode of a sleep and no more."""
+    return mode if place is None else f"{mode}{_AND_TO}{place}"
+
+
+def split_place(mode: str) -> tuple[str, str | None]:
+    """The mode and the place in such a word, unchecked."""
+    alone, _, place = mode.partition(_AND_TO)
+    return alone, place or None
+
+
+def check_place(place: object, level: int) -> Place | None:
+    """Where a sleep at this level puts backups; None: where the options say.
+
+    Raises:
+        ValueError: there is no such place, or the level has no use for one.
+    """
+    if place is None:
+        return None
+    for known in PLACES:
+        if place == known:
+            if level != 1:
+                raise ValueError(
+                    f"to={known!r} is where the backups of level 1 go, and the level is {level}; "
+                    "use level 1, or leave out the place"
+                )
+            return known
+    raise ValueError(f"to={place!r} is no place for backups; use one of {', '.join(PLACES)}")
 
 
 def check_tags(tags: object) -> list[str] | None:

@@ -18,7 +18,7 @@ State = Literal["awake", "paused", "partly_asleep", "asleep", "awake_without_wei
 
 class TagUsage(TypedDict):
     """Bytes of one tag's allocations: awake, or asleep with or without their content; memory that
-    they hold now; and how many they are."""
+    they hold now; where the backups of those asleep lie; and how many they are."""
 
     mapped: int
     offloaded: int
@@ -27,6 +27,8 @@ class TagUsage(TypedDict):
     host: int
     page_locked: int  # of ``host``
     disk: int
+    asleep_in_host: int
+    asleep_on_disk: int
     allocations: int
 
 
@@ -81,6 +83,13 @@ class DiskBackupStatus(TypedDict):
     why_not_direct: str
 
 
+class BackupPlaces(TypedDict):
+    """Bytes that sleep, by where their backup lies."""
+
+    host: int
+    disk: int
+
+
 class LastOperation(TypedDict):
     """``tags`` has bytes by what became of them; ``copied_bytes`` are those that took the link."""
 
@@ -111,8 +120,9 @@ class RankStatus(TypedDict):
     tags: NotRequired[dict[str, TagUsage]]
     resident: NotRequired[dict[str, int]]  # account.resident_bytes()
     host_backup: NotRequired[int]
+    backups: NotRequired[BackupPlaces]
     host_memory: NotRequired[HostMemoryStatus]
-    disk_backup: NotRequired[DiskBackupStatus | None]  # None: backups are in host memory
+    disk_backup: NotRequired[DiskBackupStatus | None]  # None without backup_dir
     parameters_without_content: NotRequired[int]
     weights: NotRequired[WeightsOrigin]
     last_operation: NotRequired[LastOperation | None]

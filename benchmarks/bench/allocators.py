@@ -67,6 +67,7 @@ class Ours:
             host_memory=options.get("host_memory", "acl"),
             unprepared=options.get("unprepared", "measured"),
             scratch_tags=list(SCRATCH_TAGS),
+            place="disk" if options.get("disk") else "host",
             backup_dir=str(directory) if options.get("disk") else "",
             disk_blocks_bytes=disk_blocks_mib * MIB,
         )

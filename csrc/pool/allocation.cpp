@@ -40,16 +40,19 @@ void Chunk::detach() {
   }
 }
 
-bool Chunk::settle(bool keep_backup) noexcept {
-  if (is_stuck()) return content == Content::kDevice && keep_backup;
+bool Chunk::settle(Keep keep) noexcept {
+  if (is_stuck()) return content == Content::kDevice && keep != Keep::kNothing;
   try {
     if (content != Content::kDevice && memory.mapped()) memory.unmap();
     if (content == Content::kBackup || content == Content::kNone) {
       if (memory) memory.release();
     }
-    if (content == Content::kNone || (content == Content::kDevice && !keep_backup)) {
+    if (content == Content::kNone || (content == Content::kDevice && keep == Keep::kNothing)) {
       disk.release();
       backup.release();
+    } else if (content != Content::kParked && keep != Keep::kAll) {
+      if (on_disk()) backup.release();
+      if (!on_disk() && keep == Keep::kNothing) disk.release();
     }
     return true;
   } catch (const std::exception&) {
@@ -81,9 +84,9 @@ State Allocation::state() const {
   return mapped ? State::kMapped : State::kDiscarded;
 }
 
-bool Allocation::backed_up(std::uint64_t sum) const {
-  const auto copied = [](const Chunk& chunk) {
-    return chunk.content == Content::kDevice && chunk.has_backup();
+bool Allocation::backed_up(std::uint64_t sum, Place place) const {
+  const auto copied = [&](const Chunk& chunk) {
+    return chunk.content == Content::kDevice && chunk.place == place && chunk.has_backup();
   };
   return backup_sum == sum && !backup_distrusted &&
          std::all_of(chunks.begin(), chunks.end(), copied);

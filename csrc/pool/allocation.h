@@ -25,17 +25,30 @@ enum class Content : std::uint8_t {
   kNone,    // discarded
 };
 
+// Where a backup lies, or is going to lie.
+enum class Place : std::uint8_t { kHost, kDisk };
+
+// Which backups a sweep leaves to chunks that do not need them now.
+enum class Keep : std::uint8_t {
+  kNothing,
+  kForNextSleep,  // the one of a chunk that is awake, and the file of one that sleeps in host
+                  // memory
+  kAll,           // something is prepared, and may need either
+};
+
 // The unit in which device memory is allocated, copied and freed.
 struct Chunk {
   std::byte* address = nullptr;
   std::size_t bytes = 0;
   PhysicalMemory memory;
-  HostMemory backup;  // a chunk has this one, or the one on disk, or none
+  HostMemory backup;
   DiskBackup disk;
+  Place place = Place::kHost;  // which of the two counts; the file may be that of an earlier sleep
   Content content = Content::kNone;
   std::array<const CopyStream*, 2> copying{};  // streams that may have copies of it in flight
 
-  bool has_backup() const { return backup || disk; }
+  bool on_disk() const { return place == Place::kDisk; }
+  bool has_backup() const { return on_disk() ? bool(disk) : bool(backup); }
 
   // Makes sure that device memory is mapped at `address`. Throws; a retry continues where the
   // failed call stopped.
@@ -55,10 +68,10 @@ struct Chunk {
   // frees memory that was unmapped but could not be freed.
   void detach();
 
-  // Frees what `content` does not need: device memory unless the content is there, and the backup
-  // unless the content is there or it is kept for the next sleep. False if a call failed or the
-  // chunk is stuck: retry then.
-  bool settle(bool keep_backup) noexcept;
+  // Frees what `content` does not need: device memory unless the content is there, and backups
+  // unless the content is there or they are kept. False if a call failed or the chunk is stuck:
+  // retry then.
+  bool settle(Keep keep) noexcept;
 };
 
 using TagId = std::uint16_t;
@@ -72,8 +85,8 @@ struct Allocation {
 
   State state() const;
 
-  // Whether the backups already hold this content.
-  bool backed_up(std::uint64_t sum) const;
+  // Whether backups in this place already hold this content.
+  bool backed_up(std::uint64_t sum, Place place) const;
 
   // Frees everything, device memory first. Throws at the first failing call or while a chunk is
   // stuck, and can be retried.

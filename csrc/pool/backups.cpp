@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <numeric>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 
@@ -98,52 +99,80 @@ bool Backups::stages(int device, std::size_t bytes) {
 std::size_t Backups::missing(Tasks::const_iterator first, Tasks::const_iterator last) {
   std::vector<std::size_t> sizes;
   std::for_each(first, last, [&](const Task& task) {
-    if (!task.chunk->has_backup()) sizes.push_back(task.chunk->bytes);
+    if (!task.chunk->backup) sizes.push_back(task.chunk->bytes);
   });
   const std::vector<std::size_t> missing = reserve_.not_ready(sizes);
   return std::accumulate(missing.begin(), missing.end(), std::size_t{0});
 }
 
-void Backups::require_host_memory(const Tasks& offloads) {
-  const std::size_t needed = missing(offloads.begin(), offloads.end());
+void Backups::require_host_memory(const Tasks& tasks) {
+  const std::size_t needed = missing(tasks.begin(), tasks.end());
   if (needed <= available_host_bytes()) return;
   reserve_.wait_until_idle();
   const std::size_t available = available_host_bytes();
   if (needed > available) throw_backup_does_not_fit(needed, available);
 }
 
-// Of a chunk whose content is on the device, a backup may go at any time. One in another place,
-// from before the settings changed, does.
-void Backups::take_place(const Tasks& offloads) {
-  const std::string& directory = settings_.backup_dir;
-  const bool to_disk = !directory.empty();
+// A file elsewhere is one from before the settings changed.
+void Backups::take_space_on_disk(const Tasks& tasks) {
+  const auto has_file = [&](const Chunk& chunk) {
+    return chunk.disk && chunk.disk.file()->directory() == settings_.backup_dir;
+  };
   std::size_t bytes = 0;
-  for (const auto& [allocation, chunk, before, had_backup] : offloads) {
-    if (chunk->disk ? chunk->disk.file()->directory() != directory : to_disk && chunk->backup) {
-      allocation->backup_sum.reset();
-      chunk->backup.release();
-      chunk->disk.release();
-    }
-    if (!chunk->disk) bytes += chunk->bytes;
-  }
-  if (!to_disk) return require_host_memory(offloads);
+  for (const Task& task : tasks) bytes += has_file(*task.chunk) ? 0 : task.chunk->bytes;
   if (bytes == 0) return;
+  if (settings_.backup_dir.empty()) {
+    throw std::logic_error("backups cannot go to disk: no directory is set (backup_dir)");
+  }
   const auto file = std::make_shared<DiskFile>(settings_.backup_dir, bytes);
   std::size_t offset = 0;
-  for (const auto& [allocation, chunk, before, had_backup] : offloads) {
-    if (chunk->disk) continue;
-    allocation->backup_sum.reset();
-    chunk->disk = DiskBackup(file, offset, chunk->bytes);
-    offset += chunk->bytes;
+  for (const Task& task : tasks) {
+    Chunk& chunk = *task.chunk;
+    if (has_file(chunk)) continue;
+    chunk.disk.release();
+    chunk.disk = DiskBackup(file, offset, chunk.bytes);
+    if (chunk.on_disk()) task.allocation->backup_sum.reset();
+    offset += chunk.bytes;
   }
 }
 
-void Backups::take_back(const Allocation& allocation, Chunk& chunk) noexcept {
-  if (chunk.is_stuck()) return;
-  if (prepared_ && prepared_->tags.count(allocation.tag) != 0 && chunk.backup.is_page_locked()) {
-    reserve_.keep(std::move(chunk.backup));
+// Of a chunk whose content is on the device, a backup may go at any time.
+void Backups::take_place(Place place, const Tasks& offloads, const Tasks& moves) {
+  Tasks tasks = offloads;
+  tasks.insert(tasks.end(), moves.begin(), moves.end());
+  if (place == Place::kDisk) {
+    take_space_on_disk(tasks);
   } else {
-    chunk.settle(false);
+    require_host_memory(tasks);
+  }
+  for (const Task& task : offloads) {
+    Chunk& chunk = *task.chunk;
+    if (place == Place::kDisk) {
+      chunk.backup.release();
+    } else if (chunk.disk && chunk.disk.file()->directory() != settings_.backup_dir) {
+      chunk.disk.release();
+    }
+    if (chunk.place != place) task.allocation->backup_sum.reset();
+    chunk.place = place;
+  }
+}
+
+void Backups::take_back(const Task& task, Place place) noexcept {
+  Chunk& chunk = *task.chunk;
+  if (chunk.is_stuck()) return;
+  if (place == Place::kDisk) {
+    if (!task.had_file) chunk.disk.release();
+    return;
+  }
+  if (task.had_host_memory || !chunk.backup) return;
+  if (prepared_ && prepared_->tags.count(task.allocation->tag) != 0 &&
+      chunk.backup.is_page_locked()) {
+    reserve_.keep(std::move(chunk.backup));
+    return;
+  }
+  try {
+    chunk.backup.release();
+  } catch (const std::exception&) {
   }
 }
 
@@ -173,11 +202,12 @@ void Backups::resume_background(const Tasks& to_backup) noexcept {
   try {
     const bool used =
         prepared_ && std::any_of(to_backup.begin(), to_backup.end(), [&](const Task& task) {
-          return !task.had_backup && prepared_->tags.count(task.allocation->tag) != 0;
+          return !task.chunk->on_disk() && !task.had_host_memory &&
+                 prepared_->tags.count(task.allocation->tag) != 0;
         });
     if (used) release_prepared();
     const Tasks on_disk = registry_.select([](const Allocation&, const Chunk& chunk) {
-      return chunk.content == Content::kBackup && chunk.disk;
+      return chunk.content == Content::kBackup && chunk.on_disk();
     });
     if (on_disk.empty()) transfer_.disk_staging().close();
     if (!order_locking_of_plain_backups() && prepared_ && !reserve_.is_working()) order_prepared();
@@ -191,7 +221,7 @@ void Backups::order_prepared() {
   HostReserve::Order order;
   std::vector<std::size_t> sizes;
   const Tasks tasks = registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
-    return chunk.content == Content::kDevice && !chunk.has_backup() &&
+    return chunk.content == Content::kDevice && !chunk.backup &&
            prepared_->tags.count(allocation.tag) != 0;
   });
   if (tasks.empty()) return;
@@ -211,7 +241,7 @@ bool Backups::order_locking_of_plain_backups() {
   HostReserve::Order order;
   for (auto& [address, allocation] : registry_.allocations()) {
     for (const Chunk& chunk : allocation->chunks) {
-      if (!chunk.backup || chunk.backup.is_page_locked()) continue;
+      if (chunk.on_disk() || !chunk.backup || chunk.backup.is_page_locked()) continue;
       order.device = allocation->device;
       order.sizes.push_back(chunk.bytes);
     }

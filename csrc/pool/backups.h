@@ -40,10 +40,11 @@ class Backups {
   // A sweep has to follow.
   HostSource source(int device);
 
-  // Before a sleep of these. Throws OutOfHostMemory if the machine lacks the memory that it still
-  // needs, or takes what it needs of the disk and throws DiskError if there is not enough.
-  void take_place(const Tasks& offloads);
-  // Bytes of host memory that a sleep of these still has to allocate.
+  // Before a sleep of the first and a move of the second, neither of which is touched if it throws:
+  // OutOfHostMemory if the machine lacks the memory that they still need, or DiskError if the disk
+  // lacks the space, which is taken here.
+  void take_place(Place place, const Tasks& offloads, const Tasks& moves);
+  // Bytes of host memory that still have to be allocated for these.
   std::size_t missing(Tasks::const_iterator first, Tasks::const_iterator last);
   // Whether unprepared backups of this size are copied faster into plain memory.
   bool stages(int device, std::size_t bytes);
@@ -53,9 +54,9 @@ class Backups {
   unsigned disk_threads() const;
   // A prepared block, or none.
   std::optional<HostMemory> take(std::size_t bytes) { return reserve_.take(bytes); }
-  // Takes a backup back from a failed sleep, and keeps it if it was prepared. A sweep frees what
-  // could not be freed here.
-  void take_back(const Allocation& allocation, Chunk& chunk) noexcept;
+  // Takes back what a failed sleep or move has allocated for a backup in this place, and keeps it
+  // if it was prepared. A sweep frees what could not be freed here.
+  void take_back(const Task& task, Place place) noexcept;
 
   // Page-locks memory for the backups of these tags in the background, and returns at once. With
   // `slowly`, one thread does it and pauses half of the time.
@@ -71,8 +72,8 @@ class Backups {
   void pause() { reserve_.cancel(); }
   // A sleep is about to copy, and should not compete for the driver.
   void stop() { reserve_.stop(); }
-  // An operation has ended or failed. `to_backup` is what a sleep copied, possibly into prepared
-  // memory.
+  // An operation has ended or failed. `to_backup` is what a sleep copied or moved, possibly into
+  // prepared memory.
   void resume_background(const Tasks& to_backup = {}) noexcept;
 
   // Thread-safe. Neither waits.
@@ -87,7 +88,8 @@ class Backups {
     bool slowly;
   };
 
-  void require_host_memory(const Tasks& offloads);
+  void require_host_memory(const Tasks& tasks);
+  void take_space_on_disk(const Tasks& tasks);
   HostChoice try_registered_memory(int device);
   void order_prepared();
   bool order_locking_of_plain_backups();

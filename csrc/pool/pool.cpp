@@ -130,7 +130,8 @@ void Pool::free(void* address, aclrtStream stream) noexcept {
 }
 
 void Pool::sweep(bool synchronized) noexcept {
-  registry_.sweep(settings_.keep_host_backup || prepared_, synchronized);
+  const Keep keep = settings_.keep_host_backup ? Keep::kForNextSleep : Keep::kNothing;
+  registry_.sweep(prepared_ ? Keep::kAll : keep, synchronized);
 }
 
 // A timed-out copy may still use memory that an operation would unmap or free.
@@ -297,12 +298,17 @@ std::vector<AllocationInfo> Pool::allocations() {
                         0,
                         0,
                         0,
+                        0,
+                        0,
                         allocation->backup_sum};
     for (const Chunk& chunk : allocation->chunks) {
       if (chunk.memory) info.device_bytes += chunk.bytes;
       if (chunk.backup) info.host_bytes += chunk.bytes;
       if (chunk.disk) info.disk_bytes += chunk.bytes;
       if (chunk.backup.is_page_locked()) info.page_locked_bytes += chunk.bytes;
+      if (chunk.content == Content::kBackup) {
+        (chunk.on_disk() ? info.asleep_on_disk_bytes : info.asleep_in_host_bytes) += chunk.bytes;
+      }
     }
     infos.push_back(info);
   }
@@ -319,7 +325,7 @@ bool Pool::read_backup(std::uintptr_t address, std::size_t bytes, std::byte* tar
     if (bytes == 0 || address >= end) continue;
     if (chunk.content != Content::kBackup) return false;
     const std::size_t count = std::min(bytes, end - address);
-    if (chunk.disk) {
+    if (chunk.on_disk()) {
       chunk.disk.read(address - start, count, target);
     } else {
       std::memcpy(target, chunk.backup.data() + (address - start), count);

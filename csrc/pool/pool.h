@@ -33,6 +33,8 @@ struct AllocationInfo {
   std::size_t host_bytes;                   // backup in host memory held now
   std::size_t page_locked_bytes;            // the page-locked part of that
   std::size_t disk_bytes;                   // backup on disk held now
+  std::size_t asleep_in_host_bytes;         // what sleeps, and whose backup is in host memory
+  std::size_t asleep_on_disk_bytes;         // or on disk
   std::optional<std::uint64_t> backup_sum;  // checksum of the backup, if one was given
 };
 

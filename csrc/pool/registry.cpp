@@ -47,7 +47,8 @@ Tasks Registry::select(const std::function<bool(const Allocation&, const Chunk&)
     if (allocation->trimmed) continue;
     for (Chunk& chunk : allocation->chunks) {
       if (wanted(*allocation, chunk)) {
-        tasks.push_back({allocation.get(), &chunk, chunk.content, chunk.has_backup()});
+        tasks.push_back(
+            {allocation.get(), &chunk, chunk.content, bool(chunk.backup), bool(chunk.disk)});
       }
     }
   }
@@ -67,7 +68,7 @@ std::set<aclrtContext> Registry::contexts() const {
   return contexts;
 }
 
-void Registry::sweep(bool keep_backups, bool synchronized) noexcept {
+void Registry::sweep(Keep keep, bool synchronized) noexcept {
   bool again = unswept_ || !doomed_.empty();
   for (int attempt = 0; again && attempt < 2; ++attempt, again = unswept_) {
     unswept_ = false;
@@ -86,7 +87,7 @@ void Registry::sweep(bool keep_backups, bool synchronized) noexcept {
                   doomed_.end());
     for (auto& [address, allocation] : allocations_) {
       for (Chunk& chunk : allocation->chunks) {
-        if (!chunk.settle(keep_backups)) unswept_ = true;
+        if (!chunk.settle(keep)) unswept_ = true;
       }
     }
   }

@@ -21,7 +21,8 @@ struct Task {
   Allocation* allocation;
   Chunk* chunk;
   Content before;
-  bool had_backup;
+  bool had_host_memory;
+  bool had_file;
 };
 using Tasks = std::vector<Task>;
 
@@ -51,7 +52,7 @@ class Registry {
   // at the stream on which torch used it. Retries a failing call once; then the next sweep retries.
   // After an operator failed, no wait for its context succeeds: what is freed then is kept until
   // the process ends.
-  void sweep(bool keep_backups, bool synchronized) noexcept;
+  void sweep(Keep keep, bool synchronized) noexcept;
   void needs_sweep() { unswept_ = true; }
 
   // Tries to map what a failed operation had to leave unmapped.

@@ -30,8 +30,9 @@ struct Settings {
   std::chrono::milliseconds device_timeout{60000};
   HostChoice host_choice{HostSource::kAcl, ""};  // registered memory is tried first
   Unprepared unprepared = Unprepared::kMeasured;
-  // Backups go to a file in this directory instead of host memory, unless it is empty, through
-  // page-locked blocks of this size together.
+  Place place = Place::kHost;  // where a sleep puts backups if its caller does not say
+  // Backups on disk are files in this directory, and are copied through page-locked blocks of this
+  // size together.
   std::string backup_dir;
   std::size_t disk_blocks_bytes = std::size_t{256} << 20;
   // The content of these tags is not needed once a sleep has begun. Their chunks are larger (fewer

@@ -114,7 +114,7 @@ void Staging::copy_synchronously(Direction direction, Chunk& chunk) const {
                             kind_of(direction)),
                 bytes);
   };
-  if (!chunk.disk) return copy(chunk.backup.data(), chunk.address, chunk.bytes);
+  if (!chunk.on_disk()) return copy(chunk.backup.data(), chunk.address, chunk.bytes);
   const PieceBuffer buffer;
   for (std::size_t i = 0; i < chunk.disk.pieces(); ++i) {
     if (!offload) chunk.disk.read_piece(i, buffer.data());
@@ -144,12 +144,12 @@ void Staging::copy(Direction direction, Chunk& chunk, unsigned thread,
   const auto finish = [&](std::size_t i) { streams[i % 2]->wait(bytes_of(i)); };
   const auto store = [&](std::size_t i) {
     const std::byte* block = blocks[i % 2].data();
-    if (chunk.disk) return chunk.disk.write_piece(i, block);
+    if (chunk.on_disk()) return chunk.disk.write_piece(i, block);
     std::memcpy(chunk.backup.data() + i * piece_, block, bytes_of(i));
   };
   const auto load = [&](std::size_t i) {
     std::byte* block = blocks[i % 2].data();
-    if (chunk.disk) return chunk.disk.read_piece(i, block);
+    if (chunk.on_disk()) return chunk.disk.read_piece(i, block);
     std::memcpy(block, chunk.backup.data() + i * piece_, bytes_of(i));
   };
   try {

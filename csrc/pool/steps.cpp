@@ -50,10 +50,43 @@ Iterator end_of_device(Iterator first, Iterator last) {
                       [&](const Task& task) { return task.allocation->device != device; });
 }
 
+// Does the work for each task on several threads. At the first exception no further task is begun,
+// and it is thrown once all threads have ended.
+template <class Iterator, class Work>
+void on_threads(unsigned threads, Iterator first, Iterator last, const Work& work) {
+  const auto count = static_cast<std::size_t>(last - first);
+  std::atomic<std::size_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+  const auto run = [&] {
+    for (std::size_t i = next++; i < count; i = next++) {
+      try {
+        work(first[static_cast<std::ptrdiff_t>(i)]);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+        next = count;
+      }
+    }
+  };
+  std::vector<std::thread> others;
+  try {
+    for (std::size_t i = 1; i < std::min<std::size_t>(threads, count); ++i) {
+      others.emplace_back(run);
+    }
+  } catch (const std::system_error&) {
+    // No more threads are available: continue with those that were started.
+  }
+  run();
+  for (std::thread& thread : others) thread.join();
+  if (error) std::rethrow_exception(error);
+}
+
 template <class Iterator>
 bool any_plain(Iterator first, Iterator last) {
   return std::any_of(first, last, [](const Task& task) {
-    return task.chunk->backup && !task.chunk->backup.is_page_locked();
+    const Chunk& chunk = *task.chunk;
+    return !chunk.on_disk() && chunk.backup && !chunk.backup.is_page_locked();
   });
 }
 
@@ -75,7 +108,7 @@ Parallelism Steps::open_staging(Iterator first, Iterator last, bool takes_host_m
   const int device = first->allocation->device;
   const bool plain = any_plain(first, last);
   const auto on_disk = static_cast<unsigned>(
-      std::min(std::count_if(first, last, [](const Task& task) { return bool(task.chunk->disk); }),
+      std::min(std::count_if(first, last, [](const Task& task) { return task.chunk->on_disk(); }),
                std::ptrdiff_t{1} << 16));
   if (stages || plain) {
     transfer_.staging().open(device, backups_.threads(), backups_.source(device));
@@ -110,7 +143,7 @@ void Steps::offload(const Tasks& tasks, Release release) {
       task->allocation->backup_distrusted = false;
     }
     at(*first->allocation, [&] {
-      const std::size_t missing = backups_.missing(first, last);
+      const std::size_t missing = first->chunk->on_disk() ? 0 : backups_.missing(first, last);
       HostSpace space(missing);
       const HostSource source = backups_.source(device);
       const bool stage = backups_.stages(device, missing);
@@ -127,7 +160,7 @@ void Steps::offload(const Tasks& tasks, Release release) {
       };
       const auto after = [&](std::size_t i) {
         Chunk& chunk = *first[static_cast<std::ptrdiff_t>(i)].chunk;
-        if (release == Release::kAtCommit || chunk.disk) return chunk.park();
+        if (release == Release::kAtCommit || chunk.on_disk()) return chunk.park();
         chunk.content = Content::kBackup;
         chunk.detach();
       };
@@ -135,11 +168,54 @@ void Steps::offload(const Tasks& tasks, Release release) {
     });
     first = last;
   }
+  if (!tasks.empty() && tasks.front().chunk->on_disk()) sync(tasks);
+}
+
+void Steps::sync(const Tasks& tasks) {
   std::map<DiskFile*, const Allocation*> files;
-  for (const Task& task : tasks) {
-    if (task.chunk->disk) files.emplace(task.chunk->disk.file().get(), task.allocation);
-  }
+  for (const Task& task : tasks) files.emplace(task.chunk->disk.file().get(), task.allocation);
   for (const auto& [file, allocation] : files) at(*allocation, [file = file] { file->sync(); });
+}
+
+// The disk writes from and reads into the backups in host memory themselves.
+void Steps::move(const Tasks& tasks, Place place) {
+  for (auto first = tasks.begin(); first != tasks.end();) {
+    const auto last = end_of_device(first, tasks.end());
+    const int device = first->allocation->device;
+    const bool to_disk = place == Place::kDisk;
+    const std::size_t missing = to_disk ? 0 : backups_.missing(first, last);
+    HostSpace space(missing);
+    HostSource source = HostSource::kAcl;
+    bool plain = false;
+    if (!to_disk) {
+      at(*first->allocation, [&] {
+        source = backups_.source(device);
+        plain = backups_.stages(device, missing);
+      });
+    }
+    const auto allocate = [&](Chunk& chunk) {
+      auto ready = backups_.take(chunk.bytes);
+      chunk.backup = ready   ? std::move(*ready)
+                     : plain ? HostMemory::plain(chunk.bytes, space)
+                             : HostMemory::any(chunk.bytes, source, space);
+    };
+    on_threads(backups_.disk_threads(), first, last, [&](const Task& task) {
+      on_device(task, [&](Chunk& chunk) {
+        if (!to_disk && !chunk.backup) allocate(chunk);
+        for (std::size_t i = 0; i < chunk.disk.pieces(); ++i) {
+          std::byte* piece = chunk.backup.data() + i * DiskBackup::kPiece;
+          if (to_disk) {
+            chunk.disk.write_piece(i, piece);
+          } else {
+            chunk.disk.read_piece(i, piece);
+          }
+          transfer_.add_copied_bytes(chunk.disk.bytes_of(i));
+        }
+      });
+    });
+    if (to_disk) sync({first, last});
+    first = last;
+  }
 }
 
 // Maps chunks on a separate thread, ahead of the copies into them: other processes may free device

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What transactions do to chunks: copy to the host and back, map, unmap, discard.
+// What transactions do to chunks: copy to the host and back, move backups, map, unmap, discard.
 #pragma once
 
 #include <chrono>
@@ -52,6 +52,9 @@ class Steps {
   // Maps the chunks, waiting for device memory until the deadline, and copies the backups back.
   void restore(Tasks tasks, Deadline deadline);
 
+  // Copies the backups of chunks that sleep to this place. They count where they were until the
+  // commit.
+  void move(const Tasks& tasks, Place place);
   void park(const Tasks& tasks);
   void discard(const Tasks& tasks);  // frees memory whose content is not needed
 
@@ -60,6 +63,7 @@ class Steps {
   using Iterator = Tasks::const_iterator;
 
   Parallelism open_staging(Iterator first, Iterator last, bool takes_host_memory, bool stages);
+  static void sync(const Tasks& tasks);
   void copy(Iterator first, Iterator last, Direction direction, Parallelism parallelism,
             const Transfer::Step& before, const Transfer::Step& after);
 

@@ -61,6 +61,7 @@ void require_device_memory(const Tasks& tasks) {
 
 void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release release) {
   sums_ = sums;
+  place_ = plan.place.value_or(settings_.place);
   const auto select = [&](Action action, const auto& wanted) {
     return registry_.select([&](const Allocation& allocation, const Chunk& chunk) {
       return plan.action(allocation.tag) == action && wanted(allocation, chunk);
@@ -73,7 +74,7 @@ void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release rele
   };
   const auto is_unchanged = [&](const Allocation& allocation) {
     const std::uint64_t* sum = sum_of(allocation, sums);
-    return sum != nullptr && allocation.backed_up(*sum);
+    return sum != nullptr && allocation.backed_up(*sum, place_);
   };
   const auto is_scratch = [&](const Allocation& allocation) {
     return release == Release::kAsItComesFree && settings_.scratch_tags.count(allocation.tag) != 0;
@@ -85,11 +86,17 @@ void Transaction::prepare_sleep(const Plan& plan, const Sums& sums, Release rele
   const Tasks asleep = select(Action::kDiscard, [](const Allocation&, const Chunk& chunk) {
     return chunk.content == Content::kBackup || chunk.content == Content::kParked;
   });
+  if (plan.place) {
+    to_place_ = select(Action::kOffload, [&](const Allocation&, const Chunk& chunk) {
+      return chunk.content == Content::kBackup && chunk.place != place_;
+    });
+  }
   for (const Tasks& tasks : {copied, unchanged}) append(to_backup_, tasks);
   for (const Tasks& tasks : {discarded, scratch, asleep}) append(to_none_, tasks);
 
-  if (!copied.empty()) backups_.stop();
-  backups_.take_place(copied);
+  if (!copied.empty() || !to_place_.empty()) backups_.stop();
+  backups_.take_place(place_, copied, to_place_);
+  steps_.move(to_place_, place_);
   Tasks parked = discarded;
   append(parked, unchanged);
   const auto half = scratch.begin() + static_cast<std::ptrdiff_t>(scratch.size() / 2);
@@ -118,6 +125,7 @@ Report Transaction::commit() {
     add(task, task.allocation->backup_sum ? &Moved::unchanged : &Moved::offloaded);
   }
   for (const Task& task : to_none_) add(task, &Moved::discarded);
+  for (const Task& task : to_place_) add(task, &Moved::moved);
   for (const Task& task : to_device_) {
     add(task, task.before == Content::kBackup ? &Moved::restored : &Moved::remapped);
   }
@@ -127,6 +135,7 @@ Report Transaction::commit() {
     if (sum != nullptr) task.allocation->backup_sum = *sum;
   }
   for (const Task& task : to_none_) task.chunk->content = Content::kNone;
+  for (const Task& task : to_place_) task.chunk->place = place_;
   registry_.needs_sweep();
   return report;
 }
@@ -165,9 +174,9 @@ RolledBack Transaction::take_back() noexcept {
     result.lost_scratch = true;
     remap(task);
   });
-  for_each_mapped_before(Content::kDevice, [&](const Task& task) {
-    if (!task.had_backup) backups_.take_back(*task.allocation, *task.chunk);
-  });
+  for_each_mapped_before(Content::kDevice,
+                         [&](const Task& task) { backups_.take_back(task, place_); });
+  for (const Task& task : to_place_) backups_.take_back(task, place_);
 
   for (const Task& task : to_device_) {
     task.chunk->content = task.before;
@@ -185,7 +194,7 @@ RolledBack Transaction::take_back() noexcept {
 }
 
 void Transaction::forget(const Allocation& allocation) {
-  for (Tasks* tasks : {&to_backup_, &to_none_, &to_device_}) {
+  for (Tasks* tasks : {&to_backup_, &to_none_, &to_device_, &to_place_}) {
     tasks->erase(std::remove_if(tasks->begin(), tasks->end(),
                                 [&](const Task& task) { return task.allocation == &allocation; }),
                  tasks->end());

@@ -24,6 +24,7 @@ enum class Action : std::uint8_t { kKeep, kOffload, kDiscard };
 struct Plan {
   std::map<TagId, Action> actions;
   Action otherwise = Action::kOffload;  // for other tags, so that nothing unknown is lost
+  std::optional<Place> place;  // of backups; those of offloaded tags that sleep already move there
 
   Action action(TagId tag) const {
     const auto found = actions.find(tag);
@@ -38,6 +39,7 @@ struct Moved {
   std::size_t discarded = 0;  // freed without a copy
   std::size_t restored = 0;   // host to device
   std::size_t remapped = 0;   // mapped again without content
+  std::size_t moved = 0;      // backups that slept in the other place
 };
 
 struct Report {
@@ -61,7 +63,8 @@ class Transaction {
       : settings_(settings), registry_(registry), backups_(backups), steps_(steps) {}
 
   // Applies the plan to everything that is mapped. Sleeping allocations are left unchanged, except
-  // that Action::kDiscard drops their backup. An allocation whose checksum in `sums` equals that of
+  // that Action::kDiscard drops their backup, and a place that the plan names is where the backups
+  // of Action::kOffload move. An allocation whose checksum in `sums` equals that of
   // its backup is not copied. New backups keep their checksums.
   void prepare_sleep(const Plan& plan, const Sums& sums, Release release);
 
@@ -89,6 +92,8 @@ class Transaction {
   Tasks to_backup_;
   Tasks to_none_;
   Tasks to_device_;
+  Tasks to_place_;
+  Place place_ = Place::kHost;
   Sums sums_;
 };
 

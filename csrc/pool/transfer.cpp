@@ -155,12 +155,13 @@ void Transfer::run(int device, Direction direction, const std::vector<Chunk*>& c
           if (mine >= chunks.size()) break;
           index = mine;
           before(index);
-          if (batch.stream != nullptr && chunks[index]->backup.is_page_locked()) {
+          const bool on_disk = chunks[index]->on_disk();
+          if (batch.stream != nullptr && !on_disk && chunks[index]->backup.is_page_locked()) {
             batch.indices.push_back(index);  // first: a failed launch may be partly in flight
             chunks[index]->copying = {batch.stream};
             start_copy(direction, *chunks[index], *batch.stream);
           } else {
-            Staging& staging = chunks[index]->disk ? disk_staging_ : staging_;
+            Staging& staging = on_disk ? disk_staging_ : staging_;
             staging.copy(direction, *chunks[index], thread, own);
             copied_ += chunks[index]->bytes;
             after(index);

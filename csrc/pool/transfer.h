@@ -68,6 +68,7 @@ class Transfer {
   // Bytes copied by the current or last operation. Thread-safe.
   std::size_t copied_bytes() const { return copied_; }
   void reset_copied_bytes() { copied_ = 0; }
+  void add_copied_bytes(std::size_t bytes) { copied_ += bytes; }
 
  private:
   // Two for each copying thread: it waits for one while the other copies. It waits for the stream

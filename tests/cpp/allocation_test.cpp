@@ -6,15 +6,19 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "ascendcl/check.h"
 #include "check.h"
 #include "device.h"
+#include "temporary_folder.h"
 
 using camem::Allocation;
 using camem::Content;
+using camem::Keep;
+using camem::Place;
 using camem::State;
 using device::Faults;
 using device::held;
@@ -73,7 +77,7 @@ TEST(attach_goes_on_where_a_failed_one_stopped) {
   Allocation allocation = make();
   camem::Chunk& chunk = allocation.chunks[1];
   chunk.content = Content::kNone;
-  CHECK(chunk.settle(true));
+  CHECK(chunk.settle(Keep::kForNextSleep));
   CHECK_EQ(held().device_bytes, kBytes - kChunk);
   const auto calls = calls_of([&] {
     const Faults faults("aclrtMapMem:1:507899");
@@ -96,8 +100,8 @@ TEST(detach_leaves_to_settle_what_it_could_not_give_back) {
     chunk.detach();
     CHECK(chunk.memory && !chunk.memory.mapped());
     chunk.content = Content::kNone;
-    CHECK(!chunk.settle(true));
-    CHECK(chunk.settle(true));
+    CHECK(!chunk.settle(Keep::kForNextSleep));
+    CHECK(chunk.settle(Keep::kForNextSleep));
   }
   CHECK(!chunk.memory);
   CHECK_EQ(held().device_bytes, kBytes - kChunk);
@@ -106,21 +110,43 @@ TEST(detach_leaves_to_settle_what_it_could_not_give_back) {
 TEST(settle_keeps_what_the_content_needs) {
   struct Row {
     Content content;
-    bool keep, has_device, has_backup;
+    Place place;
+    Keep keep;
+    bool has_device, has_host_memory, has_file;
   };
-  for (const Row& row :
-       {Row{Content::kDevice, true, true, true}, Row{Content::kDevice, false, true, false},
-        Row{Content::kBackup, true, false, true}, Row{Content::kBackup, false, false, true},
-        Row{Content::kNone, true, false, false}, Row{Content::kNone, false, false, false}}) {
+  constexpr Content D = Content::kDevice, B = Content::kBackup, N = Content::kNone;
+  constexpr Place kHost = Place::kHost, kDisk = Place::kDisk;
+  constexpr Keep kNothing = Keep::kNothing, kNext = Keep::kForNextSleep, kAll = Keep::kAll;
+  const TemporaryFolder folder;
+  for (const Row& row : {
+           Row{D, kHost, kNothing, true, false, false},
+           Row{D, kHost, kNext, true, true, true},
+           Row{D, kHost, kAll, true, true, true},
+           Row{D, kDisk, kNothing, true, false, false},
+           Row{D, kDisk, kNext, true, false, true},
+           Row{D, kDisk, kAll, true, true, true},
+           Row{B, kHost, kNothing, false, true, false},
+           Row{B, kHost, kNext, false, true, true},
+           Row{B, kHost, kAll, false, true, true},
+           Row{B, kDisk, kNothing, false, false, true},
+           Row{B, kDisk, kNext, false, false, true},
+           Row{B, kDisk, kAll, false, true, true},
+           Row{N, kHost, kNothing, false, false, false},
+           Row{N, kDisk, kAll, false, false, false},
+       }) {
     Allocation allocation = make(kChunk);
     camem::Chunk& chunk = allocation.chunks[0];
     chunk.backup = camem::HostMemory::page_locked(kChunk, camem::HostSource::kAcl);
+    const auto file = std::make_shared<camem::DiskFile>(folder.path(), kChunk);
+    chunk.disk = camem::DiskBackup(file, 0, kChunk);
     chunk.content = row.content;
+    chunk.place = row.place;
     CHECK(chunk.settle(row.keep));
     CHECK_EQ(bool(chunk.memory), row.has_device);
-    CHECK_EQ(bool(chunk.backup), row.has_backup);
+    CHECK_EQ(bool(chunk.backup), row.has_host_memory);
+    CHECK_EQ(bool(chunk.disk), row.has_file);
     CHECK_EQ(held().device_bytes, row.has_device ? kChunk : 0);
-    CHECK_EQ(held().host_bytes(), row.has_backup ? kChunk : 0);
+    CHECK_EQ(held().host_bytes(), row.has_host_memory ? kChunk : 0);
   }
 }
 

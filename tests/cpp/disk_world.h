@@ -20,6 +20,7 @@
 
 using camem::Action;
 using camem::DiskBackup;
+using camem::Place;
 using camem::State;
 using camem::Until;
 using device::Faults;
@@ -33,9 +34,10 @@ constexpr std::size_t kBlocks = 32 * kMiB;  // two threads
 // An empty folder, and the pool's backups in it.
 class Disk {
  public:
-  explicit Disk(bool keep_backup = true, std::size_t blocks = kBlocks) {
+  explicit Disk(bool keep_backup = true, Place place = Place::kDisk, std::size_t blocks = kBlocks) {
     camem::Settings settings = small_settings(kLarge);
     settings.keep_host_backup = keep_backup;
+    settings.place = place;
     settings.backup_dir = folder_.path();
     settings.disk_blocks_bytes = blocks;
     pool().configure(settings);
@@ -87,13 +89,29 @@ inline camem::Plan level_1() {
                {"kv_cache", Action::kDiscard}});
 }
 
+inline camem::Plan level_1_to(Place place) {
+  camem::Plan plan = level_1();
+  plan.place = place;
+  return plan;
+}
+
 inline void sleep_all() { pool().sleep(level_1()); }
 inline void wake_all() { wake({"weights", "runtime", "kv_cache"}); }
 
-inline std::size_t disk_bytes() {
+inline void sleep_to(Place place) { pool().sleep(level_1_to(place)); }
+
+inline std::size_t sum_of(std::size_t camem::AllocationInfo::* figure) {
   std::size_t bytes = 0;
-  for (const camem::AllocationInfo& info : pool().allocations()) bytes += info.disk_bytes;
+  for (const camem::AllocationInfo& info : pool().allocations()) bytes += info.*figure;
   return bytes;
+}
+inline std::size_t disk_bytes() { return sum_of(&camem::AllocationInfo::disk_bytes); }
+inline std::size_t backup_host_bytes() { return sum_of(&camem::AllocationInfo::host_bytes); }
+
+// Bytes that sleep, by where their backup lies.
+inline std::size_t asleep(Place place) {
+  return sum_of(place == Place::kDisk ? &camem::AllocationInfo::asleep_on_disk_bytes
+                                      : &camem::AllocationInfo::asleep_in_host_bytes);
 }
 
 inline std::string failure_of(const std::function<void()>& work) {

@@ -118,6 +118,31 @@ const Operation kOperations[] = {
     {"prepare host memory and release it", [] {}, prepare_and_release, true, false},
 };
 
+void sleep_to(camem::Place place, Until until = Until::kCommitted) {
+  camem::Plan plan = level(1);
+  plan.place = place;
+  pool().sleep(plan, {}, until);
+}
+void sleep_to_disk() { sleep_to(camem::Place::kDisk); }
+void sleep_to_host() { sleep_to(camem::Place::kHost); }
+
+const Operation kMoves[] = {
+    {"move to disk", sleep_to_host, sleep_to_disk, true},
+    {"move to host", sleep_to_disk, sleep_to_host, true},
+    {"move to host, prepared and aborted", sleep_to_disk,
+     [] {
+       sleep_to(camem::Place::kHost, Until::kPrepared);
+       CHECK_EQ(pool().abort(), "");
+     },
+     true},
+    {"wake after a move to disk",
+     [] {
+       sleep_to_host();
+       sleep_to_disk();
+     },
+     wake_all, true},
+};
+
 // Where another way exists, a failing call is no failing operation: memory that is not page-locked
 // is copied through blocks or synchronously, and what is not given back now is offered again.
 bool has_another_way(const std::string& rule) {
@@ -289,10 +314,19 @@ TEST(through_blocks_into_plain_memory_every_call_may_fail_once) {
 TEST(with_backups_on_disk_every_call_may_fail_once) {
   const TemporaryFolder folder;
   camem::Settings settings = small_settings();
+  settings.place = camem::Place::kDisk;
   settings.backup_dir = folder.path();
   pool().configure(settings);
   for (const Operation& operation : kOperations) {
     survive_each(operation, device::single_faults(calls_of(operation), device::kDriverError));
+  }
+  settings.place = camem::Place::kHost;
+  for (const bool keep : {true, false}) {
+    settings.keep_host_backup = keep;
+    pool().configure(settings);
+    for (const Operation& move : kMoves) {
+      survive_each(move, device::single_faults(calls_of(move), device::kDriverError));
+    }
   }
   CHECK(std::filesystem::is_empty(folder.path()));
   configure();
@@ -380,7 +414,7 @@ struct Chooser {
   ~Chooser() {
     do {
       transfer.is_stuck();
-      registry.sweep(false, false);
+      registry.sweep(camem::Keep::kNothing, false);
     } while (registry.has_doomed());
     transfer.close();
   }

@@ -4,6 +4,7 @@
 import ctypes
 import hashlib
 import random
+from typing import Literal
 
 from helpers import MIB
 from vllm_sleep_ascend import _camem
@@ -48,7 +49,9 @@ def configure(
     device_timeout_s: float = 60.0,
     backup_dir: str = "",
     disk_blocks_mib: int = 16,
+    place: Literal["host", "disk"] | None = None,
 ) -> None:
+    """``place`` is the disk if there is a directory for backups."""
     source, why = page_locked_source(host_memory)
     _camem.configure(
         chunk_bytes=chunk_mib * MIB,
@@ -61,6 +64,7 @@ def configure(
         device_timeout_s=device_timeout_s,
         scratch_chunk_bytes=chunk_mib * MIB,
         scratch_tags=list(scratch),
+        place=place or ("disk" if backup_dir else "host"),
         backup_dir=backup_dir,
         disk_blocks_bytes=disk_blocks_mib * MIB,
     )

@@ -50,9 +50,13 @@ def test_a_backup_on_disk_needs_a_directory(tmp_path):
     assert config.disk_blocks_mib == 256
     with pytest.raises(ValueError, match="host_backup='disk' needs backup_dir"):
         parse({"sleep_mode": {"host_backup": "disk"}})
-    for option, value in {"backup_dir": str(tmp_path), "disk_blocks_mib": 32}.items():
-        with pytest.raises(ValueError, match=f"{option} needs host_backup='disk'"):
-            parse({"sleep_mode": {option: value}})
+    with pytest.raises(ValueError, match="disk_blocks_mib needs backup_dir"):
+        parse({"sleep_mode": {"disk_blocks_mib": 32}})
+    also = parse({"sleep_mode": {"backup_dir": str(tmp_path), "disk_blocks_mib": 32}})
+    assert (also.place, config.place) == ("host", "disk")
+    also.check_place("disk")
+    with pytest.raises(ValueError, match="to='disk' needs the option backup_dir"):
+        parse({}).check_place("disk")
 
 
 def test_bad_values_for_a_disk_are_named(tmp_path):

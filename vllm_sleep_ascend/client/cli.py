@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.doctor import command as doctor
-from vllm_sleep_ascend.policy import LEVELS, MODES
+from vllm_sleep_ascend.policy import LEVELS, MODES, PLACES
 
 if TYPE_CHECKING:  # the doctor must run with only the standard library
     from vllm_sleep_ascend.client.sleep_client import ServerStatus, SleepClient
@@ -40,8 +40,12 @@ async def _status(args: argparse.Namespace, clients: Clients) -> Result:
 
 
 async def _sleep(args: argparse.Namespace, clients: Clients) -> Result:
-    await clients[0].sleep(args.level, args.mode, args.discard_trained)
-    return f"{args.url} sleeps at level {args.level}", {"level": args.level}
+    await clients[0].sleep(args.level, args.mode, args.discard_trained, args.to)
+    text = f"{args.url} sleeps at level {args.level}"
+    if args.to is None:
+        return text, {"level": args.level}
+    lies = {"host": "in host memory", "disk": "on disk"}[args.to]
+    return f"{text}, its backup {lies}", {"level": args.level, "to": args.to}
 
 
 async def _wake(args: argparse.Namespace, clients: Clients) -> Result:
@@ -71,6 +75,9 @@ def _describe(server: "ServerStatus") -> str:
             + (f" and {usage['disk'] / 2**20:.0f} MiB on disk" if usage.get("disk") else "")
             for tag, usage in rank.get("tags", {}).items()
         ]
+        if backups := rank.get("backups"):
+            lie = {"in host memory": backups["host"], "on disk": backups["disk"]}
+            memory += [f"backup of {n / 2**20:.0f} MiB {where}" for where, n in lie.items() if n]
         memory.append(f"{rank['free'] / 2**20:.0f} of {rank['total'] / 2**20:.0f} MiB free")
         if weights := rank.get("weights"):
             path = f" {weights['path']}" if weights["path"] else ""
@@ -112,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("urls", nargs="+", metavar="URL")
     made = command("sleep", _sleep, "put a server to sleep")
     made.add_argument("url", metavar="URL")
-    level(made, 1, "1: weights go to host memory; 2: weights are forgotten (1)")
+    level(made, 1, "1: weights go to host memory or disk; 2: weights are forgotten (1)")
+    help = (
+        "where the backup goes, also that of a server that sleeps at level 1 (as its options say)"
+    )
+    made.add_argument("--to", choices=PLACES, help=help)
     mode(made)
     discard_trained(made)
     made = command("wake", _wake, "wake a server; after level 2, load its weights again")

@@ -102,20 +102,32 @@ class SleepClient:
         return await self._public.is_gone(timeout_s)
 
     async def sleep(
-        self, level: int = 1, mode: str = "abort", discard_trained: bool = False
+        self,
+        level: int = 1,
+        mode: str = "abort",
+        discard_trained: bool = False,
+        place: str | None = None,
     ) -> None:
         """Put the server to sleep, and check that it sleeps.
 
         Args:
             discard_trained: level 2 may lose weights that are in no checkpoint.
+            place: "disk" or "host", where the backup goes, also that of a server that sleeps
+                already.
 
         Raises:
             CallFailed: it did not go to sleep.
         """
+        if place is not None and not await self.reports_memory():
+            raise CallFailed(
+                f"{self.url}: stock vLLM has no other place for backups; leave out --to"
+            )
         if not discard_trained:
             await self.check_sleep(level)
         # In the query: stock servers ignore a body.
         options: Options = {"params": {"level": level, "mode": mode}}
+        if place is not None:
+            options["params"]["to"] = place
         await self._step("sleep", self._calls.call("POST", "/sleep", **options))
         if level > 0 and not await self.is_sleeping():
             raise CallFailed(f"{self.url}: /sleep succeeded, but the server is not asleep")

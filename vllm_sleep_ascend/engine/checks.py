@@ -101,14 +101,23 @@ def check_door(config: SleepModeConfig) -> str | None:
     return key
 
 
-def check_sleep(vllm_config: "VllmConfig", level: object = 1, mode: object = "abort") -> None:
+def check_sleep(
+    vllm_config: "VllmConfig",
+    level: object = 1,
+    mode: object = "abort",
+    to: object = None,
+) -> None:
     """
     Raises:
-        ValueError: level or mode does not exist, or the level needs sleep mode.
+        ValueError: level, mode or place does not exist, or the level needs sleep mode, or the place
+            an option.
     """
-    if policy.check_level(level) > 0:
+    checked = policy.check_level(level)
+    if checked > 0:
         check_enabled(vllm_config)
     policy.check_mode(mode)
+    place = policy.check_place(to, checked)
+    SleepModeConfig.from_vllm_config(vllm_config).check_place(place)
 
 
 def check_wake_up(vllm_config: "VllmConfig", tags: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import check_enabled
+from vllm_sleep_ascend.engine.backups.place import set_place
 from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.launched import on_any_rank
 from vllm_sleep_ascend.engine.on_request import OnRequest
@@ -66,22 +67,29 @@ def _record_sleep(core: "EngineCore", was_paused: bool, failed: bool) -> None:
 
 
 def sleep(stock: _Sleep) -> _Sleep:
-    def sleep(self: "EngineCore", level: int = 1, mode: PauseMode = "abort") -> Future[None] | None:
-        check_sleep(self.vllm_config, level, mode)
+    def sleep(self: "EngineCore", level: int = 1, mode: str = "abort") -> Future[None] | None:
+        return sleep_to(self, level, *policy.split_place(mode))
+
+    def sleep_to(
+        self: "EngineCore", level: int, given_mode: str, to: str | None
+    ) -> Future[None] | None:
+        check_sleep(self.vllm_config, level, given_mode, to)
+        mode, place = policy.check_mode(given_mode), policy.check_place(to, level)
         OnRequest.of(self).sleeps_by_itself = False
         pending = EngineState.of(self).pending_sleep
         if pending is not None:
             if mode == "abort":  # of the requests that the pending sleep waits for
                 with pausing_to_sleep(self):
                     self.pause_scheduler("abort", clear_cache=False)
-            return _afterwards(pending, lambda: sleep(self, level, mode))
+            return _afterwards(pending, lambda: sleep_to(self, level, mode, place))
         was_paused = self.is_scheduler_paused()
         with _named(), _recording_sleep(self):
             if self.model_executor.is_sleeping:
                 # Stock vLLM does nothing if the weights sleep, though the KV cache may be awake or
                 # the level may differ; and a second pause could start requests that are kept.
                 if level > 0:
-                    self.model_executor.collective_rpc("sleep", kwargs={"level": level})
+                    rpc_options = {"level": level, **({} if place is None else {"to": place})}
+                    self.model_executor.collective_rpc("sleep", kwargs=rpc_options)
                 return None
             if mode == "wait":
                 _check_wait(self)
@@ -90,12 +98,18 @@ def sleep(stock: _Sleep) -> _Sleep:
             gate = ServingGate.of(self)
             if gate is not None and gate.refuses_while_asleep:
                 refuse_waiting(self, gate.asleep)
-            with pausing_to_sleep(self):
-                result = stock(self, level, mode)
+            set_place(self.model_executor, place)
+            try:
+                with pausing_to_sleep(self):
+                    result = stock(self, level, mode)
+            except Exception:
+                set_place(self.model_executor, None)
+                raise
         if isinstance(result, Future):  # Requests are running: the sleep follows later.
             EngineState.of(self).pending_sleep = result
             result.add_done_callback(lambda done: _sleep_is_done(self, done, was_paused, mode))
         else:
+            set_place(self.model_executor, None)
             _wake_for_waiting(self, mode)
         return result
 
@@ -129,6 +143,7 @@ def _sleep_is_done(
     core: "EngineCore", done: Future[None], was_paused: bool, mode: PauseMode
 ) -> None:
     EngineState.of(core).pending_sleep = None
+    set_place(core.model_executor, None)
     error = done.exception()
     if error is not None:
         with suppress(BaseException), _named():

@@ -3,8 +3,9 @@
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
+from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.engine import core
 from vllm_sleep_ascend.engine.refusals import NotServingError
@@ -101,6 +102,25 @@ def serving(stock: _OfLLM[_P, _T]) -> _OfLLM[_P, _T]:
         return stock(self, *args, **kwargs)
 
     return call
+
+
+def with_place(stock: Callable[..., _T]) -> Callable[..., _T]:
+    """A ``sleep`` that may name the place of its backups. vLLM hands the mode on as it is."""
+
+    def sleep(self: object, /, level: int = 1, mode: Any = "abort", *, to: Any = None) -> _T:
+        return stock(self, level, policy.with_place(mode, to))
+
+    return sleep
+
+
+def sleep_of_llm(stock: _OfLLM[..., None]) -> _OfLLM[..., None]:
+    def sleep(self: "LLM", /, level: int = 1, mode: Any = "abort", *, to: Any = None) -> None:
+        if to is None:
+            return stock(self, level, mode)
+        self.llm_engine.sleep(level, mode, to=to)  # type: ignore[call-arg]
+        return None
+
+    return sleep
 
 
 def _refusal_of(client: "EngineCoreClient") -> str | None:

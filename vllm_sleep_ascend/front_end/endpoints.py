@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
+from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.front_end import metrics
 from vllm_sleep_ascend.front_end.replicas import rank_status
 from vllm_sleep_ascend.status import state_of
@@ -113,13 +114,19 @@ def error_body(error: Exception, status: int) -> dict[str, dict[str, object]]:
 
 
 async def _sleep(request: "Request") -> Call:
-    options = await _options(request, ("level", "mode"))
+    options = await _options(request, ("level", "mode", "to"))
     level = _parse_level(options.get("level", 1))
     mode = policy.check_mode(options.get("mode", "abort"))
+    place = policy.check_place(options.get("to"), level)
+    client = client_of(request)
+    SleepModeConfig.from_vllm_config(client.vllm_config).check_place(place)
 
     async def call() -> dict[str, object]:
-        await client_of(request).sleep(level, mode)
-        return {"status": "sleeping", "level": level}
+        if place is None:
+            await client.sleep(level, mode)
+            return {"status": "sleeping", "level": level}
+        await client.sleep(level, mode, to=place)  # type: ignore[call-arg]
+        return {"status": "sleeping", "level": level, "to": place}
 
     return call
 

@@ -45,6 +45,11 @@ class SleepModeGauges:
             "disk.",
             (*_LABELS, "location"),
         )
+        self.backups = _gauge(
+            "vllm:sleep_mode_backup_bytes",
+            "Bytes that are asleep with their content, by where the backup lies: host or disk.",
+            (*_LABELS, "location"),
+        )
 
     def set(self, ranks: Iterable[RankStatus]) -> None:
         """Set the figures from ``sleep_status``."""
@@ -55,6 +60,8 @@ class SleepModeGauges:
                     self.state.labels(*labels, state).set(usage[state])
                 for location in _LOCATIONS:
                     self.held.labels(*labels, location).set(usage[location])
+                self.backups.labels(*labels, "host").set(usage["asleep_in_host"])
+                self.backups.labels(*labels, "disk").set(usage["asleep_on_disk"])
 
 
 def _gauge(name: str, documentation: str, labels: tuple[str, ...]) -> Gauge:

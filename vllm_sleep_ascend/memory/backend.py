@@ -8,7 +8,7 @@ from typing import Literal
 
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.memory.sleeping_memory import SleepingMemory
-from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, Place
 
 try:
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
@@ -23,9 +23,10 @@ class CamemBackend(SleepingMemory, SleepModeBackend):
         super().__init__()
         self.configure(SleepModeConfig())
 
-    def suspend(self, level: int = 1) -> None:
-        """Free the device memory of every tag, by the policy of ``level`` (1 or 2)."""
-        self.sleep(f"sleep level {level}", POLICY[level])
+    def suspend(self, level: int = 1, place: Place | None = None) -> None:
+        """Free the device memory of every tag, by the policy of ``level`` (1 or 2). With ``place``
+        backups go there, also those of memory that sleeps already."""
+        self.sleep(f"sleep level {level}", POLICY[level], place=place)
 
     def discard(self, tags: tuple[str, ...]) -> None:
         """Free the device memory of these tags and discard its content; keep all others."""

@@ -5,7 +5,7 @@ import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from vllm_sleep_ascend.memory.content import SleepingContent, current_device, ho
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.memory.host import page_locked_source
 from vllm_sleep_ascend.memory.progress import logged
-from vllm_sleep_ascend.policy import SCRATCH_TAGS, Action
+from vllm_sleep_ascend.policy import SCRATCH_TAGS, Action, Place
 from vllm_sleep_ascend.status import DiskBackupStatus, HostMemoryStatus, LastOperation, TagUsage
 
 # A child of vLLM's logger, so that its handlers and level apply where it is.
@@ -40,6 +40,7 @@ class SleepingMemory(SleepingContent):
         # With several ranks an operation is only prepared, until commit() or abort().
         self.commits_at_once = True
         self._prepared = ""
+        self._place: Place | None = None  # that the sleep names which is prepared
         self._host_memory_logged = ""
         self._page_cache_logged = ""
         self._config = SleepModeConfig()
@@ -65,14 +66,22 @@ class SleepingMemory(SleepingContent):
             why_host_memory=why,
             device_timeout_s=config.device_timeout_s,
             scratch_tags=list(SCRATCH_TAGS),
+            place=config.place,
             backup_dir=config.backup_dir or "",
             disk_blocks_bytes=config.disk_blocks_mib << 20,
         )
 
-    @property
-    def verifies(self) -> bool:
-        """Whether a wake verifies the content against checksums, and may find it changed."""
-        return self._config.verify_wake or self._config.host_backup == "disk"
+    def check_place(self, place: Place | None) -> None:
+        """
+        Raises:
+            ValueError: backups cannot go there.
+        """
+        self._config.check_place(place)
+
+    def verifies(self, place: Place | None) -> bool:
+        """Whether a wake from there verifies the content against checksums, and may find it
+        changed."""
+        return self._config.verify_wake or (place or self._config.place) == "disk"
 
     @property
     def reloads_after_level_2(self) -> bool:
@@ -218,6 +227,8 @@ class SleepingMemory(SleepingContent):
                     "host": 0,
                     "page_locked": 0,
                     "disk": 0,
+                    "asleep_in_host": 0,
+                    "asleep_on_disk": 0,
                     "allocations": 0,
                 },
             )
@@ -227,6 +238,8 @@ class SleepingMemory(SleepingContent):
             usage["host"] += allocation["host_bytes"]
             usage["page_locked"] += allocation["page_locked_bytes"]
             usage["disk"] += allocation["disk_bytes"]
+            usage["asleep_in_host"] += allocation["asleep_in_host_bytes"]
+            usage["asleep_on_disk"] += allocation["asleep_on_disk_bytes"]
         return tags
 
     def host_memory(self) -> HostMemoryStatus:
@@ -241,7 +254,7 @@ class SleepingMemory(SleepingContent):
         }
 
     def disk_backup(self) -> DiskBackupStatus | None:
-        """Where backups on disk lie; None without ``host_backup="disk"``."""
+        """Where backups on disk lie; None without ``backup_dir``."""
         directory = self._config.backup_dir
         if directory is None:
             return None
@@ -254,43 +267,54 @@ class SleepingMemory(SleepingContent):
         }
 
     def disk_need(
-        self, actions: Mapping[str, Action], otherwise: Action = "offload"
+        self,
+        actions: Mapping[str, Action],
+        otherwise: Action = "offload",
+        place: Place | None = None,
     ) -> tuple[str, int, int] | None:
         """The directory of backups, the bytes there that a sleep with these actions needs beyond
-        what is held already, and bytes that are free; None without ``host_backup="disk"``.
+        what is held already, and bytes that are free; None if none go to disk.
 
         Raises:
             DiskError: the directory's file system does not say.
         """
         directory = self._config.backup_dir
-        if directory is None:
+        if directory is None or (place or self._config.place) != "disk":
             return None
         needed = sum(
             a["bytes"] - a["disk_bytes"]
-            for a in _to_offload(_camem.allocations(), actions, otherwise)
+            for a in _to_store(_camem.allocations(), actions, otherwise, place)
         )
         return directory, needed, _camem.free_disk_bytes(directory)
 
     def host_need(
-        self, actions: Mapping[str, Action], otherwise: Action = "offload"
+        self,
+        actions: Mapping[str, Action],
+        otherwise: Action = "offload",
+        place: Place | None = None,
     ) -> tuple[int, int]:
         """Host bytes that a sleep with these actions needs beyond what is held already, and bytes
         that the machine or this process's control group has left. A disk's blocks do not count: a
         host without memory for them is left with fewer."""
-        if self._config.backup_dir is not None:
+        if (place or self._config.place) == "disk":
             return 0, _camem.available_host_bytes()
         needed = sum(
             max(0, a["bytes"] - a["host_bytes"])
-            for a in _to_offload(_camem.allocations(), actions, otherwise)
+            for a in _to_store(_camem.allocations(), actions, otherwise, place)
         )
         prepared = _camem.host_memory()["prepared"]
         return max(0, needed - prepared), _camem.available_host_bytes()
 
     def sleep(
-        self, operation: str, actions: dict[str, Action], otherwise: Action = "offload"
+        self,
+        operation: str,
+        actions: dict[str, Action],
+        otherwise: Action = "offload",
+        place: Place | None = None,
     ) -> None:
         """Apply ``actions`` to these tags, and ``otherwise`` to all others. A program's own regions
-        are left unchanged unless they are named."""
+        are left unchanged unless they are named. With ``place`` backups go there, also those of
+        memory that sleeps already."""
         apart = (tag for tag in _camem.tags() if tag.startswith(PROGRAM))
         actions = {**dict.fromkeys(apart, "keep"), **actions}
         gc.collect()
@@ -299,8 +323,10 @@ class SleepingMemory(SleepingContent):
         torch.accelerator.empty_cache()
         # Nothing that can fail follows.
         with logged(operation):
-            report = _camem.sleep(actions, otherwise, contents, commit=self.commits_at_once)
-        self._prepared = operation
+            report = _camem.sleep(
+                actions, otherwise, contents, place=place or "", commit=self.commits_at_once
+            )
+        self._prepared, self._place = operation, place
         if self.commits_at_once:
             self._finish(report)
 
@@ -367,18 +393,24 @@ class SleepingMemory(SleepingContent):
         self._log_host_memory()
         self._log_page_cache()
         weights = report["tags"].get("weights")
-        if weights and weights["discarded"] and self._config.host_backup == "auto":
+        elsewhere = self._place == "disk" or (weights is not None and weights["discarded"] > 0)
+        if elsewhere and self._config.host_backup == "auto":
             self._release_prepared()
+        self._place = None
 
     def _release_prepared(self) -> None:
-        """A sleep at level 2 needs no backup of the weights."""
+        """A sleep at level 2, or to disk, needs no host memory for the weights."""
         prepared = _camem.host_memory()["prepared"]
         _camem.release_prepared()
         if prepared:
             logger.info(
-                "camem: %.2f GiB of prepared host memory go back: level 2 does not need it",
+                "camem: %.2f GiB of prepared host memory go back: this sleep does not need it",
                 prepared / _GIB,
             )
+
+
+def _action(tag: str, actions: Mapping[str, Action], otherwise: Action) -> Action:
+    return actions.get(tag, "keep" if tag.startswith(PROGRAM) else otherwise)
 
 
 def _to_offload(
@@ -388,8 +420,25 @@ def _to_offload(
     return [
         a
         for a in allocations
-        if a["state"] == "mapped" and actions.get(a["tag"], otherwise) == "offload"
+        if a["state"] == "mapped" and _action(a["tag"], actions, otherwise) == "offload"
     ]
+
+
+def _to_store(
+    allocations: "list[_camem.AllocationInfo]",
+    actions: Mapping[str, Action],
+    otherwise: Action,
+    place: Place | None,
+) -> "list[_camem.AllocationInfo]":
+    """Those, and the ones that sleep already and whose backups move to this place."""
+    elsewhere: Literal["asleep_in_host_bytes", "asleep_on_disk_bytes"]
+    elsewhere = "asleep_on_disk_bytes" if place == "host" else "asleep_in_host_bytes"
+    moved = [
+        a
+        for a in allocations
+        if place and a[elsewhere] and _action(a["tag"], actions, otherwise) == "offload"
+    ]
+    return [*_to_offload(allocations, actions, otherwise), *moved]
 
 
 def _describe(tags: Mapping[str, Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend.errors import DiskError, HostOutOfMemoryError
-from vllm_sleep_ascend.policy import Action
+from vllm_sleep_ascend.policy import Action, Place
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig
@@ -51,21 +51,28 @@ def ranks_of_this_host(parallel: "ParallelConfig") -> int:
     return parallel.local_world_size * max(1, parallel.data_parallel_size_local)
 
 
-def host_need(backend: "CamemBackend", rank: int, actions: Mapping[str, Action]) -> HostNeed:
-    """What a sleep with these actions needs on this rank, beyond what it holds already."""
+def host_need(
+    backend: "CamemBackend",
+    rank: int,
+    actions: Mapping[str, Action],
+    place: Place | None = None,
+) -> HostNeed:
+    """What a sleep with these actions to this place needs on this rank, beyond what it holds."""
     boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
     return HostNeed(
         rank,
         (boot_id, socket.gethostname()),
-        *backend.host_need(actions),
-        disk=_disk_need(backend, actions),
+        *backend.host_need(actions, place=place),
+        disk=_disk_need(backend, actions, place),
     )
 
 
-def _disk_need(backend: "CamemBackend", actions: Mapping[str, Action]) -> DiskNeed | None:
+def _disk_need(
+    backend: "CamemBackend", actions: Mapping[str, Action], place: Place | None
+) -> DiskNeed | None:
     """A directory that does not answer needs nothing: the rank's own sleep fails, and says why."""
     try:
-        need = backend.disk_need(actions)
+        need = backend.disk_need(actions, place=place)
         return None if need is None else DiskNeed(need[0], os.stat(need[0]).st_dev, *need[1:])
     except (OSError, DiskError):
         return None

@@ -13,7 +13,7 @@ from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.memory.account import communicator_bytes
 from vllm_sleep_ascend.memory.device_wait import is_running, wait_for_device
-from vllm_sleep_ascend.policy import Action
+from vllm_sleep_ascend.policy import Action, Place
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 from vllm_sleep_ascend.rank.communicators import Communicators, trouble_of
 from vllm_sleep_ascend.rank.host_budget import check_together, host_need
@@ -45,13 +45,14 @@ class Operations:
         *steps: Callable[[], None],
         communicators: Fate = "keep",
         actions: Mapping[str, Action] | None = None,
+        place: Place | None = None,
     ) -> None:
         """Do it on every rank of the engine or on none. An error says whose it is, and is kept for
         the status until the next success.
 
         ``communicators``: "release" frees their memory at the end, if an option wants it;
         "restore": one of the steps makes them again. ``actions``: of a sleep, so that the host
-        memory of all ranks is looked at before it starts.
+        memory of all ranks is looked at before it starts, or their disk; ``place``: of its backups.
         """
         worker = self._worker
         try:
@@ -59,7 +60,9 @@ class Operations:
                 for step in steps:
                     step()
             else:
-                self._agreement.carry_out(self._operation(name, steps, communicators, actions))
+                self._agreement.carry_out(
+                    self._operation(name, steps, communicators, actions, place)
+                )
         except Exception as error:
             self.note_failure(name, error)
             with suppress(RuntimeError):
@@ -82,6 +85,7 @@ class Operations:
         steps: tuple[Callable[[], None], ...],
         fate: Fate,
         actions: Mapping[str, Action] | None,
+        place: Place | None,
     ) -> Operation:
         worker, backend, communicators = self._worker, self._backend, self.communicators
         if fate == "release" and backend.state() == "RUNNING":
@@ -114,6 +118,6 @@ class Operations:
             rebuild = partial(communicators.rebuild, self._agreement)
             operation = replace(operation, abort_together=rebuild)
         if actions is not None:
-            facts = partial(host_need, backend, worker.rank, actions)
+            facts = partial(host_need, backend, worker.rank, actions, place)
             operation = replace(operation, facts=facts, judge=check_together)
         return operation

@@ -13,7 +13,7 @@ from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.memory.account import describe, held_bytes, resident_bytes
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
-from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, check_level
+from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY, Place, check_level, check_place
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.operations import Operations
@@ -49,19 +49,24 @@ class SleepMode:
             reason = "a weight update is under way; call finish_weight_update first"
         return reason
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, place: Place | None = None) -> None:
         """Free this rank's device memory, if every rank of the engine can.
 
         Level 1 keeps the weights in host memory or on disk; level 2 forgets them and keeps the
         model's buffers and the parameters that match ``sleep_preserve_parameter_names``.
 
+        Args:
+            place: where backups go, also those of memory that sleeps already; None: where the
+                options say, and what sleeps stays where it is.
+
         Raises:
-            ValueError: the level does not exist.
+            ValueError: the level or the place does not exist.
             SleepModeError: it failed; memory is mapped as it was before on every rank, that of the
                 KV cache perhaps without its content.
         """
         if check_level(level) == 0:
             return
+        self._backend.check_place(check_place(place, level))
         device, held_before = self._worker.device, 0
 
         def prepare() -> None:
@@ -73,10 +78,10 @@ class SleepMode:
             wait_for_device()
             held_before = held_bytes(device)
             # Buffers are in no checkpoint: if the backup changes, only a copy brings them back.
-            if (level == 2 or self._backend.verifies) and not self._saved.saved:
+            if (level == 2 or self._backend.verifies(place)) and not self._saved.saved:
                 self._save_for_level_2()
             self._unregister_kv()
-            self._backend.suspend(level)
+            self._backend.suspend(level, place)
 
         try:
             self._operations.together(
@@ -84,6 +89,7 @@ class SleepMode:
                 prepare,
                 communicators="release",
                 actions=POLICY[level],
+                place=place,
             )
         except Exception as error:
             self._register_kv_after(error)
@@ -228,6 +234,10 @@ class SleepMode:
             "tags": tags,
             "resident": resident_bytes(worker.device, tags),
             "host_backup": sum(tag["host"] for tag in tags.values()),
+            "backups": {
+                "host": sum(tag["asleep_in_host"] for tag in tags.values()),
+                "disk": sum(tag["asleep_on_disk"] for tag in tags.values()),
+            },
             "host_memory": backend.host_memory(),
             "disk_backup": backend.disk_backup(),
             "parameters_without_content": len(self._weights.content.missing()),

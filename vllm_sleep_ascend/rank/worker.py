@@ -11,7 +11,7 @@ import torch
 from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
 from vllm_sleep_ascend.error_text import write_type
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
-from vllm_sleep_ascend.policy import NEEDS, NEEDS_WEIGHTS, STEP_CALLS
+from vllm_sleep_ascend.policy import NEEDS, NEEDS_WEIGHTS, STEP_CALLS, Place
 from vllm_sleep_ascend.rank.agreement import Agreement
 from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.guarded_calls import asleep_error
@@ -170,8 +170,8 @@ class SleepingWorker(StockWorker):
         check_enabled(self.vllm_config)
         return self._sleep_mode
 
-    def sleep(self, level: int = 1) -> None:
-        self.sleep_mode.sleep(level)
+    def sleep(self, level: int = 1, to: Place | None = None) -> None:
+        self.sleep_mode.sleep(level, to)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         self.sleep_mode.wake_up(tags)

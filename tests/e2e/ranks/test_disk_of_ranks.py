@@ -94,3 +94,50 @@ def test_a_file_of_one_rank_that_changed_leaves_all_asleep(ranks, tiny_model, di
     ranks.collective_rpc(spoil_file_of, args=(0, directory))
     ranks.wake_up()
     assert few(ranks) == expected
+
+
+def lies(ranks) -> list[dict[str, int]]:
+    return [rank["backups"] for rank in status(ranks)]
+
+
+def test_backups_of_all_ranks_move_together(ranks, tiny_model, directory) -> None:
+    expected = hf_few(tiny_model)
+    ranks.sleep(level=1, to="host")
+    in_host = lies(ranks)
+    assert all(place["host"] > 0 and place["disk"] == 0 for place in in_host)
+    ranks.sleep(level=1, to="disk")
+    assert lies(ranks) == [{"host": 0, "disk": place["host"]} for place in in_host]
+    assert [rank["host_backup"] for rank in status(ranks)] == [0, 0]
+    assert ranks.collective_rpc(files, args=(directory,)) == [1, 1]
+    ranks.sleep(level=1, to="host")
+    assert lies(ranks) == in_host
+    assert ranks.collective_rpc(files, args=(directory,)) == [0, 0]
+    ranks.wake_up()
+    assert few(ranks) == expected
+
+
+def test_a_move_that_fails_on_one_rank_moves_none(ranks, tiny_model, directory) -> None:
+    expected = hf_few(tiny_model)
+    ranks.sleep(level=1, to="host")
+    before = lies(ranks)
+    ranks.collective_rpc(safe_limit, args=(1, MIB // 2))
+    with pytest.raises(DiskError, match=r"failed on 1 of 2 ranks.*rank 1.*File too large"):
+        ranks.sleep(level=1, to="disk")
+    ranks.collective_rpc(safe_limit, args=(1, resource.RLIM_INFINITY))
+    assert lies(ranks) == before
+    assert ranks.collective_rpc(files, args=(directory,)) == [0, 0]
+    ranks.sleep(level=1, to="disk")
+    on_disk = lies(ranks)
+    ranks.collective_rpc(spoil_file_of, args=(0, directory))
+    with pytest.raises(DiskError, match=r"rank 0.*not what was written"):
+        ranks.sleep(level=1, to="host")
+    assert lies(ranks) == on_disk
+    assert [rank["host_backup"] for rank in status(ranks)] == [0, 0]
+    ranks.collective_rpc(spoil_file_of, args=(0, directory))
+    ranks.wake_up()
+    assert few(ranks) == expected
+
+
+@safe_while_asleep
+def safe_limit(worker, rank: int, size: int) -> None:
+    limit_files(worker, rank, size)
