@@ -113,6 +113,11 @@ class SleepModeConfig(BaseModel):
     """The level of that sleep. 2 needs after_level2="reload"; weights that are in no checkpoint
     sleep at level 1."""
 
+    to_disk_after_s: float | None = Field(default=None, ge=0.1, allow_inf_nan=False)
+    """Seconds of sleep at level 1 after which an engine in a process of its own moves its backup
+    from host memory to ``backup_dir``; None: never. Each failure doubles them, up to 64 times the
+    value, until it sleeps anew."""
+
     wake_on_request: bool = Field(default=False)
     """A request wakes the engine, whoever put it to sleep; from level 2 with after_level2="reload"
     alone. If that fails it gets the reason, from a server with 503."""
@@ -223,6 +228,13 @@ class SleepModeConfig(BaseModel):
     def _disk_has_a_directory(self) -> "SleepModeConfig":
         if self.host_backup == "disk" and self.backup_dir is None:
             raise ValueError("host_backup='disk' needs backup_dir, a directory on a fast disk")
+        if self.to_disk_after_s is not None and self.backup_dir is None:
+            raise ValueError("to_disk_after_s needs backup_dir, a directory on a fast disk")
+        if self.to_disk_after_s is not None and self.host_backup == "disk":
+            raise ValueError(
+                "to_disk_after_s moves backups from host memory to disk, where host_backup='disk' "
+                "puts them at once; leave out one of them"
+            )
         if "disk_blocks_mib" in self.model_fields_set and self.backup_dir is None:
             raise ValueError("disk_blocks_mib needs backup_dir, a directory on a fast disk")
         return self

@@ -136,7 +136,7 @@ EVERYWHERE = (
     Patch(_CORE, "resume_scheduler", core.resume_scheduler, (),
           "nothing is scheduled before memory is awake and the weights are loaded"),
     Patch(_PROCESS, "_notify_idle_state_callbacks", on_request.resting, (),
-          "an engine that is idle may sleep by itself"),
+          "an engine that is idle may sleep by itself, and one that sleeps move its backup"),
     Patch(_PROCESS, "resume_scheduler", pauses.still_rejecting, (),
           "a pause that rejects requests does so until its user resumes"),
     Patch(_CORE, "is_sleeping", core.is_sleeping, (),

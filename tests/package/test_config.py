@@ -123,7 +123,23 @@ def test_sleeps_by_itself_that_could_not_be_served_are_refused(options, named):
         parse({"sleep_mode": options})
 
 
-@pytest.mark.parametrize("options", [{"idle_sleep_s": 9.0}, {"wake_on_request": True}])
+def test_backups_that_move_by_themselves_need_a_place_to_move_to(tmp_path):
+    directory = {"backup_dir": str(tmp_path)}
+    assert parse({"sleep_mode": {**directory, "to_disk_after_s": 600.0}}).to_disk_after_s == 600
+    with pytest.raises(ValueError, match="to_disk_after_s needs backup_dir"):
+        parse({"sleep_mode": {"to_disk_after_s": 600.0}})
+    with pytest.raises(ValueError, match="host_backup='disk' puts them at once"):
+        parse({"sleep_mode": {**directory, "to_disk_after_s": 600.0, "host_backup": "disk"}})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"idle_sleep_s": 9.0},
+        {"wake_on_request": True},
+        {"to_disk_after_s": 9.0, "backup_dir": "/tmp"},
+    ],
+)
 def test_engines_that_cannot_decide_alone_do_not_sleep_by_themselves(options):
     def engine(backend="mp", enabled=True, **options):
         return SimpleNamespace(

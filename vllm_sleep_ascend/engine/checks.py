@@ -73,13 +73,15 @@ def check_on_request(vllm_config: "VllmConfig") -> None:
         ValueError: an option would put an engine to sleep, or wake it, that cannot decide alone.
     """
     config = SleepModeConfig.from_vllm_config(vllm_config)
-    if config.idle_sleep_s is None and not config.wake_on_request:
+    sleeps, moves = config.idle_sleep_s is not None, config.to_disk_after_s is not None
+    if not (sleeps or moves or config.wake_on_request):
         return
     check_enabled(vllm_config)
     if vllm_config.parallel_config.distributed_executor_backend == "external_launcher":
         raise ValueError(
-            "idle_sleep_s and wake_on_request are not supported with external_launcher: the engine "
-            "of each rank would decide alone; call sleep() and wake_up() on every rank"
+            "idle_sleep_s, wake_on_request and to_disk_after_s are not supported with "
+            "external_launcher: the engine of each rank would decide alone; call sleep() and "
+            "wake_up() on every rank"
         )
 
 

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import check_enabled
 from vllm_sleep_ascend.engine.backups.place import set_place
+from vllm_sleep_ascend.engine.backups.to_disk import ToDisk
 from vllm_sleep_ascend.engine.checks import check_sleep, check_wake_up
 from vllm_sleep_ascend.engine.launched import on_any_rank
 from vllm_sleep_ascend.engine.on_request import OnRequest
@@ -62,6 +63,7 @@ def _record_sleep(core: "EngineCore", was_paused: bool, failed: bool) -> None:
         executor.sleeping_tags = set().union(*executor.collective_rpc("sleeping_tags"))
         if not isinstance(getattr(type(executor), "is_sleeping", None), property):
             vars(executor)["is_sleeping"] = bool(executor.sleeping_tags)  # vLLM 0.23 keeps both
+    ToDisk.of(core).follow()
     if failed and not was_paused and not executor.is_sleeping:
         serve_on(core)
 
@@ -90,6 +92,8 @@ def sleep(stock: _Sleep) -> _Sleep:
                 if level > 0:
                     rpc_options = {"level": level, **({} if place is None else {"to": place})}
                     self.model_executor.collective_rpc("sleep", kwargs=rpc_options)
+                    if place is not None:
+                        ToDisk.of(self).begin()
                 return None
             if mode == "wait":
                 _check_wait(self)

@@ -16,8 +16,9 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.engine.backups.to_disk import ToDisk
 from vllm_sleep_ascend.engine.serving_gate import ServingGate
-from vllm_sleep_ascend.engine.state import EngineState, is_pending, unfinished
+from vllm_sleep_ascend.engine.state import EngineState, come_by, is_pending, unfinished
 from vllm_sleep_ascend.error_text import restored
 from vllm_sleep_ascend.policy import PauseMode
 from vllm_sleep_ascend.status import RankStatus, in_no_checkpoint, level_of
@@ -115,7 +116,7 @@ class OnRequest:
         if not waiting or not self._config.wake_on_request:
             return [], None
         reason = self.wake()
-        self._come_by()  # vLLM's loop may be about to wait, for it had no work before the sleep
+        come_by(self._core)  # vLLM's loop may be about to wait, for it had no work before the sleep
         return waiting, reason
 
     def end_own_sleep(self) -> None:
@@ -151,15 +152,7 @@ class OnRequest:
 
     def _look_again(self) -> None:
         self._timer = None
-        self._come_by()
-
-    def _come_by(self) -> None:
-        """Have the engine's loop come by, from any thread."""
-        from vllm.v1.engine import EngineCoreRequestType
-
-        queue = getattr(self._core, "input_queue", None)  # an in-process engine has no loop
-        if queue is not None:
-            queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+        come_by(self._core)
 
     def _sleep(self) -> None:
         self._falls_asleep = True
@@ -216,6 +209,7 @@ def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreP
     def _notify_idle_state_callbacks(self: "EngineCoreProc") -> None:
         stock(self)
         OnRequest.of(self).rest()
+        ToDisk.of(self).rest()
 
     return _notify_idle_state_callbacks
 

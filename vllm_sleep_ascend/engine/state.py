@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
 
+    from vllm_sleep_ascend.engine.backups.to_disk import ToDisk
     from vllm_sleep_ascend.engine.on_request import OnRequest
     from vllm_sleep_ascend.engine.pauses import WaitBeforeSleep
     from vllm_sleep_ascend.engine.serving_gate import ServingGate
@@ -23,7 +24,8 @@ _ATTRIBUTE = "sleep_mode_state"
 class EngineState:
     """
     gate: whether it may serve; None without sleep mode.
-    on_request: what it does by itself, if options ask for that.
+    on_request: when it sleeps and wakes by itself, if options ask for that.
+    to_disk: when it moves its backup by itself, if an option asks for that.
     finished: requests that ended while memory sleeps; the workers forget them with the next step.
     pending_sleep: a sleep that waits for requests to end.
     wait: its part before any memory moves.
@@ -34,6 +36,7 @@ class EngineState:
 
     gate: "ServingGate | None" = None
     on_request: "OnRequest | None" = None
+    to_disk: "ToDisk | None" = None
     pending_sleep: Future[None] | None = None
     wait: "WaitBeforeSleep | None" = None
     pauses_to_sleep: bool = False
@@ -59,6 +62,15 @@ def scheduler_of(core: "EngineCore") -> "Scheduler":
 def is_pending(core: "EngineCore") -> bool:
     """Whether a sleep waits for requests to end."""
     return EngineState.of(core).pending_sleep is not None
+
+
+def come_by(core: "EngineCore") -> None:
+    """Have the engine's loop come by, from any thread."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    queue = getattr(core, "input_queue", None)  # an in-process engine has no loop
+    if queue is not None:
+        queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
 def unfinished(core: "EngineCore") -> "list[Request]":
