@@ -4,7 +4,8 @@
 Every allocator runs in a new process. Each of its cycles measures the disk too, with the same size
 of requests and as many in flight, so that another load of the disk meets both. The page cache is
 bypassed, or dropped before each wake; the first cycle is listed apart, because it writes to space
-that was never written.
+that was never written. The weights change before each sleep, because what a kept file has already
+is not written again.
 
     python benchmarks/disk.py --device cuda --dir /mnt/nvme --peer tms_disk --out build/results
 """
@@ -76,6 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         drop_page_cache()
         resident = host_bytes()
         for _ in range(options.cycles):
+            weights.change()
             rates["write"].append(disk.write_gb_s())
             time.sleep(options.pause_s)
             with peak.watch():

@@ -75,6 +75,7 @@ py::dict to_dict(const Report& report) {
     bytes["restored"] = moved.restored;
     bytes["remapped"] = moved.remapped;
     bytes["moved"] = moved.moved;
+    bytes["written"] = moved.written;
     tags[py::str(Pool::instance().tag_name(tag))] = bytes;
   }
   py::dict result;

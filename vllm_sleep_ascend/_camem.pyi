@@ -14,6 +14,7 @@ class Moved(TypedDict):
     restored: int
     remapped: int
     moved: int  # backups that slept in the other place
+    written: int  # to disk, where a kept file did not have it already
 
 class Report(TypedDict):
     tags: dict[str, Moved]

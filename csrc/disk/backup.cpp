@@ -6,10 +6,9 @@
 #include <cstring>
 #include <new>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
-
-#include "disk/crc32c.h"
 
 namespace camem {
 namespace {
@@ -29,7 +28,7 @@ DiskBackup::DiskBackup(std::shared_ptr<DiskFile> file, std::size_t offset, std::
     : file_(std::move(file)),
       offset_(offset),
       bytes_(bytes),
-      sums_((bytes + kPiece - 1) / kPiece) {}
+      pieces_((bytes + kPiece - 1) / kPiece) {}
 
 std::size_t DiskBackup::bytes_of(std::size_t piece) const {
   return std::min(kPiece, bytes_ - piece * kPiece);
@@ -37,23 +36,43 @@ std::size_t DiskBackup::bytes_of(std::size_t piece) const {
 
 void DiskBackup::write_piece(std::size_t piece, const std::byte* data) {
   const std::size_t bytes = bytes_of(piece);
-  sums_[piece] = crc32c(data, bytes);
+  const Digest now = digest(data, bytes);
+  Piece& known = pieces_[piece];
+  if (known.digest == now) return;
+  known = {std::nullopt, true};
   file_->write(data, bytes, offset_ + piece * kPiece);
+  known.digest = now;
 }
 
 void DiskBackup::read_piece(std::size_t piece, std::byte* data) const {
   const std::size_t bytes = bytes_of(piece), offset = offset_ + piece * kPiece;
+  const std::optional<Digest>& written = pieces_[piece].digest;
+  if (!written) throw std::logic_error("a piece is read that was never written");
   file_->read(data, bytes, offset);
-  const std::uint32_t sum = crc32c(data, bytes);
-  if (sum == sums_[piece]) return;
+  const Digest found = digest(data, bytes);
+  if (found == *written) return;
   std::ostringstream text;
   text
       << "the backup in " << file_->directory() << " (backup_dir, a file without a name) is not "
       << "what was written: " << bytes << " bytes at offset " << offset << " have the checksum "
-      << std::hex << sum << " instead of " << sums_[piece]
+      << std::hex << found[1] << " instead of " << (*written)[1]
       << ". It is not used. Repeat the wake; if the disk does not recover, restart the engine, or, "
          "if this is the tag 'weights', sleep at level 2, wake and load them";
   throw DiskError(text.str());
+}
+
+std::size_t DiskBackup::keep_written() {
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < pieces_.size(); ++i) {
+    if (std::exchange(pieces_[i].written, false)) bytes += bytes_of(i);
+  }
+  return bytes;
+}
+
+void DiskBackup::forget_written() {
+  for (Piece& piece : pieces_) {
+    if (piece.written) piece = Piece();
+  }
 }
 
 void DiskBackup::read(std::size_t offset, std::size_t bytes, std::byte* target) const {
@@ -72,7 +91,7 @@ void DiskBackup::read(std::size_t offset, std::size_t bytes, std::byte* target) 
 void DiskBackup::release() noexcept {
   if (file_ && file_.use_count() > 1) file_->forget(bytes_, offset_);
   file_.reset();
-  sums_.clear();
+  pieces_.clear();
 }
 
 }  // namespace camem

@@ -1,24 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A chunk's backup in a file: its part of the file, and a checksum of each piece.
+// A chunk's backup in a file: its part of the file, and a digest of each piece.
 //
-// The checksum is CRC-32C: the CPU computes it faster than a disk reads, and it finds every error
-// burst of up to 32 bits and all but one in 2^32 of other damage, such as torn or stale blocks.
+// The digest finds damage, such as torn or stale blocks, when a piece is read. It also tells that a
+// piece in the file is equal to what would be written, which then is not: a checksum of 32 bits
+// would be wrong once in 2^32 changes, and lose one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "disk/digest.h"
 #include "disk/file.h"
 
 namespace camem {
 
 class DiskBackup {
  public:
-  // The unit of requests and of checksums.
-  static constexpr std::size_t kPiece = std::size_t{8} << 20;
+  // The unit of requests and of digests.
+  static constexpr std::size_t kPiece = kMostDigested;
 
   DiskBackup() = default;
   DiskBackup(std::shared_ptr<DiskFile> file, std::size_t offset, std::size_t bytes);
@@ -26,12 +29,17 @@ class DiskBackup {
   explicit operator bool() const { return file_ != nullptr; }
   const std::shared_ptr<DiskFile>& file() const { return file_; }
 
-  // Writes or reads a piece. Thread-safe for different pieces. Throw DiskError; a read does so too
-  // if the piece is not what was written.
+  // Writes a piece, unless the file has it already, or reads it. Thread-safe for different pieces.
+  // Throw DiskError; a read does so too if the piece is not what was written.
   void write_piece(std::size_t piece, const std::byte* data);
   void read_piece(std::size_t piece, std::byte* data) const;
   std::size_t bytes_of(std::size_t piece) const;
-  std::size_t pieces() const { return sums_.size(); }
+  std::size_t pieces() const { return pieces_.size(); }
+
+  // Bytes that were written since the last call of either: what they hold counts from now on, or it
+  // does not, because the disk may have lost it.
+  std::size_t keep_written();
+  void forget_written();
 
   // Reads any part, verified like its pieces. Throws DiskError.
   void read(std::size_t offset, std::size_t bytes, std::byte* target) const;
@@ -40,10 +48,15 @@ class DiskBackup {
   void release() noexcept;
 
  private:
+  struct Piece {
+    std::optional<Digest> digest;  // empty if it is not known what the file has
+    bool written = false;
+  };
+
   std::shared_ptr<DiskFile> file_;
   std::size_t offset_ = 0;
   std::size_t bytes_ = 0;
-  std::vector<std::uint32_t> sums_;
+  std::vector<Piece> pieces_;
 };
 
 // Memory for a piece that any disk accepts. Throws std::bad_alloc.

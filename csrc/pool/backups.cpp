@@ -161,6 +161,7 @@ void Backups::take_back(const Task& task, Place place) noexcept {
   Chunk& chunk = *task.chunk;
   if (chunk.is_stuck()) return;
   if (place == Place::kDisk) {
+    chunk.disk.forget_written();
     if (!task.had_file) chunk.disk.release();
     return;
   }

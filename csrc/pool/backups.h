@@ -55,7 +55,8 @@ class Backups {
   // A prepared block, or none.
   std::optional<HostMemory> take(std::size_t bytes) { return reserve_.take(bytes); }
   // Takes back what a failed sleep or move has allocated for a backup in this place, and keeps it
-  // if it was prepared. A sweep frees what could not be freed here.
+  // if it was prepared. A kept file stays, less what was written to it. A sweep frees what could
+  // not be freed here.
   void take_back(const Task& task, Place place) noexcept;
 
   // Page-locks memory for the backups of these tags in the background, and returns at once. With

@@ -134,6 +134,13 @@ Report Transaction::commit() {
     const std::uint64_t* sum = sum_of(*task.allocation, sums_);
     if (sum != nullptr) task.allocation->backup_sum = *sum;
   }
+  if (place_ == Place::kDisk) {
+    for (const Tasks* tasks : {&to_backup_, &to_place_}) {
+      for (const Task& task : *tasks) {
+        report.tags[task.allocation->tag].written += task.chunk->disk.keep_written();
+      }
+    }
+  }
   for (const Task& task : to_none_) task.chunk->content = Content::kNone;
   for (const Task& task : to_place_) task.chunk->place = place_;
   registry_.needs_sweep();

@@ -40,6 +40,7 @@ struct Moved {
   std::size_t restored = 0;   // host to device
   std::size_t remapped = 0;   // mapped again without content
   std::size_t moved = 0;      // backups that slept in the other place
+  std::size_t written = 0;    // to disk; less than what goes there if the file had it already
 };
 
 struct Report {

@@ -66,6 +66,22 @@ def test_the_host_holds_the_blocks_and_no_more(weights, tmp_path) -> None:
         assert _camem.pinned_host_bytes() == 0
 
 
+def test_only_what_changed_is_written_to_a_kept_file(weights, tmp_path) -> None:
+    def written() -> int:
+        report = _camem.sleep(allocator.LEVEL_1)
+        assert report["tags"]["weights"]["offloaded"] == TOTAL  # copied from the device
+        wake(weights)
+        return report["tags"]["weights"]["written"]
+
+    assert [written(), written()] == [TOTAL, 0]
+    weights[1].write(5)
+    assert [written(), written()] == [SIZES[1] * MIB, 0]
+    weights[1].write(1)
+    assert written() == SIZES[1] * MIB
+    (file,) = nameless_files(tmp_path)
+    assert file.stat().st_size == TOTAL
+
+
 def test_an_open_file_does_not_pass_to_programs_that_are_started(weights, tmp_path) -> None:
     sleep()
     listed = ["ls", "-l", "/proc/self/fd"]

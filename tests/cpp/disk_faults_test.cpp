@@ -252,6 +252,7 @@ TEST(delayed_errors_of_the_page_cache_fail_the_sleep) {
     const Failing failing("pread", 1, Fault::kError, EFAULT);  // from now on without O_DIRECT
     wake_all();
   }
+  world.weights.write(8);
   {
     const Failing failing("sync_file_range", 1, Fault::kError, ENOSPC);
     CHECK(has(failure_of(sleep_all), "No space left on device"));

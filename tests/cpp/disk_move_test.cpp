@@ -114,9 +114,29 @@ TEST(a_file_is_kept_while_its_chunks_sleep_in_host_memory) {
   CHECK_EQ(asleep(Place::kHost), kAll);
   CHECK_EQ(disk_bytes(), kAll);
   const Counting calls;
-  sleep_to(Place::kDisk);
-  CHECK_EQ(calls.count("open") + calls.count("fallocate"), 0u);
+  const Report report = pool().sleep(level_1_to(Place::kDisk));
+  CHECK_EQ(moved(report, "weights"), kLarge + kSmall);
+  CHECK_EQ(report.tags.at(pool().tag("weights")).written, 0u);
+  CHECK_EQ(calls.count("open") + calls.count("fallocate") + calls.count("pwrite"), 0u);
   CHECK_EQ(held().host_bytes(), 0u);
+  wake_all();
+  world.check_intact();
+}
+
+TEST(a_move_that_failed_writes_to_a_kept_file_again) {
+  const Disk disk(true, Place::kHost);
+  World world;
+  sleep_to(Place::kDisk);
+  wake_all();
+  world.weights.write(6);
+  sleep_all();
+  {
+    const Failing failing("fdatasync", 1, Fault::kError, EIO);
+    CHECK(has(failure_of([] { sleep_to(Place::kDisk); }), "Input/output error"));
+  }
+  CHECK_EQ(asleep(Place::kHost), kAll);
+  const Report report = pool().sleep(level_1_to(Place::kDisk));
+  CHECK_EQ(report.tags.at(pool().tag("weights")).written, kLarge);
   wake_all();
   world.check_intact();
 }

@@ -2,12 +2,13 @@
 //
 // Backups on disk: where they are, and what they hold of the host.
 #include <algorithm>
-#include <cstring>
+#include <cerrno>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "disk/crc32c.h"
+#include "disk/digest.h"
 #include "disk_world.h"
 #include "system_calls.h"
 
@@ -17,25 +18,35 @@ using system_calls::Fault;
 
 namespace {
 
-TEST(checksums_are_crc_32c) {
-  const auto bytes = [](const char* text) { return reinterpret_cast<const std::byte*>(text); };
-  for (const auto& sum : {camem::crc32c, camem::crc32c_portable}) {
-    CHECK_EQ(sum(bytes("123456789"), 9), 0xe3069283u);  // the check value of CRC catalogues
-    CHECK_EQ(sum(bytes(""), 0), 0u);
-  }
+TEST(a_digest_differs_for_whatever_differs) {
   std::mt19937 random(1);
   std::vector<std::byte> data(4099);
   for (std::byte& each : data) each = static_cast<std::byte>(random());
-  for (std::size_t length = 0; length < 70; ++length) {
-    for (const std::size_t start : {0, 1, 3}) {
-      CHECK_EQ(camem::crc32c(data.data() + start, length),
-               camem::crc32c_portable(data.data() + start, length));
+  const camem::Digest before = camem::digest(data.data(), data.size());
+  const std::vector<std::byte> copy = data;
+  CHECK(camem::digest(copy.data(), copy.size()) == before);
+  for (std::size_t bit = 0; bit < 8 * data.size(); bit += 7) {
+    data[bit / 8] ^= std::byte{1} << (bit % 8);
+    const camem::Digest after = camem::digest(data.data(), data.size());
+    for (std::size_t half = 0; half < 2; ++half) {  // each of the two sums
+      CHECK(after[2 * half] != before[2 * half] || after[2 * half + 1] != before[2 * half + 1]);
     }
+    data[bit / 8] ^= std::byte{1} << (bit % 8);
   }
-  const std::uint32_t before = camem::crc32c(data.data(), data.size());
-  CHECK_EQ(before, camem::crc32c_portable(data.data(), data.size()));
-  data[2000] ^= std::byte{1};
-  CHECK(camem::crc32c(data.data(), data.size()) != before);
+  const auto word = data.begin() + 16;
+  std::swap_ranges(word, word + 8, word + 8);  // of one pair, whose product knows no order
+  CHECK(camem::digest(data.data(), data.size()) != before);
+  std::swap_ranges(word, word + 8, word + 8);
+  std::swap_ranges(word, word + 16, word + 16);  // two pairs
+  CHECK(camem::digest(data.data(), data.size()) != before);
+  std::swap_ranges(word, word + 16, word + 16);
+  CHECK(camem::digest(data.data(), data.size()) == before);
+  for (std::size_t start = 0; start < 3; ++start) {  // wherever it lies in memory
+    std::vector<std::byte> moved(start);
+    moved.insert(moved.end(), data.begin(), data.end());
+    CHECK(camem::digest(moved.data() + start, data.size()) == before);
+  }
+  CHECK_THROWS(std::length_error, camem::digest(data.data(), camem::kMostDigested + 1));
 }
 
 TEST(a_backup_on_disk_holds_no_more_of_the_host_than_its_blocks) {
@@ -94,19 +105,80 @@ TEST(what_wakes_gives_its_part_of_the_file_back) {
   CHECK_EQ(disk_bytes(), 0u);
 }
 
-TEST(a_kept_file_is_written_again_and_not_made_again) {
+std::size_t written(const camem::Report& report) {
+  std::size_t bytes = 0;
+  for (const auto& [tag, moved] : report.tags) bytes += moved.written;
+  return bytes;
+}
+
+TEST(what_a_kept_file_has_is_not_written_again) {
+  const Disk disk;
+  World world;
+  CHECK_EQ(written(pool().sleep(level_1())), kAll);
+  wake_all();
+  CHECK_EQ(disk_bytes(), kAll);
+  for (const bool prepared : {false, true}) {
+    const Counting calls;
+    camem::Report report =
+        pool().sleep(level_1(), {}, prepared ? Until::kPrepared : Until::kCommitted);
+    if (prepared) report = pool().commit();
+    CHECK_EQ(report.tags.at(pool().tag("weights")).offloaded, kLarge + kSmall);  // from the device
+    CHECK_EQ(written(report), 0u);
+    CHECK_EQ(calls.count("pwrite") + calls.count("open"), 0u);
+    wake_all();
+    world.check_intact();
+  }
+}
+
+TEST(of_a_kept_file_the_pieces_that_changed_are_written) {
   const Disk disk;
   World world;
   sleep_all();
   wake_all();
-  CHECK_EQ(disk_bytes(), kAll);
+  auto* address = static_cast<std::byte*>(world.weights.address()) + DiskBackup::kPiece + 5;
+  std::byte before{}, changed{};
+  CHECK_EQ(aclrtMemcpy(&before, 1, address, 1, ACL_MEMCPY_DEVICE_TO_HOST), 0);
+  changed = before ^ std::byte{1};
+  CHECK_EQ(aclrtMemcpy(address, 1, &changed, 1, ACL_MEMCPY_HOST_TO_DEVICE), 0);
+  {
+    const Counting calls;
+    CHECK_EQ(written(pool().sleep(level_1())), DiskBackup::kPiece);
+    CHECK_EQ(calls.count("pwrite"), 1u);
+  }
+  wake_all();
+  std::byte after{};
+  CHECK_EQ(aclrtMemcpy(&after, 1, address, 1, ACL_MEMCPY_DEVICE_TO_HOST), 0);
+  CHECK(after == changed);
+  CHECK_EQ(aclrtMemcpy(address, 1, &before, 1, ACL_MEMCPY_HOST_TO_DEVICE), 0);
+  world.check_intact();
   world.weights.write(7);
   const Counting calls;
-  sleep_all();
+  CHECK_EQ(written(pool().sleep(level_1())), kLarge);
   CHECK_EQ(calls.count("open"), 0u);
-  CHECK_EQ(calls.count("pwrite"), 5u);
+  CHECK_EQ(calls.count("pwrite"), 3u);
   wake_all();
   world.check_intact();
+}
+
+// The disk may have lost what a failed sleep gave it, also where every write succeeded.
+TEST(what_a_failed_sleep_has_written_is_written_again) {
+  const Disk disk;
+  World world;
+  sleep_all();
+  wake_all();
+  for (const char* call : {"fdatasync", "pwrite"}) {
+    world.weights.write(*call);
+    {
+      const Failing failing(call, 1, Fault::kError, EIO);
+      CHECK(has(failure_of(sleep_all), "Input/output error"));
+    }
+    CHECK_EQ(disk_bytes(), kAll);  // the file stays
+    const Counting calls;
+    CHECK_EQ(written(pool().sleep(level_1())), kLarge);
+    CHECK_EQ(calls.count("pwrite"), 3u);
+    wake_all();
+    world.check_intact();
+  }
 }
 
 TEST(unchanged_content_is_not_written) {
