@@ -37,3 +37,22 @@ def test_a_throttled_link_takes_what_the_model_says():
     for seconds in map(float, done.stdout.split()[-2:]):
         # None is faster. Copies in host memory add to the time, more so on a busy machine.
         assert 0.95 * expected <= seconds <= 1.3 * expected
+
+
+def test_the_guides_have_the_table_of_tiers() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "cost_model.py"), "--tiers"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    heading, line, *rows = table.splitlines()
+    assert len(rows) == 5
+    for guide, rows_of in {"guide.md": [heading, line, *rows], "guide.zh.md": rows}.items():
+        assert "\n".join(rows_of) in (ROOT / "docs" / guide).read_text()
+
+
+def test_the_slower_of_link_and_disk_decides() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from cost_model import Host
+
+    host = Host(link=25, memory=100, pin=1)
+    assert host.disk_s(50, 1, disk=5) == 10
+    assert host.disk_s(50, 1, disk=50) == host.copy_s(50, 1) == 2
+    assert host.disk_s(50, 4, disk=5) == 10  # the ranks of a host share it
