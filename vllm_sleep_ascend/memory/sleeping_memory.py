@@ -395,17 +395,18 @@ class SleepingMemory(SleepingContent):
         weights = report["tags"].get("weights")
         elsewhere = self._place == "disk" or (weights is not None and weights["discarded"] > 0)
         if elsewhere and self._config.host_backup == "auto":
-            self._release_prepared()
+            self._release_prepared("a sleep to disk" if self._place == "disk" else "level 2")
         self._place = None
 
-    def _release_prepared(self) -> None:
+    def _release_prepared(self, by: str) -> None:
         """A sleep at level 2, or to disk, needs no host memory for the weights."""
         prepared = _camem.host_memory()["prepared"]
         _camem.release_prepared()
         if prepared:
             logger.info(
-                "camem: %.2f GiB of prepared host memory go back: this sleep does not need it",
+                "camem: %.2f GiB of prepared host memory go back: %s does not need it",
                 prepared / _GIB,
+                by,
             )
 
 
