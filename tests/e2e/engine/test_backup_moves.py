@@ -112,10 +112,18 @@ def test_buffers_outlive_a_file_that_is_spoilt(llm, tiny_model, directory) -> No
     with pytest.raises(DiskError, match="not what was written"):
         llm.sleep(level=1, to="host")
     assert status(llm)["backups"]["host"] == 0 < status(llm)["backups"]["disk"]
-    spoil(directory)
-    llm.sleep(level=1, to="host")
-    llm.wake_up()
+    _lose_weights(llm)
     assert few(llm) == expected
+    llm.sleep(level=1, to="disk")
+    spoil(directory)
+    _lose_weights(llm)
+    assert few(llm) == expected
+
+
+def _lose_weights(llm: Any) -> None:
+    llm.sleep(level=2)
+    llm.wake_up()
+    llm.collective_rpc("reload_weights")
 
 
 @pytest.mark.parametrize(
