@@ -136,7 +136,7 @@ void Backups::take_space_on_disk(const Tasks& tasks) {
   }
 }
 
-// Of a chunk whose content is on the device, a backup may go at any time.
+// What a chunk has in the other place stays until the commit, because a rollback needs it.
 void Backups::take_place(Place place, const Tasks& offloads, const Tasks& moves) {
   Tasks tasks = offloads;
   tasks.insert(tasks.end(), moves.begin(), moves.end());
@@ -147,9 +147,8 @@ void Backups::take_place(Place place, const Tasks& offloads, const Tasks& moves)
   }
   for (const Task& task : offloads) {
     Chunk& chunk = *task.chunk;
-    if (place == Place::kDisk) {
-      chunk.backup.release();
-    } else if (chunk.disk && chunk.disk.file()->directory() != settings_.backup_dir) {
+    if (place == Place::kHost && chunk.disk &&
+        chunk.disk.file()->directory() != settings_.backup_dir) {
       chunk.disk.release();
     }
     if (chunk.place != place) task.allocation->backup_sum.reset();
@@ -159,6 +158,11 @@ void Backups::take_place(Place place, const Tasks& offloads, const Tasks& moves)
 
 void Backups::take_back(const Task& task, Place place) noexcept {
   Chunk& chunk = *task.chunk;
+  if (chunk.place != task.place) {  // nothing was written to the backup that it had
+    chunk.place = task.place;
+    task.allocation->backup_sum = task.backup_sum;
+    task.allocation->backup_distrusted = task.backup_distrusted;
+  }
   if (chunk.is_stuck()) return;
   if (place == Place::kDisk) {
     chunk.disk.forget_written();

@@ -47,8 +47,9 @@ Tasks Registry::select(const std::function<bool(const Allocation&, const Chunk&)
     if (allocation->trimmed) continue;
     for (Chunk& chunk : allocation->chunks) {
       if (wanted(*allocation, chunk)) {
-        tasks.push_back(
-            {allocation.get(), &chunk, chunk.content, bool(chunk.backup), bool(chunk.disk)});
+        tasks.push_back({allocation.get(), &chunk, chunk.content, bool(chunk.backup),
+                         bool(chunk.disk), chunk.place, allocation->backup_sum,
+                         allocation->backup_distrusted});
       }
     }
   }

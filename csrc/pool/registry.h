@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -16,13 +17,16 @@
 
 namespace camem {
 
-// A chunk of an operation, and its content before.
+// A chunk of an operation, and what was true of it and of its allocation before.
 struct Task {
   Allocation* allocation;
   Chunk* chunk;
   Content before;
   bool had_host_memory;
   bool had_file;
+  Place place;
+  std::optional<std::uint64_t> backup_sum;
+  bool backup_distrusted;
 };
 using Tasks = std::vector<Task>;
 

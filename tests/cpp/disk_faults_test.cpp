@@ -24,6 +24,7 @@ struct Operation {
   std::function<void()> run;
   State before;
   Place place = Place::kDisk;  // of what sleeps before
+  bool keeps = false;          // host backups, from a sleep before
 };
 
 void sleep_to_disk() { sleep_to(Place::kDisk); }
@@ -34,6 +35,11 @@ void prepare_and_commit(Place place) {
   pool().commit();
 }
 
+void sleep_and_wake() {
+  sleep_to_host();
+  wake_all();
+}
+
 const Operation kOperations[] = {
     {"sleep", [] {}, sleep_all, State::kMapped},
     {"sleep, prepared and committed", [] {},
@@ -42,6 +48,10 @@ const Operation kOperations[] = {
        pool().commit();
      },
      State::kMapped},
+    {"sleep after one in host memory", sleep_and_wake, sleep_to_disk, State::kMapped, Place::kHost,
+     true},
+    {"sleep after one in host memory, prepared and committed", sleep_and_wake,
+     [] { prepare_and_commit(Place::kDisk); }, State::kMapped, Place::kHost, true},
     {"wake", sleep_all, wake_all, State::kOffloaded},
     {"wake, prepared and committed", sleep_all,
      [] {
@@ -82,7 +92,7 @@ void survive(const Operation& operation, const std::string& call, std::size_t nt
              const Kind& kind) {
   const device::Held before = held();
   {
-    const Disk disk(false);
+    const Disk disk(operation.keeps);
     World world(kSwept);
     operation.prepare();
     std::string message;
@@ -101,7 +111,8 @@ void survive(const Operation& operation, const std::string& call, std::size_t nt
         world.check_intact();
         CHECK_EQ(disk_bytes(), 0u);
         CHECK(disk.files().empty());
-        CHECK_EQ(held().host_bytes(), 0u);
+        CHECK_EQ(backup_host_bytes(), operation.keeps ? kSwept + 2 * kSmall : 0);
+        CHECK_EQ(held().host_bytes(), backup_host_bytes());
       } else {
         const bool on_disk = operation.place == Place::kDisk;
         CHECK_EQ(asleep(operation.place), kSwept + 2 * kSmall);
@@ -131,7 +142,7 @@ TEST(every_system_call_of_sleep_move_and_wake_may_fail_once) {
   for (const Operation& operation : kOperations) {
     std::map<std::string, std::size_t> counts;
     {
-      const Disk disk(false);
+      const Disk disk(operation.keeps);
       World world(kSwept);
       operation.prepare();
       const Counting calls;

@@ -160,6 +160,43 @@ TEST(a_kept_backup_in_the_other_place_is_not_taken_for_this_one) {
   CHECK_EQ(unchanged(Place::kHost), 0u);
 }
 
+TEST(a_sleep_that_failed_leaves_the_backup_in_the_other_place_and_its_checksum) {
+  const Disk disk(true, Place::kHost);
+  Block block("weights", kLarge);
+  const camem::Sums sums{{reinterpret_cast<std::uintptr_t>(block.address()), 1}};
+  const auto unchanged = [&](Place place) {
+    const Report report = pool().sleep(level_1_to(place), sums);
+    wake_all();
+    CHECK(block.intact());
+    return report.tags.at(pool().tag("weights")).unchanged;
+  };
+  CHECK_EQ(unchanged(Place::kHost), 0u);
+  for (const char* call : {"pwrite", "fdatasync", "open"}) {
+    {
+      const Failing failing(call, 1, Fault::kError, EIO);
+      CHECK(has(failure_of([&] { pool().sleep(level_1_to(Place::kDisk), sums); }), "as it was"));
+    }
+    CHECK_EQ(backup_host_bytes(), kLarge);
+    CHECK_EQ(disk_bytes(), 0u);
+    CHECK_EQ(unchanged(Place::kHost), kLarge);
+  }
+  pool().sleep(level_1_to(Place::kDisk), sums, Until::kPrepared);
+  CHECK_EQ(pool().abort(), "");
+  CHECK_EQ(unchanged(Place::kHost), kLarge);
+  {  // memory that is no longer needed fails no sleep
+    const Faults faults("aclrtFreeHost:1:507899:*,aclrtHostUnregister:1:507899:*");
+    pool().sleep(level_1_to(Place::kDisk), sums);
+    CHECK(faults.hits() > 0);
+  }
+  wake_all();
+  CHECK(block.intact());
+  {
+    const Faults faults("aclrtMemcpyAsync:1:507899");
+    CHECK_THROWS(camem::TransactionError, pool().sleep(level_1_to(Place::kHost), sums));
+  }
+  CHECK_EQ(unchanged(Place::kDisk), kLarge);
+}
+
 TEST(a_moved_backup_keeps_its_checksum) {
   const Disk disk(true, Place::kHost);
   Block block("weights", kLarge);

@@ -127,6 +127,18 @@ void sleep_to_disk() { sleep_to(camem::Place::kDisk); }
 void sleep_to_host() { sleep_to(camem::Place::kHost); }
 
 const Operation kMoves[] = {
+    {"sleep to disk after one in host memory",
+     [] {
+       sleep_to_host();
+       wake_all();
+     },
+     sleep_to_disk, true},
+    {"sleep in host memory after one on disk",
+     [] {
+       sleep_to_disk();
+       wake_all();
+     },
+     sleep_to_host, true},
     {"move to disk", sleep_to_host, sleep_to_disk, true},
     {"move to host", sleep_to_disk, sleep_to_host, true},
     {"move to host, prepared and aborted", sleep_to_disk,
@@ -164,6 +176,14 @@ struct World {
     return std::all_of(all.begin(), all.end(), [](const camem::AllocationInfo& info) {
       return info.state == camem::State::kMapped;
     });
+  }
+
+  static std::size_t backup_bytes() {
+    std::size_t bytes = 0;
+    for (const camem::AllocationInfo& info : pool().allocations()) {
+      bytes += info.host_bytes + info.disk_bytes;
+    }
+    return bytes;
   }
 
   void check_intact(bool with_weights) const {
@@ -205,6 +225,7 @@ Outcome survive(const Operation& operation, const std::string& rules, bool gives
     operation.prepare();
     const bool had_weights = world.weights.info().state != camem::State::kDiscarded;
     const bool had_cache = world.is_mapped();
+    const std::size_t had_backups = World::backup_bytes();
     {
       const Faults faults(rules);
       try {
@@ -222,6 +243,7 @@ Outcome survive(const Operation& operation, const std::string& rules, bool gives
       outcome.came = faults.hits() > 0;
     }
     if (outcome.reported) {
+      CHECK(World::backup_bytes() >= had_backups);
       CHECK((world.weights.info().state != camem::State::kDiscarded) == had_weights);
       if (world.is_mapped()) {
         world.check_intact(true);
