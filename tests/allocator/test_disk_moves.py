@@ -117,9 +117,15 @@ def test_a_move_needs_a_directory(weights, tmp_path) -> None:
     wake(weights)
 
 
-def test_what_a_move_needs_is_known_before_it(weights, tmp_path) -> None:
+def memory_with(directory: Path, **options: Any) -> SleepingMemory:
     memory = SleepingMemory()
-    memory.configure(SleepModeConfig(backup_dir=str(tmp_path), chunk_mib=4, disk_blocks_mib=16))
+    sizes = {"chunk_mib": 4, "disk_blocks_mib": 16}
+    memory.configure(SleepModeConfig(backup_dir=str(directory), **sizes, **options))
+    return memory
+
+
+def test_what_a_move_needs_is_known_before_it(weights, tmp_path) -> None:
+    memory = memory_with(tmp_path)
     actions = dict(allocator.LEVEL_1)
 
     def needs(place) -> tuple[int, int | None]:
@@ -152,9 +158,9 @@ def test_what_a_move_needs_is_known_before_it(weights, tmp_path) -> None:
     assert all(block.intact() for block in weights)
 
 
-def test_a_sleep_to_disk_gives_prepared_host_memory_back(weights, tmp_path) -> None:
-    memory = SleepingMemory()
-    memory.configure(SleepModeConfig(backup_dir=str(tmp_path), chunk_mib=4, disk_blocks_mib=16))
+@pytest.mark.parametrize("host_backup", ["auto", "prepared"])
+def test_a_sleep_to_disk_gives_prepared_host_memory_back(weights, tmp_path, host_backup) -> None:
+    memory = memory_with(tmp_path, host_backup=host_backup)
     _camem.prepare(["weights"])
     assert _camem.wait_prepared(60 * patience())
     assert _camem.host_memory()["prepared"] == TOTAL
@@ -162,6 +168,20 @@ def test_a_sleep_to_disk_gives_prepared_host_memory_back(weights, tmp_path) -> N
     wait_for(lambda: _camem.pinned_host_bytes() == _camem.host_memory()["disk_staging"])
     assert _camem.host_memory()["prepared"] == 0
     memory.wake(list(allocator.TAGS))
+    assert all(block.intact() for block in weights)
+
+
+def test_a_sleep_to_disk_that_is_aborted_leaves_prepared_host_memory(weights, tmp_path) -> None:
+    memory = memory_with(tmp_path)
+    memory.commits_at_once = False
+    _camem.prepare(["weights"])
+    memory.sleep("sleep", dict(allocator.LEVEL_1), place="disk")
+    assert memory.abort() == ""
+    memory.wake(list(allocator.TAGS))
+    memory.commit()
+    assert _camem.wait_prepared(60 * patience())
+    assert _camem.host_memory()["prepared"] == TOTAL
+    _camem.release_prepared()
     assert all(block.intact() for block in weights)
 
 

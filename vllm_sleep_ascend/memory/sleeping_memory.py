@@ -196,7 +196,7 @@ class SleepingMemory(SleepingContent):
 
     def abort(self) -> str:
         """Roll back what is prepared, if anything; returns what failed, or ``""``."""
-        self._prepared = ""
+        self._prepared, self._place = "", None
         return _camem.abort()
 
     def asleep(self, tag: str) -> bool:
@@ -393,9 +393,11 @@ class SleepingMemory(SleepingContent):
         self._log_host_memory()
         self._log_page_cache()
         weights = report["tags"].get("weights")
-        elsewhere = self._place == "disk" or (weights is not None and weights["discarded"] > 0)
-        if elsewhere and self._config.host_backup == "auto":
-            self._release_prepared("a sleep to disk" if self._place == "disk" else "level 2")
+        discarded = weights is not None and weights["discarded"] > 0
+        if self._place == "disk":
+            self._release_prepared("a sleep to disk")
+        elif discarded and self._config.host_backup == "auto":
+            self._release_prepared("level 2")
         self._place = None
 
     def _release_prepared(self, by: str) -> None:
