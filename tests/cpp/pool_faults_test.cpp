@@ -224,7 +224,7 @@ Outcome survive(const Operation& operation, const std::string& rules, bool gives
     begin();
     operation.prepare();
     const bool had_weights = world.weights.info().state != camem::State::kDiscarded;
-    const bool had_cache = world.is_mapped();
+    const bool had_cache = world.is_mapped() && world.cache.intact();
     const std::size_t had_backups = World::backup_bytes();
     {
       const Faults faults(rules);
