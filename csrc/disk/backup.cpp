@@ -56,7 +56,7 @@ void DiskBackup::read_piece(std::size_t piece, std::byte* data) const {
       << "the backup in " << file_->directory() << " (backup_dir, a file without a name) is not "
       << "what was written: " << bytes << " bytes at offset " << offset << " have the checksum "
       << std::hex << found[1] << " instead of " << (*written)[1]
-      << ". It is not used. Repeat the wake; if the disk does not recover, restart the engine, or, "
+      << ". It is not used. Repeat the call; if the disk does not recover, restart the engine, or, "
          "if this is the tag 'weights', sleep at level 2, wake and load them";
   throw DiskError(text.str());
 }

@@ -108,11 +108,12 @@ std::size_t cgroup_headroom(const std::string& directory, const char* limit, con
 
 }  // namespace
 
-void throw_backup_does_not_fit(std::size_t needed, std::size_t available) {
+void throw_backup_does_not_fit(std::size_t needed, std::size_t available, bool moves) {
+  const char* otherwise =
+      moves ? "leave the backup on disk" : "use level 2, which keeps no backup of the weights";
   throw OutOfHostMemory("the backup needs " + std::to_string(needed) +
                             " bytes of host memory and " + std::to_string(available) +
-                            " are available; free host memory, or use level 2, which keeps no "
-                            "backup of the weights",
+                            " are available; free host memory, or " + otherwise,
                         needed, available);
 }
 

@@ -93,7 +93,9 @@ class HostMemory {
 // group leaves if that is less.
 std::size_t available_host_bytes();
 
-[[noreturn]] void throw_backup_does_not_fit(std::size_t needed, std::size_t available);
+// With `moves`, a backup on disk does not fit.
+[[noreturn]] void throw_backup_does_not_fit(std::size_t needed, std::size_t available,
+                                            bool moves = false);
 
 // Bytes of this process's page-locked HostMemory blocks, and of its plain ones.
 std::size_t page_locked_host_bytes();

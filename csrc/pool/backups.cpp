@@ -105,12 +105,12 @@ std::size_t Backups::missing(Tasks::const_iterator first, Tasks::const_iterator 
   return std::accumulate(missing.begin(), missing.end(), std::size_t{0});
 }
 
-void Backups::require_host_memory(const Tasks& tasks) {
+void Backups::require_host_memory(const Tasks& tasks, bool moves) {
   const std::size_t needed = missing(tasks.begin(), tasks.end());
   if (needed <= available_host_bytes()) return;
   reserve_.wait_until_idle();
   const std::size_t available = available_host_bytes();
-  if (needed > available) throw_backup_does_not_fit(needed, available);
+  if (needed > available) throw_backup_does_not_fit(needed, available, moves);
 }
 
 // A file elsewhere is one from before the settings changed.
@@ -143,7 +143,7 @@ void Backups::take_place(Place place, const Tasks& offloads, const Tasks& moves)
   if (place == Place::kDisk) {
     take_space_on_disk(tasks);
   } else {
-    require_host_memory(tasks);
+    require_host_memory(tasks, !moves.empty());
   }
   for (const Task& task : offloads) {
     Chunk& chunk = *task.chunk;
@@ -203,13 +203,12 @@ void Backups::clear() noexcept {
   transfer_.disk_staging().close();
 }
 
-void Backups::resume_background(const Tasks& to_backup) noexcept {
+void Backups::resume_background(const Tasks& stored) noexcept {
   try {
-    const bool used =
-        prepared_ && std::any_of(to_backup.begin(), to_backup.end(), [&](const Task& task) {
-          return !task.chunk->on_disk() && !task.had_host_memory &&
-                 prepared_->tags.count(task.allocation->tag) != 0;
-        });
+    const bool used = prepared_ && std::any_of(stored.begin(), stored.end(), [&](const Task& task) {
+                        return !task.chunk->on_disk() && !task.had_host_memory &&
+                               prepared_->tags.count(task.allocation->tag) != 0;
+                      });
     if (used) release_prepared();
     const Tasks on_disk = registry_.select([](const Allocation&, const Chunk& chunk) {
       return chunk.content == Content::kBackup && chunk.on_disk();

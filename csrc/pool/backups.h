@@ -73,9 +73,9 @@ class Backups {
   void pause() { reserve_.cancel(); }
   // A sleep is about to copy, and should not compete for the driver.
   void stop() { reserve_.stop(); }
-  // An operation has ended or failed. `to_backup` is what a sleep copied or moved, possibly into
+  // An operation has ended or failed. `stored` is what a sleep copied or moved, possibly into
   // prepared memory.
-  void resume_background(const Tasks& to_backup = {}) noexcept;
+  void resume_background(const Tasks& stored = {}) noexcept;
 
   // Thread-safe. Neither waits.
   void step_begins() noexcept { reserve_.step_begins(); }
@@ -89,7 +89,7 @@ class Backups {
     bool slowly;
   };
 
-  void require_host_memory(const Tasks& tasks);
+  void require_host_memory(const Tasks& tasks, bool moves = false);
   void take_space_on_disk(const Tasks& tasks);
   HostChoice try_registered_memory(int device);
   void order_prepared();

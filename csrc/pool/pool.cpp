@@ -184,7 +184,7 @@ Report Pool::commit_prepared() {
   prepared_.reset();
   Report report = prepared.transaction.commit();
   sweep();
-  backups_.resume_background(prepared.transaction.to_backup());
+  backups_.resume_background(prepared.transaction.stored());
   report.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - prepared.start).count();
   return report;

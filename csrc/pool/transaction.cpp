@@ -200,6 +200,12 @@ RolledBack Transaction::take_back() noexcept {
   return result;
 }
 
+Tasks Transaction::stored() const {
+  Tasks tasks = to_backup_;
+  append(tasks, to_place_);
+  return tasks;
+}
+
 void Transaction::forget(const Allocation& allocation) {
   for (Tasks* tasks : {&to_backup_, &to_none_, &to_device_, &to_place_}) {
     tasks->erase(std::remove_if(tasks->begin(), tasks->end(),

@@ -82,8 +82,8 @@ class Transaction {
   // torch has freed this allocation meanwhile.
   void forget(const Allocation& allocation);
 
-  // What will be in backups after the commit.
-  const Tasks& to_backup() const { return to_backup_; }
+  // What is copied or moved to backups.
+  Tasks stored() const;
 
  private:
   const Settings& settings_;

@@ -238,6 +238,22 @@ TEST(a_prepared_move_can_be_taken_back) {
   world.check_intact();
 }
 
+TEST(prepared_memory_that_a_move_takes_is_not_prepared_again) {
+  const Disk disk(false, Place::kHost);
+  World world;
+  pool().prepare({pool().tag("weights")}, false);
+  CHECK(pool().wait_prepared(60));
+  sleep_to(Place::kDisk);
+  CHECK_EQ(pool().host_info().prepared, kLarge + kSmall);
+  sleep_to(Place::kHost);
+  CHECK_EQ(pool().host_info().prepared, 0u);
+  sleep_to(Place::kDisk);
+  wake_all();
+  CHECK(pool().wait_prepared(60));
+  CHECK_EQ(held().host_bytes(), 0u);
+  world.check_intact();
+}
+
 TEST(what_torch_frees_during_a_prepared_move_is_forgotten) {
   const Disk disk(false, Place::kHost);
   World world;

@@ -35,3 +35,11 @@ def test_a_host_that_is_short_of_memory_is_named():
     with pytest.raises(HostOutOfMemoryError, match=r"need 60 \+ 50 = 110 bytes of host memory"):
         check_together([HostNeed(0, HERE, 60, 110), HostNeed(1, HERE, 50, 109)])
     check_together([HostNeed(0, HERE, 60, 110), HostNeed(1, NEIGHBOUR, 60, 110)])
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_backups_that_are_safe_on_disk_are_not_to_be_discarded(moves):
+    with pytest.raises(HostOutOfMemoryError) as refused:
+        check_together([HostNeed(rank, HERE, 60, 110, moves=moves) for rank in (0, 1)])
+    assert ("or leave the backups on disk" in str(refused.value)) == moves
+    assert ("or use level 2" in str(refused.value)) != moves

@@ -37,13 +37,14 @@ class DiskNeed:
 class HostNeed:
     """What a rank is about to allocate. ``needed`` and ``available`` are bytes; ``available`` is
     what the machine or the rank's control group has left. ``disk`` is None where backups do not go
-    there."""
+    there. ``moves``: a backup comes from disk."""
 
     rank: int
     host: tuple[str, str]  # boot id and name: containers on a machine have separate limits
     needed: int
     available: int
     disk: DiskNeed | None = None
+    moves: bool = False
 
 
 def ranks_of_this_host(parallel: "ParallelConfig") -> int:
@@ -64,6 +65,7 @@ def host_need(
         (boot_id, socket.gethostname()),
         *backend.host_need(actions, place=place),
         disk=_disk_need(backend, actions, place),
+        moves=place == "host" and any(tag["asleep_on_disk"] for tag in backend.usage().values()),
     )
 
 
@@ -96,10 +98,13 @@ def check_together(needs: Iterable[HostNeed]) -> None:
         needed = [rank.needed for rank in ranks]
         available = min(rank.available for rank in ranks)
         if sum(needed) > available:
+            otherwise = "use level 2, which keeps no backup of the weights"
+            if any(rank.moves for rank in ranks):
+                otherwise = "leave the backups on disk"
             error = HostOutOfMemoryError(
                 f"the backups of ranks {_listed(ranks)} on host {name} need {_summed(needed)} "
                 f"bytes of host memory together and {available} are available; free host memory, "
-                "or use level 2, which keeps no backup of the weights. Nothing was touched"
+                f"or {otherwise}. Nothing was touched"
             )
             error.needed_bytes, error.free_bytes = sum(needed), available
             raise error
