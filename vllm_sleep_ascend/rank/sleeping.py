@@ -62,7 +62,8 @@ class SleepMode:
         Raises:
             ValueError: the level or the place does not exist.
             SleepModeError: it failed; memory is mapped as it was before on every rank, that of the
-                KV cache perhaps without its content.
+                KV cache perhaps without its content. Or a place is named, and level 2 has discarded
+                the weights.
         """
         if check_level(level) == 0:
             return
@@ -72,6 +73,8 @@ class SleepMode:
         def prepare() -> None:
             nonlocal held_before
             reason = self.refusal(level)
+            if place is not None and "discarded" in self._backend.states("weights"):
+                reason = "the weights were discarded (level 2), and have no backup; wake them first"
             if reason is not None:
                 raise SleepModeError(f"sleep refused: {reason}")
             self._hooks.before_sleep()
