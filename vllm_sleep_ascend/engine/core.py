@@ -77,7 +77,8 @@ def sleep(stock: _Sleep) -> _Sleep:
     ) -> Future[None] | None:
         check_sleep(self.vllm_config, level, given_mode, to)
         mode, place = policy.check_mode(given_mode), policy.check_place(to, level)
-        OnRequest.of(self).sleeps_by_itself = False
+        if place is None or not self.model_executor.is_sleeping:  # a move leaves it asleep as it is
+            OnRequest.of(self).sleeps_by_itself = False
         pending = EngineState.of(self).pending_sleep
         if pending is not None:
             if mode == "abort":  # of the requests that the pending sleep waits for

@@ -39,7 +39,8 @@ class OnRequest:
     for that.
 
     Attributes:
-        sleeps_by_itself: it was idle, and its user has asked for no sleep or wake since.
+        sleeps_by_itself: it was idle, and its user has asked for no sleep or wake since, only
+            perhaps for another place of its backup.
     """
 
     def __init__(self, core: "EngineCore") -> None:

@@ -50,9 +50,10 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 
 @pytest.fixture(scope="module")
-def idle(start: Start) -> Iterator[Server]:
+def idle(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that sleeps by itself, and that a request wakes."""
-    with start("idle", idle_sleep_s=IDLE_S, wake_on_request=True) as server:
+    options = {"wake_on_request": True, "backup_dir": str(tmp_path_factory.mktemp("backups"))}
+    with start("idle", idle_sleep_s=IDLE_S, **options) as server:
         yield server
 
 
@@ -395,6 +396,14 @@ def test_a_call_of_the_users_ends_a_sleep_that_is_not_theirs(idle, server):
     falls_asleep(idle)
     idle.post("/collective_rpc", json={"method": "compute_weight_checksums"})
     assert "A call wakes the engine." in idle.log.read_text()
+    assert tokens(idle) == expected
+
+    falls_asleep(idle)
+    idle.post("/sleep?level=1&to=disk")  # where its backup lies does not make the sleep theirs
+    assert idle.rank_status()["backups"]["host"] == 0 < idle.rank_status()["backups"]["disk"]
+    before = idle.log.read_text().count("A call wakes the engine.")
+    idle.post("/collective_rpc", json={"method": "compute_weight_checksums"})
+    assert idle.log.read_text().count("A call wakes the engine.") == before + 1
     assert tokens(idle) == expected
 
     server.post("/sleep")
