@@ -15,7 +15,7 @@ from helpers.reference import hf_few
 from helpers.server import MEMORY, SMALL, Server
 
 from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.errors import DiskError
+from vllm_sleep_ascend.errors import DiskError, SleepModeError
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,48 @@ def test_tags_and_level_2_after_a_move(llm, tiny_model, directory) -> None:
     llm.wake_up()
     llm.collective_rpc("reload_weights")
     assert few(llm) == expected
+
+
+def test_discarded_weights_have_no_backup_to_move(llm, tiny_model) -> None:
+    llm.sleep(level=2)
+    for place in ("disk", "host"):
+        with pytest.raises(SleepModeError, match=r"weights were discarded \(level 2\)"):
+            llm.sleep(level=1, to=place)
+    assert status(llm)["backups"]["disk"] == 0
+    llm.wake_up()
+    llm.collective_rpc("reload_weights")
+    assert few(llm) == hf_few(tiny_model)
+
+
+def test_an_engine_whose_ranks_do_not_say_what_sleeps_counts_as_asleep(llm, monkeypatch) -> None:
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    stock = executor.collective_rpc
+
+    def collective_rpc(method: Any, *args: Any, **kwargs: Any) -> Any:
+        if method == "sleeping_tags":
+            raise RuntimeError("no answer")
+        return stock(method, *args, **kwargs)
+
+    monkeypatch.setattr(executor, "collective_rpc", collective_rpc)
+    with pytest.raises(RuntimeError, match="no answer"):
+        llm.sleep(level=1, to="disk")
+    assert executor.is_sleeping
+    monkeypatch.undo()
+    llm.wake_up()
+    assert status(llm)["backups"] == {"host": 0, "disk": 0}
+
+
+def test_an_executor_with_a_sleep_of_its_own_sleeps_to_the_place(llm, monkeypatch) -> None:
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    stock = type(executor).sleep
+    own = type("Own", (type(executor),), {"sleep": lambda self, level=1: stock(self, level)})
+    monkeypatch.setattr(executor, "__class__", own)
+    llm.sleep(level=1, to="disk")
+    assert status(llm)["backups"]["host"] == 0 < status(llm)["backups"]["disk"]
+    llm.wake_up()
+    llm.sleep(level=1)
+    assert status(llm)["backups"]["disk"] == 0
+    llm.wake_up()
 
 
 def test_buffers_outlive_a_file_that_is_spoilt(llm, tiny_model, directory) -> None:
