@@ -18,9 +18,9 @@ import uvicorn
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.sleep_client import SleepClient
-from vllm_sleep_ascend.proxy.admin import Admin
+from vllm_sleep_ascend.proxy.http.admin import Admin
+from vllm_sleep_ascend.proxy.http.public import Public
 from vllm_sleep_ascend.proxy.metrics import Metrics
-from vllm_sleep_ascend.proxy.public import Public
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Settings, Turns
 

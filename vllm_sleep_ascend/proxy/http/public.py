@@ -14,16 +14,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from vllm_sleep_ascend.client.calls import CallFailed
-from vllm_sleep_ascend.proxy.background import Background
-from vllm_sleep_ascend.proxy.naming import model_of, server_of
-from vllm_sleep_ascend.proxy.operations import ASK_S
-from vllm_sleep_ascend.proxy.responses import (
+from vllm_sleep_ascend.proxy.http.background import Background
+from vllm_sleep_ascend.proxy.http.naming import model_of, server_of
+from vllm_sleep_ascend.proxy.http.responses import (
     CLIENT_LEFT,
     NoAnswer,
     PassedOn,
     Refused,
     end_to_end,
 )
+from vllm_sleep_ascend.proxy.operations import ASK_S
 from vllm_sleep_ascend.proxy.schedule import Schedule
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import QueueFull, Turns

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from vllm_sleep_ascend.client.calls import CallFailed
-from vllm_sleep_ascend.proxy.naming import server_of
-from vllm_sleep_ascend.proxy.public import health
-from vllm_sleep_ascend.proxy.responses import Refused
+from vllm_sleep_ascend.proxy.http.naming import server_of
+from vllm_sleep_ascend.proxy.http.public import health
+from vllm_sleep_ascend.proxy.http.responses import Refused
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import QueueFull, Turns
 

@@ -15,8 +15,8 @@ from urllib.parse import quote
 import httpx
 from starlette.responses import Response
 
+from vllm_sleep_ascend.proxy.http.responses import NoAnswer, end_to_end
 from vllm_sleep_ascend.proxy.operations import ASK_S
-from vllm_sleep_ascend.proxy.responses import NoAnswer, end_to_end
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
 

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
-from vllm_sleep_ascend.proxy.responses import Refused
+from vllm_sleep_ascend.proxy.http.responses import Refused
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
 
