@@ -134,6 +134,14 @@ class Calls:
             return answer.status_code == 503
         return False
 
+    async def serves(self, timeout_s: float) -> bool:
+        """Whether it answers, and its engine lives."""
+        try:
+            answer = await self._http.get("/health", timeout=timeout_s)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200
+
     async def unless_the_engine_dies(self, call: asyncio.Task[_T]) -> _T:
         """The result of the call, which is cancelled if the engine dies: vLLM may never answer."""
         try:

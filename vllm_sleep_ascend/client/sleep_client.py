@@ -61,6 +61,9 @@ class SleepClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         await self._public.close()
         await self._calls.close()
 
@@ -100,6 +103,10 @@ class SleepClient:
     async def is_gone(self, timeout_s: float) -> bool:
         """See ``Calls.is_gone``."""
         return await self._public.is_gone(timeout_s)
+
+    async def serves(self, timeout_s: float) -> bool:
+        """See ``Calls.serves``."""
+        return await self._public.serves(timeout_s)
 
     async def sleep(
         self,

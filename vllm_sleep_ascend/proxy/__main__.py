@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-sleep-proxy``: one OpenAI-compatible port for vLLM servers that take turns on a device.
 
-Each server runs with --enable-sleep-mode and an admin door (admin_port or admin_socket), or with
-VLLM_SERVER_DEV_MODE=1; start all but the last and put each to sleep (vllm-sleep sleep ADMIN) before
-the next. A request wakes the model that it names. Let users reach only the proxy: a server that is
+A request wakes the model that it names. With --config the proxy also starts the servers, watches
+them, and ends them with itself (models.yaml is described in docs/guide.md). SIGHUP reads the file
+again; SIGTERM lets running requests end, a second one does not.
+
+With URLs somebody else starts them. Each server runs with --enable-sleep-mode and an admin door
+(admin_port or admin_socket), or with VLLM_SERVER_DEV_MODE=1; start all but the last and put each to
+sleep (vllm-sleep sleep ADMIN) before the next. Let users reach only the proxy: a server that is
 asked directly does not wake. The doors' key is that of the environment, SLEEP_ADMIN_KEY, or of
 --admin-key-file. Servers that ask for an API key (--api-key) get VLLM_API_KEY; users send theirs.
 """
@@ -12,14 +16,19 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
-
-import uvicorn
+from pathlib import Path
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.sleep_client import SleepClient
+from vllm_sleep_ascend.proxy.config import models
+from vllm_sleep_ascend.proxy.config.lines import Invalid
+from vllm_sleep_ascend.proxy.fleet import Defaults, Fleet
 from vllm_sleep_ascend.proxy.http.admin import Admin
+from vllm_sleep_ascend.proxy.http.listening import Listeners, on_signals
 from vllm_sleep_ascend.proxy.http.public import Public
+from vllm_sleep_ascend.proxy.launch import state
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Settings, Turns
@@ -34,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("urls", nargs="+", metavar="URL[,ADMIN]", help="of a vLLM server, and of its admin door")
+    add("urls", nargs="*", metavar="URL[,ADMIN]", help="of a vLLM server, and of its admin door")
+    add("--config", metavar="FILE", help="models.yaml, in place of URLs")
+    add("--check", action="store_true", help="only print what is wrong in it, by line")
+    add("--state-dir", type=Path, help="logs and records of the servers (by --port, in ~/.local)")
+    add("--leave-servers", action="store_true", help="let them go on; the next proxy finds them")
     add("--host", default=LOOPBACK, help="where users are served")
     add("--port", type=int, default=8000)
     add("--admin-port", type=int, default=8100, help="status, sleep, wake, metrics; loopback only")
@@ -50,36 +63,54 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(args: argparse.Namespace) -> None:
-    key = os.environ.get("VLLM_API_KEY")
-    door_key = admin_key.read(args.admin_key_file)
-    clients = []
+def _servers(args: argparse.Namespace, door_key: str | None) -> list[Server]:
+    """Those of the URLs."""
+    servers = []
     for pair in args.urls:
         url, _, door = pair.partition(",")
-        clients.append(
-            SleepClient(url, args.timeout_s, api_key=key, door=door or None, door_key=door_key)
-        )
-    servers = [Server(client) for client in clients]
-    settings = Settings(args.level, args.max_queue, args.turn_s, args.idle_s, args.max_awake)
-    turns = Turns(servers, Metrics(), settings)
-    apps = (
-        (Public(turns, args.max_body_mib << 20).app, args.host, args.port),
-        (Admin(turns).app, LOOPBACK, args.admin_port),
-    )
-    configs = (
-        uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=args.grace_s)
-        for app, host, port in apps
-    )
-    listeners = [uvicorn.Server(config) for config in configs]
+        key = os.environ.get("VLLM_API_KEY")
+        client = SleepClient(url, args.timeout_s, api_key=key, door=door or None, door_key=door_key)
+        servers.append(Server(client, level=args.level))
+    return servers
 
-    async def serve(listener: uvicorn.Server) -> None:
-        try:
-            await listener.serve()
-        finally:
-            for other in listeners:
-                other.should_exit = True
 
-    await asyncio.gather(*(serve(listener) for listener in listeners))
+async def _serve(args: argparse.Namespace) -> int:
+    door_key = admin_key.read(args.admin_key_file)
+    settings = Settings(args.max_queue, args.turn_s, args.idle_s, args.max_awake)
+    turns = Turns(_servers(args, door_key), Metrics(), settings)
+    listeners = Listeners(
+        [
+            (Public(turns, args.max_body_mib << 20).app, args.host, args.port),
+            (Admin(turns).app, LOOPBACK, args.admin_port),
+        ],
+        args.grace_s,
+    )
+    if args.config is None:
+        on_signals(listeners.stop, listeners.stop_at_once)
+        return await listeners.serve()
+    defaults = Defaults(args.level, args.timeout_s, door_key)
+    folder = state.State(args.state_dir or state.default(args.port))
+    fleet = Fleet(args.config, defaults, turns, folder, args.leave_servers)
+
+    def at_once() -> None:
+        listeners.stop_at_once()
+        fleet.hurry()
+
+    on_signals(listeners.stop, at_once)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, fleet.reload)
+    async with fleet:
+        return await listeners.serve()
+
+
+def _check(file: str) -> int:
+    try:
+        entries = models.load(file, None)
+    except Invalid as error:
+        print(error)
+        return 1
+    started = sum(entry.model.command is not None for entry in entries)
+    print(f"{file}: {len(entries)} models, of which the proxy starts {started}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("turn_s", "idle_s"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if bool(args.urls) == (args.config is not None):
+        parser.error("name either URLs or --config models.yaml")
+    if args.config is None and (args.check or args.state_dir or args.leave_servers):
+        parser.error("--check, --state-dir and --leave-servers are for --config")
+    if args.check:
+        return _check(args.config)
     urls = [pair.partition(",")[0] for pair in args.urls]
     twice = {url for url in urls if urls.count(url) > 1}
     if twice:
@@ -99,12 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        asyncio.run(_serve(args))
+        return asyncio.run(_serve(args))
+    except Invalid as error:
+        print(error, file=sys.stderr)
+        return 1
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        return 0
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Querying servers, putting them to sleep and waking them. Each failure is logged and counted, and
-leaves a state that the next operation checks first."""
+"""Querying servers, starting them, putting them to sleep and waking them.
+
+Each failure is logged and counted, and leaves a state that the next operation checks first.
+"""
 
 import asyncio
 import logging
 import time
 
 from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Server
 
@@ -19,9 +22,8 @@ ASK_S = 5.0
 class Operations:
     """Operations on servers. ``last_wake_s`` is the duration of the last wake."""
 
-    def __init__(self, metrics: Metrics, level: int) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
-        self.level = level
         self.last_wake_s = 1.0
 
     async def learn_models(self, servers: list[Server]) -> None:
@@ -34,7 +36,45 @@ class Operations:
                 if not server.models:
                     logger.warning("models: %s", error)
 
-        await asyncio.gather(*(learn(server) for server in servers))
+        await asyncio.gather(*(learn(server) for server in servers if server.runs))
+
+    async def start(self, server: Server, launched: Launched) -> None:
+        """Start its process, or wait for one that starts; or fail the requests that wait for it."""
+        started = time.monotonic()
+        server.state, server.open, server.served = "starting", False, False
+
+        async def serves() -> bool:
+            return await server.client.serves(ASK_S)
+
+        try:
+            await launched.start(serves)
+        except CallFailed as error:
+            server.state = "stopped"
+            self.metrics.failures.labels(server.name, "start").inc()
+            server.fail(error)
+            return
+        except Exception as error:
+            server.state = "stopped" if launched.pid is None else "unknown"
+            server.fail(CallFailed(f"{server.name} could not be started: {error!r}"))
+            raise
+        server.due = None
+        self.metrics.operation.labels("start").observe(time.monotonic() - started)
+        self.metrics.starts.labels(server.name).inc()
+        try:
+            server.models = await server.client.models(timeout_s=ASK_S)
+            awake = not await server.client.is_sleeping(timeout_s=ASK_S)
+        except CallFailed as error:
+            logger.warning("start: %s", error)
+            server.fail(error)
+            awake = False
+        if server.state == "starting":  # it lives
+            server.state, server.awake_since = "awake" if awake else "unknown", time.monotonic()
+        for name in server.names:
+            if server.models and name not in server.models:
+                logger.warning(
+                    "%s has no model %r; start it with --served-model-name %s",
+                    *(server.name, name, " ".join(server.names)),
+                )
 
     async def ask(self, server: Server) -> CallFailed | None:
         """Query whether it is awake; returns the error if it did not answer.
@@ -44,9 +84,11 @@ class Operations:
         try:
             awake = not await server.client.is_sleeping(timeout_s=ASK_S)
         except CallFailed as error:
-            if server.state == "awake" or isinstance(error, NobodyListens):
+            if server.runs and (server.state == "awake" or isinstance(error, NobodyListens)):
                 server.state, server.open = "unknown", False
             return error
+        if not server.runs:
+            return CallFailed(f"{server.name} has ended")
         if awake and server.state != "awake":
             server.state, server.awake_since = "awake", time.monotonic()
         elif not awake and server.state == "awake":
@@ -62,33 +104,48 @@ class Operations:
             await server.client.sleep(level, mode="wait", discard_trained=True)
         except CallFailed as error:
             logger.warning("sleep: %s", error)
+            if not server.runs:
+                return True
             server.state = "unknown"
             if isinstance(error, NobodyListens) or await server.client.is_gone(ASK_S):
+                await self._clear(server)
                 return True  # The process is dead, and its memory free.
             self.metrics.failures.labels(server.name, "sleep").inc()
             return False
-        server.state = "asleep"
+        if server.runs:
+            server.state = "asleep"
         self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
         self.metrics.sleeps.labels(server.name).inc()
         return True
 
     async def _level(self, server: Server) -> int:
         """The level to use: 1 if level 2 would lose weights for good."""
-        lost = await server.client.would_lose(self.level)
+        lost = await server.client.would_lose(server.level)
         if lost:
             logger.warning("%s sleeps at level 1: %s are in no checkpoint", server.name, lost)
-        return 1 if lost else self.level
+        return 1 if lost else server.level
+
+    async def _clear(self, server: Server) -> None:
+        """End what is left of a server whose engine is gone, so that it can be started again."""
+        if server.launched is not None:
+            await server.launched.kill("its engine is gone")
 
     async def wake(self, server: Server) -> None:
         """Wake it, or fail the requests that wait for it."""
         started = time.monotonic()
         try:
-            await server.client.wake_to_serve(slept_at=self.level)
+            await server.client.wake_to_serve(slept_at=server.level)
         except CallFailed as error:
-            server.state = "unknown"
             self.metrics.failures.labels(server.name, "wake").inc()
             logger.warning("wake: %s", error)
             server.fail(error)
+            if server.runs:
+                server.state = "unknown"
+            if server.launched is not None and await server.client.is_gone(ASK_S):
+                await self._clear(server)
+            return
+        if not server.runs:
+            server.fail(CallFailed(f"{server.name} has ended"))
             return
         server.state, server.served = "awake", False
         server.awake_since = time.monotonic()

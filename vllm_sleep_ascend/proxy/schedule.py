@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides whose turn it is on the device, and puts servers to sleep and wakes them accordingly.
+"""Decides whose turn it is on each device, and starts, wakes and puts servers to sleep accordingly.
 
-A single task, ``Schedule.run``, does this, so operations never overlap. A server goes to sleep only
-after its requests have finished, and another one wakes only after that.
+A single task, ``Schedule.run``, does this, so sleeps and wakes never overlap. A server goes to
+sleep only after its requests have finished, and another one wakes only after that. Starts and ends
+take long, so each runs in a task of its own, while the server counts as awake.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 
 from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
 
 logger = logging.getLogger(__name__)
+
+_ANY = -1  # a device that no server names
+_RETRY_S = 5.0  # between two attempts to put an idle server to sleep
 
 
 class Schedule:
@@ -26,9 +31,19 @@ class Schedule:
         self.servers = turns.servers
         self.settings = turns.settings
         self.operations = turns.operations
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Sleep and wake servers for as long as the proxy lives."""
+        try:
+            await self._run()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+
+    async def _run(self) -> None:
         step: Callable[[], Awaitable[float | None]] = self._survey
         while True:
             self.turns.changed.clear()
@@ -43,55 +58,171 @@ class Schedule:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.turns.changed.wait(), pause)
 
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        async def done() -> None:
+            try:
+                await work
+            except Exception:
+                logger.exception("a start or an end failed")
+            finally:
+                self.turns.changed.set()
+
+        task = asyncio.create_task(done())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _survey(self) -> float:
-        """Query the servers' models and states, and put all but ``max_awake`` to sleep."""
-        await self.operations.learn_models(self.servers)
-        errors = await asyncio.gather(*(self.operations.ask(server) for server in self.servers))
-        awake = [server for server in self.servers if server.state == "awake"]
-        for server, error in zip(self.servers, errors, strict=True):
-            if error is None and server not in awake[: self.settings.max_awake]:
+        """Query the servers' models and states, and put those to sleep that have no room."""
+        servers = [server for server in self.servers if server.runs]
+        await self.operations.learn_models(servers)
+        errors = await asyncio.gather(*(self.operations.ask(server) for server in servers))
+        awake: list[Server] = []
+        for server, error in zip(servers, errors, strict=True):
+            if error is not None:
+                if server.launched is not None and server.runs:
+                    self._start(server, server.launched)  # of an earlier proxy
+            elif server.state == "awake" and not self._in_the_way(server, awake):
+                awake.append(server)
+            else:
                 await self.operations.sleep(server)
         return 0
 
     async def _step(self) -> float | None:
         """Do what is possible now. Returns the seconds after which there may be more to do."""
+        for server in self.servers:
+            if server.launched is not None:
+                server.launched.look()
+        await self._retire()
         await self._sleep_those_asked()
         pauses = [await self._sleep_idle()]
-        wanted = min(
-            (s for s in self.servers if s.waiting and s.state != "awake"),
-            key=Server.waits_since,
-            default=None,
-        )
-        leaving = None
-        if wanted is not None:
-            awake = [server for server in self.servers if server.state == "awake"]
-            if len(awake) < self.settings.max_awake:
-                await self._wake(wanted)
+        leaving: set[Server] = set()
+        claimed: list[Server] = []  # wanted before others, and not served yet
+        for wanted in self._wanted():
+            if self._has_to_rest(wanted, pauses) or self._in_the_way(wanted, claimed, 1):
+                continue
+            claimed.append(wanted)
+            in_the_way = self._in_the_way(wanted)
+            if not in_the_way:
+                await self._bring_up(wanted)
                 return 0
-            leaving = min(awake, key=_leaves_first)
-            rest = leaving.awake_since + self.settings.turn_s - time.monotonic()
-            if leaving.busy and (rest > 0 or not leaving.served):
-                pauses.append(rest if rest > 0 else None)
-                leaving = None  # Its turn continues.
-            elif await self._makes_way(leaving, wanted):
+            awake = [server for server in in_the_way if server.state == "awake"]
+            if not awake:
+                continue  # Another one starts or ends.
+            leaves = min(awake, key=_leaves_first)
+            rest = leaves.awake_since + self.settings.turn_s - time.monotonic()
+            if leaves.busy and (rest > 0 or not leaves.served):
+                pauses.append(rest if rest > 0 else None)  # Its turn continues.
+                continue
+            leaving.add(leaves)
+            if await self._makes_way(leaves, wanted):
                 return 0
         for server in self.servers:
-            if server.state != "awake" or server is leaving or server.sleep_asked is not None:
+            if server.state != "awake" or server in leaving or server.sleep_asked is not None:
                 continue
             if server.waiting and server.unsure:
                 await self.operations.ask(server)
                 if server.state != "awake":
                     return 0
             server.open_up()
+        if await self._start_those_due(claimed, pauses):
+            return 0
         return min((pause for pause in pauses if pause is not None), default=None)
+
+    def _wanted(self) -> list[Server]:
+        """Servers that have to be brought up, in their order."""
+        return sorted(
+            (s for s in self.servers if s.waiting and not s.on_device), key=Server.waits_since
+        )
+
+    def _has_to_rest(self, server: Server, pauses: list[float | None]) -> bool:
+        """Whether it cannot start yet. If its last start has failed, its requests fail at once."""
+        launched = server.launched
+        if launched is None or server.state != "stopped":
+            return False
+        if any(s.launched and s.launched.pid for s in self.servers if s.name == server.name):
+            return True  # of before a reload, which ends first
+        rest = launched.rest_s()
+        if rest > 0:
+            pauses.append(rest)
+            if launched.failed:
+                server.fail(CallFailed(f"{launched.error}; it starts again in {rest:.0f} s"))
+        return rest > 0
+
+    def _in_the_way(
+        self, wanted: Server, among: list[Server] | None = None, room: int | None = None
+    ) -> list[Server]:
+        """Those on a device of ``wanted`` on which no other one fits."""
+        room = self.settings.max_awake if room is None else room
+        others = among if among is not None else [s for s in self.servers if s.on_device]
+        found: dict[Server, None] = {}
+        for place in self._places(wanted):
+            there = [s for s in others if s is not wanted and place in self._places(s)]
+            if len(there) >= room:
+                found |= dict.fromkeys(there)
+        return list(found)
+
+    def _places(self, server: Server) -> frozenset[int]:
+        """Devices; one that names none uses all that others name, and any further one."""
+        if server.devices is not None:
+            return frozenset(server.devices)
+        return frozenset(d for s in self.servers for d in s.devices or ()) | {_ANY}
+
+    async def _start_those_due(self, claimed: list[Server], pauses: list[float | None]) -> bool:
+        """Start a server without a request, where none waits. One ahead of its first request puts
+        idle ones to sleep, one that has died does not. Returns whether anything was done."""
+        for server in self.servers:
+            if server.due is None or server.state != "stopped" or server.retiring:
+                continue
+            if self._in_the_way(server, claimed, 1) or self._has_to_rest(server, pauses):
+                continue
+            in_the_way = self._in_the_way(server)
+            if not in_the_way:
+                await self._bring_up(server)
+                if server.on_device:
+                    return True
+                pauses.append(_RETRY_S)
+                continue
+            idle = all(other.state == "awake" and not other.busy for other in in_the_way)
+            if server.due == "preload" and idle:
+                if await self.operations.sleep(min(in_the_way, key=_leaves_first)):
+                    return True
+                pauses.append(_RETRY_S)
+        return False
+
+    async def _retire(self) -> None:
+        """End servers that models.yaml no longer has, once their requests have ended."""
+        for server in [s for s in self.servers if s.retiring and not s.busy]:
+            launched = server.launched
+            if launched is not None and launched.pid is not None:
+                if server.state != "stopping":
+                    server.state, server.open = "stopping", False
+                    self._in_background(launched.end())
+                continue
+            others = [other.url for other in self.servers if other is not server]
+            if server.runs and server.state != "asleep" and server.url not in others:
+                await self.operations.sleep(server)
+            self.turns.remove(server)
+            await server.client.close()
+
+    async def _bring_up(self, server: Server) -> None:
+        if server.launched is None or server.state != "stopped":
+            await self._wake(server)
+        elif await self._others_sleep(server):
+            self._start(server, server.launched)
+
+    def _start(self, server: Server, launched: Launched) -> None:
+        server.state = "starting"
+        self._in_background(self.operations.start(server, launched))
 
     async def _makes_way(self, leaving: Server, wanted: Server) -> bool:
         """Close ``leaving``, and put it to sleep unless requests still run on it. Returns whether
         anything was decided."""
         # No server is put to sleep for an unreachable one.
-        if leaving.open and (error := await self.operations.ask(wanted)) is not None:
-            wanted.fail(error)
-            return True
+        if leaving.open and wanted.runs:
+            error = await self.operations.ask(wanted)
+            if error is not None:
+                wanted.fail(error)
+                return True
         leaving.open = False
         if leaving.in_flight:
             return False
@@ -100,29 +231,34 @@ class Schedule:
         return True
 
     async def _wake(self, server: Server) -> None:
-        """Wake it, after putting all others to sleep that may be awake because something else has
-        woken or restarted them."""
         if server.state == "unknown" and (error := await self.operations.ask(server)) is not None:
             server.fail(error)
-            return
-        others = [s for s in self.servers if s is not server and s.state != "awake"]
+        elif await self._others_sleep(server):
+            await self.operations.wake(server)
+
+    async def _others_sleep(self, server: Server) -> bool:
+        """Put all others on its devices to sleep that may be awake because something else has woken
+        or restarted them. Returns whether they sleep; if not, its requests fail."""
+        places = self._places(server)
+        others = [s for s in self.servers if s is not server and s.runs and s.state != "awake"]
+        others = [other for other in others if places & self._places(other)]
         sleeping = [other for other in others if other.state == "asleep"]
         await asyncio.gather(*(self.operations.ask(other) for other in sleeping))
         # A server that has never listed its models does not count: it is not up yet, or not vLLM.
         await self.operations.learn_models([other for other in others if not other.models])
         for other in others:
-            known = other.models and other.state != "asleep"
+            known = other.models and other.runs and other.state != "asleep"
             if known and not await self.operations.sleep(other):
                 server.fail(CallFailed(f"{other.name} may be awake and does not fall asleep"))
-                return
-        await self.operations.wake(server)
+                return False
+        return True
 
     async def _sleep_those_asked(self) -> None:
         for server in self.servers:
             asked = server.sleep_asked
-            if asked is None or server.in_flight:
+            if asked is None or server.in_flight or server.state in ("starting", "stopping"):
                 continue
-            slept = server.state == "asleep" or await self.operations.sleep(server)
+            slept = server.state in ("asleep", "stopped") or await self.operations.sleep(server)
             server.sleep_asked = None
             if slept:
                 asked.set_result(None)

@@ -5,12 +5,16 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 
-State = Literal["awake", "asleep", "unknown"]
+if TYPE_CHECKING:
+    from vllm_sleep_ascend.proxy.launch.launched import Launched
+
+State = Literal["awake", "asleep", "unknown", "starting", "stopping", "stopped"]
+STATES: tuple[State, ...] = ("awake", "asleep", "unknown", "starting", "stopping", "stopped")
 
 TRUST_S = 1.0
 """Seconds without a request after which a server that was awake is asked whether it still is."""
@@ -18,9 +22,21 @@ TRUST_S = 1.0
 
 @dataclass(eq=False)
 class Server:
-    """One vLLM server. ``state`` is unknown until the server has answered, and after a failure."""
+    """One vLLM server. ``state`` is unknown until the server has answered, and after a failure.
+
+    name: that of its model in models.yaml, else its URL.
+    names: those that models.yaml gives its model.
+    devices: which it uses; None for all.
+    launched: its process, if the proxy starts it.
+    models: what it has listed.
+    """
 
     client: SleepClient
+    name: str = ""
+    names: tuple[str, ...] = ()
+    level: int = 1
+    devices: tuple[int, ...] | None = None
+    launched: "Launched | None" = None
     models: list[str] = field(default_factory=list)
     state: State = "unknown"
     # Requests are admitted at once: it is awake, and its turn continues.
@@ -34,10 +50,27 @@ class Server:
     served: bool = False
     # Set if an operator has asked for a sleep; done once it sleeps.
     sleep_asked: "asyncio.Future[None] | None" = None
+    # Started without a request: ahead of the first, or again after it has died.
+    due: Literal["preload", "restart"] | None = None
+    # No longer in models.yaml: it serves what has come, and ends.
+    retiring: bool = False
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.url
 
     @property
-    def name(self) -> str:
+    def url(self) -> str:
         return self.client.url
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can be asked something, as far as is known."""
+        return self.state in ("awake", "asleep", "unknown")
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it has its share of the device, or is about to."""
+        return self.state in ("awake", "starting", "stopping")
 
     @property
     def busy(self) -> bool:

@@ -24,14 +24,12 @@ class QueueFull(Exception):
 @dataclass(frozen=True)
 class Settings:
     """
-    level: the sleep level.
     max_queue: the most requests that may wait, for all servers together.
     turn_s: seconds that a server keeps its turn while requests wait for another one.
     idle_s: seconds without a request after which a server is put to sleep; 0 for never.
     max_awake: how many servers may be awake.
     """
 
-    level: int = 1
     max_queue: int = 256
     turn_s: float = 2.0
     idle_s: float = 0.0
@@ -39,29 +37,55 @@ class Settings:
 
 
 class Turns:
-    """The servers of one device, and the requests for them. ``changed`` tells the schedule that
-    there may be something to do."""
+    """The servers, and the requests for them. ``changed`` tells the schedule that there may be
+    something to do."""
 
     def __init__(self, servers: list[Server], metrics: Metrics, settings: Settings) -> None:
         self.servers = servers
         self.metrics = metrics
         self.settings = settings
-        self.operations = Operations(metrics, settings.level)
+        self.operations = Operations(metrics)
         self.changed = asyncio.Event()
         self._models_asked = -math.inf
         for server in servers:
             metrics.watch(server)
 
+    def add(self, server: Server) -> None:
+        self.servers.append(server)
+        self.metrics.watch(server)
+        self.changed.set()
+
+    def remove(self, server: Server) -> None:
+        """It has nothing left to do."""
+        self.servers.remove(server)
+        if server.sleep_asked is not None and not server.sleep_asked.done():
+            server.sleep_asked.set_result(None)
+        after = next((other for other in self.servers if other.name == server.name), None)
+        if after is None:
+            self.metrics.forget(server.name)
+        else:
+            self.metrics.watch(after)
+        self.changed.set()
+
+    @property
+    def current(self) -> list[Server]:
+        """Those that get new requests."""
+        return [server for server in self.servers if not server.retiring]
+
     async def server_of(self, model: str) -> Server | None:
         """The server of this model; None if there is none."""
-        for server in self.servers:
-            if model in server.models:
-                return server
+        if (server := self._known(model)) is not None:
+            return server
         # A server that was not up before may be now.
         if time.monotonic() - self._models_asked > 1:
             self._models_asked = time.monotonic()
             await self.operations.learn_models(self.servers)
-        return next((server for server in self.servers if model in server.models), None)
+        return self._known(model)
+
+    def _known(self, model: str) -> Server | None:
+        named = (server for server in self.current if model in server.names)
+        listed = (server for server in self.current if model in server.models)
+        return next(named, None) or next(listed, None)
 
     @contextlib.asynccontextmanager
     async def turn(self, server: Server) -> AsyncIterator[None]:

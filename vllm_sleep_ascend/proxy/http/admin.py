@@ -33,17 +33,7 @@ class Admin:
         )
 
     async def _status(self, _: Request) -> Response:
-        servers = [
-            {
-                "url": server.name,
-                "models": server.models,
-                "state": server.state,
-                "queued": len(server.waiting),
-                "in_flight": server.in_flight,
-            }
-            for server in self.turns.servers
-        ]
-        return JSONResponse({"servers": servers})
+        return JSONResponse({"servers": [_describe(server) for server in self.turns.servers]})
 
     async def _sleep(self, request: Request) -> Response:
         return await self._operate(request, self.turns.put_to_sleep)
@@ -65,8 +55,30 @@ class Admin:
             return refused.response()
         except (CallFailed, QueueFull) as error:
             return Refused(503, str(error)).response()
-        return JSONResponse({"url": server.name, "state": server.state})
+        return JSONResponse({"url": server.url, "state": server.state})
 
     async def _metrics(self, _: Request) -> Response:
         text = generate_latest(self.turns.metrics.registry).decode()
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+def _describe(server: Server) -> dict[str, object]:
+    described: dict[str, object] = {
+        "name": server.name,
+        "url": server.url,
+        "models": server.models,
+        "state": server.state,
+        "queued": len(server.waiting),
+        "in_flight": server.in_flight,
+        "retiring": server.retiring,
+    }
+    if (launched := server.launched) is not None:
+        described |= {
+            "admin": launched.door,
+            "pid": launched.pid,
+            "log": launched.log,
+            "starts": launched.starts,
+            "deaths": launched.deaths,
+            "error": launched.error,
+        }
+    return described

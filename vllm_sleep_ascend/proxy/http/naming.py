@@ -21,15 +21,21 @@ async def server_of(turns: Turns, model: str | None) -> Server:
     Raises:
         Refused: no server has the model.
     """
-    if model is None and len(turns.servers) == 1:
-        return turns.servers[0]
+    if model is None and len(turns.current) == 1:
+        return turns.current[0]
     server = await turns.server_of(model) if model is not None else None
     if server is not None:
         return server
-    known = ", ".join(sorted(name for server in turns.servers for name in server.models))
+    known = ", ".join(sorted(models(turns)))
     if model is None:
         raise Refused(400, f"name a model, one of {known}")
     raise Refused(404, f"no model {model[:_SHOWN]!r}; there are {known}")
+
+
+def models(turns: Turns) -> list[str]:
+    """The names that a request can have."""
+    names = (name for server in turns.current for name in (*server.names, *server.models))
+    return list(dict.fromkeys(names))
 
 
 async def model_of(request: Request, body: bytes) -> str | None:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.http.background import Background
-from vllm_sleep_ascend.proxy.http.naming import model_of, server_of
+from vllm_sleep_ascend.proxy.http.naming import model_of, models, server_of
 from vllm_sleep_ascend.proxy.http.responses import (
     CLIENT_LEFT,
     NoAnswer,
@@ -64,8 +64,7 @@ class Public:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._http)
             stack.push_async_callback(self._background.close)
-            for server in self.turns.servers:
-                await stack.enter_async_context(server.client)
+            stack.push_async_callback(self._close_clients)
             task = asyncio.create_task(Schedule(self.turns).run())
             try:
                 yield
@@ -74,9 +73,13 @@ class Public:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
 
+    async def _close_clients(self) -> None:
+        for server in self.turns.servers:
+            await server.client.close()
+
     async def _models(self, _: Request) -> Response:
         """All servers' models, without waking a server."""
-        data = [_card(name) for server in self.turns.servers for name in server.models]
+        data = [_card(name) for name in models(self.turns)]
         return JSONResponse({"object": "list", "data": data})
 
     async def _one_model(self, request: Request) -> Response:
@@ -123,13 +126,14 @@ class Public:
         return bytes(body)
 
     async def _pass_on(self, request: Request, server: Server, body: bytes) -> Response:
-        """Send the server the request; one that needs its engine waits for the server's turn.
+        """Send the server the request; one that needs its engine, or a server that is not up, waits
+        for the server's turn.
 
         Raises:
             Refused: the queue is full, or the server does not wake or answer.
         """
-        asked = self._to(server, request, body)
-        if needs(request.method, _path(request)) is Needs.TEXT:
+        url, asked = server.url, self._to(server, request, body)
+        if needs(request.method, _path(request)) is Needs.TEXT and server.runs:
             return PassedOn(await self._answer(server, asked))
         try:
             await self.turns.enter(server)
@@ -138,6 +142,8 @@ class Public:
         except CallFailed as error:
             raise Refused(503, f"the model cannot be woken: {error}", 5) from None
         try:
+            if server.url != url:  # it has started on another port
+                asked = self._to(server, request, body)
             upstream = await self._answer(server, asked)
         except BaseException as error:
             self.turns.leave(server, broken=isinstance(error, NoAnswer))
@@ -161,7 +167,10 @@ class Public:
             except TimeoutError:
                 raise NoAnswer(server.name, f"nothing came within {ASK_S:g} s") from None
 
-        asked = [asyncio.create_task(ask(server)) for server in self.turns.servers]
+        running = (server for server in self.turns.servers if server.runs)
+        asked = [asyncio.create_task(ask(server)) for server in running]
+        if not asked:
+            raise Refused(404, "no server has this response")
         chosen: httpx.Response | None = None
         try:
             await asyncio.wait(asked)
@@ -182,7 +191,7 @@ class Public:
             Refused: what it asks for is no URL.
         """
         try:
-            url = httpx.URL(server.name).copy_with(
+            url = httpx.URL(server.url).copy_with(
                 path=_path(request), query=request.scope["query_string"] or None
             )
         except httpx.InvalidURL as error:

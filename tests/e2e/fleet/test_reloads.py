@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGHUP: the proxy reads models.yaml again. The servers are stand-ins for vLLM."""
+
+import itertools
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from helpers.fleet import Fleet, stand_in
+from helpers.patience import wait_for
+
+
+def reload(fleet: Fleet, models: dict | str) -> None:
+    """Write the file, and wait until the proxy has read it."""
+    if isinstance(models, str):
+        fleet.file.write_text(models)
+    else:
+        fleet.write(models)
+    before = len(ends_of_reloads(fleet))
+    fleet.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(ends_of_reloads(fleet)) > before, "the reload")
+
+
+def ends_of_reloads(fleet: Fleet) -> list[str]:
+    lines = fleet.log.read_text().splitlines()
+    return [line for line in lines if "nothing was changed" in line or " removed" in line]
+
+
+def test_added_removed_and_kept(tmp_path):
+    door = tmp_path / "door"
+    models = {"a": stand_in(tmp_path, "a", devices=0), "b": stand_in(tmp_path, "b", devices=1)}
+    with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
+        kept = fleet.pid_of("a")
+        fleet.pid_of("b")
+        running = pool.submit(fleet.ask, "b", f"until {door}")
+        wait_for(lambda: fleet.status()["b"]["in_flight"] == 1)
+        reload(fleet, {"a": models["a"], "c": stand_in(tmp_path, "c", devices=2)})
+        assert fleet.ask("b").status_code == 404
+        assert fleet.status()["b"]["retiring"]
+        assert fleet.pid_of("c")
+        assert not running.done()
+        door.touch()
+        assert running.result().status_code == 200
+        wait_for(lambda: "b" not in fleet.states())
+        assert fleet.events()[-1] == "b ends"
+        assert fleet.pid_of("a") == kept
+        assert {process.pid for process in fleet.started()} == {kept, fleet.pid_of("c")}
+        assert fleet.metric('state{server="b"') == 0
+        assert "1 added, 0 changed, 1 removed" in fleet.log.read_text()
+
+
+def test_a_changed_server_restarts_once_its_requests_have_ended(tmp_path):
+    door = tmp_path / "door"
+    with Fleet(tmp_path, {"a": stand_in(tmp_path, "a")}) as fleet, ThreadPoolExecutor() as pool:
+        before = fleet.pid_of("a")
+        running = pool.submit(fleet.ask, "a", f"until {door}")
+        wait_for(lambda: fleet.status()["a"]["in_flight"] == 1)
+        reload(fleet, {"a": stand_in(tmp_path, "a", env={"A": "b"})})
+        reload(fleet, {"a": stand_in(tmp_path, "a", env={"A": "c"})})
+        waiting = pool.submit(fleet.pid_of, "a")
+        wait_for(lambda: fleet.status()["a"]["queued"] == 1)
+        assert [process.pid for process in fleet.started()] == [before]
+        door.touch()
+        assert running.result().json()["pid"] == before
+        assert waiting.result() != before
+        (server,) = fleet.started()
+        assert server.environ()["A"] == "c"
+        assert fleet.events() == ["a starts", "a ends", "a starts"]
+        wait_for(lambda: len(fleet.started()) == 1)
+        assert fleet.metric('state{server="a",state="awake"}') == 1
+
+
+def test_what_needs_no_other_process(tmp_path):
+    entry = stand_in(tmp_path, "a")
+    with Fleet(tmp_path, {"a": entry}) as fleet:
+        pid = fleet.pid_of("a")
+        reload(fleet, {"a": entry | {"aliases": ["x"], "level": 2, "wake_timeout_s": 9}})
+        assert fleet.pid_of("a") == pid
+        assert fleet.ask("x").json()["pid"] == pid
+        reload(fleet, {"a": entry | {"preload": True}})
+        assert fleet.ask("x").status_code == 404
+        assert fleet.pid_of("a") == pid
+        assert fleet.events() == ["a starts"]
+
+
+def test_a_file_with_errors_changes_nothing(tmp_path):
+    with Fleet(tmp_path, {"a": stand_in(tmp_path, "a")}) as fleet:
+        pid = fleet.pid_of("a")
+        reload(fleet, "models:\n  b:\n    level: 7\n")
+        assert f"{fleet.file}:3: models.b.level: 7: there is no such level" in fleet.log.read_text()
+        fleet.file.unlink()
+        fleet.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: f"{fleet.file}:1: cannot be read" in fleet.log.read_text())
+        assert fleet.pid_of("a") == pid
+        reload(fleet, {"a": stand_in(tmp_path, "a")})
+        assert fleet.pid_of("a") == pid
+        assert fleet.events() == ["a starts"]
+
+
+def test_a_removed_server_that_starts(tmp_path):
+    """Nobody waits for it any more, so it ends; a request that waits is served."""
+    doors = tmp_path / "one", tmp_path / "two"
+    models = {
+        "one": stand_in(tmp_path, "one", "--waits-for", str(doors[0]), devices=0, preload=True),
+        "two": stand_in(tmp_path, "two", "--waits-for", str(doors[1]), devices=1),
+        "three": stand_in(tmp_path, "three", devices=2),
+    }
+    with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(fleet.pid_of, "two")
+        wait_for(lambda: sorted(fleet.events()) == ["one starts 0", "two starts 1"])
+        reload(fleet, {"three": models["three"]})
+        wait_for(lambda: "one ends" in fleet.events())
+        wait_for(lambda: "one" not in fleet.states())
+        doors[1].touch()
+        assert waiting.result()
+        wait_for(lambda: list(fleet.states()) == ["three"])
+        assert fleet.started() == []
+
+
+def test_no_request_is_lost(tmp_path):
+    def entries(version: int) -> dict:
+        changed = stand_in(tmp_path, "b", env={"VERSION": str(version)})
+        return {"a": stand_in(tmp_path, "a"), "b": changed}
+
+    ended = threading.Event()
+    with Fleet(tmp_path, entries(0), "--turn-s", "0.05") as fleet, ThreadPoolExecutor() as pool:
+
+        def client(model: str) -> set[int]:
+            pids = set()
+            for number in itertools.count():
+                pids.add(fleet.pid_of(model))
+                if ended.is_set() and number > 3:
+                    return pids
+            raise AssertionError
+
+        clients = [pool.submit(client, model) for model in "abab"]
+        for version in (1, 2, 3):
+            starts = fleet.events().count("b starts")
+            reload(fleet, entries(version))
+            wait_for(lambda before=starts: fleet.events().count("b starts") > before)
+        ended.set()
+        pids = [client.result() for client in clients]
+        assert len(pids[0] | pids[2]) == 1
+        assert len(pids[1] | pids[3]) >= 2
+        assert fleet.metric('requests_total{server="a",status="200"}') > 0
+        wait_for(lambda: len(fleet.started()) == 2)

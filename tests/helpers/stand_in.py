@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small server with vLLM's routes that a proxy needs, for tests of processes: it starts at once.
+
+It writes what happens to it into a journal, a line for each event.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class State:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.sleeps = False
+
+    def note(self, event: str) -> None:
+        with open(self.args.journal, "a") as journal:
+            journal.write(f"{self.args.model} {event}\n")
+
+
+class Handler(BaseHTTPRequestHandler):
+    state: State
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path, state = self.path.partition("?")[0], self.state
+        if path == "/v1/models":
+            names = (state.args.model, *state.args.alias)
+            self._answer({"data": [{"id": name} for name in names]})
+        elif path == "/is_sleeping":
+            self._answer({"is_sleeping": state.sleeps})
+        elif path == "/health":
+            self._answer({})
+        else:
+            self._answer({}, 404)
+
+    def do_POST(self) -> None:
+        path, state = self.path.partition("?")[0], self.state
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if path in ("/sleep", "/wake_up"):
+            state.sleeps = path == "/sleep"
+            state.note("sleeps" if state.sleeps else "wakes")
+            self._answer({})
+        elif path == "/v1/completions":
+            prompt = json.loads(body)["prompt"]
+            if state.sleeps:
+                self._answer({"error": {"message": "it sleeps"}}, 500)
+            elif prompt == "die":
+                state.note("dies")
+                os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                if prompt.startswith("until "):
+                    while not Path(prompt.removeprefix("until ")).exists():
+                        time.sleep(0.02)
+                self._answer({"model": state.args.model, "pid": os.getpid()})
+        else:
+            self._answer({}, 404)
+
+    def _answer(self, content: dict, status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--journal", required=True)
+    parser.add_argument("--alias", action="append", default=[])
+    parser.add_argument("--exits", type=int, help="in place of serving")
+    parser.add_argument("--waits-for", help="a file, before it serves")
+    parser.add_argument("--serves-while", help="a file; else it exits at the start")
+    parser.add_argument("--ignores-sigterm", action="store_true")
+    parser.add_argument("--with-child", action="store_true")
+    args = parser.parse_args()
+    Handler.state = state = State(args)
+    state.note(f"starts {os.environ.get('ASCEND_RT_VISIBLE_DEVICES', '')}".strip())
+    if args.with_child and os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    if args.ignores_sigterm:
+        signal.signal(signal.SIGTERM, lambda *_: state.note("ignores SIGTERM"))
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: (state.note("ends"), os._exit(0)))
+    if args.exits is not None:
+        print("first line\nit has no model, password-of-this\n", flush=True)
+        sys.exit(args.exits)
+    if args.serves_while and not Path(args.serves_while).exists():
+        sys.exit("not today")
+    while args.waits_for and not Path(args.waits_for).exists():
+        time.sleep(0.02)
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model's server that the proxy starts, watches and ends."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+from vllm_sleep_ascend import admin_key
+from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.proxy.config.model import API_KEY, DEVICES
+from vllm_sleep_ascend.proxy.config.models import Entry
+from vllm_sleep_ascend.proxy.launch import ports
+from vllm_sleep_ascend.proxy.launch.group import Group, Leader
+from vllm_sleep_ascend.proxy.launch.state import Record, State
+
+logger = logging.getLogger(__name__)
+
+STABLE_S = 60.0
+"""Seconds after which a server that dies is started again as at first."""
+
+LONGEST_PAUSE_S = 60.0
+"""Between two starts of a server that dies again and again."""
+
+_LOOK_S = 0.1  # seconds between two looks at a server that starts
+_KILL_S = 5.0  # that the end of a process may take, which a driver can hold up
+_HIDDEN = "***"
+
+
+class Launched:
+    """The server of ``entry``, which has no process at first.
+
+    moved: called when it has other ports; died: when the process has ended by itself; gone: when
+    nothing is left of it.
+    """
+
+    def __init__(self, entry: Entry, state: State, taken: set[int]) -> None:
+        self.entry = entry
+        self.starts = 0
+        self.deaths = 0
+        self.error = ""
+        """Why there is no server, "" if none was missed."""
+        self.failed = False
+        """Whether the last start has failed."""
+        self.moved: Callable[[], None] = lambda: None
+        self.died: Callable[[], None] = lambda: None
+        self.gone: Callable[[], None] = lambda: None
+        self._state, self._taken = state, taken
+        self._group: Group | None = None
+        self._starting = False
+        self._ending: asyncio.Task[None] | None = None
+        self._failures = 0  # in a row, of starts and of what they have started
+        self._rests_until = self._serves_since = float("-inf")
+        self.port = self.admin_port = 0
+        self._choose_ports()
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def door(self) -> str | None:
+        """The address of the admin door, if it has one."""
+        if self.entry.model.has_admin_port:
+            return f"http://127.0.0.1:{self.admin_port}"
+        return self.entry.model.admin
+
+    @property
+    def log(self) -> str:
+        return str(self._state.log(self.name))
+
+    @property
+    def pid(self) -> int | None:
+        return self._group.leader.pid if self._group is not None else None
+
+    def rest_s(self) -> float:
+        """Seconds until the next attempt to start it."""
+        return max(0.0, self._rests_until - time.monotonic())
+
+    def adopt(self, record: Record) -> bool:
+        """Take over the process of an earlier proxy. Returns whether it runs."""
+        group = Group(Leader(record.pid, record.started, record.boot))
+        if not group.is_running():
+            return False
+        self._group, self.starts = group, 1
+        self.port, self.admin_port = record.port, record.admin_port
+        self._taken |= {record.port, record.admin_port}
+        self._serves_since = time.monotonic()
+        self.moved()
+        return True
+
+    @staticmethod
+    async def end_stray(record: Record, wait_s: float) -> bool:
+        """End the process of an earlier proxy, with its group. Returns whether there was one."""
+        group = Group(Leader(record.pid, record.started, record.boot))
+        if not group.send(signal.SIGTERM):
+            return False
+        if not await group.gone(wait_s):
+            await group.gone(kill=True)
+        return True
+
+    async def start(self, serves: Callable[[], Awaitable[bool]]) -> None:
+        """Start it, unless it runs, and wait until it ``serves``.
+
+        Raises:
+            CallFailed: it does not; nothing is left of it.
+        """
+        self._starting = True
+        try:
+            if self._group is None:
+                self._launch()
+            await self._comes_up(serves)
+        except (CallFailed, OSError) as error:
+            self.error = self._conceal(str(error))
+            self._fail()
+            self.failed = True
+            logger.warning("start: %s", self.error)
+            raise CallFailed(self.error) from None
+        finally:
+            self._starting = False
+        self.failed, self.error = False, ""
+        self._serves_since = time.monotonic()
+
+    def look(self) -> None:
+        """Notice that its process has ended by itself."""
+        group = self._group
+        if group is None or self._starting or self._ending is not None or group.is_running():
+            return
+        self.deaths += 1
+        self.error = self._conceal(self._obituary(group))
+        logger.warning("%s", self.error)
+        if time.monotonic() - self._serves_since > STABLE_S:
+            self._failures = 0
+        self._fail()
+        self._ending = asyncio.create_task(self._clear(group))
+        self.died()
+
+    async def end(self, wait_s: float | None = None) -> None:
+        """SIGTERM, and SIGKILL to what is left after ``wait_s`` seconds; the entry's by default."""
+        if self._group is None:
+            return
+        if self._ending is None:
+            if wait_s is None:
+                wait_s = self.entry.model.stop_timeout_s
+            self._ending = asyncio.create_task(self._end(self._group, wait_s))
+        await asyncio.shield(self._ending)
+
+    def hurry(self) -> None:
+        """SIGKILL, if it is ending."""
+        if self._group is not None and self._ending is not None:
+            self._group.send(signal.SIGKILL)
+
+    async def kill(self, reason: str) -> None:
+        """End what does no longer work, as if it had died."""
+        group = self._group
+        if group is None or self._ending is not None:
+            return
+        logger.warning("%s: %s; it gets SIGKILL", self.name, reason)
+        group.send(signal.SIGKILL)
+        await group.gone(_KILL_S)
+        self.look()
+
+    def _choose_ports(self) -> None:
+        self._taken -= {self.port, self.admin_port}
+        self.port = ports.free(self._taken)
+        self._taken.add(self.port)
+        self.admin_port = ports.free(self._taken)
+        self._taken.add(self.admin_port)
+
+    def _launch(self) -> None:
+        if not (ports.is_free(self.port) and ports.is_free(self.admin_port)):
+            self._choose_ports()
+            self.moved()
+        model = self.entry.model
+        command = model.words(self.port, self.admin_port)
+        log = self._state.new_log(self.name)
+        try:
+            group = Group.prepare(command, self._environment(), log)
+        finally:
+            os.close(log)
+        leader = (group.leader.pid, group.leader.started, group.leader.boot)
+        try:
+            self._state.write(
+                Record(self.name, self.entry.identity, *leader, self.port, self.admin_port)
+            )
+        except BaseException:
+            group.cancel()
+            raise
+        self._group = group
+        group.go()
+        self.starts += 1
+        logger.info("%s starts on port %d; its log is %s", self.name, self.port, self.log)
+
+    async def _comes_up(self, serves: Callable[[], Awaitable[bool]]) -> None:
+        group, limit = self._group, self.entry.model.start_timeout_s
+        assert group is not None
+        end = time.monotonic() + limit
+        while True:
+            if await serves() and group.is_running() and self._ending is None:
+                return
+            if self._ending is not None:
+                await asyncio.shield(self._ending)
+                raise CallFailed(f"{self.name} was stopped while it started")
+            if not group.is_running():
+                reason = self._obituary(group)
+                await self._clear(group)
+                raise CallFailed(reason)
+            if time.monotonic() > end:
+                await self.end()
+                raise CallFailed(self._about(f"did not serve within {limit:g} s, and was ended"))
+            await asyncio.sleep(_LOOK_S)
+
+    async def _end(self, group: Group, wait_s: float) -> None:
+        group.send(signal.SIGTERM)
+        if not await group.gone(wait_s):
+            logger.warning("%s did not end within %g s; it gets SIGKILL", self.name, wait_s)
+        await self._clear(group)
+
+    async def _clear(self, group: Group) -> None:
+        """Kill what is left of it, and forget it."""
+        await group.gone(kill=True)
+        self._state.forget(self.name)
+        self._group = self._ending = None
+        self.gone()
+
+    def _fail(self) -> None:
+        self._failures += 1
+        pause = min(LONGEST_PAUSE_S, 2.0 ** min(self._failures - 1, 30))
+        self._rests_until = time.monotonic() + pause
+
+    def _obituary(self, group: Group) -> str:
+        return self._about(group.end())
+
+    def _about(self, what: str) -> str:
+        last = self._state.last_line(self.name) or "nothing"
+        return f"{self.name} {what}: {self.entry.model.shown()} wrote last: {last} (in {self.log})"
+
+    def _environment(self) -> dict[str, str]:
+        model, key = self.entry.model, self.entry.door_key
+        environment = {**os.environ, **model.env}
+        if model.devices is not None:
+            environment[DEVICES] = ",".join(map(str, model.devices))
+        if key is not None:
+            environment[admin_key.VARIABLE] = key
+        return environment
+
+    def _conceal(self, text: str) -> str:
+        """The text without the keys that the server was given."""
+        given = (self.entry.door_key, os.environ.get(API_KEY), *self.entry.model.secrets)
+        for secret in given:
+            if secret:
+                text = text.replace(secret, _HIDDEN)
+        return text

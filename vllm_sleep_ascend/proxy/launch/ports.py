@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free ports of the loopback interface.
+
+A server binds its port long after it was chosen, so none is taken from which the system gives
+outgoing connections theirs.
+"""
+
+import random
+import socket
+from pathlib import Path
+
+_LOWEST = 20000
+_HIGHEST = 65535
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free(taken: set[int]) -> int:
+    """A free port that is not one of ``taken``.
+
+    Raises:
+        OSError: there is none.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    fixed = [port for port in range(_LOWEST, _HIGHEST + 1) if not low <= port <= high]
+    for ports in (fixed, range(_LOWEST, _HIGHEST + 1)):
+        for port in random.sample(ports, len(ports)):
+            if port not in taken and is_free(port):
+                return port
+    raise OSError(f"no port from {_LOWEST} on is free on the loopback interface")
