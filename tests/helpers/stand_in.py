@@ -13,12 +13,31 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 
 class State:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.sleeps = False
+        self.asleep: set[str] = set()
+        self.level = 0
+        """At which the weights sleep; 2 until they are loaded."""
+
+    def sleep(self, level: int) -> None:
+        self.asleep, self.level = {"weights", "kv_cache"}, max(self.level, level)
+        self.note("sleeps" if level == 1 else f"sleeps at level {level}")
+
+    def wake(self, tags: list[str]) -> None:
+        self.asleep -= set(tags or self.asleep)
+        if not self.asleep:
+            self.level = 0
+            self.note("wakes")
+
+    def rank(self) -> dict:
+        """Of /sleep_status, with what the proxy reads."""
+        sizes = {"offloaded": int(self.level == 1), "discarded": int(self.level == 2)}
+        tags = {"weights": {**sizes, "host": sizes["offloaded"]}}
+        return {"rank": 0, "tags": tags, "weights": {"source": "checkpoint", "version": "0"}}
 
     def note(self, event: str) -> None:
         with open(self.args.journal, "a") as journal:
@@ -35,22 +54,32 @@ class Handler(BaseHTTPRequestHandler):
             names = (state.args.model, *state.args.alias)
             self._answer({"data": [{"id": name} for name in names]})
         elif path == "/is_sleeping":
-            self._answer({"is_sleeping": state.sleeps})
+            self._answer({"is_sleeping": bool(state.asleep)})
+        elif path == "/sleep_status" and state.args.reports_memory:
+            self._answer({"state": "", "ranks": [state.rank()]})
         elif path == "/health":
             self._answer({})
         else:
             self._answer({}, 404)
 
     def do_POST(self) -> None:
-        path, state = self.path.partition("?")[0], self.state
+        path, _, query = self.path.partition("?")
+        state, options = self.state, parse_qs(query)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if path in ("/sleep", "/wake_up"):
-            state.sleeps = path == "/sleep"
-            state.note("sleeps" if state.sleeps else "wakes")
+        if path == "/sleep":
+            state.sleep(int(options["level"][0]))
             self._answer({})
+        elif path == "/wake_up":
+            state.wake(options.get("tags", []))
+            self._answer({})
+        elif path == "/reload_weights":
+            state.note("loads its weights")
+            self._answer({})
+        elif path == "/reset_prefix_cache":
+            self._answer({"success": True})
         elif path == "/v1/completions":
             prompt = json.loads(body)["prompt"]
-            if state.sleeps:
+            if state.asleep:
                 self._answer({"error": {"message": "it sleeps"}}, 500)
             elif prompt == "die":
                 state.note("dies")
@@ -81,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--journal", required=True)
     parser.add_argument("--alias", action="append", default=[])
+    parser.add_argument("--reports-memory", action="store_true", help="as this package does")
     parser.add_argument("--exits", type=int, help="in place of serving")
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")

@@ -100,6 +100,12 @@ class SleepClient:
         """Whether it is a server with this package, whose wake is a transaction."""
         return await self._ranks() is not None
 
+    async def frees_host_memory(self) -> bool:
+        """Whether it sleeps with weights in host memory, which level 2 would free. False if they
+        are on disk, or the server does not tell."""
+        weights = [rank.get("tags", {}).get("weights") for rank in await self._ranks() or ()]
+        return any(usage is not None and usage["host"] > 0 for usage in weights)
+
     async def is_gone(self, timeout_s: float) -> bool:
         """See ``Calls.is_gone``."""
         return await self._public.is_gone(timeout_s)

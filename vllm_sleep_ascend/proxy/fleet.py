@@ -142,6 +142,9 @@ class Fleet:
         server.names = (entry.name, *entry.model.aliases)
         server.level = entry.model.level or self._defaults.level
         server.devices = entry.model.devices
+        server.sleep_after = entry.model.sleep_after
+        server.deep_sleep_after = entry.model.deep_sleep_after
+        server.stop_after = entry.model.stop_after
 
     def _adjust(self, server: Server, entry: Entry, before: Entry) -> None:
         """What changes without another process."""
@@ -184,7 +187,7 @@ class Fleet:
         self._turns.metrics.deaths.labels(server.name).inc()
 
     def _gone(self, server: Server) -> None:
-        server.models = []
+        server.models, server.slept_at = [], None
         if server.state != "starting":
             server.state = "stopped"
 

@@ -100,7 +100,7 @@ class Operations:
         server.open = False
         started = time.monotonic()
         try:
-            level = await self._level(server)
+            level = await self._level(server, server.level)
             await server.client.sleep(level, mode="wait", discard_trained=True)
         except CallFailed as error:
             logger.warning("sleep: %s", error)
@@ -113,17 +113,31 @@ class Operations:
             self.metrics.failures.labels(server.name, "sleep").inc()
             return False
         if server.runs:
-            server.state = "asleep"
+            server.state, server.slept_at, server.deepest = "asleep", level, level == 2
         self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
         self.metrics.sleeps.labels(server.name).inc()
         return True
 
-    async def _level(self, server: Server) -> int:
+    async def deepen(self, server: Server) -> bool:
+        """Have a sleep at level 1 become one at level 2, where that frees host memory. Returns
+        true: it is not tried again."""
+        server.deepest = True  # also after a failure, until its next sleep
+        try:
+            if await server.client.frees_host_memory() and await self._level(server, 2) == 2:
+                await server.client.sleep(2, mode="wait", discard_trained=True)
+                server.slept_at = 2
+                self.metrics.sleeps.labels(server.name).inc()
+        except CallFailed as error:
+            logger.warning("deep sleep: %s", error)
+            self.metrics.failures.labels(server.name, "sleep").inc()
+        return True
+
+    async def _level(self, server: Server, level: int) -> int:
         """The level to use: 1 if level 2 would lose weights for good."""
-        lost = await server.client.would_lose(server.level)
+        lost = await server.client.would_lose(level)
         if lost:
             logger.warning("%s sleeps at level 1: %s are in no checkpoint", server.name, lost)
-        return 1 if lost else server.level
+        return 1 if lost else level
 
     async def _clear(self, server: Server) -> None:
         """End what is left of a server whose engine is gone, so that it can be started again."""
@@ -134,7 +148,7 @@ class Operations:
         """Wake it, or fail the requests that wait for it."""
         started = time.monotonic()
         try:
-            await server.client.wake_to_serve(slept_at=server.level)
+            await server.client.wake_to_serve(slept_at=server.slept_at or server.level)
         except CallFailed as error:
             self.metrics.failures.labels(server.name, "wake").inc()
             logger.warning("wake: %s", error)
@@ -147,7 +161,7 @@ class Operations:
         if not server.runs:
             server.fail(CallFailed(f"{server.name} has ended"))
             return
-        server.state, server.served = "awake", False
+        server.state, server.served, server.slept_at = "awake", False, None
         server.awake_since = time.monotonic()
         self.last_wake_s = server.awake_since - started
         self.metrics.operation.labels("wake").observe(self.last_wake_s)

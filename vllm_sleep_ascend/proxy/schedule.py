@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.launch.launched import Launched
@@ -94,7 +94,7 @@ class Schedule:
                 server.launched.look()
         await self._retire()
         await self._sleep_those_asked()
-        pauses = [await self._sleep_idle()]
+        pauses = [await self._go_down()]
         leaving: set[Server] = set()
         claimed: list[Server] = []  # wanted before others, and not served yet
         for wanted in self._wanted():
@@ -195,8 +195,7 @@ class Schedule:
             launched = server.launched
             if launched is not None and launched.pid is not None:
                 if server.state != "stopping":
-                    server.state, server.open = "stopping", False
-                    self._in_background(launched.end())
+                    self._end(server, launched)
                 continue
             others = [other.url for other in self.servers if other is not server]
             if server.runs and server.state != "asleep" and server.url not in others:
@@ -265,18 +264,41 @@ class Schedule:
             else:
                 asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
 
-    async def _sleep_idle(self) -> float | None:
-        """Put servers to sleep that are idle long enough. Returns the seconds until the next."""
-        pauses, idle_s = [], self.settings.idle_s
+    async def _go_down(self) -> float | None:
+        """Have idle servers sleep, sleep deeper, or end. Returns the seconds until there is more to
+        do."""
+        pauses = []
         for server in self.servers:
-            if not idle_s or server.state != "awake" or server.busy:
+            if server.busy or not server.runs:
                 continue
-            rest = max(server.last_used, server.awake_since) + idle_s - time.monotonic()
-            if rest > 0:
-                pauses.append(rest)
-            elif not await self.operations.sleep(server):
-                pauses.append(idle_s)
+            for after, step in self._steps_down(server):
+                rest = after - server.idle_s
+                if rest > 0:
+                    pauses.append(rest)
+                else:
+                    pauses.append(0 if await step(server) else after)
         return min(pauses, default=None)
+
+    def _steps_down(
+        self, server: Server
+    ) -> Iterator[tuple[float, Callable[[Server], Awaitable[bool]]]]:
+        """What is left to do with it, and after how many seconds; the furthest comes first."""
+        if server.stop_after is not None and server.launched is not None:
+            yield server.stop_after, self._stop
+        if server.deep_sleep_after is not None and server.state == "asleep" and not server.deepest:
+            yield server.deep_sleep_after, self.operations.deepen
+        sleep_after = server.sleep_after or self.settings.idle_s
+        if sleep_after and server.state == "awake":
+            yield sleep_after, self.operations.sleep
+
+    async def _stop(self, server: Server) -> bool:
+        if server.launched is not None and server.runs:
+            self._end(server, server.launched)
+        return True
+
+    def _end(self, server: Server, launched: Launched) -> None:
+        server.state, server.open = "stopping", False
+        self._in_background(launched.end())
 
 
 def _leaves_first(server: Server) -> tuple[bool, float]:

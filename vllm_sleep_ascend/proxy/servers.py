@@ -48,6 +48,15 @@ class Server:
     last_used: float = 0.0
     # Whether a request was admitted since it woke: each turn serves at least one.
     served: bool = False
+    # When the proxy got to know it.
+    known_since: float = field(default_factory=time.monotonic)
+    # Seconds without a request after which it goes down a step: it sleeps, sleeps at level 2, ends.
+    sleep_after: float | None = None
+    deep_sleep_after: float | None = None
+    stop_after: float | None = None
+    # The level of its sleep, as far as is known, and whether it is as deep as it can be.
+    slept_at: int | None = None
+    deepest: bool = False
     # Set if an operator has asked for a sleep; done once it sleeps.
     sleep_asked: "asyncio.Future[None] | None" = None
     # Started without a request: ahead of the first, or again after it has died.
@@ -81,6 +90,11 @@ class Server:
         """Whether it was idle for so long that something else may have put it to sleep."""
         last = max(self.last_used, self.awake_since)
         return self.in_flight == 0 and time.monotonic() - last > TRUST_S
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since it was last used, or was brought up."""
+        return time.monotonic() - max(self.last_used, self.awake_since, self.known_since)
 
     def waits_since(self) -> float:
         return next(iter(self.waiting.values()), math.inf)

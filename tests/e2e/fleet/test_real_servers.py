@@ -32,10 +32,18 @@ def text(fleet: Fleet, model: str) -> str:
 
 
 def weights_on_device(fleet: Fleet, model: str) -> int:
+    return weights(fleet, model)["device"]
+
+
+def weights_on_host(fleet: Fleet, model: str) -> int:
+    return weights(fleet, model)["host"]
+
+
+def weights(fleet: Fleet, model: str) -> dict[str, int]:
     door = fleet.status()[model]["admin"]
     answer = httpx.get(f"{door}/sleep_status", headers={"Authorization": f"Bearer {KEY}"})
     (rank,) = answer.json()["ranks"]
-    return rank["tags"]["weights"]["device"]
+    return rank["tags"]["weights"]
 
 
 def wait_for_states(fleet: Fleet, **states: str) -> None:
@@ -76,6 +84,18 @@ def test_two_models_with_one_command(tmp_path):
             assert running.result().status_code == 502
         assert text(fleet, "model-b") == texts["model-b"]
         assert fleet.status()["model-b"]["deaths"] == 1
+        assert text(fleet, "model-a") == texts["model-a"]
+
+        # Idle: down to level 2 and up again, and to its end and up again.
+        fleet.write({"model-a": models["model-a"] | {"sleep_after": 0.5, "deep_sleep_after": 1}})
+        fleet.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: fleet.status()["model-a"]["level"] == 2, "level 2", 60)
+        assert weights_on_host(fleet, "model-a") == 0
+        assert text(fleet, "model-a") == texts["model-a"]
+        assert fleet.status()["model-a"]["pid"] == pids["model-a"]
+        fleet.write({"model-a": models["model-a"] | {"stop_after": 1}})
+        fleet.process.send_signal(signal.SIGHUP)
+        wait_for_states(fleet, **{"model-a": "stopped"})
         assert text(fleet, "model-a") == texts["model-a"]
 
         assert KEY not in fleet.log.read_text()

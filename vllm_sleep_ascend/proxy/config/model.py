@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import httpx
@@ -24,6 +25,8 @@ _SECRET = re.compile(
 )
 _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
+_LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
+_FOR_COMMANDS = ("env", "preload", "start_timeout_s", "stop_timeout_s", "stop_after")
 
 
 def _command(value: object) -> object:
@@ -150,6 +153,9 @@ class Model(BaseModel):
     start_timeout_s: until it serves.
     wake_timeout_s: that a sleep or a wake may take, in place of ``--timeout-s``.
     stop_timeout_s: that it gets after SIGTERM, before SIGKILL.
+    sleep_after: seconds without a request until it sleeps, in place of ``--idle-s``.
+    deep_sleep_after: seconds until its sleep is one at level 2.
+    stop_after: seconds until its process ends.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -166,11 +172,23 @@ class Model(BaseModel):
     start_timeout_s: Seconds = 1800.0
     wake_timeout_s: Seconds | None = None
     stop_timeout_s: Seconds = 30.0
+    sleep_after: Seconds | None = None
+    deep_sleep_after: Seconds | None = None
+    stop_after: Seconds | None = None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that do not go with the others, and why."""
+        if self.deep_sleep_after is not None and self.level == 2:
+            yield (
+                "deep_sleep_after",
+                "level 2 is there, so each sleep is deep; remove one of the two",
+            )
+        steps = [name for name in _LADDER if getattr(self, name) is not None]
+        for above, below in pairwise(steps):
+            if getattr(self, above) >= getattr(self, below):
+                yield below, f"it is not after {above}; write more than {getattr(self, above):g}"
         if self.command is None:
-            for name in ("env", "preload", "start_timeout_s", "stop_timeout_s"):
+            for name in _FOR_COMMANDS:
                 if name in self.model_fields_set:
                     yield name, "it is for a server with a command, and this one has a url"
             return

@@ -68,6 +68,7 @@ def _describe(server: Server) -> dict[str, object]:
         "url": server.url,
         "models": server.models,
         "state": server.state,
+        "level": server.slept_at if server.state == "asleep" else None,
         "queued": len(server.waiting),
         "in_flight": server.in_flight,
         "retiring": server.retiring,
