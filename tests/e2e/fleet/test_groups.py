@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process groups of servers: the gate before the command, and who gets signals."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.patience import wait_for
+from helpers.warm import kill_group
+
+from vllm_sleep_ascend.proxy.launch import ports
+from vllm_sleep_ascend.proxy.launch.group import Group, Leader
+
+
+def prepare(folder: Path, code: str, **environment: str) -> Group:
+    """A group that runs Python code in ``folder``; its output goes to the file ``out``."""
+    command = [sys.executable, "-c", f"import os\nos.chdir({str(folder)!r})\n{code}"]
+    with open(folder / "out", "ab") as out:
+        return Group.prepare(command, {**os.environ, **environment}, out.fileno())
+
+
+def has_ended(group: Group) -> bool:
+    return not group.is_running()
+
+
+def test_a_command_waits_at_the_gate(tmp_path):
+    code = "print(os.getpid(), os.environ['ODD-NAME'], repr(open(0).read()))"
+    group = prepare(tmp_path, code, **{"ODD-NAME": "x"})
+    assert group.is_running()
+    assert (tmp_path / "out").read_text() == ""
+    group.go()
+    wait_for(lambda: has_ended(group))
+    assert (tmp_path / "out").read_text() == f"{group.leader.pid} x ''\n"
+    assert group.end() == "has ended with exit code 0"
+
+
+def test_a_command_whose_gate_does_not_open_never_runs(tmp_path):
+    group = prepare(tmp_path, "print('ran')")
+    group.cancel()
+    assert has_ended(group)
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_a_command_does_not_run_if_the_proxy_is_killed_before(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from vllm_sleep_ascend.proxy.launch.group import Group\n"
+        "group = Group.prepare(['touch', sys.argv[1]], dict(os.environ), 2)\n"
+        "print(group.leader.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ran = tmp_path / "ran"
+    killed = subprocess.run([sys.executable, "-c", code, str(ran)], stdout=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL
+    pid = int(killed.stdout)
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    assert not ran.exists()
+
+
+FORKS = """
+import time
+if os.fork() == 0:
+    if os.fork() == 0:
+        os.setsid()
+        open("other", "w").write(str(os.getpid()))
+    else:
+        open("child", "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """A group whose leader has a child in it, and one in a group of its own."""
+    group = prepare(tmp_path, FORKS)
+    group.go()
+    pids = []
+    try:
+        for name in ("child", "other"):
+            file = tmp_path / name
+            wait_for(lambda file=file: file.exists() and file.read_text())
+            pids.append(int(file.read_text()))
+        yield group, *map(psutil.Process, pids)
+    finally:
+        for pid in (group.leader.pid, *pids[1:]):
+            kill_group(pid)
+
+
+def runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_signal_goes_to_the_group_alone(forked):
+    group, child, other = forked
+    assert group.send(signal.SIGTERM)
+    wait_for(lambda: has_ended(group) and not runs(child))
+    assert group.end() == "was ended by SIGTERM"
+    assert runs(other)
+    assert not group.send(signal.SIGTERM)
+    assert asyncio.run(group.gone(0))
+
+
+def test_a_child_outlives_its_leader_until_the_group_is_killed(forked):
+    group, child, other = forked
+    os.kill(group.leader.pid, signal.SIGKILL)
+    wait_for(lambda: has_ended(group))
+    again = Group(group.leader)  # as another proxy finds it
+    assert has_ended(again)
+    assert not asyncio.run(again.gone(0))
+    assert runs(child)
+    assert asyncio.run(again.gone(60, kill=True))
+    assert not runs(child) and runs(other)
+
+
+@pytest.mark.parametrize("change", [{"started": 1}, {"started": -1}, {"boot": "x"}, {"pid": 1}])
+def test_another_process_is_not_the_leader(forked, change):
+    group, child, _ = forked
+    known = vars(group.leader)
+    wrong = Group(
+        Leader(**{**known, **{name: known[name] + more for name, more in change.items()}})
+    )
+    assert has_ended(wrong)
+    assert not wrong.send(signal.SIGKILL)
+    assert asyncio.run(wrong.gone(0, kill=True))
+    assert group.is_running() and runs(child)
+
+
+def test_ports_are_free_and_not_those_of_outgoing_connections():
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    taken: set[int] = set()
+    for _ in range(20):
+        port = ports.free(taken)
+        assert port not in taken and not low <= port <= high
+        assert ports.is_free(port)
+        taken.add(port)
