@@ -210,6 +210,12 @@ def test_names_are_those_of_one_model(tmp_path):
     ]
 
 
+def test_a_url_is_that_of_one_model(tmp_path):
+    text = "models:\n  a: {url: 'http://a:1'}\n  b:\n    url: http://a:1/\n"
+    said = "models.b.url: 'http://a:1' is also that of models.a; remove one of the two"
+    assert problems(tmp_path, text) == [(4, said)]
+
+
 def test_what_needs_another_process():
     """Other settings change while the server runs."""
 

@@ -101,6 +101,7 @@ def test_the_pause_after_starts_that_fail(tmp_path):
         assert answer.status_code == 503
         assert "not today" in answer.json()["error"]["message"]
         assert "it starts again in" in answer.json()["error"]["message"]
+        assert int(answer.headers["Retry-After"]) >= 4
         assert fleet.events() == ["a starts"] * 3
         there.touch()
         wait_for(lambda: fleet.ask("a").status_code == 200)

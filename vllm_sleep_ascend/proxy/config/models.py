@@ -36,65 +36,100 @@ def load(file: str, door_key: str | None) -> list[Entry]:
     Raises:
         Invalid: with all problems.
     """
-    document = Document(file)
-    entries: list[Entry] = []
-    problems = list(_read(document, door_key, entries))
-    if problems:
-        raise Invalid(problems)
+    reader = _Reader(Document(file), door_key)
+    entries = list(reader.entries())
+    if reader.problems:
+        raise Invalid(reader.problems)
     return entries
 
 
-def _read(document: Document, door_key: str | None, entries: list[Entry]) -> Iterator[Problem]:
-    content = document.content
-    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
-        yield document.problem((), "there is no mapping models; write models: and below it NAME:")
-        return
-    if not content["models"]:
-        yield document.problem(("models",), "no model is there; write NAME: below it")
-    for key in content:
-        if key != "models":
-            yield document.problem((str(key),), "there is no such key; all models are in models")
-    names: dict[str, Place] = {}
-    for name, value in content["models"].items():
-        place: Place = ("models", str(name))
-        model = None
+class _Reader:
+    """Collects ``problems`` on its way through the entries."""
+
+    def __init__(self, document: Document, door_key: str | None) -> None:
+        self.problems: list[Problem] = []
+        self._document, self._door_key = document, door_key
+        self._names: dict[str, Place] = {}
+        self._urls: dict[str, Place] = {}
+
+    def entries(self) -> Iterator[Entry]:
+        """Those that are models, as far as they can be told alone."""
+        content = self._document.content
+        if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+            self._note((), "there is no mapping models; write models: and below it NAME:")
+            return
+        if not content["models"]:
+            self._note(("models",), "no model is there; write NAME: below it")
+        for key in content:
+            if key != "models":
+                self._note((str(key),), "there is no such key; all models are in models")
+        for name, value in content["models"].items():
+            place: Place = ("models", str(name))
+            self._check_names(name, value, place)
+            model = self._model(name, value, place)
+            if model is None:
+                continue
+            self._check_url(model, place)
+            for field, text in model.problems():
+                self._note((*place, field), text)
+            yield Entry(name, model, self._key(model, place))
+
+    def _note(self, place: Place, text: str) -> None:
+        self.problems.append(self._document.problem(place, text))
+
+    def _model(self, name: object, value: object, place: Place) -> Model | None:
         if problem := name_problem(name):
-            yield document.problem(place, problem)
-        elif not isinstance(value, dict):
-            yield document.problem(place, f"{_show(value)}: write command: or url: below it")
-        else:
-            sources = [key for key in ("command", "url") if value.get(key) is not None]
-            if len(sources) != 1:
-                found = "both command and url are" if sources else "neither command nor url is"
-                where = (*place, *sources[1:])
-                yield document.problem(where, f"{found} there; write one of the two")
-            try:
-                model = Model.model_validate(value)
-            except ValidationError as error:
-                for each in error.errors():
-                    yield document.problem((*place, *each["loc"][:1]), _text(dict(each)))
-        listed = value.get("aliases") if isinstance(value, dict) else None
-        aliases = listed if isinstance(listed, list) else []
-        for known, where in [(name, place)] + [
-            (alias, (*place, "aliases", number)) for number, alias in enumerate(aliases)
-        ]:
-            if isinstance(known, str) and known in names:
-                of = ".".join(map(str, names[known]))
-                text = f"the name {_show(known)} is also that of {of}; choose another"
-                yield document.problem(where, text)
-            elif isinstance(known, str):
-                names[known] = where
-        if model is None:
-            continue
-        for field, text in model.problems():
-            yield document.problem((*place, field), text)
-        key = door_key
-        if model.admin_key_file is not None:
-            try:
-                key = admin_key.read(str(Path(document.file).parent / model.admin_key_file))
-            except ValueError as error:
-                yield document.problem((*place, "admin_key_file"), str(error))
-        entries.append(Entry(name, model, key))
+            self._note(place, problem)
+            return None
+        if not isinstance(value, dict):
+            self._note(place, f"{_show(value)}: write command: or url: below it")
+            return None
+        sources = [key for key in ("command", "url") if value.get(key) is not None]
+        if len(sources) != 1:
+            found = "both command and url are" if sources else "neither command nor url is"
+            self._note((*place, *sources[1:]), f"{found} there; write one of the two")
+        try:
+            return Model.model_validate(value)
+        except ValidationError as error:
+            for each in error.errors():
+                self._note((*place, *each["loc"][:1]), _text(dict(each)))
+            return None
+
+    def _check_names(self, name: object, value: object, place: Place) -> None:
+        """A name or an alias is that of one model."""
+        aliases = value.get("aliases") if isinstance(value, dict) else None
+        named: list[tuple[object, Place]] = [(name, place)]
+        if isinstance(aliases, list):
+            named += [(alias, (*place, "aliases", at)) for at, alias in enumerate(aliases)]
+        for known, where in named:
+            if not isinstance(known, str):
+                continue
+            first = self._names.setdefault(known, where)
+            if first != where:
+                text = f"the name {_show(known)} is also that of {_written(first)}; choose another"
+                self._note(where, text)
+
+    def _check_url(self, model: Model, place: Place) -> None:
+        if model.url is None:
+            return
+        first = self._urls.setdefault(model.url, place)
+        if first != place:
+            text = f"{_show(model.url)} is also that of {_written(first)}; remove one of the two"
+            self._note((*place, "url"), text)
+
+    def _key(self, model: Model, place: Place) -> str | None:
+        """The key of its admin door."""
+        if model.admin_key_file is None:
+            return self._door_key
+        try:
+            return admin_key.read(str(Path(self._document.file).parent / model.admin_key_file))
+        except ValueError as error:
+            self._note((*place, "admin_key_file"), str(error))
+            return None
+
+
+def _written(place: Place) -> str:
+    return ".".join(map(str, place))
 
 
 def _text(error: dict[str, object]) -> str:

@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 
@@ -140,7 +141,9 @@ class Public:
         except QueueFull as full:
             raise Refused(503, str(full), full.retry_after_s) from None
         except CallFailed as error:
-            raise Refused(503, f"the model cannot be woken: {error}", 5) from None
+            rest_s = server.launched.rest_s() if server.launched is not None else 0
+            message = f"the model cannot be woken: {error}"
+            raise Refused(503, message, max(_RETRY_AFTER_S, math.ceil(rest_s))) from None
         try:
             if server.url != url:  # it has started on another port
                 asked = self._to(server, request, body)
@@ -226,6 +229,7 @@ def _is_json(answer: httpx.Response) -> bool:
 
 
 _MISSING = 3
+_RETRY_AFTER_S = 5  # a failed wake
 
 
 def _rank(asked: "asyncio.Task[httpx.Response]") -> int:

@@ -155,7 +155,7 @@ class Group:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
             return False
-        except OSError:  # before Linux 5.3
+        except (OSError, AttributeError):  # before Linux 5.3
             descriptor = -1
         try:
             if not self._has(pid):  # still, now that the descriptor is of this process

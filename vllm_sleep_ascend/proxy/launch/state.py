@@ -39,7 +39,10 @@ class Record:
 def default(port: int) -> Path:
     """The folder of a proxy on this port."""
     states = os.environ.get("XDG_STATE_HOME") or ""
-    above = Path(states) if os.path.isabs(states) else Path.home() / ".local" / "state"
+    try:
+        above = Path(states) if os.path.isabs(states) else Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise ValueError("there is no home directory; name a folder with --state-dir") from None
     return above / "vllm-sleep-proxy" / str(port)
 
 
