@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from vllm_sleep_ascend.proxy.config.lines import Invalid
-from vllm_sleep_ascend.proxy.config.model import Model
+from vllm_sleep_ascend.proxy.config.model import Model, secrets
 from vllm_sleep_ascend.proxy.config.models import load
 
 KEY = "k" * 32
@@ -238,8 +238,8 @@ def test_a_command_is_shown_without_keys():
     assert Model(command=command).shown() == (
         "serve --port ${PORT} --hf-token *** --ssl-key=*** --tokenizer=x"
     )
-    model = Model(command=command, env={"HF_TOKEN": "0123456789", "A": "9876543210", "KEY": "1"})
-    assert model.secrets == ("0123456789",)
+    environment = {"HF_TOKEN": "0123456789", "TOKENS": "9876543210", "KEY": "1"}
+    assert secrets(environment) == ["0123456789"]
 
 
 def test_the_example():

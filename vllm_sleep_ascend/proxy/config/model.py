@@ -5,8 +5,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -138,6 +137,15 @@ def _file(value: object) -> object:
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
+def secrets(environment: Mapping[str, str]) -> list[str]:
+    """Values that no message shows."""
+    return [
+        value
+        for name, value in environment.items()
+        if len(value) >= _SHORTEST_SECRET and _SECRET.search(name)
+    ]
+
+
 class Model(BaseModel):
     """One model, and how it gets its server.
 
@@ -214,15 +222,6 @@ class Model(BaseModel):
             re.sub(r"\$\{(ADMIN_)?PORT\}", lambda found: ports[found[0]], word)
             for word in self.command or ()
         ]
-
-    @cached_property
-    def secrets(self) -> tuple[str, ...]:
-        """Values of its environment that no message shows."""
-        return tuple(
-            value
-            for name, value in self.env.items()
-            if len(value) >= _SHORTEST_SECRET and _SECRET.search(name)
-        )
 
     def shown(self) -> str:
         """The command for a message, without what may be a secret."""

@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_LOOK_S = 0.05  # seconds between two looks at a group that ends
+_LOOK_S = 0.1  # seconds between two looks at a group that ends
 _GATE = Path(__file__).with_name("gate.py")
 
 
@@ -38,6 +39,7 @@ def _stat(pid: int) -> _Stat | None:
         return None  # no such process
 
 
+@cache
 def boot() -> str:
     """The boot of the system."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -87,8 +89,8 @@ class Group:
 
     def is_running(self) -> bool:
         """Whether its leader runs."""
-        if self._child is not None and self._child.poll() is not None:
-            return False
+        if self._child is not None:  # a zombie whose threads still end has no exit code yet
+            return self._child.poll() is None
         found = self._found()
         return found is not None and found.state not in "ZX"
 
@@ -115,9 +117,8 @@ class Group:
         get SIGKILL."""
         end = time.monotonic() + timeout_s
         while True:
-            self.is_running()  # takes its exit code
-            left = self.send(signal.SIGKILL) if kill else any(True for _ in self._members())
-            if not left:
+            runs = self.is_running()
+            if not (self.send(signal.SIGKILL) if kill else runs or self._has_members()):
                 return True
             if time.monotonic() > end:
                 return False
@@ -129,6 +130,9 @@ class Group:
             return None
         found = _stat(self.leader.pid)
         return found if found is not None and found.started == self.leader.started else None
+
+    def _has_members(self) -> bool:
+        return next(self._members(), None) is not None
 
     def _members(self) -> Iterator[int]:
         """Numbers of its processes. While there is one, no other group gets its number."""

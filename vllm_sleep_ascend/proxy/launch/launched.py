@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.calls import CallFailed
-from vllm_sleep_ascend.proxy.config.model import API_KEY, DEVICES
+from vllm_sleep_ascend.proxy.config.model import DEVICES, secrets
 from vllm_sleep_ascend.proxy.config.models import Entry
 from vllm_sleep_ascend.proxy.launch import ports
 from vllm_sleep_ascend.proxy.launch.group import Group, Leader
@@ -252,8 +252,6 @@ class Launched:
 
     def _conceal(self, text: str) -> str:
         """The text without the keys that the server was given."""
-        given = (self.entry.door_key, os.environ.get(API_KEY), *self.entry.model.secrets)
-        for secret in given:
-            if secret:
-                text = text.replace(secret, _HIDDEN)
+        for secret in secrets(self._environment()):
+            text = text.replace(secret, _HIDDEN)
         return text
