@@ -35,7 +35,8 @@ class Fleet:
         self.journal.touch()
         self.log = folder / "proxy.log"
         self.write(models)
-        self.port, self.admin_port = ports.free(set()), ports.free(set())
+        self.port = ports.free(set())
+        self.admin_port = ports.free({self.port})
         self.users = http_client(f"http://127.0.0.1:{self.port}")
         self.admin = http_client(f"http://127.0.0.1:{self.admin_port}")
         self._options = options

@@ -52,7 +52,7 @@ class Fleet:
         self._entries = {entry.name: entry for entry in load(file, defaults.door_key)}
         self._replaced: list[SleepClient] = []
         self._watching: asyncio.Task[None] | None = None
-        self._at_once = False
+        self._at_once = self._closed = False
 
     async def __aenter__(self) -> Self:
         records = {record.name: record for record in self._state.records()}
@@ -79,7 +79,10 @@ class Fleet:
     ) -> None:
         if self._watching is not None:
             self._watching.cancel()
+        self._closed = True  # the schedule may still run
         launched = [server.launched for server in self._turns.servers if server.launched]
+        for each in launched:
+            each.close()
         if not self._leave:
             await asyncio.gather(*(each.end(0 if self._at_once else None) for each in launched))
         for client in self._replaced:
@@ -95,6 +98,8 @@ class Fleet:
 
     def reload(self) -> None:
         """Read the file again. One with problems changes nothing."""
+        if self._closed:
+            return
         try:
             entries = {entry.name: entry for entry in load(self._file, self._defaults.door_key)}
         except Invalid as error:

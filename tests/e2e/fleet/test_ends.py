@@ -113,6 +113,33 @@ def test_a_second_sigterm_waits_for_nothing(tmp_path):
         assert running.exception() is not None or running.result().status_code >= 500
 
 
+def test_a_second_sigterm_starts_nobody(tmp_path):
+    """The end of one server would make way for another one."""
+    never = tmp_path / "never"
+    models = {
+        "a": stand_in(tmp_path, "a", devices=0),
+        "b": stand_in(tmp_path, "b", devices=0),
+        "c": stand_in(tmp_path, "c", devices=1),
+    }
+    with (
+        Fleet(tmp_path, models, "--turn-s", "3600") as fleet,
+        ThreadPoolExecutor() as pool,
+    ):
+        fleet.pid_of("c")
+        fleet.pid_of("a")
+        running = pool.submit(fleet.ask, "a", f"until {never}")
+        wait_for(lambda: fleet.status()["a"]["in_flight"] == 1)
+        waiting = pool.submit(fleet.ask, "b")
+        wait_for(lambda: fleet.status()["b"]["queued"] == 1)
+        fleet.process.terminate()
+        wait_for(lambda: not serves(fleet))
+        fleet.end()
+        assert fleet.started() == []
+        assert "b starts 0" not in fleet.events()
+        for lost in (running, waiting):
+            assert lost.exception() is not None or lost.result().status_code >= 500
+
+
 def test_a_server_that_starts_while_the_proxy_ends(tmp_path):
     entry = stand_in(tmp_path, "a", "--waits-for", str(tmp_path / "never"))
     with Fleet(tmp_path, {"a": entry}, "--grace-s", "1") as fleet, ThreadPoolExecutor() as pool:

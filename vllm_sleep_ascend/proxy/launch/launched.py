@@ -49,7 +49,7 @@ class Launched:
         self.gone: Callable[[], None] = lambda: None
         self._state, self._taken = state, taken
         self._group: Group | None = None
-        self._starting = False
+        self._starting = self._closed = False
         self._ending: asyncio.Task[None] | None = None
         self._failures = 0  # in a row, of starts and of what they have started
         self._rests_until = self._serves_since = float("-inf")
@@ -114,6 +114,8 @@ class Launched:
         self._starting = True
         try:
             if self._group is None:
+                if self._closed:
+                    raise CallFailed("the proxy ends")
                 self._launch()
             await self._comes_up(serves)
         except (CallFailed, OSError) as error:
@@ -150,6 +152,10 @@ class Launched:
                 wait_s = self.entry.model.stop_timeout_s
             self._ending = asyncio.create_task(self._end(self._group, wait_s))
         await asyncio.shield(self._ending)
+
+    def close(self) -> None:
+        """From now on it starts no process."""
+        self._closed = True
 
     def hurry(self) -> None:
         """SIGKILL, if it is ending."""
