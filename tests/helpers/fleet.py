@@ -27,9 +27,19 @@ class Fleet:
     """A proxy process with ``models`` and its own state, and the processes that it starts.
 
     At the end, all of them are killed.
+
+    Args:
+        before: code that the proxy's process runs first, such as for shorter limits.
     """
 
-    def __init__(self, folder: Path, models: dict[str, Any], *options: str, **environment: str):
+    def __init__(
+        self,
+        folder: Path,
+        models: dict[str, Any],
+        *options: str,
+        before: str = "",
+        **environment: str,
+    ):
         self.folder, self.state = folder, folder / "state"
         self.file, self.journal = folder / "models.yaml", folder / "journal"
         self.journal.touch()
@@ -40,6 +50,8 @@ class Fleet:
         self.users = http_client(f"http://127.0.0.1:{self.port}")
         self.admin = http_client(f"http://127.0.0.1:{self.admin_port}")
         self._options = options
+        run = f"from {MODULE} import __main__ as proxy\n{before}\nraise SystemExit(proxy.main())"
+        self._program = ["-c", run] if before else ["-m", MODULE]
         self._environment = {**os.environ, **environment, _MARK: uuid.uuid4().hex}
         self.start()
 
@@ -56,7 +68,7 @@ class Fleet:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", MODULE, "--config", str(self.file), *where),
+                    *(sys.executable, *self._program, "--config", str(self.file), *where),
                     *("--state-dir", str(self.state), *self._options),
                 ],
                 env=self._environment,

@@ -20,10 +20,17 @@ class State:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.asleep: set[str] = set()
+        self.background: Path | None = None
+        """Once it is there, the background response has ended."""
         self.level = 0
         """At which the weights sleep; 2 until they are loaded."""
 
     def sleep(self, level: int) -> None:
+        if self.background is not None:
+            self.note("waits before it sleeps")
+            wait_for(self.background)
+        if self.asleep and not self.args.reports_memory:
+            return  # as stock vLLM does
         self.asleep, self.level = {"weights", "kv_cache"}, max(self.level, level)
         self.note("sleeps" if level == 1 else f"sleeps at level {level}")
 
@@ -53,12 +60,17 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/v1/models":
             names = (state.args.model, *state.args.alias)
             self._answer({"data": [{"id": name} for name in names]})
-        elif path == "/is_sleeping":
+        elif path == "/is_sleeping" and not state.args.without_sleep:
             self._answer({"is_sleeping": bool(state.asleep)})
         elif path == "/sleep_status" and state.args.reports_memory:
             self._answer({"state": "", "ranks": [state.rank()]})
         elif path == "/health":
+            if "authorization" in self.headers:
+                state.note("is asked for its health with a key")
             self._answer({})
+        elif path == "/v1/responses/r" and state.background is not None:
+            ended = state.background.exists()
+            self._answer({"id": "r", "status": "completed" if ended else "in_progress"})
         else:
             self._answer({}, 404)
 
@@ -66,7 +78,10 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         state, options = self.state, parse_qs(query)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if path == "/sleep":
+        if path == "/sleep" and state.args.fails_sleep:
+            state.note("does not sleep")
+            self._answer({}, 500)
+        elif path == "/sleep":
             state.sleep(int(options["level"][0]))
             self._answer({})
         elif path == "/wake_up":
@@ -86,9 +101,15 @@ class Handler(BaseHTTPRequestHandler):
                 os.kill(os.getpid(), signal.SIGKILL)
             else:
                 if prompt.startswith("until "):
-                    while not Path(prompt.removeprefix("until ")).exists():
-                        time.sleep(0.02)
+                    wait_for(Path(prompt.removeprefix("until ")))
                 self._answer({"model": state.args.model, "pid": os.getpid()})
+        elif path == "/tokenize" and json.loads(body)["prompt"].startswith("until "):
+            state.note("tokenizes")
+            wait_for(Path(json.loads(body)["prompt"].removeprefix("until ")))
+            self._answer({"tokens": []})
+        elif path == "/v1/responses":
+            state.background = Path(json.loads(body)["input"])
+            self._answer({"id": "r", "status": "queued"})
         else:
             self._answer({}, 404)
 
@@ -104,6 +125,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.02)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
@@ -114,6 +140,8 @@ def main() -> None:
     parser.add_argument("--exits", type=int, help="in place of serving")
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")
+    parser.add_argument("--without-sleep", action="store_true", help="endpoints, as by default")
+    parser.add_argument("--fails-sleep", action="store_true")
     parser.add_argument("--ignores-sigterm", action="store_true")
     parser.add_argument("--with-child", action="store_true")
     args = parser.parse_args()
@@ -131,8 +159,8 @@ def main() -> None:
         sys.exit(args.exits)
     if args.serves_while and not Path(args.serves_while).exists():
         sys.exit("not today")
-    while args.waits_for and not Path(args.waits_for).exists():
-        time.sleep(0.02)
+    if args.waits_for:
+        wait_for(Path(args.waits_for))
     server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while True:

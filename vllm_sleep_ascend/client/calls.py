@@ -33,6 +33,10 @@ class NobodyListens(Unreachable):
     """The connection was refused: there is no server process."""
 
 
+class TooLate(CallFailed):
+    """No answer from the server within the time that the call may take."""
+
+
 class Options(TypedDict, total=False):
     """A request's options of httpx, besides its path."""
 
@@ -87,7 +91,7 @@ class Calls:
         except httpx.ConnectTimeout:
             raise Unreachable(f"{self.url}: connecting took too long") from None
         except httpx.TimeoutException:
-            raise CallFailed(f"{self.url}: {path} gave no answer in time") from None
+            raise TooLate(f"{self.url}: {path} gave no answer in time") from None
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise Unreachable(f"{self.url}: {path}: the connection broke ({reason})") from None
@@ -135,9 +139,11 @@ class Calls:
         return False
 
     async def serves(self, timeout_s: float) -> bool:
-        """Whether it answers, and its engine lives."""
+        """Whether it answers, and its engine lives. It is asked without the key."""
+        asked = self._http.build_request("GET", "/health", timeout=timeout_s)
+        asked.headers.pop("authorization", None)
         try:
-            answer = await self._http.get("/health", timeout=timeout_s)
+            answer = await self._http.send(asked)
         except httpx.TransportError:
             return False
         return answer.status_code == 200

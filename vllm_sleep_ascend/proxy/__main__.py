@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Settings, Turns
 
 LOOPBACK = "127.0.0.1"
+_DESCRIPTORS = 65535
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +115,14 @@ def _check(file: str) -> int:
     return 0
 
 
+def _allow_descriptors() -> None:
+    """Each stream takes two; the usual limit, 1024, is for programs that use select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``vllm-sleep-proxy``."""
     parser = _parser()
@@ -135,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{', '.join(twice)} is named more than once")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    _allow_descriptors()
     try:
         return asyncio.run(_serve(args))
     except Invalid as error:

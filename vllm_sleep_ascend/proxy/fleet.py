@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config.lines import Invalid
 from vllm_sleep_ascend.proxy.config.model import API_KEY
@@ -64,7 +65,7 @@ class Fleet:
                 adopted = record.identity == entry.identity and server.launched.adopt(record)
                 if adopted:
                     del records[entry.name]
-                    server.state = "unknown"
+                    server.state, server.slept_at = "unknown", record.slept_at or None
                     logger.info("%s still runs, as process %d", entry.name, record.pid)
             self._turns.add(server)
         await asyncio.gather(*map(self._end_stray, records.values()))
@@ -140,6 +141,7 @@ class Fleet:
             server.due = "preload" if model.preload else None
             launched.moved = self._calls(server, self._moved)
             launched.died = self._calls(server, self._died)
+            launched.stuck = self._calls(server, self._stuck)
             launched.gone = self._calls(server, self._gone)
         return server
 
@@ -191,6 +193,9 @@ class Fleet:
         server.due = server.due or "restart"
         self._turns.metrics.deaths.labels(server.name).inc()
 
+    def _stuck(self, server: Server) -> None:
+        server.state = "stuck"
+
     def _gone(self, server: Server) -> None:
         server.models, server.slept_at = [], None
         if server.state != "starting":
@@ -200,8 +205,12 @@ class Fleet:
         """End a server of an earlier proxy that is not one of these."""
         entry = self._entries.get(record.name)
         stop_s = entry.model.stop_timeout_s if entry is not None else 30.0
-        if await Launched.end_stray(record, stop_s):
-            logger.info("%s of an earlier proxy has ended", record.name)
+        try:
+            if await Launched.end_stray(record, stop_s):
+                logger.info("%s of an earlier proxy has ended", record.name)
+        except CallFailed as error:
+            logger.error("%s", error)
+            return
         self._state.forget(record.name)
 
     async def _watch(self) -> None:

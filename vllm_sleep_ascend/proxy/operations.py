@@ -6,9 +6,10 @@ Each failure is logged and counted, and leaves a state that the next operation c
 
 import asyncio
 import logging
+import math
 import time
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate, Unreachable
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Server
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 ASK_S = 5.0
 """Seconds that a query may take, so that an unresponsive server delays the others no longer."""
+
+_ENDPOINTS_S = 30.0  # that a server which serves may take until its sleep endpoints answer
 
 
 class Operations:
@@ -40,33 +43,39 @@ class Operations:
 
     async def start(self, server: Server, launched: Launched) -> None:
         """Start its process, or wait for one that starts; or fail the requests that wait for it."""
-        started = time.monotonic()
+        started, until, awake = time.monotonic(), math.inf, False
         server.state, server.open, server.served = "starting", False, False
 
         async def serves() -> bool:
-            return await server.client.serves(ASK_S)
+            """
+            Raises:
+                CallFailed: it has no sleep endpoints, so it could never make way.
+            """
+            nonlocal until, awake
+            if not await server.client.serves(ASK_S):
+                return False
+            until = min(until, time.monotonic() + _ENDPOINTS_S)
+            try:
+                server.models = await server.client.models(timeout_s=ASK_S)
+                awake = not await server.client.is_sleeping(timeout_s=ASK_S)
+            except (Unreachable, TooLate):
+                if time.monotonic() > until:
+                    raise
+                return False
+            return True
 
         try:
             await launched.start(serves)
         except CallFailed as error:
-            server.state = "stopped"
+            server.state = "stuck" if launched.is_stuck else "stopped"
+            if server.due == "preload":
+                server.due = "restart"  # which puts no other server to sleep
             self.metrics.failures.labels(server.name, "start").inc()
             server.fail(error)
             return
-        except Exception as error:
-            server.state = "stopped" if launched.pid is None else "unknown"
-            server.fail(CallFailed(f"{server.name} could not be started: {error!r}"))
-            raise
         server.due = None
         self.metrics.operation.labels("start").observe(time.monotonic() - started)
         self.metrics.starts.labels(server.name).inc()
-        try:
-            server.models = await server.client.models(timeout_s=ASK_S)
-            awake = not await server.client.is_sleeping(timeout_s=ASK_S)
-        except CallFailed as error:
-            logger.warning("start: %s", error)
-            server.fail(error)
-            awake = False
         if server.state == "starting":  # it lives
             server.state, server.awake_since = "awake" if awake else "unknown", time.monotonic()
         for name in server.names:
@@ -101,22 +110,27 @@ class Operations:
         started = time.monotonic()
         try:
             level = await self._level(server, server.level)
+            # What sleeps already may stay at its level, and lack weights.
+            slept_at = max(level, server.slept_at or 0)
+            if server.launched is not None:
+                server.launched.slept_at = slept_at
             await server.client.sleep(level, mode="wait", discard_trained=True)
         except CallFailed as error:
             logger.warning("sleep: %s", error)
             if not server.runs:
-                return True
+                return not server.on_device
             server.state = "unknown"
             if isinstance(error, NobodyListens) or await server.client.is_gone(ASK_S):
                 await self._clear(server)
-                return True  # The process is dead, and its memory free.
+                return not server.on_device  # else its memory is not free yet
             self.metrics.failures.labels(server.name, "sleep").inc()
             return False
         if server.runs:
-            server.state, server.slept_at, server.deepest = "asleep", level, level == 2
+            server.state, server.slept_at, server.deepest = "asleep", slept_at, level == 2
+            server.outlasted = False
         self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
         self.metrics.sleeps.labels(server.name).inc()
-        return True
+        return not server.on_device
 
     async def deepen(self, server: Server) -> bool:
         """Have a sleep at level 1 become one at level 2, where that frees host memory. Returns
@@ -124,6 +138,8 @@ class Operations:
         server.deepest = True  # also after a failure, until its next sleep
         try:
             if await server.client.frees_host_memory() and await self._level(server, 2) == 2:
+                if server.launched is not None:
+                    server.launched.slept_at = 2
                 await server.client.sleep(2, mode="wait", discard_trained=True)
                 server.slept_at = 2
                 self.metrics.sleeps.labels(server.name).inc()
@@ -162,6 +178,8 @@ class Operations:
             server.fail(CallFailed(f"{server.name} has ended"))
             return
         server.state, server.served, server.slept_at = "awake", False, None
+        if server.launched is not None:
+            server.launched.slept_at = 0
         server.awake_since = time.monotonic()
         self.last_wake_s = server.awake_since - started
         self.metrics.operation.labels("wake").observe(self.last_wake_s)

@@ -91,7 +91,10 @@ class Schedule:
         """Do what is possible now. Returns the seconds after which there may be more to do."""
         for server in self.servers:
             if server.launched is not None:
-                server.launched.look()
+                with contextlib.suppress(OSError):  # of /proc
+                    server.launched.look()
+                if server.state == "stuck":
+                    server.fail(CallFailed(server.launched.error))
         await self._retire()
         await self._sleep_those_asked()
         pauses = [await self._go_down()]
@@ -107,6 +110,9 @@ class Schedule:
                 return 0
             awake = [server for server in in_the_way if server.state == "awake"]
             if not awake:
+                for other in in_the_way:
+                    if other.launched is not None and other.state == "stuck":
+                        wanted.fail(CallFailed(other.launched.error))
                 continue  # Another one starts or ends.
             leaves = min(awake, key=_leaves_first)
             rest = leaves.awake_since + self.settings.turn_s - time.monotonic()
@@ -139,8 +145,12 @@ class Schedule:
         launched = server.launched
         if launched is None or server.state != "stopped":
             return False
-        if any(s.launched and s.launched.pid for s in self.servers if s.name == server.name):
-            return True  # of before a reload, which ends first
+        before = [s for s in self.servers if s.name == server.name and s is not server]
+        for each in before:
+            if each.launched is not None and each.launched.pid is not None:
+                if each.state == "stuck":
+                    server.fail(CallFailed(each.launched.error))
+                return True  # of before a reload, which ends first
         rest = launched.rest_s()
         if rest > 0:
             pauses.append(rest)
@@ -191,10 +201,10 @@ class Schedule:
 
     async def _retire(self) -> None:
         """End servers that models.yaml no longer has, once their requests have ended."""
-        for server in [s for s in self.servers if s.retiring and not s.busy]:
+        for server in [s for s in self.servers if s.retiring and not (s.busy or s.passing)]:
             launched = server.launched
             if launched is not None and launched.pid is not None:
-                if server.state != "stopping":
+                if server.state not in ("stopping", "stuck"):
                     self._end(server, launched)
                 continue
             others = [other.url for other in self.servers if other is not server]
@@ -225,9 +235,23 @@ class Schedule:
         leaving.open = False
         if leaving.in_flight:
             return False
-        if not await self.operations.sleep(leaving):
-            wanted.fail(CallFailed(f"{leaving.name} does not fall asleep"))
+        await self._gives_way(leaving, wanted)
         return True
+
+    async def _gives_way(self, leaving: Server, wanted: Server) -> bool:
+        """Put ``leaving`` to sleep; end it if it cannot. Returns whether its memory is free. If
+        not, ``wanted`` waits for its end, or its requests fail where no end is to come."""
+        if await self.operations.sleep(leaving):
+            return True
+        launched = leaving.launched
+        if leaving.on_device:
+            pass  # It ends already.
+        elif launched is not None and launched.pid is not None:
+            logger.warning("%s does not fall asleep, so it is ended", leaving.name)
+            self._end(leaving, launched)
+        else:
+            wanted.fail(CallFailed(f"{leaving.name} may be awake and does not fall asleep"))
+        return False
 
     async def _wake(self, server: Server) -> None:
         if server.state == "unknown" and (error := await self.operations.ask(server)) is not None:
@@ -237,7 +261,7 @@ class Schedule:
 
     async def _others_sleep(self, server: Server) -> bool:
         """Put all others on its devices to sleep that may be awake because something else has woken
-        or restarted them. Returns whether they sleep; if not, its requests fail."""
+        or restarted them. Returns whether they sleep."""
         places = self._places(server)
         others = [s for s in self.servers if s is not server and s.runs and s.state != "awake"]
         others = [other for other in others if places & self._places(other)]
@@ -247,8 +271,8 @@ class Schedule:
         await self.operations.learn_models([other for other in others if not other.models])
         for other in others:
             known = other.models and other.runs and other.state != "asleep"
-            if known and not await self.operations.sleep(other):
-                server.fail(CallFailed(f"{other.name} may be awake and does not fall asleep"))
+            ends = other.state in ("stopping", "stuck")
+            if ends or (known and not await self._gives_way(other, server)):
                 return False
         return True
 
@@ -257,7 +281,9 @@ class Schedule:
             asked = server.sleep_asked
             if asked is None or server.in_flight or server.state in ("starting", "stopping"):
                 continue
-            slept = server.state in ("asleep", "stopped") or await self.operations.sleep(server)
+            slept = server.state in ("asleep", "stopped")
+            if not slept and server.state != "stuck":
+                slept = await self.operations.sleep(server)
             server.sleep_asked = None
             if slept:
                 asked.set_result(None)
@@ -269,7 +295,7 @@ class Schedule:
         do."""
         pauses = []
         for server in self.servers:
-            if server.busy or not server.runs:
+            if server.busy or server.passing or not server.runs:
                 continue
             for after, step in self._steps_down(server):
                 rest = after - server.idle_s
@@ -298,7 +324,13 @@ class Schedule:
 
     def _end(self, server: Server, launched: Launched) -> None:
         server.state, server.open = "stopping", False
-        self._in_background(launched.end())
+        self._in_background(self._ends(server, launched))
+
+    async def _ends(self, server: Server, launched: Launched) -> None:
+        if server.outlasted:
+            await self.operations.sleep(server)  # which waits for background responses
+            server.outlasted = False
+        await launched.end()
 
 
 def _leaves_first(server: Server) -> tuple[bool, float]:

@@ -5,7 +5,7 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
@@ -13,8 +13,8 @@ from vllm_sleep_ascend.client.sleep_client import SleepClient
 if TYPE_CHECKING:
     from vllm_sleep_ascend.proxy.launch.launched import Launched
 
-State = Literal["awake", "asleep", "unknown", "starting", "stopping", "stopped"]
-STATES: tuple[State, ...] = ("awake", "asleep", "unknown", "starting", "stopping", "stopped")
+State = Literal["awake", "asleep", "unknown", "starting", "stopping", "stuck", "stopped"]
+STATES: tuple[State, ...] = get_args(State)
 
 TRUST_S = 1.0
 """Seconds without a request after which a server that was awake is asked whether it still is."""
@@ -42,6 +42,10 @@ class Server:
     # Requests are admitted at once: it is awake, and its turn continues.
     open: bool = False
     in_flight: int = 0
+    # Requests beside the turns, which need no device. An end waits for them as well.
+    passing: int = 0
+    # Whether a background response may still run that keeps the turn no longer.
+    outlasted: bool = False
     # The times at which those requests arrived that wait for it, in their order.
     waiting: "dict[asyncio.Future[None], float]" = field(default_factory=dict)
     awake_since: float = 0.0
@@ -79,7 +83,7 @@ class Server:
     @property
     def on_device(self) -> bool:
         """Whether it has its share of the device, or is about to."""
-        return self.state in ("awake", "starting", "stopping")
+        return self.state in ("awake", "starting", "stopping", "stuck")
 
     @property
     def busy(self) -> bool:

@@ -99,6 +99,43 @@ def test_a_server_that_ignores_sigterm_is_killed(tmp_path):
         assert "did not end within 0.5 s; it gets SIGKILL" in fleet.log.read_text()
 
 
+def test_a_process_that_sigkill_does_not_end(tmp_path):
+    """As one that waits for its driver. Requests for its device fail, and the proxy can end."""
+    before = (
+        "import signal\n"
+        "from vllm_sleep_ascend.proxy.launch import launched\n"
+        "launched._STUCK_S = 0.3\n"
+        "real = signal.pidfd_send_signal\n"
+        "def send(descriptor, number):\n"
+        "    if number != signal.SIGKILL:\n"
+        "        real(descriptor, number)\n"
+        "signal.pidfd_send_signal = send"
+    )
+    models = {
+        "a": stand_in(tmp_path, "a", "--ignores-sigterm", devices=0, stop_timeout_s=0.1),
+        "b": stand_in(tmp_path, "b", devices=0),
+        "c": stand_in(tmp_path, "c", devices=1),
+    }
+    models["a"]["stop_after"] = 0.2
+    with Fleet(tmp_path, models, before=before) as fleet:
+        pid = fleet.pid_of("a")
+        wait_for(lambda: fleet.states()["a"] == "stuck")
+        for name in ("a", "b"):
+            answer = fleet.ask(name)
+            assert answer.status_code == 503
+            assert (
+                f"process {pid} does not end, also by SIGKILL" in answer.json()["error"]["message"]
+            )
+        assert fleet.pid_of("c")
+        assert fleet.metric('state{server="a",state="stuck"}') == 1
+        fleet.end()
+        assert [process.pid for process in fleet.started()] == [pid]
+        assert [file.name[:2] for file in fleet.state.glob("*.json")] == ["a-"]
+        psutil.Process(pid).kill()  # the driver is back
+        fleet.start()
+        assert fleet.pid_of("b")
+
+
 def test_a_second_sigterm_waits_for_nothing(tmp_path):
     entry = stand_in(tmp_path, "a", "--ignores-sigterm", stop_timeout_s=3600)
     with Fleet(tmp_path, {"a": entry}) as fleet, ThreadPoolExecutor() as pool:

@@ -6,6 +6,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from helpers.fleet import Fleet, stand_in
 from helpers.patience import wait_for
 
@@ -115,6 +116,68 @@ def test_a_removed_server_that_starts(tmp_path):
         assert waiting.result()
         wait_for(lambda: list(fleet.states()) == ["three"])
         assert fleet.started() == []
+
+
+def test_a_request_beside_the_turns_is_not_lost(tmp_path):
+    door = tmp_path / "door"
+    models = {"a": stand_in(tmp_path, "a"), "b": stand_in(tmp_path, "b")}
+    body = {"model": "a", "prompt": f"until {door}"}
+    with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
+        fleet.pid_of("a")
+        running = pool.submit(fleet.users.post, "/tokenize", json=body)
+        try:
+            wait_for(lambda: "a tokenizes" in fleet.events())
+            reload(fleet, {"b": models["b"]})
+            assert fleet.pid_of("b")  # the schedule has seen it
+            assert "a ends" not in fleet.events()
+        finally:
+            door.touch()
+        assert running.result().json() == {"tokens": []}
+        wait_for(lambda: list(fleet.states()) == ["b"])
+        assert fleet.events()[-1] == "a ends"
+
+
+def test_a_background_response_is_not_lost(tmp_path):
+    """Also one that keeps the turn no longer: the server sleeps before it ends, which waits."""
+    done = tmp_path / "done"
+    models = {
+        "a": stand_in(tmp_path, "a", devices=0),
+        "b": stand_in(tmp_path, "b", devices=1),
+    }
+    body = {"model": "a", "input": str(done), "background": True}
+    before = "from vllm_sleep_ascend.proxy.http import background; background.LONGEST_S = 0.3"
+    with Fleet(tmp_path, models, before=before) as fleet:
+        try:
+            assert fleet.users.post("/v1/responses", json=body).json()["status"] == "queued"
+            wait_for(lambda: fleet.status()["a"]["in_flight"] == 0)
+            reload(fleet, {"b": models["b"]})
+            wait_for(lambda: "a waits before it sleeps" in fleet.events())
+            assert fleet.pid_of("b")
+            assert fleet.users.get("/v1/responses/r").status_code in (200, 404)
+        finally:
+            done.touch()
+        wait_for(lambda: list(fleet.states()) == ["b"])
+        assert fleet.events()[-2:] == ["a sleeps", "a ends"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_server_wakes_from_the_level_at_which_it_went_to_sleep(tmp_path, killed):
+    """Stock vLLM does not tell it, and has no weights after level 2 until it loads them."""
+    entry = stand_in(tmp_path, "a")
+    with Fleet(tmp_path, {"a": entry | {"level": 2}}) as fleet:
+        pid = fleet.pid_of("a")
+        fleet.admin.post("/sleep", params={"model": "a"})
+        if killed:
+            fleet.process.kill()
+            fleet.process.wait()
+            fleet.write({"a": entry | {"level": 1}})
+            fleet.start()
+        else:
+            reload(fleet, {"a": entry | {"level": 1}})
+        assert fleet.pid_of("a") == pid
+        assert fleet.events() == [
+            *("a starts", "a sleeps at level 2", "a loads its weights", "a wakes")
+        ]
 
 
 def test_no_request_is_lost(tmp_path):

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A proxy starts servers by models.yaml, and ends them. The servers are stand-ins for vLLM."""
 
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from helpers.fleet import Fleet, stand_in
 from helpers.patience import wait_for
 
@@ -110,7 +115,8 @@ def test_the_pause_after_starts_that_fail(tmp_path):
 
 
 def test_servers_that_start_ahead(tmp_path):
-    """Also one that fails at first. All of them share the device."""
+    """Also one that fails at first, which then waits until nobody is awake. All of them share the
+    device."""
     there = tmp_path / "there"
     models = {
         "a": stand_in(tmp_path, "a", preload=True),
@@ -120,13 +126,106 @@ def test_servers_that_start_ahead(tmp_path):
     }
     with Fleet(tmp_path, models) as fleet:
         wait_for(lambda: {"a starts", "c starts"} <= set(fleet.events()))
-        wait_for(lambda: fleet.events().count("b starts") == 2)
+        wait_for(lambda: {*map(fleet.states().get, "ac")} == {"awake", "asleep"})
+        assert fleet.events().count("b starts") == 1
         there.touch()
-        wait_for(
-            lambda: sorted(fleet.states().values()) == ["asleep", "asleep", "awake", "stopped"]
-        )
-        assert fleet.states()["d"] == "stopped"
+        awake = next(name for name, state in fleet.states().items() if state == "awake")
+        assert fleet.admin.post("/sleep", params={"model": awake}).status_code == 200
+        wait_for(lambda: fleet.states()["b"] == "awake")
+        assert fleet.states() == {"a": "asleep", "b": "awake", "c": "asleep", "d": "stopped"}
         assert len(fleet.started()) == 3
+
+
+def test_a_start_ahead_that_has_failed_puts_nobody_to_sleep(tmp_path):
+    bad = stand_in(tmp_path, "bad", "--exits", "1")
+    with Fleet(tmp_path, {"bad": bad, "good": stand_in(tmp_path, "good")}) as fleet:
+        pid = fleet.pid_of("good")
+        fleet.write({"bad": bad | {"preload": True}, "good": stand_in(tmp_path, "good")})
+        fleet.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "bad starts" in fleet.events())
+        wait_for(lambda: fleet.states()["bad"] == "stopped")
+        fleet.pid_of("good")
+        # Its pause is over once a request starts it again.
+        wait_for(lambda: fleet.ask("bad") and fleet.status()["bad"]["starts"] == 2)
+        asked = fleet.events().count("good sleeps")
+        assert asked == 2  # the first start ahead, and the request
+        assert fleet.pid_of("good") == pid
+
+
+def test_a_server_without_sleep_endpoints_does_not_count_as_started(tmp_path):
+    wrong = stand_in(tmp_path, "wrong", "--without-sleep")
+    with Fleet(tmp_path, {"wrong": wrong, "good": stand_in(tmp_path, "good")}) as fleet:
+        answer = fleet.ask("wrong")
+        assert answer.status_code == 503
+        assert (
+            "there is no /is_sleeping; start the server with" in answer.json()["error"]["message"]
+        )
+        assert fleet.states()["wrong"] == "stopped" and fleet.started() == []
+        assert "it starts again in" in fleet.ask("wrong").json()["error"]["message"]
+        assert fleet.pid_of("good")
+
+
+def test_a_server_that_cannot_sleep_ends_in_place_of_it(tmp_path):
+    wrong = stand_in(tmp_path, "wrong", "--fails-sleep")
+    with Fleet(tmp_path, {"wrong": wrong, "good": stand_in(tmp_path, "good")}) as fleet:
+        fleet.pid_of("wrong")
+        assert fleet.pid_of("good")
+        assert fleet.states() == {"wrong": "stopped", "good": "awake"}
+        assert fleet.events() == [
+            *("wrong starts", "wrong does not sleep", "wrong ends", "good starts")
+        ]
+        assert "wrong does not fall asleep, so it is ended" in fleet.log.read_text()
+
+
+def test_any_error_of_a_start_has_a_pause(tmp_path):
+    """And leaves no process: here the record cannot be written."""
+    before = (
+        "from vllm_sleep_ascend.proxy.launch.state import State\n"
+        "def write(*_): raise RuntimeError('no record today')\n"
+        "State.write = write"
+    )
+    models = {"a": stand_in(tmp_path, "a", preload=True)}
+    with Fleet(tmp_path, models, before=before) as fleet:
+        answer = fleet.ask("a")
+        wait_for(lambda: "no record today" in fleet.status()["a"]["error"])
+        answer = fleet.ask("a")
+        assert answer.status_code == 503
+        assert "no record today" in answer.json()["error"]["message"]
+        assert fleet.started() == [] and fleet.events() == []
+        assert fleet.log.read_text().count("no record today") < 10
+
+
+@pytest.mark.parametrize("fails", ["serves", "look"])
+def test_a_process_that_may_open_no_more_files(tmp_path, fails):
+    """The start is tried on; what is left of a dead server is looked for again."""
+    before = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from vllm_sleep_ascend.client.calls import Calls\n"
+        "from vllm_sleep_ascend.proxy.launch import group\n"
+        "def failing(real):\n"
+        "    def call(*args):\n"
+        f"        if not Path({str(tmp_path / 'free')!r}).exists():\n"
+        "            raise OSError(24, 'Too many open files')\n"
+        "        return real(*args)\n"
+        "    return call\n"
+    )
+    what = "Calls.serves" if fails == "serves" else "group.Group._members"
+    before += f"{what} = failing({what})"
+    models = {"a": stand_in(tmp_path, "a")}
+    with Fleet(tmp_path, models, before=before) as fleet, ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(fleet.pid_of, "a")
+            wait_for(lambda: fleet.events() == ["a starts"])
+            if fails == "look":
+                os.kill(first.result(), signal.SIGKILL)
+                wait_for(lambda: fleet.states() == {"a": "stopping"})
+            second = pool.submit(fleet.pid_of, "a")
+            wait_for(lambda: fleet.status()["a"]["queued"] == 1 + (fails == "serves"))
+        finally:
+            (tmp_path / "free").touch()
+        assert (second.result() == first.result()) == (fails == "serves")
+        assert fleet.status()["a"]["starts"] == 1 + (fails == "look")
 
 
 def test_devices_decide_who_takes_turns(tmp_path):
@@ -180,6 +279,48 @@ def test_the_operator_starts_a_server_and_puts_it_to_sleep(tmp_path):
         assert fleet.admin.post("/wake", params={"model": "a"}).json()["state"] == "awake"
         assert fleet.admin.post("/sleep", params={"model": "a"}).json()["state"] == "asleep"
         assert fleet.events() == ["a starts", "a sleeps"]
+
+
+STRANGER = """
+import os, socket, sys
+os.setuid(65534)
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("listens", flush=True)
+while True:
+    connection, _ = listener.accept()
+    print("was asked", flush=True)
+    connection.close()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_a_stranger_on_the_port_is_asked_nothing(tmp_path):
+    entry = stand_in(tmp_path, "a", "--waits-for", str(tmp_path / "never"))
+    said = tmp_path / "said"
+    with (
+        Fleet(tmp_path, {"a": entry}, VLLM_API_KEY="the-key-of-users") as fleet,
+        ThreadPoolExecutor() as pool,
+    ):
+        waiting = pool.submit(fleet.ask, "a")
+        wait_for(lambda: fleet.events() == ["a starts"])
+        port = fleet.status()["a"]["url"].rpartition(":")[2]
+        with open(said, "wb") as out:
+            stranger = subprocess.Popen([sys.executable, "-c", STRANGER, port], stdout=out)
+        try:
+            answer = waiting.result()
+            assert answer.status_code == 503
+            assert f"port {port} is used by user 65534" in answer.json()["error"]["message"]
+            assert fleet.started() == [] or [p.pid for p in fleet.started()] == [stranger.pid]
+            assert "was asked" not in said.read_text()
+        finally:
+            stranger.kill()
+            stranger.wait()
+
+
+def test_a_start_is_watched_without_the_key(tmp_path):
+    with Fleet(tmp_path, {"a": stand_in(tmp_path, "a")}, VLLM_API_KEY="the-key") as fleet:
+        fleet.pid_of("a")
+        assert fleet.events() == ["a starts"]
 
 
 def test_keys_are_in_no_log_and_no_list_of_processes(tmp_path):

@@ -3,11 +3,10 @@
 
 Each keeps its server's turn, as a request does whose client waits, but not for ever: vLLM leaves
 one that failed before its first token as queued. One that runs for longer is not lost, because a
-sleep waits for it.
+sleep waits for it, and a server that may have one sleeps before it ends.
 """
 
 import asyncio
-import contextlib
 import json
 from http import HTTPStatus
 from urllib.parse import quote
@@ -60,10 +59,11 @@ class Background:
     async def _follow(self, server: Server, asked: httpx.Request, content: bytes) -> None:
         broken = False
         try:
-            with contextlib.suppress(TimeoutError):
-                name = _unfinished(content)
-                async with asyncio.timeout(LONGEST_S):
-                    broken = name is not None and not await self._ends(asked, name)
+            name = _unfinished(content)
+            async with asyncio.timeout(LONGEST_S):
+                broken = name is not None and not await self._ends(asked, name)
+        except TimeoutError:
+            server.outlasted = True
         finally:
             self._turns.leave(server, broken)
 

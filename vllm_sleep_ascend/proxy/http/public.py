@@ -135,7 +135,7 @@ class Public:
         """
         url, asked = server.url, self._to(server, request, body)
         if needs(request.method, _path(request)) is Needs.TEXT and server.runs:
-            return PassedOn(await self._answer(server, asked))
+            return await self._pass_by(server, asked)
         try:
             await self.turns.enter(server)
         except QueueFull as full:
@@ -154,6 +154,24 @@ class Public:
         if _path(request) == "/v1/responses" and _is_json(upstream):
             return await self._background.begun(server, upstream)
         return PassedOn(upstream, lambda broken: self.turns.leave(server, broken))
+
+    async def _pass_by(self, server: Server, asked: httpx.Request) -> Response:
+        """Send the server a request that does not need its turn.
+
+        Raises:
+            Refused: the server does not answer.
+        """
+        server.passing += 1
+
+        def passed(_: bool) -> None:
+            server.passing -= 1
+            self.turns.changed.set()
+
+        try:
+            return PassedOn(await self._answer(server, asked), passed)
+        except BaseException:
+            passed(True)
+            raise
 
     async def _find(self, request: Request, body: bytes) -> Response:
         """Ask all servers for a stored response, and pass on the answer of the one that has it. One

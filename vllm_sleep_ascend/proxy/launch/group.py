@@ -35,8 +35,8 @@ def _stat(pid: int) -> _Stat | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return _Stat(fields[0].decode(), int(fields[2]), int(fields[3]), int(fields[19]))
-    except (OSError, IndexError):
-        return None  # no such process
+    except (FileNotFoundError, ProcessLookupError, PermissionError, IndexError):
+        return None  # no such process, or one that is hidden from us
 
 
 @cache
@@ -72,9 +72,14 @@ class Group:
             env=environment,
             start_new_session=True,
         )
-        found = _stat(child.pid)
-        assert found is not None  # a child is there until it is waited for
-        return cls(Leader(child.pid, found.started, boot()), child)
+        try:
+            found = _stat(child.pid)
+            assert found is not None  # a child is there until it is waited for
+            return cls(Leader(child.pid, found.started, boot()), child)
+        except BaseException:
+            child.kill()
+            child.communicate()
+            raise
 
     def go(self) -> None:
         assert self._child is not None and self._child.stdin is not None
@@ -114,12 +119,13 @@ class Group:
 
     async def gone(self, timeout_s: float = float("inf"), kill: bool = False) -> bool:
         """Wait until no process of it is left, and return whether that is so. With ``kill``, they
-        get SIGKILL."""
+        get SIGKILL. While /proc cannot be read, some may be left."""
         end = time.monotonic() + timeout_s
         while True:
-            runs = self.is_running()
-            if not (self.send(signal.SIGKILL) if kill else runs or self._has_members()):
-                return True
+            with contextlib.suppress(OSError):
+                runs = self.is_running()
+                if not (self.send(signal.SIGKILL) if kill else runs or self._has_members()):
+                    return True
             if time.monotonic() > end:
                 return False
             await asyncio.sleep(_LOOK_S)

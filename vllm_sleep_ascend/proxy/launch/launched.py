@@ -2,11 +2,13 @@
 """One model's server that the proxy starts, watches and ends."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.calls import CallFailed
@@ -26,14 +28,15 @@ LONGEST_PAUSE_S = 60.0
 
 _LOOK_S = 0.1  # seconds between two looks at a server that starts
 _KILL_S = 5.0  # that the end of a process may take, which a driver can hold up
+_STUCK_S = 30.0  # after SIGKILL, until its processes count as stuck
 _HIDDEN = "***"
 
 
 class Launched:
     """The server of ``entry``, which has no process at first.
 
-    moved: called when it has other ports; died: when the process has ended by itself; gone: when
-    nothing is left of it.
+    moved: called when it has other ports; died: when the process has ended by itself; stuck: when
+    SIGKILL does not end it; gone: when nothing is left of it.
     """
 
     def __init__(self, entry: Entry, state: State, taken: set[int]) -> None:
@@ -46,9 +49,13 @@ class Launched:
         """Whether the last start has failed."""
         self.moved: Callable[[], None] = lambda: None
         self.died: Callable[[], None] = lambda: None
+        self.stuck: Callable[[], None] = lambda: None
         self.gone: Callable[[], None] = lambda: None
+        self.is_stuck = False
+        """Whether SIGKILL did not end it, as of a process that waits for its driver."""
         self._state, self._taken = state, taken
         self._group: Group | None = None
+        self._record: Record | None = None
         self._starting = self._closed = False
         self._ending: asyncio.Task[None] | None = None
         self._failures = 0  # in a row, of starts and of what they have started
@@ -88,21 +95,39 @@ class Launched:
         group = Group(Leader(record.pid, record.started, record.boot))
         if not group.is_running():
             return False
-        self._group, self.starts = group, 1
+        self._group, self._record, self.starts = group, record, 1
         self.port, self.admin_port = record.port, record.admin_port
         self._taken |= {record.port, record.admin_port}
         self._serves_since = time.monotonic()
         self.moved()
         return True
 
+    @property
+    def slept_at(self) -> int:
+        """The level at which it may sleep, 0 for none. It is written down, for the next proxy."""
+        return self._record.slept_at if self._record is not None else 0
+
+    @slept_at.setter
+    def slept_at(self, level: int) -> None:
+        if self._record is not None and self._record.slept_at != level:
+            self._record = replace(self._record, slept_at=level)
+            try:
+                self._state.write(self._record)
+            except OSError as error:
+                logger.warning("the record of %s cannot be written: %s", self.name, error)
+
     @staticmethod
     async def end_stray(record: Record, wait_s: float) -> bool:
-        """End the process of an earlier proxy, with its group. Returns whether there was one."""
+        """End the process of an earlier proxy, with its group. Returns whether there was one.
+
+        Raises:
+            CallFailed: it does not end.
+        """
         group = Group(Leader(record.pid, record.started, record.boot))
         if not group.send(signal.SIGTERM):
             return False
-        if not await group.gone(wait_s):
-            await group.gone(kill=True)
+        if not await group.gone(wait_s) and not await group.gone(_STUCK_S, kill=True):
+            raise CallFailed(_does_not_end(record.name, group))
         return True
 
     async def start(self, serves: Callable[[], Awaitable[bool]]) -> None:
@@ -118,11 +143,15 @@ class Launched:
                     raise CallFailed("the proxy ends")
                 self._launch()
             await self._comes_up(serves)
-        except (CallFailed, OSError) as error:
-            self.error = self._conceal(str(error))
+        except Exception as error:  # whatever it is, the next start waits, and nothing is left
+            known = isinstance(error, CallFailed | OSError)
+            self.error = self._conceal(str(error) if known else f"{self.name}: {error!r}")
             self._fail()
             self.failed = True
             logger.warning("start: %s", self.error)
+            await self.end()
+            if self.is_stuck and self._group is not None:
+                self.error = _does_not_end(self.name, self._group)
             raise CallFailed(self.error) from None
         finally:
             self._starting = False
@@ -134,9 +163,12 @@ class Launched:
         group = self._group
         if group is None or self._starting or self._ending is not None or group.is_running():
             return
-        self.deaths += 1
         self.error = self._conceal(self._obituary(group))
         logger.warning("%s", self.error)
+        self._has_died(group)
+
+    def _has_died(self, group: Group) -> None:
+        self.deaths += 1
         if time.monotonic() - self._serves_since > STABLE_S:
             self._failures = 0
         self._fail()
@@ -151,7 +183,15 @@ class Launched:
             if wait_s is None:
                 wait_s = self.entry.model.stop_timeout_s
             self._ending = asyncio.create_task(self._end(self._group, wait_s))
-        await asyncio.shield(self._ending)
+        await self._ended()
+
+    async def _ended(self, timeout_s: float = float("inf")) -> None:
+        """Wait for the end that has begun, unless it does not come."""
+        ending, until = self._ending, time.monotonic() + timeout_s
+        while ending is not None and not ending.done() and not self.is_stuck:
+            if (rest := until - time.monotonic()) <= 0:
+                return
+            await asyncio.wait({ending}, timeout=min(rest, _LOOK_S))
 
     def close(self) -> None:
         """From now on it starts no process."""
@@ -160,17 +200,21 @@ class Launched:
     def hurry(self) -> None:
         """SIGKILL, if it is ending."""
         if self._group is not None and self._ending is not None:
-            self._group.send(signal.SIGKILL)
+            with contextlib.suppress(OSError):  # it gets it later
+                self._group.send(signal.SIGKILL)
 
     async def kill(self, reason: str) -> None:
         """End what does no longer work, as if it had died."""
         group = self._group
         if group is None or self._ending is not None:
             return
-        logger.warning("%s: %s; it gets SIGKILL", self.name, reason)
-        group.send(signal.SIGKILL)
-        await group.gone(_KILL_S)
-        self.look()
+        self.error = f"{self.name}: {reason}"
+        logger.warning("%s; it gets SIGKILL", self.error)
+        if self._starting:
+            self._ending = asyncio.create_task(self._clear(group))
+        else:
+            self._has_died(group)
+        await self._ended(_KILL_S)
 
     def _choose_ports(self) -> None:
         self._taken -= {self.port, self.admin_port}
@@ -192,13 +236,12 @@ class Launched:
             os.close(log)
         leader = (group.leader.pid, group.leader.started, group.leader.boot)
         try:
-            self._state.write(
-                Record(self.name, self.entry.identity, *leader, self.port, self.admin_port)
-            )
+            record = Record(self.name, self.entry.identity, *leader, self.port, self.admin_port)
+            self._state.write(record)
         except BaseException:
             group.cancel()
             raise
-        self._group = group
+        self._group, self._record = group, record
         group.go()
         self.starts += 1
         logger.info("%s starts on port %d; its log is %s", self.name, self.port, self.log)
@@ -208,31 +251,56 @@ class Launched:
         assert group is not None
         end = time.monotonic() + limit
         while True:
-            if await serves() and group.is_running() and self._ending is None:
-                return
+            with contextlib.suppress(OSError):  # no descriptor is free, which passes
+                self._check_ports()
+                if await serves() and group.is_running() and self._ending is None:
+                    return
+                if self._ending is None and not group.is_running():
+                    reason = self._obituary(group)
+                    await self.end(0)
+                    raise CallFailed(reason)
             if self._ending is not None:
-                await asyncio.shield(self._ending)
+                await self._ended()
                 raise CallFailed(f"{self.name} was stopped while it started")
-            if not group.is_running():
-                reason = self._obituary(group)
-                await self._clear(group)
-                raise CallFailed(reason)
             if time.monotonic() > end:
                 await self.end()
                 raise CallFailed(self._about(f"did not serve within {limit:g} s, and was ended"))
             await asyncio.sleep(_LOOK_S)
 
+    def _check_ports(self) -> None:
+        """
+        Raises:
+            CallFailed: another user listens there, who would get keys and requests.
+        """
+        for port in (self.port, *([self.admin_port] if self.entry.model.has_admin_port else [])):
+            for user in ports.strangers(port):
+                raise CallFailed(f"{self.name}: port {port} is used by user {user}")
+
     async def _end(self, group: Group, wait_s: float) -> None:
-        group.send(signal.SIGTERM)
-        if not await group.gone(wait_s):
+        while True:
+            try:
+                found = group.send(signal.SIGTERM)
+                break
+            except OSError as error:  # of /proc
+                logger.warning("%s gets no SIGTERM yet: %s", self.name, error)
+                await asyncio.sleep(_LOOK_S)
+        if found and not await group.gone(wait_s):
             logger.warning("%s did not end within %g s; it gets SIGKILL", self.name, wait_s)
         await self._clear(group)
 
     async def _clear(self, group: Group) -> None:
         """Kill what is left of it, and forget it."""
-        await group.gone(kill=True)
-        self._state.forget(self.name)
-        self._group = self._ending = None
+        if not await group.gone(_STUCK_S, kill=True):
+            self.is_stuck, self.error = True, _does_not_end(self.name, group)
+            logger.error("%s", self.error)
+            self.stuck()
+            await group.gone(kill=True)
+        try:
+            self._state.forget(self.name)
+        except OSError as error:
+            logger.warning("the record of %s stays: %s", self.name, error)
+        self._group = self._record = self._ending = None
+        self.is_stuck = False
         self.gone()
 
     def _fail(self) -> None:
@@ -261,3 +329,7 @@ class Launched:
         for secret in secrets(self._environment()):
             text = text.replace(secret, _HIDDEN)
         return text
+
+
+def _does_not_end(name: str, group: Group) -> str:
+    return f"{name}: process {group.leader.pid} does not end, also by SIGKILL; see its driver"

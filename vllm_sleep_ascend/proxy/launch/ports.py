@@ -5,12 +5,14 @@ A server binds its port long after it was chosen, so none is taken from which th
 outgoing connections theirs.
 """
 
+import os
 import random
 import socket
 from pathlib import Path
 
 _LOWEST = 20000
 _HIGHEST = 65535
+_LISTENS = "0A"  # the state of a socket in /proc/net/tcp
 
 
 def is_free(port: int) -> bool:
@@ -21,6 +23,20 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def strangers(port: int) -> set[int]:
+    """Other users whose sockets listen on the port; those of root are trusted."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path("/proc/self/net", table).read_text().splitlines()[1:]
+        except FileNotFoundError:  # without IPv6
+            continue
+        for fields in map(str.split, lines):
+            if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
+                found.add(int(fields[7]))
+    return found - {0, os.geteuid()}
 
 
 def free(taken: set[int]) -> int:

@@ -25,7 +25,8 @@ _TAIL = 1 << 13  # bytes of a log in which its last line is looked for
 
 @dataclass(frozen=True)
 class Record:
-    """A server that was started; ``identity`` is that of its entry in models.yaml."""
+    """A server that was started; ``identity`` is that of its entry in models.yaml, and ``slept_at``
+    the level at which it may sleep, 0 for none."""
 
     name: str
     identity: str
@@ -34,6 +35,7 @@ class Record:
     boot: str
     port: int
     admin_port: int
+    slept_at: int = 0
 
 
 def default(port: int) -> Path:
