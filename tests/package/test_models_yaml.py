@@ -114,9 +114,13 @@ COMMAND = "command: serve --port ${PORT}"
         ("command: ''", 3, "it is empty; write the program and its arguments"),
         ("command: 'serve \"x'", 3, "No closing quotation; close it"),
         ("command: {a: b}", 3, "write a line as for a shell, or a list"),
-        ("command: [serve, true]", 3, "the argument True is no string; put it in quotes"),
+        ("command: [serve, true]", 3, "argument 1 is no string but a bool; put it in quotes"),
         ("command: serve", 3, "it has no ${PORT}; write --port ${PORT}"),
         (f"{COMMAND} --api-key=xyz", 3, "is in lists of processes; write VLLM_API_KEY in env"),
+        (f"{COMMAND} --api_key xyz", 3, "write VLLM_API_KEY in env"),
+        ("command: [sh, -c, 'serve ${PORT} --api-key x']", 3, "write VLLM_API_KEY in env"),
+        (f'{COMMAND}\n    env: {{A: "\\ud800"}}', 4, "the value of A has half of a pair"),
+        (f"{COMMAND}\n    7: x", 4, "7"),
         (f"{COMMAND}\n    url: http://a:1", 4, "both command and url are there; write one"),
         ("aliases: [b]", 2, "neither command nor url is there; write one of the two"),
         ("url: 127.0.0.1:8000", 3, "'127.0.0.1:8000': it is no server's address; write such as"),
@@ -126,7 +130,7 @@ COMMAND = "command: serve --port ${PORT}"
         ("url: http://a:1\n    admin: /run/x", 4, "'/run/x': write such as"),
         ("url: http://a:1\n    env: {A: b}", 4, "it is for a server with a command"),
         ("url: http://a:1\n    preload: false", 4, "it is for a server with a command"),
-        ("url: http://a:1\n    admin_key_file: none", 4, "none cannot be read: No such file"),
+        ("url: http://a:1\n    admin_key_file: none", 4, "the file cannot be read: No such file"),
         (f"{COMMAND}\n    env: [A]", 4, "write a mapping of names to values"),
         (f"{COMMAND}\n    env: {{A-B: c}}", 4, "'A-B' is no name of a variable"),
         (f"{COMMAND}\n    env: {{A: true}}", 4, "the value of A is no string; put it in quotes"),
@@ -174,6 +178,10 @@ def test_a_mistake_in_an_entry(tmp_path, entry, line, said):
         ("models:\n  a: {url: x, url: y}", 2, "'url' is already in line 2"),
         ("models:\n  a: b: c", 2, "is not YAML: mapping values are not allowed here"),
         ("models:\n  a: [", 2, "is not YAML"),
+        ("models:\n  a: {url: 'http://a:1'}\n  yes: {url: 'http://b:1'}", 3, "True is no string"),
+        ("models:\n  a: {url: 'http://a:1'}\n  010: {url: 'http://b:1'}", 3, "8 is no string"),
+        ("models:\n  a: {url: 'http://a:1'}\n  null: {url: 'http://b:1'}", 3, "None is no string"),
+        ("models:\n  a:\n    url: 2020-13-01", 3, "is not YAML: month must be in 1..12"),
         ("models: !!python/object:os.system {}", 1, "is not YAML"),
         ("models: &m\n  a: *m", 1, "is nested too deeply, or within itself"),
         ("[" * 5000, 1, "is nested too deeply"),
@@ -201,6 +209,20 @@ def test_a_key_s_file_that_others_can_read(tmp_path):
         tmp_path, "models:\n  a:\n    url: http://a:1\n    admin_key_file: key"
     )
     assert line == 4 and "chmod 600" in text and KEY not in text
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        f"url: 'http://me:{KEY}@h:1'",
+        f"url: http://a:1\n    admin: http://me:{KEY}@h:1",
+        f"command: [serve, {{--hf-token: {KEY}}}]",
+        f"url: http://a:1\n    admin_key_file: {KEY}",
+    ],
+)
+def test_no_mistake_shows_a_secret(tmp_path, entry):
+    ((_, text),) = problems(tmp_path, f"models:\n  a:\n    {entry}\n")
+    assert KEY not in text
 
 
 def test_names_are_those_of_one_model(tmp_path):
@@ -238,6 +260,8 @@ def test_a_command_is_shown_without_keys():
     assert Model(command=command).shown() == (
         "serve --port ${PORT} --hf-token *** --ssl-key=*** --tokenizer=x"
     )
+    within = Model(command=["sh", "-c", "serve --hf-token abc --ssl_key=def ${PORT}"])
+    assert within.shown() == "sh -c serve --hf-token *** --ssl_key=*** ${PORT}"
     environment = {"HF_TOKEN": "0123456789", "TOKENS": "9876543210", "KEY": "1"}
     assert secrets(environment) == ["0123456789"]
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
-from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
@@ -95,9 +95,9 @@ class Schedule:
                     server.launched.look()
                 if server.state == "stuck":
                     server.fail(CallFailed(server.launched.error))
-        await self._retire()
+        pauses = [await self._retire()]
         await self._sleep_those_asked()
-        pauses = [await self._go_down()]
+        pauses.append(await self._go_down())
         leaving: set[Server] = set()
         claimed: list[Server] = []  # wanted before others, and not served yet
         for wanted in self._wanted():
@@ -199,8 +199,11 @@ class Schedule:
                 pauses.append(_RETRY_S)
         return False
 
-    async def _retire(self) -> None:
-        """End servers that models.yaml no longer has, once their requests have ended."""
+    async def _retire(self) -> float | None:
+        """End servers that models.yaml no longer has, once their requests have ended. One that the
+        proxy has not started sleeps before it is forgotten. Returns the seconds until there is more
+        to do."""
+        pauses = []
         for server in [s for s in self.servers if s.retiring and not (s.busy or s.passing)]:
             launched = server.launched
             if launched is not None and launched.pid is not None:
@@ -209,9 +212,23 @@ class Schedule:
                 continue
             others = [other.url for other in self.servers if other is not server]
             if server.runs and server.state != "asleep" and server.url not in others:
-                await self.operations.sleep(server)
+                rest = server.rests_until - time.monotonic()
+                if rest <= 0 and not await self._sleeps_or_is_gone(server):
+                    rest = _RETRY_S
+                    server.rests_until = time.monotonic() + rest
+                if rest > 0:
+                    pauses.append(rest)
+                    continue
             self.turns.remove(server)
             await server.client.close()
+        return min(pauses, default=None)
+
+    async def _sleeps_or_is_gone(self, server: Server) -> bool:
+        """Put a server to sleep if it answers."""
+        error = await self.operations.ask(server)
+        if error is None:
+            return await self.operations.sleep(server)
+        return isinstance(error, NobodyListens)
 
     async def _bring_up(self, server: Server) -> None:
         if server.launched is None or server.state != "stopped":

@@ -67,6 +67,8 @@ class Server:
     due: Literal["preload", "restart"] | None = None
     # No longer in models.yaml: it serves what has come, and ends.
     retiring: bool = False
+    # When its sleep, after one that failed, is tried again.
+    rests_until: float = 0.0
 
     def __post_init__(self) -> None:
         self.name = self.name or self.url

@@ -39,6 +39,16 @@ def test_a_command_waits_at_the_gate(tmp_path):
     assert group.end() == "has ended with exit code 0"
 
 
+def test_a_command_has_its_signals_as_at_first(tmp_path):
+    """Python, which starts it, ignores some."""
+    with open(tmp_path / "out", "ab") as out:
+        command = ["grep", "SigIgn", "/proc/self/status"]
+        group = Group.prepare(command, dict(os.environ), out.fileno())
+    group.go()
+    wait_for(lambda: has_ended(group))
+    assert int((tmp_path / "out").read_text().split()[1], 16) == 0
+
+
 def test_a_command_whose_gate_does_not_open_never_runs(tmp_path):
     group = prepare(tmp_path, "print('ran')")
     group.cancel()

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,6 +32,18 @@ class Invalid(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class _Loader(yaml.SafeLoader):
+    """Says of each value that it cannot construct where it is."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # such as a 13th month
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error), node.start_mark
+            ) from None
+
+
 class Document:
     """A file's ``content``.
 
@@ -41,7 +54,7 @@ class Document:
     def __init__(self, file: str) -> None:
         self.file = file
         self.content: object = None
-        self._lines: dict[Place, int] = {(): 1}
+        self._lines: dict[tuple[str, ...], int] = {(): 1}
         try:
             text = Path(file).read_text(encoding="utf-8")
         except OSError as error:
@@ -49,7 +62,7 @@ class Document:
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n")
             raise self._invalid(line, "is not UTF-8") from None
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             twice = [] if node is None else list(_keys_twice(node))
@@ -57,7 +70,7 @@ class Document:
                 raise Invalid([Problem(file, line, text) for line, text in twice])
             if node is not None:
                 self.content = loader.construct_document(node)
-                self._locate(node, ())
+                self._locate(loader, node, ())
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             text = " ".join(filter(None, (error.context, error.problem)))
@@ -74,7 +87,7 @@ class Document:
 
     def problem(self, place: Place, text: str) -> Problem:
         """A problem with the value there, or with what has it, if it has no line."""
-        found = place
+        found = tuple(map(str, place))
         while found not in self._lines:
             found = found[:-1]
         name = ".".join(map(str, place))
@@ -83,16 +96,17 @@ class Document:
     def _invalid(self, line: int, text: str) -> Invalid:
         return Invalid([Problem(self.file, line + 1, text)])
 
-    def _locate(self, node: yaml.Node, place: Place) -> None:
+    def _locate(self, loader: yaml.SafeLoader, node: yaml.Node, place: tuple[str, ...]) -> None:
         self._lines.setdefault(place, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                below = (*place, key.value)
+                # As in the content: YAML reads yes as True, and 010 as 8.
+                below = (*place, str(loader.construct_object(key, deep=True)))
                 self._lines[below] = key.start_mark.line + 1
-                self._locate(value, below)
+                self._locate(loader, value, below)
         elif isinstance(node, yaml.SequenceNode):
             for number, value in enumerate(node.value):
-                self._locate(value, (*place, number))
+                self._locate(loader, value, (*place, str(number)))
 
 
 def _keys_twice(node: yaml.Node) -> Iterator[tuple[int, str]]:

@@ -22,6 +22,12 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(
     r"(?:^|[-_.])(?:key|token|secret|password|passwd|credentials?)$", re.IGNORECASE
 )
+# As vLLM takes it, also in a command within the command.
+_API_KEY_OPTION = re.compile(r"(?:^|\s)--api[-_]key(?:$|[\s=])")
+_SECRET_WITHIN = re.compile(
+    r"(--?(?:[\w.-]*[-_.])?(?:key|token|secret|password|passwd|credentials?)[\s=]+)\S+",
+    re.IGNORECASE,
+)
 _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
 _LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
@@ -39,11 +45,14 @@ def _command(value: object) -> object:
     words = [str(word) if type(word) in (int, float) else word for word in value]
     wrong = next((word for word in words if not isinstance(word, str)), None)
     if wrong is not None:
-        raise ValueError(f"the argument {wrong!r} is no string; put it in quotes")
+        which, kind = words.index(wrong), type(wrong).__name__
+        raise ValueError(f"argument {which} is no string but a {kind}; put it in quotes")
     if not words or not words[0]:
         raise ValueError("it is empty; write the program and its arguments")
     if any("\0" in word for word in words):
         raise ValueError("it has a NUL byte; remove it")
+    if not all(map(_is_text, words)):
+        raise ValueError("it has half of a pair of surrogates; remove it")
     return tuple(words)
 
 
@@ -57,7 +66,18 @@ def _environment(value: object) -> object:
             raise ValueError(f"the value of {name} is no string; put it in quotes")
         if "\0" in str(text):
             raise ValueError(f"the value of {name} has a NUL byte; remove it")
+        if not _is_text(str(text)):
+            raise ValueError(f"the value of {name} has half of a pair of surrogates; remove it")
     return {name: str(text) for name, text in value.items()}
+
+
+def _is_text(text: str) -> bool:
+    """Whether a process can get it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _address(value: object) -> object:
@@ -202,7 +222,7 @@ class Model(BaseModel):
             return
         if not any(PORT in word for word in self.command):
             yield "command", f"it has no {PORT}; write --port {PORT}, or how it gets its port"
-        if any(word.split("=")[0] == "--api-key" for word in self.command):
+        if any(_API_KEY_OPTION.search(word) for word in self.command):
             yield "command", f"a key there is in lists of processes; write {API_KEY} in env"
         if self.admin is not None and self.has_admin_port:
             yield "admin", f"the command has {ADMIN_PORT} as well; remove one of the two"
@@ -232,7 +252,8 @@ class Model(BaseModel):
             if hide and not word.startswith("-"):
                 words.append("***")
             else:
-                words.append(f"{option}=***" if is_secret and equals else word)
+                shown = f"{option}=***" if is_secret and equals else word
+                words.append(_SECRET_WITHIN.sub(r"\1***", shown))
             hide = is_secret and not equals
         return " ".join(words)
 

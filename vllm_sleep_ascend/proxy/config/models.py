@@ -121,10 +121,12 @@ class _Reader:
         """The key of its admin door."""
         if model.admin_key_file is None:
             return self._door_key
+        file = str(Path(self._document.file).parent / model.admin_key_file)
         try:
-            return admin_key.read(str(Path(self._document.file).parent / model.admin_key_file))
+            return admin_key.read(file)
         except ValueError as error:
-            self._note((*place, "admin_key_file"), str(error))
+            # Without the path: the key itself may have been written there.
+            self._note((*place, "admin_key_file"), str(error).replace(file, "the file"))
             return None
 
 
@@ -133,7 +135,7 @@ def _written(place: Place) -> str:
 
 
 def _text(error: dict[str, object]) -> str:
-    """A validation error, with the value but for the environment's."""
+    """A validation error, with the value where it has no secret."""
     loc = error["loc"]
     field = str(loc[0]) if isinstance(loc, tuple) and loc else ""
     if error["type"] == "extra_forbidden":
@@ -141,7 +143,10 @@ def _text(error: dict[str, object]) -> str:
         there = f"did you mean {near[0]}?" if near else f"there are {', '.join(Model.model_fields)}"
         return f"there is no such key; {there}"
     reason = str(error["msg"]).removeprefix("Value error, ")
-    return reason if field in ("env", "command") else f"{_show(error['input'])}: {reason}"
+    if field in ("env", "command", "admin_key_file"):
+        return reason
+    value = error["input"]
+    return reason if isinstance(value, str) and "@" in value else f"{_show(value)}: {reason}"
 
 
 def _show(value: object) -> str:

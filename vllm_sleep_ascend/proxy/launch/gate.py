@@ -6,6 +6,7 @@ proxy is killed before, no line comes. The process stays the same, with its time
 """
 
 import os
+import signal
 import sys
 
 CANNOT_RUN = 127
@@ -17,6 +18,8 @@ def main() -> int:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a command inherits
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(sys.argv[1], sys.argv[1:])
     except OSError as error:
