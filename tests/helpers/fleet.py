@@ -91,9 +91,9 @@ class Fleet:
         body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0}
         return self.users.post("/v1/completions", json=body)
 
-    def pid_of(self, model: str) -> int:
+    def pid_of(self, model: str, prompt: str = "x") -> int:
         """Ask the model; the process that has answered."""
-        answer = self.ask(model)
+        answer = self.ask(model, prompt)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == model
         return answer.json()["pid"]

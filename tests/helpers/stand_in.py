@@ -78,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         state, options = self.state, parse_qs(query)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        if path == "/sleep" and state.args.fails_sleep:
+        allows = state.args.fails_sleep_until
+        if path == "/sleep" and allows and not Path(allows).exists():
             state.note("does not sleep")
             self._answer({}, 500)
         elif path == "/sleep":
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")
     parser.add_argument("--without-sleep", action="store_true", help="endpoints, as by default")
-    parser.add_argument("--fails-sleep", action="store_true")
+    parser.add_argument("--fails-sleep-until", help="a file")
     parser.add_argument("--ignores-sigterm", action="store_true")
     parser.add_argument("--with-child", action="store_true")
     args = parser.parse_args()

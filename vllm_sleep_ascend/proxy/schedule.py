@@ -155,7 +155,7 @@ class Schedule:
         if rest > 0:
             pauses.append(rest)
             if launched.failed:
-                server.fail(CallFailed(f"{launched.error}; it starts again in {rest:.0f} s"))
+                server.fail(CallFailed(f"{launched.reason}; it starts again in {rest:.0f} s"))
         return rest > 0
 
     def _in_the_way(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Idle servers sleep, sleep deeper, and end. The servers are stand-ins for vLLM."""
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 from helpers.fleet import Fleet, stand_in
 from helpers.patience import patience, wait_for
 
@@ -47,14 +50,17 @@ def test_a_server_that_does_not_tell_what_it_holds_sleeps_no_deeper(tmp_path):
 
 def test_a_server_that_sleeps_by_turns_ends_too(tmp_path):
     """Without its own sleep_after; the other one is used."""
-    models = {"a": stand_in(tmp_path, "a", stop_after=soon()), "b": stand_in(tmp_path, "b")}
+    models = {"a": stand_in(tmp_path, "a"), "b": stand_in(tmp_path, "b")}
     with Fleet(tmp_path, models) as fleet:
         fleet.pid_of("a")
         other = fleet.pid_of("b")
+        models["a"]["stop_after"] = 0.2
+        fleet.write(models)
+        fleet.process.send_signal(signal.SIGHUP)
         wait_for(lambda: fleet.states() == {"a": "stopped", "b": "awake"})
         assert fleet.pid_of("b") == other
         assert fleet.events() == ["a starts", "a sleeps", "b starts", "a ends"]
-        assert fleet.pid_of("a")
+        assert fleet.ask("a").status_code == 200
 
 
 def test_the_time_starts_anew_with_the_proxy(tmp_path):
@@ -70,8 +76,20 @@ def test_the_time_starts_anew_with_the_proxy(tmp_path):
 
 
 def test_a_server_in_use_stays(tmp_path):
-    entry = stand_in(tmp_path, "a", sleep_after=soon(), stop_after=2 * soon())
-    with Fleet(tmp_path, {"a": entry}) as fleet:
-        pids = {fleet.pid_of("a") for _ in range(50)}
-        assert len(pids) == 1
-        assert "a ends" not in fleet.events()
+    """For longer than another one takes to end."""
+    door = tmp_path / "door"
+    models = {
+        "a": stand_in(tmp_path, "a", devices=0, sleep_after=0.1, stop_after=0.2),
+        "b": stand_in(tmp_path, "b", devices=1, sleep_after=0.2, stop_after=0.4),
+    }
+    with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
+        running = pool.submit(fleet.pid_of, "a", f"until {door}")
+        try:
+            wait_for(lambda: fleet.status()["a"]["in_flight"] == 1)
+            fleet.pid_of("b")
+            wait_for(lambda: "b ends" in fleet.events())
+            assert fleet.states()["a"] == "awake"
+            assert [event for event in fleet.events() if event[0] == "a"] == ["a starts 0"]
+        finally:
+            door.touch()
+        assert running.result()

@@ -3,12 +3,15 @@
 
 import itertools
 import signal
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.fleet import Fleet, stand_in
 from helpers.patience import wait_for
+
+from vllm_sleep_ascend.proxy.launch import ports
 
 
 def reload(fleet: Fleet, models: dict | str) -> None:
@@ -178,6 +181,28 @@ def test_a_server_wakes_from_the_level_at_which_it_went_to_sleep(tmp_path, kille
         assert fleet.events() == [
             *("a starts", "a sleeps at level 2", "a loads its weights", "a wakes")
         ]
+
+
+def test_a_removed_server_of_somebody_else_sleeps_before_it_is_forgotten(tmp_path):
+    """After a sleep that failed it is tried again."""
+    allows, port = tmp_path / "allows", ports.free(set())
+    command = stand_in(tmp_path, "a", "--fails-sleep-until", str(allows))["command"]
+    server = subprocess.Popen([word.replace("${PORT}", str(port)) for word in command])
+    url, b = {"url": f"http://127.0.0.1:{port}"}, stand_in(tmp_path, "b", devices=1)
+    before = "from vllm_sleep_ascend.proxy import schedule; schedule._RETRY_S = 0.2"
+    try:
+        wait_for(lambda: not ports.is_free(port))
+        with Fleet(tmp_path, {"a": url | {"devices": 0}, "b": b}, before=before) as fleet:
+            fleet.pid_of("a")
+            reload(fleet, {"b": b})
+            wait_for(lambda: fleet.events().count("a does not sleep") == 2)
+            assert fleet.status()["a"]["retiring"]
+            allows.touch()
+            wait_for(lambda: list(fleet.states()) == ["b"])
+            assert fleet.events()[-1] == "a sleeps"
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_no_request_is_lost(tmp_path):

@@ -32,7 +32,7 @@ class Invalid(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Says of each value that it cannot construct where it is."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

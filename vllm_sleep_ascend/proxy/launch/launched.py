@@ -30,6 +30,15 @@ _LOOK_S = 0.1  # seconds between two looks at a server that starts
 _KILL_S = 5.0  # that the end of a process may take, which a driver can hold up
 _STUCK_S = 30.0  # after SIGKILL, until its processes count as stuck
 _HIDDEN = "***"
+_SAYS_MORE = "; the admin port's /status says more"
+
+
+class _Missed(CallFailed):
+    """A server that does not serve; ``details`` are for the operator alone."""
+
+    def __init__(self, what: str, details: str) -> None:
+        super().__init__(what)
+        self.details = details
 
 
 class Launched:
@@ -44,7 +53,9 @@ class Launched:
         self.starts = 0
         self.deaths = 0
         self.error = ""
-        """Why there is no server, "" if none was missed."""
+        """Why there is no server, for the operator; "" if none was missed."""
+        self.reason = ""
+        """Why the last start has failed, for users: without paths and text of the log."""
         self.failed = False
         """Whether the last start has failed."""
         self.moved: Callable[[], None] = lambda: None
@@ -144,15 +155,18 @@ class Launched:
                 self._launch()
             await self._comes_up(serves)
         except Exception as error:  # whatever it is, the next start waits, and nothing is left
-            known = isinstance(error, CallFailed | OSError)
-            self.error = self._conceal(str(error) if known else f"{self.name}: {error!r}")
+            known = isinstance(error, CallFailed)
+            brief = str(error) if known else f"{self.name} could not be started"
+            details = getattr(error, "details", "") if known else f": {error!r}"
+            self.error = self._conceal(brief + details)
+            self.reason = self._conceal(brief) + (_SAYS_MORE if details else "")
             self._fail()
             self.failed = True
             logger.warning("start: %s", self.error)
             await self.end()
             if self.is_stuck and self._group is not None:
-                self.error = _does_not_end(self.name, self._group)
-            raise CallFailed(self.error) from None
+                self.error = self.reason = _does_not_end(self.name, self._group)
+            raise CallFailed(self.reason) from None
         finally:
             self._starting = False
         self.failed, self.error = False, ""
@@ -163,7 +177,8 @@ class Launched:
         group = self._group
         if group is None or self._starting or self._ending is not None or group.is_running():
             return
-        self.error = self._conceal(self._obituary(group))
+        ended = self._obituary(group)
+        self.error = self._conceal(str(ended) + ended.details)
         logger.warning("%s", self.error)
         self._has_died(group)
 
@@ -258,13 +273,13 @@ class Launched:
                 if self._ending is None and not group.is_running():
                     reason = self._obituary(group)
                     await self.end(0)
-                    raise CallFailed(reason)
+                    raise reason
             if self._ending is not None:
                 await self._ended()
                 raise CallFailed(f"{self.name} was stopped while it started")
             if time.monotonic() > end:
                 await self.end()
-                raise CallFailed(self._about(f"did not serve within {limit:g} s, and was ended"))
+                raise self._about(f"did not serve within {limit:g} s, and was ended")
             await asyncio.sleep(_LOOK_S)
 
     def _check_ports(self) -> None:
@@ -308,12 +323,13 @@ class Launched:
         pause = min(LONGEST_PAUSE_S, 2.0 ** min(self._failures - 1, 30))
         self._rests_until = time.monotonic() + pause
 
-    def _obituary(self, group: Group) -> str:
+    def _obituary(self, group: Group) -> "_Missed":
         return self._about(group.end())
 
-    def _about(self, what: str) -> str:
+    def _about(self, what: str) -> "_Missed":
         last = self._state.last_line(self.name) or "nothing"
-        return f"{self.name} {what}: {self.entry.model.shown()} wrote last: {last} (in {self.log})"
+        details = f": {self.entry.model.shown()} wrote last: {last} (in {self.log})"
+        return _Missed(f"{self.name} {what}", details)
 
     def _environment(self) -> dict[str, str]:
         model, key = self.entry.model, self.entry.door_key
