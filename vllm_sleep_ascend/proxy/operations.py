@@ -54,6 +54,7 @@ class Operations:
             nonlocal until, awake
             if not await server.client.serves(ASK_S):
                 return False
+            launched.check_ports()  # again: another one may have answered, and keys come next
             until = min(until, time.monotonic() + _ENDPOINTS_S)
             try:
                 server.models = await server.client.models(timeout_s=ASK_S)

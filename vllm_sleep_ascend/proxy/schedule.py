@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _ANY = -1  # a device that no server names
 _RETRY_S = 5.0  # between two attempts to put an idle server to sleep
+_NO_ANSWER_S = 60.0  # the same for one that did not answer, which takes long to find out
 
 
 class Schedule:
@@ -213,8 +214,8 @@ class Schedule:
             others = [other.url for other in self.servers if other is not server]
             if server.runs and server.state != "asleep" and server.url not in others:
                 rest = server.rests_until - time.monotonic()
-                if rest <= 0 and not await self._sleeps_or_is_gone(server):
-                    rest = _RETRY_S
+                if rest <= 0:
+                    rest = await self._sleeps_or_is_gone(server)
                     server.rests_until = time.monotonic() + rest
                 if rest > 0:
                     pauses.append(rest)
@@ -223,12 +224,13 @@ class Schedule:
             await server.client.close()
         return min(pauses, default=None)
 
-    async def _sleeps_or_is_gone(self, server: Server) -> bool:
-        """Put a server to sleep if it answers."""
+    async def _sleeps_or_is_gone(self, server: Server) -> float:
+        """Put a server to sleep if it answers. Returns the seconds until the next attempt; 0 if it
+        sleeps, or is gone."""
         error = await self.operations.ask(server)
         if error is None:
-            return await self.operations.sleep(server)
-        return isinstance(error, NobodyListens)
+            return 0 if await self.operations.sleep(server) else _RETRY_S
+        return 0 if isinstance(error, NobodyListens) else _NO_ANSWER_S
 
     async def _bring_up(self, server: Server) -> None:
         if server.launched is None or server.state != "stopped":

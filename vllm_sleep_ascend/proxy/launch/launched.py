@@ -267,7 +267,7 @@ class Launched:
         end = time.monotonic() + limit
         while True:
             with contextlib.suppress(OSError):  # no descriptor is free, which passes
-                self._check_ports()
+                self.check_ports()
                 if await serves() and group.is_running() and self._ending is None:
                     return
                 if self._ending is None and not group.is_running():
@@ -282,7 +282,7 @@ class Launched:
                 raise self._about(f"did not serve within {limit:g} s, and was ended")
             await asyncio.sleep(_LOOK_S)
 
-    def _check_ports(self) -> None:
+    def check_ports(self) -> None:
         """
         Raises:
             CallFailed: another user listens there, who would get keys and requests.
