@@ -190,6 +190,7 @@ TEST(unchanged_content_is_not_written) {
   }
   pool().sleep(level_1(), sums);
   wake_all();
+  world.small.write(5);
   sums[reinterpret_cast<std::uintptr_t>(world.small.address())] = 2;
   const Counting calls;
   const camem::Report report = pool().sleep(level_1(), sums);
