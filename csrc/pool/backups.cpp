@@ -163,9 +163,9 @@ void Backups::take_back(const Task& task, Place place) noexcept {
     task.allocation->backup_sum = task.backup_sum;
     task.allocation->backup_distrusted = task.backup_distrusted;
   }
+  if (place == Place::kDisk) chunk.disk.forget_written();
   if (chunk.is_stuck()) return;
   if (place == Place::kDisk) {
-    chunk.disk.forget_written();
     if (!task.had_file) chunk.disk.release();
     return;
   }

@@ -184,6 +184,13 @@ RolledBack Transaction::take_back() noexcept {
   for_each_mapped_before(Content::kDevice,
                          [&](const Task& task) { backups_.take_back(task, place_); });
   for (const Task& task : to_place_) backups_.take_back(task, place_);
+  // What is not mapped again: what was written of it may not be on the disk, and no checksum of an
+  // earlier backup is that of its content.
+  for (const Task& task : to_backup_) {
+    if (task.chunk->content == Content::kDevice) continue;
+    task.allocation->backup_sum.reset();
+    if (place_ == Place::kDisk) task.chunk->disk.forget_written();
+  }
 
   for (const Task& task : to_device_) {
     task.chunk->content = task.before;
