@@ -210,7 +210,8 @@ def resting(stock: Callable[["EngineCoreProc"], None]) -> Callable[["EngineCoreP
     def _notify_idle_state_callbacks(self: "EngineCoreProc") -> None:
         stock(self)
         OnRequest.of(self).rest()
-        ToDisk.of(self).rest()
+        if self.input_queue.empty():  # a wake that has come is not to wait for a move
+            ToDisk.of(self).rest()
 
     return _notify_idle_state_callbacks
 

@@ -59,9 +59,16 @@ class ToDisk:
     def begin(self) -> None:
         """The time begins: the weights fell asleep, or their backup was put somewhere."""
         self._asleep_since, self._failures = time.monotonic(), 0
+        self._forget_timer()
 
     def _end(self) -> None:
         self._asleep_since, self._told = None, ""
+        self._forget_timer()
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def rest(self) -> None:
         """The engine has nothing to do: move the backup, or look again when it is time."""
@@ -84,11 +91,15 @@ class ToDisk:
         try:
             ranks: list[RankStatus] = executor.collective_rpc("sleep_status")
             in_host = sum(rank["backups"]["host"] for rank in ranks if "backups" in rank)
-            # A sleep would put to sleep what its user has woken.
-            if in_host and level_of(ranks) == 1 and state_of(ranks, True) == "asleep":
+            if not in_host or level_of(ranks) != 1:
+                self._end()
+            elif state_of(ranks, True) == "asleep":
                 logger.info("Asleep for %g s: the backup moves to disk.", self._after_s)
                 executor.collective_rpc("sleep", kwargs={"level": 1, "to": "disk"})
-            self._end()
+                self._end()
+            else:  # a sleep would put to sleep what its user has woken
+                self.begin()
+                self.rest()
         except Exception as error:  # of whatever type a rank raised
             self._failures = min(self._failures + 1, _MOST_DOUBLINGS)
             self._asleep_since = time.monotonic()
