@@ -47,6 +47,7 @@ class Turns:
         self.operations = Operations(metrics)
         self.changed = asyncio.Event()
         self._models_asked = -math.inf
+        self._asking: asyncio.Task[None] | None = None
         for server in servers:
             metrics.watch(server)
 
@@ -76,10 +77,12 @@ class Turns:
         """The server of this model; None if there is none."""
         if (server := self._known(model)) is not None:
             return server
-        # A server that was not up before may be now.
+        # A server that was not up before may be now. Other requests wait for the same answer.
         if time.monotonic() - self._models_asked > 1:
             self._models_asked = time.monotonic()
-            await self.operations.learn_models(self.servers)
+            self._asking = asyncio.create_task(self.operations.learn_models(self.servers))
+        if self._asking is not None:
+            await asyncio.shield(self._asking)
         return self._known(model)
 
     def _known(self, model: str) -> Server | None:
