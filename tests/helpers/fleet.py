@@ -145,6 +145,13 @@ class Fleet:
         self.admin.close()
 
 
+def runs(pid: int) -> bool:
+    """Whether the process has not ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def stand_in(folder: Path, name: str, *options: str, **more: Any) -> dict[str, Any]:
     program = str(ROOT / "tests" / "helpers" / "stand_in.py")
     journal = ("--journal", str(folder / "journal"))

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
+from helpers.fleet import runs
 from helpers.patience import wait_for
 from helpers.warm import kill_group
 
@@ -68,7 +68,7 @@ def test_a_command_does_not_run_if_the_proxy_is_killed_before(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code, str(ran)], stdout=subprocess.PIPE)
     assert killed.returncode == -signal.SIGKILL
     pid = int(killed.stdout)
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    wait_for(lambda: not runs(pid))
     assert not ran.exists()
 
 
@@ -95,14 +95,10 @@ def forked(tmp_path):
             file = tmp_path / name
             wait_for(lambda file=file: file.exists() and file.read_text())
             pids.append(int(file.read_text()))
-        yield group, *map(psutil.Process, pids)
+        yield group, *pids
     finally:
         for pid in (group.leader.pid, *pids[1:]):
             kill_group(pid)
-
-
-def runs(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_signal_goes_to_the_group_alone(forked):

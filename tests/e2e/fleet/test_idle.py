@@ -12,7 +12,7 @@ NEVER = 3600.0
 
 def soon() -> float:
     """Seconds in which nothing is idle while a test asks for it."""
-    return 1.0 * patience()
+    return 3.0 * patience()
 
 
 def test_an_idle_server_sleeps_deeper(tmp_path):

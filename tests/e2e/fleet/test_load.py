@@ -83,9 +83,11 @@ def test_servers_and_the_proxy_are_killed_under_load(tmp_path):
         try:
             clients.serve_more()
             for model in ("a", "b"):
+                pid = fleet.status()[model]["pid"]
+                os.kill(pid, signal.SIGSTOP)  # so that it writes nothing after this
                 with open(fleet.journal, "a") as journal:
                     journal.write(f"{model} dies\n")
-                os.kill(fleet.status()[model]["pid"], signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 clients.serve_more()
             assert not clients.lost
             pids = {name: fleet.status()[name]["pid"] for name in MODELS}
