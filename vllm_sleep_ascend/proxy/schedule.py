@@ -146,12 +146,13 @@ class Schedule:
         launched = server.launched
         if launched is None or server.state != "stopped":
             return False
-        before = [s for s in self.servers if s.name == server.name and s is not server]
-        for each in before:
-            if each.launched is not None and each.launched.pid is not None:
+        older = self.servers[: self.servers.index(server)]  # of before a reload
+        for each in [s for s in older if s.name == server.name]:
+            # It serves what has come, and ends first: both would have one record.
+            if each.launched is not None and (each.launched.pid is not None or each.waiting):
                 if each.state == "stuck":
                     server.fail(CallFailed(each.launched.error))
-                return True  # of before a reload, which ends first
+                return True
         rest = launched.rest_s()
         if rest > 0:
             pauses.append(rest)

@@ -74,6 +74,27 @@ def test_a_changed_server_restarts_once_its_requests_have_ended(tmp_path):
         assert fleet.metric('state{server="a",state="awake"}') == 1
 
 
+def test_a_changed_server_that_waits_for_its_first_start_goes_first(tmp_path):
+    """Also if the one that takes its place has another device, which is free."""
+    door = tmp_path / "door"
+    models = {"a": stand_in(tmp_path, "a", devices=0), "b": stand_in(tmp_path, "b", devices=0)}
+    with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
+        running = pool.submit(fleet.pid_of, "b", f"until {door}")
+        try:
+            wait_for(lambda: fleet.status()["b"]["in_flight"] == 1)
+            first = pool.submit(fleet.pid_of, "a")
+            wait_for(lambda: fleet.status()["a"]["queued"] == 1)
+            reload(fleet, models | {"a": stand_in(tmp_path, "a", devices=1)})
+            second = pool.submit(fleet.pid_of, "a")
+            wait_for(lambda: fleet.status()["a"]["queued"] == 1)
+        finally:
+            door.touch()
+        assert running.result()
+        assert first.result() != second.result()
+        of_a = [event for event in fleet.events() if event[0] == "a"]
+        assert of_a == ["a starts 0", "a ends", "a starts 1"]
+
+
 def test_what_needs_no_other_process(tmp_path):
     entry = stand_in(tmp_path, "a")
     with Fleet(tmp_path, {"a": entry}) as fleet:
