@@ -100,6 +100,9 @@ class Handler(BaseHTTPRequestHandler):
             elif prompt == "die":
                 state.note("dies")
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif prompt == "become another program":
+                state.note("listens no longer")
+                os.execvp("sleep", ["sleep", "600"])
             else:
                 if prompt.startswith("until "):
                     wait_for(Path(prompt.removeprefix("until ")))

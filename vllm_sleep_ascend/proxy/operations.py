@@ -156,6 +156,11 @@ class Operations:
             logger.warning("%s sleeps at level 1: %s are in no checkpoint", server.name, lost)
         return 1 if lost else level
 
+    async def clear_if_gone(self, server: Server) -> None:
+        """The same, if its engine is gone; for one that the proxy has started."""
+        if server.launched is not None and await server.client.is_gone(ASK_S):
+            await self._clear(server)
+
     async def _clear(self, server: Server) -> None:
         """End what is left of a server whose engine is gone, so that it can be started again."""
         if server.launched is not None:
@@ -172,8 +177,7 @@ class Operations:
             server.fail(error)
             if server.runs:
                 server.state = "unknown"
-            if server.launched is not None and await server.client.is_gone(ASK_S):
-                await self._clear(server)
+            await self.clear_if_gone(server)
             return
         if not server.runs:
             server.fail(CallFailed(f"{server.name} has ended"))

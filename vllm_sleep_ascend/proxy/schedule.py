@@ -275,7 +275,9 @@ class Schedule:
 
     async def _wake(self, server: Server) -> None:
         if server.state == "unknown" and (error := await self.operations.ask(server)) is not None:
-            server.fail(error)
+            await self.operations.clear_if_gone(server)
+            if server.runs:
+                server.fail(error)  # else they wait for its next start
         elif await self._others_sleep(server):
             await self.operations.wake(server)
 

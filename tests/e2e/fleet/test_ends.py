@@ -26,6 +26,17 @@ def test_a_server_that_dies_starts_again(tmp_path):
         assert "was ended by SIGKILL" in fleet.log.read_text()
 
 
+def test_a_process_that_listens_no_longer_is_killed_and_starts_again(tmp_path):
+    with Fleet(tmp_path, {"a": stand_in(tmp_path, "a")}) as fleet:
+        first = fleet.pid_of("a")
+        assert fleet.ask("a", "become another program").status_code == 502
+        assert runs(first)
+        assert fleet.pid_of("a") != first
+        assert not runs(first)
+        assert fleet.status()["a"]["deaths"] == 1
+        assert "a: its engine is gone; it gets SIGKILL" in fleet.log.read_text()
+
+
 def test_requests_wait_for_a_server_that_starts_again(tmp_path):
     with Fleet(tmp_path, {"a": stand_in(tmp_path, "a")}) as fleet:
         for _ in range(3):
