@@ -350,7 +350,10 @@ class Schedule:
 
     async def _ends(self, server: Server, launched: Launched) -> None:
         if server.outlasted:
-            await self.operations.sleep(server)  # which waits for background responses
+            try:
+                await self.operations.sleep(server)  # which waits for background responses
+            except Exception:
+                logger.exception("%s does not sleep before its end", server.name)
             server.outlasted = False
         await launched.end()
 
