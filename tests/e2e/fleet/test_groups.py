@@ -123,6 +123,51 @@ def test_a_child_outlives_its_leader_until_the_group_is_killed(forked):
     assert not runs(child) and runs(other)
 
 
+MAIN_THREAD_ENDS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+open("ends", "w").close()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_zombie_whose_threads_run_has_not_ended(tmp_path):
+    """Its memory and devices are not free yet."""
+    group = prepare(tmp_path, MAIN_THREAD_ENDS)
+    group.go()
+    try:
+        stat = Path(f"/proc/{group.leader.pid}/stat")
+        wait_for(lambda: stat.read_bytes().rpartition(b")")[2].split()[0] == b"Z")
+        assert (tmp_path / "ends").exists(), (tmp_path / "out").read_text()
+        again = Group(group.leader)  # as another proxy finds it
+        for each in (group, again):
+            assert each.is_running()
+            assert not asyncio.run(each.gone(0))
+        assert asyncio.run(again.gone(60, kill=True))
+        assert has_ended(group) and group.end() == "was ended by SIGKILL"
+    finally:
+        kill_group(group.leader.pid)
+
+
+def test_a_process_that_may_get_no_signal_is_not_gone(forked, monkeypatch):
+    """As another user's in the group."""
+    group, child, _ = forked
+    pidfd_send = signal.pidfd_send_signal
+
+    def send(descriptor: int, number: int) -> None:
+        if f"Pid:\t{child}\n" in Path(f"/proc/self/fdinfo/{descriptor}").read_text():
+            raise PermissionError
+        pidfd_send(descriptor, number)
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", send)
+    assert group.send(signal.SIGTERM)
+    wait_for(lambda: has_ended(group))
+    assert not asyncio.run(group.gone(0.3, kill=True))
+    assert runs(child)
+    monkeypatch.undo()
+    assert asyncio.run(group.gone(60, kill=True))
+
+
 @pytest.mark.parametrize("change", [{"started": 1}, {"started": -1}, {"boot": "x"}, {"pid": 1}])
 def test_another_process_is_not_the_leader(forked, change):
     group, child, _ = forked

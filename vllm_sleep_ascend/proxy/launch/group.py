@@ -28,13 +28,19 @@ class _Stat(NamedTuple):
     state: str
     group: int
     session: int
+    threads: int
     started: int  # in ticks since the boot
+
+    @property
+    def has_ended(self) -> bool:
+        """A zombie whose threads still end has memory and devices yet."""
+        return self.state in "ZX" and self.threads <= 1
 
 
 def _stat(pid: int) -> _Stat | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return _Stat(fields[0].decode(), int(fields[2]), int(fields[3]), int(fields[19]))
+        return _Stat(fields[0].decode(), *(int(fields[n]) for n in (2, 3, 17, 19)))
     except (FileNotFoundError, ProcessLookupError, PermissionError, IndexError):
         return None  # no such process, or one that is hidden from us
 
@@ -97,7 +103,7 @@ class Group:
         if self._child is not None:  # a zombie whose threads still end has no exit code yet
             return self._child.poll() is None
         found = self._found()
-        return found is not None and found.state not in "ZX"
+        return found is not None and not found.has_ended
 
     def end(self) -> str:
         """How its leader has ended."""
@@ -124,7 +130,8 @@ class Group:
         while True:
             with contextlib.suppress(OSError):
                 runs = self.is_running()
-                if not (self.send(signal.SIGKILL) if kill else runs or self._has_members()):
+                left = self.send(signal.SIGKILL) if kill else self._has_members()
+                if not (runs or left):
                     return True
             if time.monotonic() > end:
                 return False
@@ -154,7 +161,7 @@ class Group:
         found = _stat(pid)
         return (
             found is not None
-            and found.state not in "ZX"
+            and not found.has_ended
             and found.group == found.session == self.leader.pid
             and found.started >= self.leader.started
         )
@@ -176,6 +183,8 @@ class Group:
                 os.kill(pid, number)
         except ProcessLookupError:
             return False
+        except PermissionError:  # another user's; it is there all the same
+            pass
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
