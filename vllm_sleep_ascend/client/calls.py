@@ -2,6 +2,7 @@
 """HTTP calls to one vLLM server, and the ways in which they fail."""
 
 import asyncio
+import errno
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx
@@ -85,6 +86,8 @@ class Calls:
         try:
             answer = await self._http.request(method, path, **options)
         except httpx.ConnectError as error:
+            if _no_descriptor_is_free(error):
+                raise Unreachable(f"{self.url}: no file descriptor is free to connect") from None
             raise NobodyListens(
                 f"{self.url}: cannot connect ({error}); is the server up, and is this its address?"
             ) from None
@@ -129,8 +132,8 @@ class Calls:
         for _ in range(_ATTEMPTS):
             try:
                 answer = await self._http.get("/health", timeout=timeout_s)
-            except httpx.ConnectError:
-                return True
+            except httpx.ConnectError as error:
+                return not _no_descriptor_is_free(error)
             except httpx.TimeoutException:
                 return False
             except httpx.TransportError:
@@ -158,6 +161,17 @@ class Calls:
         finally:
             call.cancel()
             await asyncio.wait({call})
+
+
+def _no_descriptor_is_free(error: BaseException | None) -> bool:
+    """Whether this is why it could not connect, which says nothing about the server."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        if isinstance(error, BaseExceptionGroup):  # one error for each address
+            return any(map(_no_descriptor_is_free, error.exceptions))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reason(answer: httpx.Response) -> tuple[str, str]:
