@@ -198,6 +198,8 @@ class Launched:
             if wait_s is None:
                 wait_s = self.entry.model.stop_timeout_s
             self._ending = asyncio.create_task(self._end(self._group, wait_s))
+        elif wait_s == 0:
+            self.hurry()
         await self._ended()
 
     async def _ended(self, timeout_s: float = float("inf")) -> None:
