@@ -56,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path, state = self.path.partition("?")[0], self.state
+        path, _, query = self.path.partition("?")
+        state = self.state
         if path == "/v1/models":
             names = (state.args.model, *state.args.alias)
             self._answer({"data": [{"id": name} for name in names]})
@@ -71,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/v1/responses/r" and state.background is not None:
             ended = state.background.exists()
             self._answer({"id": "r", "status": "completed" if ended else "in_progress"})
+        elif path == "/v1/responses/stored":
+            state.note("streams")
+            self._answer({"id": "stored"}, until=Path(parse_qs(query)["until"][0]))
         else:
             self._answer({}, 404)
 
@@ -117,12 +121,15 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer({}, 404)
 
-    def _answer(self, content: dict, status: int = 200) -> None:
+    def _answer(self, content: dict, status: int = 200, until: Path | None = None) -> None:
+        """``until`` that file is there, only the head."""
         text = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(text)))
         self.end_headers()
+        if until is not None:
+            wait_for(until)
         self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:

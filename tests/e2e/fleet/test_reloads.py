@@ -161,6 +161,25 @@ def test_a_request_beside_the_turns_is_not_lost(tmp_path):
         assert fleet.events()[-1] == "a ends"
 
 
+def test_a_stored_response_that_streams_is_not_lost(tmp_path):
+    door = tmp_path / "door"
+    models = {"a": stand_in(tmp_path, "a"), "b": stand_in(tmp_path, "b")}
+    with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
+        fleet.pid_of("a")
+        url = f"/v1/responses/stored?until={door}"
+        running = pool.submit(fleet.users.get, url)
+        try:
+            wait_for(lambda: "a streams" in fleet.events())
+            reload(fleet, {"b": models["b"]})
+            assert fleet.pid_of("b")  # the schedule has seen it
+            assert "a ends" not in fleet.events()
+        finally:
+            door.touch()
+        assert running.result().json() == {"id": "stored"}
+        wait_for(lambda: list(fleet.states()) == ["b"])
+        assert fleet.events()[-1] == "a ends"
+
+
 def test_a_background_response_is_not_lost(tmp_path):
     """Also one that keeps the turn no longer: the server sleeps before it ends, which waits."""
     done = tmp_path / "done"

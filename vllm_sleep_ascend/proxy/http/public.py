@@ -4,7 +4,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 
 import httpx
@@ -161,17 +161,22 @@ class Public:
         Raises:
             Refused: the server does not answer.
         """
+        passed = self._passes(server)
+        try:
+            return PassedOn(await self._answer(server, asked), passed)
+        except BaseException:
+            passed(True)
+            raise
+
+    def _passes(self, server: Server) -> Callable[[bool], None]:
+        """A request begins beside the turns. Returns what to call at its end."""
         server.passing += 1
 
         def passed(_: bool) -> None:
             server.passing -= 1
             self.turns.changed.set()
 
-        try:
-            return PassedOn(await self._answer(server, asked), passed)
-        except BaseException:
-            passed(True)
-            raise
+        return passed
 
     async def _find(self, request: Request, body: bytes) -> Response:
         """Ask all servers for a stored response, and pass on the answer of the one that has it. One
@@ -189,20 +194,24 @@ class Public:
                 raise NoAnswer(server.name, f"nothing came within {ASK_S:g} s") from None
 
         running = (server for server in self.turns.servers if server.runs)
-        asked = [asyncio.create_task(ask(server)) for server in running]
+        asked = {asyncio.create_task(ask(server)): self._passes(server) for server in running}
         if not asked:
             raise Refused(404, "no server has this response")
-        chosen: httpx.Response | None = None
+        chosen: asyncio.Task[httpx.Response] | None = None
         try:
             await asyncio.wait(asked)
             best = min(asked, key=_rank)
             if _rank(best) != _MISSING:
-                chosen = best.result()
-                return PassedOn(chosen)
+                response = PassedOn(best.result(), asked[best])
+                chosen = best
+                return response
         finally:
-            for task in asked:
+            left = [task for task in asked if task is not chosen]
+            for task in left:
                 task.cancel()
-                if task.done() and not task.exception() and task.result() is not chosen:
+                asked[task](False)
+            for task in left:
+                if task.done() and not task.exception():
                     await task.result().aclose()
         raise Refused(404, "no server has this response")
 
