@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.operations import Operations
 from vllm_sleep_ascend.proxy.servers import Server
@@ -107,6 +108,8 @@ class Turns:
     async def enter(self, server: Server) -> None:
         """The first half of ``turn``; ``leave`` is the second."""
         started = time.monotonic()
+        if server not in self.servers:  # by a reload, since it was chosen
+            raise CallFailed(f"{server.name} was removed")
         if server.open and not server.unsure:
             server.enter()
         elif sum(len(each.waiting) for each in self.servers) >= self.settings.max_queue:
