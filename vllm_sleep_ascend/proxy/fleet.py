@@ -210,6 +210,9 @@ class Fleet:
                 logger.info("%s of an earlier proxy has ended", record.name)
         except CallFailed as error:
             logger.error("%s", error)
+            for server in self._turns.servers:
+                if server.name == record.name and server.launched is not None:
+                    server.launched.wait_out(record)
             return
         self._state.forget(record.name)
 

@@ -142,9 +142,17 @@ def test_a_process_that_sigkill_does_not_end(tmp_path):
         fleet.end()
         assert [process.pid for process in fleet.started()] == [pid]
         assert [file.name[:2] for file in fleet.state.glob("*.json")] == ["a-"]
-        psutil.Process(pid).kill()  # the driver is back
+        models["a"]["env"] = {"A": "b"}  # so that the next proxy does not keep the process
+        fleet.write(models)
         fleet.start()
+        assert fleet.states()["a"] == "stuck"
+        for name in ("a", "b"):
+            assert fleet.ask(name).status_code == 503
+        assert [process.pid for process in fleet.started()] == [pid]
+        psutil.Process(pid).kill()  # the driver is back
+        wait_for(lambda: fleet.states()["a"] == "stopped")
         assert fleet.pid_of("b")
+        assert fleet.pid_of("a") != pid
 
 
 def test_a_second_sigterm_waits_for_nothing(tmp_path):

@@ -113,6 +113,14 @@ class Launched:
         self.moved()
         return True
 
+    def wait_out(self, record: Record) -> None:
+        """Count as stuck until the process of an earlier proxy ends, which SIGKILL did not end."""
+        group = Group(Leader(record.pid, record.started, record.boot))
+        self._group, self._record = group, record
+        self.is_stuck, self.error = True, _does_not_end(self.name, group)
+        self._ending = asyncio.create_task(self._clear(group))
+        self.stuck()
+
     @property
     def slept_at(self) -> int:
         """The level at which it may sleep, 0 for none. It is written down, for the next proxy."""
