@@ -14,7 +14,14 @@ ROUNDING = 0.2
 """Of the best logit, in bfloat16; logits have a deviation of 2."""
 
 
-@pytest.mark.parametrize("name", ["tiny-deepseek-v2-lite", "tiny-deepseek-v2", "tiny-deepseek-v3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny-deepseek-v2",
+        pytest.param("tiny-deepseek-v2-lite", marks=pytest.mark.slow),
+        pytest.param("tiny-deepseek-v3", marks=pytest.mark.slow),
+    ],
+)
 def test_sixteen_bits(name):
     model = make_model(name)
     with engine(model, dtype="bfloat16", enable_sleep_mode=True) as llm:

@@ -9,7 +9,11 @@ from helpers.models import make_model, other_weights
 from helpers.reference import PROMPTS, hf_few, hf_greedy
 from safetensors.torch import load_file
 
-MODELS = ("tiny-deepseek-v2-lite", "tiny-deepseek-v2", "tiny-deepseek-v3")
+MODELS = (
+    "tiny-deepseek-v2",
+    "tiny-deepseek-v3",
+    pytest.param("tiny-deepseek-v2-lite", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -8,7 +8,12 @@ from helpers.models import make_model, other_weights
 from helpers.vision import OTHER, QUESTIONS, TEXT, WIDE, Question, ask, hf_answers, options_of
 from safetensors.torch import load_file
 
-MODELS = ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm", "tiny-phi3v"]
+MODELS = [
+    "tiny-qwen3-vl",
+    "tiny-phi3v",
+    pytest.param("tiny-qwen2.5-vl", marks=pytest.mark.slow),
+    pytest.param("tiny-smolvlm", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=MODELS)
