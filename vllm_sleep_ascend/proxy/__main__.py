@@ -25,6 +25,7 @@ from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config import models
 from vllm_sleep_ascend.proxy.config.lines import Invalid
+from vllm_sleep_ascend.proxy.config.model import API_KEY
 from vllm_sleep_ascend.proxy.fleet import Defaults, Fleet
 from vllm_sleep_ascend.proxy.http.admin import Admin
 from vllm_sleep_ascend.proxy.http.listening import Listeners, on_signals
@@ -70,7 +71,7 @@ def _servers(args: argparse.Namespace, door_key: str | None) -> list[Server]:
     servers = []
     for pair in args.urls:
         url, _, door = pair.partition(",")
-        key = os.environ.get("VLLM_API_KEY")
+        key = os.environ.get(API_KEY)
         client = SleepClient(url, args.timeout_s, api_key=key, door=door or None, door_key=door_key)
         servers.append(Server(client, level=args.level))
     return servers

@@ -2,7 +2,6 @@
 """The servers of models.yaml: found again after a restart, changed by a reload, ended in order."""
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Self
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config.lines import Invalid
-from vllm_sleep_ascend.proxy.config.model import API_KEY
+from vllm_sleep_ascend.proxy.config.model import API_KEY, STOP_S
 from vllm_sleep_ascend.proxy.config.models import Entry, load
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.launch.state import Record, State
@@ -204,7 +203,7 @@ class Fleet:
     async def _end_stray(self, record: Record) -> None:
         """End a server of an earlier proxy that is not one of these."""
         entry = self._entries.get(record.name)
-        stop_s = entry.model.stop_timeout_s if entry is not None else 30.0
+        stop_s = entry.model.stop_timeout_s if entry is not None else STOP_S
         try:
             if await Launched.end_stray(record, stop_s):
                 logger.info("%s of an earlier proxy has ended", record.name)
@@ -221,5 +220,4 @@ class Fleet:
             await asyncio.sleep(_LOOK_S)
             for server in self._turns.servers:
                 if server.launched is not None:
-                    with contextlib.suppress(OSError):  # of /proc
-                        server.launched.look()
+                    server.launched.look()

@@ -157,12 +157,12 @@ class Operations:
         return 1 if lost else level
 
     async def clear_if_gone(self, server: Server) -> None:
-        """The same, if its engine is gone; for one that the proxy has started."""
+        """End what is left of a server that the proxy has started, if its engine is gone."""
         if server.launched is not None and await server.client.is_gone(ASK_S):
             await self._clear(server)
 
     async def _clear(self, server: Server) -> None:
-        """End what is left of a server whose engine is gone, so that it can be started again."""
+        """The same for one whose engine is known to be gone."""
         if server.launched is not None:
             await server.launched.kill("its engine is gone")
 

@@ -92,8 +92,7 @@ class Schedule:
         """Do what is possible now. Returns the seconds after which there may be more to do."""
         for server in self.servers:
             if server.launched is not None:
-                with contextlib.suppress(OSError):  # of /proc
-                    server.launched.look()
+                server.launched.look()
                 if server.state == "stuck":
                     server.fail(CallFailed(server.launched.error))
         pauses = [await self._retire()]

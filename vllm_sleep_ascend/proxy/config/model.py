@@ -17,17 +17,15 @@ from vllm_sleep_ascend import admin_key
 PORT, ADMIN_PORT = "${PORT}", "${ADMIN_PORT}"
 DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 API_KEY = "VLLM_API_KEY"
+STOP_S = 30.0
+"""Seconds from SIGTERM to SIGKILL, if its entry does not say, or it has none."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(
-    r"(?:^|[-_.])(?:key|token|secret|password|passwd|credentials?)$", re.IGNORECASE
-)
+_SECRET_WORD = r"(?:key|token|secret|password|passwd|credentials?)"
+_SECRET = re.compile(rf"(?:^|[-_.]){_SECRET_WORD}$", re.IGNORECASE)
 # As vLLM takes it, also in a command within the command.
 _API_KEY_OPTION = re.compile(r"(?:^|\s)--api[-_]key(?:$|[\s=])")
-_SECRET_WITHIN = re.compile(
-    r"(--?(?:[\w.-]*[-_.])?(?:key|token|secret|password|passwd|credentials?)[\s=]+)\S+",
-    re.IGNORECASE,
-)
+_SECRET_WITHIN = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_SECRET_WORD}[\s=]+)\S+", re.IGNORECASE)
 _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
 _LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
@@ -199,7 +197,7 @@ class Model(BaseModel):
     preload: Annotated[StrictBool, BeforeValidator(_boolean)] = False
     start_timeout_s: Seconds = 1800.0
     wake_timeout_s: Seconds | None = None
-    stop_timeout_s: Seconds = 30.0
+    stop_timeout_s: Seconds = STOP_S
     sleep_after: Seconds | None = None
     deep_sleep_after: Seconds | None = None
     stop_after: Seconds | None = None

@@ -103,7 +103,7 @@ class Launched:
 
     def adopt(self, record: Record) -> bool:
         """Take over the process of an earlier proxy. Returns whether it runs."""
-        group = Group(Leader(record.pid, record.started, record.boot))
+        group = _group_of(record)
         if not group.is_running():
             return False
         self._group, self._record, self.starts = group, record, 1
@@ -115,7 +115,7 @@ class Launched:
 
     def wait_out(self, record: Record) -> None:
         """Count as stuck until the process of an earlier proxy ends, which SIGKILL did not end."""
-        group = Group(Leader(record.pid, record.started, record.boot))
+        group = _group_of(record)
         self._group, self._record = group, record
         self.is_stuck, self.error = True, _does_not_end(self.name, group)
         self._ending = asyncio.create_task(self._clear(group))
@@ -142,7 +142,7 @@ class Launched:
         Raises:
             CallFailed: it does not end.
         """
-        group = Group(Leader(record.pid, record.started, record.boot))
+        group = _group_of(record)
         if not group.send(signal.SIGTERM):
             return False
         if not await group.gone(wait_s) and not await group.gone(_STUCK_S, kill=True):
@@ -183,12 +183,15 @@ class Launched:
     def look(self) -> None:
         """Notice that its process has ended by itself."""
         group = self._group
-        if group is None or self._starting or self._ending is not None or group.is_running():
+        if group is None or self._starting or self._ending is not None:
             return
-        ended = self._obituary(group)
-        self.error = self._conceal(str(ended) + ended.details)
-        logger.warning("%s", self.error)
-        self._has_died(group)
+        with contextlib.suppress(OSError):  # of /proc: the next look may tell
+            if group.is_running():
+                return
+            ended = self._obituary(group)
+            self.error = self._conceal(str(ended) + ended.details)
+            logger.warning("%s", self.error)
+            self._has_died(group)
 
     def _has_died(self, group: Group) -> None:
         self.deaths += 1
@@ -355,6 +358,11 @@ class Launched:
         for secret in secrets(self._environment()):
             text = text.replace(secret, _HIDDEN)
         return text
+
+
+def _group_of(record: Record) -> Group:
+    """That of an earlier proxy."""
+    return Group(Leader(record.pid, record.started, record.boot))
 
 
 def _does_not_end(name: str, group: Group) -> str:
