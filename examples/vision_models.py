@@ -307,6 +307,16 @@ def _qwen(config: Config) -> Iterator[Parameter]:
         yield from _linear(f"{root}{name}.linear_fc2", out, merged, 1.5)
 
 
+def _encoder_layer(layer: str, hidden: int, inner: int) -> Iterator[Parameter]:
+    """A layer of CLIP or SigLIP."""
+    yield from _norm(f"{layer}layer_norm1", hidden)
+    yield from _norm(f"{layer}layer_norm2", hidden)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        yield from _linear(f"{layer}self_attn.{name}", hidden, hidden, 1.5)
+    yield from _linear(f"{layer}mlp.fc1", inner, hidden, 1.5)
+    yield from _linear(f"{layer}mlp.fc2", hidden, inner)
+
+
 def _smolvlm(config: Config) -> Iterator[Parameter]:
     tower, text = config["vision_config"], config["text_config"]
     hidden, inner, patch = (tower[k] for k in ("hidden_size", "intermediate_size", "patch_size"))
@@ -316,13 +326,7 @@ def _smolvlm(config: Config) -> Iterator[Parameter]:
     positions = (tower["image_size"] // patch) ** 2
     yield f"{root}embeddings.position_embedding.weight", (positions, hidden), hidden**0.5
     for index in range(tower["num_hidden_layers"]):
-        layer = f"{root}encoder.layers.{index}."
-        yield from _norm(f"{layer}layer_norm1", hidden)
-        yield from _norm(f"{layer}layer_norm2", hidden)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{layer}self_attn.{name}", hidden, hidden, 1.5)
-        yield from _linear(f"{layer}mlp.fc1", inner, hidden, 1.5)
-        yield from _linear(f"{layer}mlp.fc2", hidden, inner)
+        yield from _encoder_layer(f"{root}encoder.layers.{index}.", hidden, inner)
     yield from _norm(f"{root}post_layernorm", hidden)
     joined = hidden * config["scale_factor"] ** 2
     yield "model.connector.modality_projection.proj.weight", (text["hidden_size"], joined), 1.0
@@ -337,13 +341,7 @@ def _phi3v(config: Config) -> Iterator[Parameter]:
     yield f"{tower}embeddings.position_embedding.weight", (positions, hidden), hidden**0.5
     yield from _norm(f"{tower}pre_layrnorm", hidden)
     for index in range(config["img_processor"]["layer_idx"] + 1):
-        layer = f"{tower}encoder.layers.{index}."
-        yield from _norm(f"{layer}layer_norm1", hidden)
-        yield from _norm(f"{layer}layer_norm2", hidden)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{layer}self_attn.{name}", hidden, hidden, 1.5)
-        yield from _linear(f"{layer}mlp.fc1", inner, hidden, 1.5)
-        yield from _linear(f"{layer}mlp.fc2", hidden, inner)
+        yield from _encoder_layer(f"{tower}encoder.layers.{index}.", hidden, inner)
     yield f"{root}glb_GN", (1, 1, 4 * hidden), (4 * hidden) ** 0.5
     yield f"{root}sub_GN", (1, 1, 1, 4 * hidden), (4 * hidden) ** 0.5
     yield from _linear(f"{root}img_projection.0", config["hidden_size"], 4 * hidden, 1.0)
