@@ -6,17 +6,14 @@ The system calls fail one by one in tests/cpp/disk_faults_test.cpp.
 
 import os
 import resource
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import MIB, ROOT, allocator
-from helpers.disk import nameless_files, spoil
+from helpers import MIB, allocator
+from helpers.disk import leaves_no_file_if_killed, nameless_files, spoil
 from helpers.logs import messages_of
-from helpers.patience import patience
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.config import SleepModeConfig
@@ -178,25 +175,6 @@ def test_a_start_names_a_directory_that_is_missing(tmp_path) -> None:
         SleepingMemory().configure(config)
 
 
-KILLED = """
-import sys, threading, time
-from helpers import MIB, allocator
-from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.sim import control
-
-allocator.start()
-allocator.configure(threads=1, backup_dir=sys.argv[1])
-blocks = [allocator.Block("weights", 8 * MIB, seed) for seed in range(3)]
-sleep = lambda: _camem.sleep(allocator.LEVEL_1)
-wake = lambda: _camem.wake(list(allocator.TAGS))
-
-def held_at(call, nth, operation):
-    control.reset_counters()
-    control.set_faults(f"{call}:{nth}:delay_ms=600000")
-    threading.Thread(target=operation, daemon=True).start()
-    while control.fault_hits() == 0:
-        time.sleep(0.001)
-"""
 PHASES = {
     "asleep": "sleep()",
     "prepared": "_camem.sleep(allocator.LEVEL_1, commit=False)",
@@ -209,28 +187,8 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_process_leaves_no_file(phase, tmp_path) -> None:
-    code = KILLED + PHASES[phase] + "\nprint('ready', flush=True)\ntime.sleep(600)\n"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ['PYTHONPATH']}",
-            "NPU_SIM_MACHINE": f"disk-{os.getpid()}-{[*PHASES].index(phase)}",
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert child.stdout is not None
-        try:
-            assert child.stdout.readline() == "ready\n"
-            (file,) = nameless_files(tmp_path, child.pid)
-            assert file.stat().st_size == 24 * MIB
-            assert list(tmp_path.iterdir()) == []
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait(60 * patience())
-    assert list(tmp_path.iterdir()) == []
-    assert not Path(f"/proc/{child.pid}").exists()
+    machine = f"disk-{os.getpid()}-{[*PHASES].index(phase)}"
+    leaves_no_file_if_killed(tmp_path, "disk", PHASES[phase], machine)
 
 
 def test_disk_errors_are_errors_of_sleep_mode() -> None:

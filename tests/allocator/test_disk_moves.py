@@ -6,17 +6,14 @@ The system calls of a move fail one by one in tests/cpp/disk_faults_test.cpp.
 """
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from helpers import MIB, ROOT, allocator
-from helpers.disk import nameless_files, spoil
+from helpers import MIB, allocator
+from helpers.disk import leaves_no_file_if_killed, nameless_files, spoil
 from helpers.logs import messages_of
 from helpers.patience import patience, wait_for
 
@@ -187,25 +184,6 @@ def test_a_sleep_to_disk_that_is_aborted_leaves_prepared_host_memory(weights, tm
     assert all(block.intact() for block in weights)
 
 
-KILLED = """
-import ctypes, sys, threading, time
-from helpers import MIB, allocator
-from helpers.disk import nameless_files
-from vllm_sleep_ascend import _camem
-from vllm_sleep_ascend.sim import control
-
-allocator.start()
-allocator.configure(threads=1, backup_dir=sys.argv[1], place="host")
-blocks = [allocator.Block("weights", 8 * MIB, seed) for seed in range(3)]
-sleep = lambda place="", commit=True: _camem.sleep(allocator.LEVEL_1, place=place, commit=commit)
-
-def held_at(call, nth, operation):
-    control.reset_counters()
-    control.set_faults(f"{call}:{nth}:delay_ms=600000")
-    threading.Thread(target=operation, daemon=True).start()
-    while control.fault_hits() == 0:
-        time.sleep(0.001)
-"""
 FREE = "'aclrtFreeHost' if _camem.host_memory()['source'] == 'acl' else 'aclrtHostUnregister'"
 TAKE = "'aclrtMallocHost' if _camem.host_memory()['source'] == 'acl' else 'aclrtHostRegisterV2'"
 PHASES = {
@@ -225,25 +203,5 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_process_killed_in_a_move_leaves_no_file(phase, tmp_path) -> None:
-    code = KILLED + PHASES[phase] + "\nprint('ready', flush=True)\ntime.sleep(600)\n"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ['PYTHONPATH']}",
-            "NPU_SIM_MACHINE": f"moves-{os.getpid()}-{[*PHASES].index(phase)}",
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert child.stdout is not None
-        try:
-            assert child.stdout.readline() == "ready\n"
-            (file,) = nameless_files(tmp_path, child.pid)
-            assert file.stat().st_size == 24 * MIB
-            assert list(tmp_path.iterdir()) == []
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait(60 * patience())
-    assert list(tmp_path.iterdir()) == []
-    assert not Path(f"/proc/{child.pid}").exists()
+    machine = f"moves-{os.getpid()}-{[*PHASES].index(phase)}"
+    leaves_no_file_if_killed(tmp_path, "host", PHASES[phase], machine)

@@ -136,6 +136,12 @@ def draft_counts(llm: Any) -> tuple[float, float]:
     return drafted, taken
 
 
+def only_rank(llm: Any) -> Any:
+    """``sleep_status`` of the worker of an engine with one rank."""
+    (rank,) = llm.collective_rpc("sleep_status")
+    return rank
+
+
 def driver_worker(llm: Any) -> Any:
     """The worker of an engine with one rank."""
     return llm.llm_engine.model_executor.driver_worker.worker

@@ -5,7 +5,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from helpers.engine import driver_worker, engine, few
+from helpers.engine import driver_worker, engine, few, only_rank
 from helpers.logs import messages_of
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +23,7 @@ def engine_with(model, after_level2: str):
 
 
 def without_content(llm) -> int:
-    (status,) = llm.collective_rpc("sleep_status")
-    return status["parameters_without_content"]
+    return only_rank(llm)["parameters_without_content"]
 
 
 def test_warn_says_so_once_when_it_serves_and_not_before(tiny_model, expected):
@@ -124,7 +123,7 @@ def test_reload_loads_all_or_says_what_is_missing_and_can_be_repeated(
         states = {a["tag"]: a["state"] for a in _camem.allocations() if a["device_bytes"]}
         assert "weights" not in states
         assert llm.llm_engine.is_sleeping()
-        (status,) = llm.collective_rpc("sleep_status")
+        status = only_rank(llm)
         assert status["last_error"]["operation"] == "wake"
 
         file.write_bytes(whole)

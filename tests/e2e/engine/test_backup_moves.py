@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.cli import vllm_sleep
 from helpers.disk import nameless_files, spoil
-from helpers.engine import engine, few
+from helpers.engine import engine, few, only_rank
 from helpers.reference import hf_few
 from helpers.server import MEMORY, SMALL, Server
 
@@ -32,11 +32,6 @@ def llm(tiny_model, directory) -> Iterator[Any]:
     assert list(directory.iterdir()) == []
 
 
-def status(llm: Any) -> dict[str, Any]:
-    (rank,) = llm.collective_rpc("sleep_status")
-    return rank
-
-
 def held() -> int:
     return _camem.pinned_host_bytes() + _camem.plain_host_bytes()
 
@@ -45,36 +40,36 @@ def test_a_sleeping_engine_moves_to_disk_and_back(llm, tiny_model, directory) ->
     expected = hf_few(tiny_model)
     assert few(llm) == expected
     llm.sleep(level=1)
-    rank = status(llm)
+    rank = only_rank(llm)
     size = rank["backups"]["host"]
     assert size == held() == rank["host_backup"] >= rank["tags"]["weights"]["offloaded"] > 0
     assert rank["backups"]["disk"] == 0
     llm.sleep(level=1, to="disk")
-    rank = status(llm)
+    rank = only_rank(llm)
     assert rank["backups"] == {"host": 0, "disk": size}
     assert held() == rank["host_backup"] == 0
     assert rank["disk_backup"]["bytes"] == size
     assert sum(tag["moved"] for tag in rank["last_operation"]["tags"].values()) == size
     assert len(nameless_files(directory)) == 1
     llm.sleep(level=1)  # without a place nothing moves
-    assert status(llm)["backups"] == {"host": 0, "disk": size}
+    assert only_rank(llm)["backups"] == {"host": 0, "disk": size}
     llm.sleep(level=1, to="host")
-    assert status(llm)["backups"] == {"host": size, "disk": 0}
+    assert only_rank(llm)["backups"] == {"host": size, "disk": 0}
     assert held() == size and nameless_files(directory) == []
     llm.sleep(level=1, to="disk")
     llm.wake_up()
-    assert status(llm)["backups"] == {"host": 0, "disk": 0}
+    assert only_rank(llm)["backups"] == {"host": 0, "disk": 0}
     assert few(llm) == expected
 
 
 def test_an_engine_that_is_awake_sleeps_to_the_place_itself(llm, tiny_model) -> None:
     llm.sleep(level=1, to="disk")
-    rank = status(llm)
+    rank = only_rank(llm)
     assert rank["backups"]["host"] == 0 < rank["backups"]["disk"]
     assert rank["last_operation"]["tags"]["weights"]["moved"] == 0
     llm.wake_up()
     llm.sleep(level=1)  # the place was that sleep's
-    assert status(llm)["backups"]["disk"] == 0
+    assert only_rank(llm)["backups"]["disk"] == 0
     llm.wake_up()
     assert few(llm) == hf_few(tiny_model)
 
@@ -84,18 +79,18 @@ def test_tags_and_level_2_after_a_move(llm, tiny_model, directory) -> None:
     llm.sleep(level=1)
     llm.sleep(level=1, to="disk")
     llm.wake_up(tags=["weights"])
-    assert status(llm)["tags"]["weights"]["asleep_on_disk"] == 0
+    assert only_rank(llm)["tags"]["weights"]["asleep_on_disk"] == 0
     llm.sleep(level=1, to="disk")  # the weights sleep again, to disk
-    assert status(llm)["tags"]["weights"]["asleep_on_disk"] > 0
+    assert only_rank(llm)["tags"]["weights"]["asleep_on_disk"] > 0
     llm.wake_up(tags=["kv_cache"])
     llm.sleep(level=1, to="host")
-    assert status(llm)["backups"]["disk"] == 0
+    assert only_rank(llm)["backups"]["disk"] == 0
     llm.wake_up()
     assert few(llm) == expected
     llm.sleep(level=1)
     llm.sleep(level=1, to="disk")
     llm.sleep(level=2)
-    assert status(llm)["tags"]["weights"]["disk"] == 0
+    assert only_rank(llm)["tags"]["weights"]["disk"] == 0
     llm.wake_up()
     llm.collective_rpc("reload_weights")
     assert few(llm) == expected
@@ -106,7 +101,7 @@ def test_discarded_weights_have_no_backup_to_move(llm, tiny_model) -> None:
     for place in ("disk", "host"):
         with pytest.raises(SleepModeError, match=r"weights were discarded \(level 2\)"):
             llm.sleep(level=1, to=place)
-    assert status(llm)["backups"]["disk"] == 0
+    assert only_rank(llm)["backups"]["disk"] == 0
     llm.wake_up()
     llm.collective_rpc("reload_weights")
     assert few(llm) == hf_few(tiny_model)
@@ -127,7 +122,7 @@ def test_an_engine_whose_ranks_do_not_say_what_sleeps_counts_as_asleep(llm, monk
     assert executor.is_sleeping
     monkeypatch.undo()
     llm.wake_up()
-    assert status(llm)["backups"] == {"host": 0, "disk": 0}
+    assert only_rank(llm)["backups"] == {"host": 0, "disk": 0}
 
 
 def test_an_executor_with_a_sleep_of_its_own_sleeps_to_the_place(llm, monkeypatch) -> None:
@@ -136,10 +131,10 @@ def test_an_executor_with_a_sleep_of_its_own_sleeps_to_the_place(llm, monkeypatc
     own = type("Own", (type(executor),), {"sleep": lambda self, level=1: stock(self, level)})
     monkeypatch.setattr(executor, "__class__", own)
     llm.sleep(level=1, to="disk")
-    assert status(llm)["backups"]["host"] == 0 < status(llm)["backups"]["disk"]
+    assert only_rank(llm)["backups"]["host"] == 0 < only_rank(llm)["backups"]["disk"]
     llm.wake_up()
     llm.sleep(level=1)
-    assert status(llm)["backups"]["disk"] == 0
+    assert only_rank(llm)["backups"]["disk"] == 0
     llm.wake_up()
 
 
@@ -153,7 +148,7 @@ def test_buffers_outlive_a_file_that_is_spoilt(llm, tiny_model, directory) -> No
         llm.wake_up()
     with pytest.raises(DiskError, match="not what was written"):
         llm.sleep(level=1, to="host")
-    assert status(llm)["backups"]["host"] == 0 < status(llm)["backups"]["disk"]
+    assert only_rank(llm)["backups"]["host"] == 0 < only_rank(llm)["backups"]["disk"]
     _lose_weights(llm)
     assert few(llm) == expected
     llm.sleep(level=1, to="disk")
@@ -181,7 +176,7 @@ def test_a_wrong_place_is_named(llm, options, reason) -> None:
         llm.sleep(**options)
     with pytest.raises(ValueError, match=reason):
         llm.llm_engine.sleep(**options)
-    assert status(llm)["state"] == "RUNNING"
+    assert only_rank(llm)["state"] == "RUNNING"
 
 
 def test_a_server_moves_its_backup(tiny_model, tmp_path) -> None:

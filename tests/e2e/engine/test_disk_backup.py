@@ -13,7 +13,7 @@ import pytest
 from helpers import MIB
 from helpers.cli import vllm_sleep
 from helpers.disk import nameless_files, spoil
-from helpers.engine import engine, few
+from helpers.engine import engine, few, only_rank
 from helpers.reference import hf_few
 from helpers.server import MEMORY, SMALL, Server
 
@@ -45,18 +45,13 @@ def llm(tiny_model, directory) -> Iterator[Any]:
     assert list(directory.iterdir()) == []
 
 
-def status(llm: Any) -> dict[str, Any]:
-    (rank,) = llm.collective_rpc("sleep_status")
-    return rank
-
-
 def test_tokens_and_bytes(llm, tiny_model, directory) -> None:
     expected = hf_few(tiny_model)
     for cycle in range(2):
         assert few(llm) == expected
-        weights = status(llm)["tags"]["weights"]["mapped"]
+        weights = only_rank(llm)["tags"]["weights"]["mapped"]
         llm.sleep(level=1)
-        rank = status(llm)
+        rank = only_rank(llm)
         usage = rank["tags"]["weights"]
         assert (usage["offloaded"], usage["disk"], usage["host"]) == (weights, weights, 0)
         assert usage["device"] == rank["host_backup"] == 0
@@ -71,7 +66,7 @@ def test_tokens_and_bytes(llm, tiny_model, directory) -> None:
         moved = rank["last_operation"]["tags"]["weights"]
         assert moved["offloaded"] == weights
         assert moved["written"] == (weights if cycle == 0 else 0)  # the file has it already
-        assert status(llm)["last_operation"]["tags"]["weights"]["restored"] == weights
+        assert only_rank(llm)["last_operation"]["tags"]["weights"]["restored"] == weights
         assert _camem.pinned_host_bytes() == 0
     assert few(llm) == expected
 
@@ -80,12 +75,12 @@ def test_wake_by_tags_and_level_2_from_level_1(llm, tiny_model) -> None:
     expected = hf_few(tiny_model)
     llm.sleep(level=1)
     llm.wake_up(tags=["weights"])
-    assert status(llm)["tags"]["kv_cache"]["discarded"] > 0
+    assert only_rank(llm)["tags"]["kv_cache"]["discarded"] > 0
     llm.wake_up(tags=["kv_cache"])
     assert few(llm) == expected
     llm.sleep(level=1)
     llm.sleep(level=2)
-    assert status(llm)["tags"]["weights"]["disk"] == 0
+    assert only_rank(llm)["tags"]["weights"]["disk"] == 0
     llm.wake_up()
     llm.collective_rpc("reload_weights")
     assert few(llm) == expected
@@ -98,8 +93,8 @@ def test_a_backup_that_changed_is_not_served(llm, tiny_model, directory) -> None
     for _ in range(2):
         with pytest.raises(DiskError, match=r"not what was written.*same call can be repeated"):
             llm.wake_up()
-        assert status(llm)["tags"]["weights"]["mapped"] == 0
-        assert status(llm)["last_error"]["type"] == "DiskError"
+        assert only_rank(llm)["tags"]["weights"]["mapped"] == 0
+        assert only_rank(llm)["last_error"]["type"] == "DiskError"
     with pytest.raises(SleepModeError):
         few(llm)
     spoil(directory)

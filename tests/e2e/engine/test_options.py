@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from helpers.engine import engine, few
+from helpers.engine import engine, few, only_rank
 from helpers.patience import wait_for
 from helpers.ranks import assert_all, status
 from helpers.reference import hf_few
@@ -19,8 +19,7 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 
 def last_sleep(llm) -> dict[str, dict[str, int]]:
     """Bytes by tag of the last operation of the only worker."""
-    (status,) = llm.collective_rpc("sleep_status")
-    return status["last_operation"]["tags"]
+    return only_rank(llm)["last_operation"]["tags"]
 
 
 @pytest.mark.parametrize(

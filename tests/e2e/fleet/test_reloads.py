@@ -5,7 +5,8 @@ import itertools
 import signal
 import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from helpers.fleet import Fleet, stand_in
@@ -142,6 +143,23 @@ def test_a_removed_server_that_starts(tmp_path):
         assert fleet.started() == []
 
 
+def _ends_after(
+    running: Future, event: str, door: Path, fleet: Fleet, models: dict[str, dict]
+) -> None:
+    """Server a, which a reload removes after the event, ends only once the door has let its request
+    end."""
+    try:
+        wait_for(lambda: event in fleet.events())
+        reload(fleet, {"b": models["b"]})
+        assert fleet.pid_of("b")  # the schedule has seen it
+        assert "a ends" not in fleet.events()
+    finally:
+        door.touch()
+    running.result()
+    wait_for(lambda: list(fleet.states()) == ["b"])
+    assert fleet.events()[-1] == "a ends"
+
+
 def test_a_request_beside_the_turns_is_not_lost(tmp_path):
     door = tmp_path / "door"
     models = {"a": stand_in(tmp_path, "a"), "b": stand_in(tmp_path, "b")}
@@ -149,16 +167,8 @@ def test_a_request_beside_the_turns_is_not_lost(tmp_path):
     with Fleet(tmp_path, models) as fleet, ThreadPoolExecutor() as pool:
         fleet.pid_of("a")
         running = pool.submit(fleet.users.post, "/tokenize", json=body)
-        try:
-            wait_for(lambda: "a tokenizes" in fleet.events())
-            reload(fleet, {"b": models["b"]})
-            assert fleet.pid_of("b")  # the schedule has seen it
-            assert "a ends" not in fleet.events()
-        finally:
-            door.touch()
+        _ends_after(running, "a tokenizes", door, fleet, models)
         assert running.result().json() == {"tokens": []}
-        wait_for(lambda: list(fleet.states()) == ["b"])
-        assert fleet.events()[-1] == "a ends"
 
 
 def test_a_stored_response_that_streams_is_not_lost(tmp_path):
@@ -168,16 +178,8 @@ def test_a_stored_response_that_streams_is_not_lost(tmp_path):
         fleet.pid_of("a")
         url = f"/v1/responses/stored?until={door}"
         running = pool.submit(fleet.users.get, url)
-        try:
-            wait_for(lambda: "a streams" in fleet.events())
-            reload(fleet, {"b": models["b"]})
-            assert fleet.pid_of("b")  # the schedule has seen it
-            assert "a ends" not in fleet.events()
-        finally:
-            door.touch()
+        _ends_after(running, "a streams", door, fleet, models)
         assert running.result().json() == {"id": "stored"}
-        wait_for(lambda: list(fleet.states()) == ["b"])
-        assert fleet.events()[-1] == "a ends"
 
 
 def test_a_background_response_is_not_lost(tmp_path):

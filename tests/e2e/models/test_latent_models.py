@@ -4,7 +4,7 @@ load brings, and experts chosen in groups. The tokens are Hugging Face's, before
 
 import pytest
 from helpers import MIB
-from helpers.engine import driver_worker, engine, few, mapped, send_update, tokens, used
+from helpers.engine import driver_worker, engine, few, mapped, only_rank, send_update, tokens, used
 from helpers.models import make_model, other_weights
 from helpers.reference import PROMPTS, hf_few, hf_greedy
 from safetensors.torch import load_file
@@ -114,7 +114,7 @@ def test_what_is_missing_has_the_names_of_a_checkpoint(llm, model, tmp_path):
 
     llm.sleep(level=2)
     llm.wake_up()
-    (status,) = llm.collective_rpc("sleep_status")
+    status = only_rank(llm)
     parameters = dict(driver_worker(llm).model_runner.get_model().named_parameters())
     derived = [name for name in parameters if name.endswith(("W_UK_T", "W_UV"))]
     assert len(derived) == 2 * len(attention_layers(llm))
