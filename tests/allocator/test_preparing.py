@@ -9,10 +9,12 @@ import torch
 from helpers import MIB
 from helpers.allocator import Block
 from helpers.logs import messages_of
+from helpers.patience import wait_for
 
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.memory.backend import CamemBackend
+from vllm_sleep_ascend.memory.pool import release_pools
 
 SIZE = 8 * MIB
 
@@ -111,6 +113,14 @@ def test_level_2_gives_back_what_nobody_asked_for(said: list[str], weights: Bloc
     assert any("prepared host memory go back: level 2 does not need it" in text for text in said)
     engine.resume()
     weights.write(0)
+
+
+def test_an_engine_that_ends_gives_it_back_although_a_tensor_lives_on(weights: Block) -> None:
+    engine = backend(host_backup="prepared")
+    engine.prepare()
+    assert prepared() >= SIZE
+    release_pools()
+    wait_for(lambda: _camem.pinned_host_bytes() == 0)
 
 
 def test_level_2_keeps_what_was_asked_for(weights: Block) -> None:

@@ -130,10 +130,14 @@ def _snapshot(pool: torch_npu.npu.MemPool) -> list[Segment]:
 
 
 def release_pools() -> None:
-    """Destroy the pools: segments without tensors are freed now, others with their last tensor."""
+    """Destroy the pools: segments without tensors are freed now, others with their last tensor.
+
+    The host memory that was prepared for their next sleep is freed as well, in the background.
+    """
     global _graph_pool
     _pools.clear()
     _graph_pool = None
+    _camem.release_prepared()
 
 
 def _check_owned(pool: torch_npu.npu.MemPool, tag: str) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import MIB
@@ -147,8 +148,8 @@ def test_start_sleep_and_wake_wait_for_memory_that_comes_back(
         held = mapped()
         suspend = CamemBackend.suspend
 
-        def suspend_beside_a_neighbour(backend: CamemBackend, level: int) -> None:
-            suspend(backend, level)
+        def suspend_beside_a_neighbour(backend: CamemBackend, *args: Any) -> None:
+            suspend(backend, *args)
             threads.append(until_asked(neighbour, "aclrtMallocPhysical"))
 
         monkeypatch.setattr(CamemBackend, "suspend", suspend_beside_a_neighbour)
