@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -190,3 +191,12 @@ def test_ports_are_free_and_not_those_of_outgoing_connections():
         assert port not in taken and not low <= port <= high
         assert ports.is_free(port)
         taken.add(port)
+
+
+def test_two_processes_with_the_same_seed_choose_different_ports():
+    """vLLM seeds ``random`` with 0 in each process with an engine."""
+    chosen = []
+    for _ in range(2):
+        random.seed(0)
+        chosen.append([ports.free(set()) for _ in range(4)])
+    assert chosen[0] != chosen[1]

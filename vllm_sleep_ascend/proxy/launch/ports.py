@@ -2,7 +2,7 @@
 """Free ports of the loopback interface.
 
 A server binds its port long after it was chosen, so none is taken from which the system gives
-outgoing connections theirs.
+outgoing connections theirs, and which one is chosen does not follow from the seed of this process.
 """
 
 import os
@@ -48,7 +48,7 @@ def free(taken: set[int]) -> int:
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     fixed = [port for port in range(_LOWEST, _HIGHEST + 1) if not low <= port <= high]
     for ports in (fixed, range(_LOWEST, _HIGHEST + 1)):
-        for port in random.sample(ports, len(ports)):
+        for port in random.SystemRandom().sample(ports, len(ports)):
             if port not in taken and is_free(port):
                 return port
     raise OSError(f"no port from {_LOWEST} on is free on the loopback interface")
