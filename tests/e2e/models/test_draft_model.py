@@ -98,7 +98,7 @@ def test_an_update_of_the_draft_after_level_2_is_whole_or_taken_back(llm, expect
     assert answer(llm) == before
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sixteen_bits(tiny_model, asynchronous):
     """NPU operators attend for the draft model, whose lengths come from the device."""
     from vllm_sleep_ascend.sim import control

@@ -166,7 +166,7 @@ def test_two_ranks(layout):
 DRAFTS = [
     pytest.param("tiny-deepseek-v2", "tiny-qwen2-draft", marks=pytest.mark.slow),
     ("tiny-deepseek-v2", "tiny-deepseek-v2-lite"),
-    ("tiny-qwen2", "tiny-deepseek-v2-dense"),
+    pytest.param("tiny-qwen2", "tiny-deepseek-v2-dense", marks=pytest.mark.slow),
 ]
 
 

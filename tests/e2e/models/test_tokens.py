@@ -48,10 +48,12 @@ def assert_caches_are_contiguous(llm):
 @pytest.mark.parametrize(
     "name,options",
     [
-        ("tiny-llama", {}),
+        pytest.param("tiny-llama", {}, marks=pytest.mark.slow),
         ("tiny-gemma2", {}),
-        ("tiny-gemma2", {"disable_hybrid_kv_cache_manager": True}),
-        ("tiny-mistral", {}),
+        pytest.param(
+            "tiny-gemma2", {"disable_hybrid_kv_cache_manager": True}, marks=pytest.mark.slow
+        ),
+        pytest.param("tiny-mistral", {}, marks=pytest.mark.slow),
         ("tiny-qwen3-moe", {}),
         ("tiny-llama", {"block_size": 8, "async_scheduling": False}),
     ],
@@ -90,7 +92,7 @@ ROUNDING = 0.1
         ("tiny-qwen3", {}),
         ("tiny-qwen3", {"block_size": 128, "enable_prefix_caching": False}),
         ("tiny-mistral", {}),
-        ("tiny-qwen2", {}),
+        pytest.param("tiny-qwen2", {}, marks=pytest.mark.slow),
     ],
     ids=["heads of 64", "large blocks", "a sliding window", "heads of 32"],
 )

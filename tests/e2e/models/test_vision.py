@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 MODELS = [
     "tiny-qwen3-vl",
-    "tiny-phi3v",
+    pytest.param("tiny-phi3v", marks=pytest.mark.slow),
     pytest.param("tiny-qwen2.5-vl", marks=pytest.mark.slow),
     pytest.param("tiny-smolvlm", marks=pytest.mark.slow),
 ]

@@ -33,6 +33,7 @@ def test_other_engines(options):
             assert ask(llm) == hf_answers(model), f"after level {level}"
 
 
+@pytest.mark.slow
 def test_with_triton_installed_the_tower_computes_in_pytorch(monkeypatch):
     """Qwen3-VL would launch a kernel of vLLM's, for other devices, on an image's positions."""
     from vllm.model_executor.models import qwen3_vl
@@ -43,6 +44,7 @@ def test_with_triton_installed_the_tower_computes_in_pytorch(monkeypatch):
         assert ask(llm) == hf_answers(model)
 
 
+@pytest.mark.slow
 def test_phi3_vision_as_an_embedding_model_is_loaded_again():
     """vLLM converts its class to another, with another name."""
     model = make_model("tiny-phi3v")
@@ -132,10 +134,11 @@ def without(lost: str, model: Path, out: Path) -> Path:
     "name,lost,seen_as",
     [
         ("tiny-qwen2.5-vl", "visual.blocks.1.attn.proj.weight", None),
-        (
+        pytest.param(
             "tiny-phi3v",
             "model.vision_embed_tokens.img_projection.2.weight",
             "vision_embed_tokens.img_projection.2.weight",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -11,7 +11,7 @@ from helpers.cli import vllm_sleep
 from helpers.server import SMALL, Server
 
 OPTIONS = ("--enable-sleep-mode", *SMALL, "--gpu-memory-utilization", "0.75")
-LINK_GBPS = "0.01"  # Slow enough that copies outweigh everything else of a switch.
+LINK_GBPS = "0.03"  # Slow enough that copies outweigh everything else of a switch.
 
 
 class Pair(NamedTuple):

@@ -15,7 +15,9 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("tiny-phi3v", marks=pytest.mark.slow), "tiny-qwen2.5-vl"]
+)
 def model(request):
     return make_model(request.param)
 

@@ -98,8 +98,13 @@ def refusing(request) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("story", "refusing"),
-    [*((story, "") for story in STORIES), ("both", NO_ACCOUNT)],
-    ids=[*STORIES, "both-no-account"],
+    [
+        pytest.param("freed", "", marks=pytest.mark.slow),
+        pytest.param("taken", "", marks=pytest.mark.slow),
+        ("both", ""),
+        ("both", NO_ACCOUNT),
+    ],
+    ids=["freed", "taken", "both", "both-no-account"],
     indirect=["refusing"],
 )
 def test_a_start_bears_changes_at_every_moment(
