@@ -87,9 +87,9 @@ def test_a_closed_loop_of_clients_over_two_models(pair, seconds):
         load = Load(proxy, pair, seconds, switches)
     assert switches <= load.switches <= load.seconds + 1  # a turn is a second or more
     assert max(load.awake) == 1
-    # Both awake would hold the sum.
+    # Both awake would hold the sum, and the smaller share is twice what is allowed for the rest.
     assert max(load.used) <= max(server.alone for server in pair) + 100 * MIB
-    assert min(server.alone for server in pair) > 250 * MIB
+    assert min(server.alone for server in pair) > 200 * MIB
 
 
 @pytest.mark.slow
