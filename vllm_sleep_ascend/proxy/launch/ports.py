@@ -48,7 +48,7 @@ def free(taken: set[int]) -> int:
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     fixed = [port for port in range(_LOWEST, _HIGHEST + 1) if not low <= port <= high]
     for ports in (fixed, range(_LOWEST, _HIGHEST + 1)):
-        for port in random.SystemRandom().sample(ports, len(ports)):
+        for port in random.Random().sample(ports, len(ports)):  # seeded by the system
             if port not in taken and is_free(port):
                 return port
     raise OSError(f"no port from {_LOWEST} on is free on the loopback interface")
