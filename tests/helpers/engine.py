@@ -3,6 +3,7 @@
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,17 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 
 def start(model: Path, **options: Any) -> Any:
     """An ``LLM`` with the tests' defaults."""
+    # Something of vLLM keeps the frames of its first import, and so what their callers refer to.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_llm_class).result()
+    with report.start_of("engine"):
+        return _llm_class()(str(model), **{**_DEFAULTS, **options})
+
+
+def _llm_class() -> Any:
     from vllm import LLM
 
-    with report.start_of("engine"):
-        return LLM(str(model), **{**_DEFAULTS, **options})
+    return LLM
 
 
 def _end(llm: Any) -> None:
