@@ -60,6 +60,7 @@ def test_an_unknown_choice_is_refused(sources, tmp_path):
     assert "COMPILE_CUSTOM_KERNELS=yes is neither 0 nor 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
     sources, tmp_path, tiny_model
 ):

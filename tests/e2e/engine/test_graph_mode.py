@@ -228,7 +228,7 @@ def test_graphs_stay_in_their_memory_without_vllms_option(tiny_model, expected):
 def test_the_attention_operator_is_told_the_lengths_of_each_replay(name):
     """In bfloat16 the operator attends, with lengths from the host: a task group for each layer.
     Its layout for decoding depends on the heads' size."""
-    model, prompts, n = make_model(name), PROMPTS[:4], 20
+    model, prompts, n = make_model(name), PROMPTS[:4], 10
     with engine(model, dtype="bfloat16") as llm:
         assert (
             driver_worker(llm).model_runner.attn_groups[0][0].get_metadata_builder().mask

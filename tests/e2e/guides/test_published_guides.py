@@ -157,7 +157,10 @@ def test_the_russian_page_lists_the_calls_of_level_2(run, server):
     assert text(run(COMPLETION)) == before
 
 
-@pytest.mark.parametrize("imports", ["vllm.utils.mem_constants", "vllm.utils"])
+@pytest.mark.parametrize(
+    "imports",
+    ["vllm.utils.mem_constants", pytest.param("vllm.utils", marks=pytest.mark.slow)],
+)
 def test_the_guides_offline_scripts(tiny_model, tmp_path, imports):
     """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM 0.32 no longer has it,
     so its script ends at once, with or without this package. The model is a folder of this machine,

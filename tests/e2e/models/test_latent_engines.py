@@ -182,6 +182,7 @@ def test_with_a_draft_model(name, draft):
             assert tokens(llm, SOME) == hf_greedy(model, SOME), f"after level {level}"
 
 
+@pytest.mark.slow
 def test_graphs_of_a_model_without_experts(tmp_path):
     """They read the derived matrices at the addresses where a load writes the weights."""
     from vllm_sleep_ascend.sim import control

@@ -19,7 +19,7 @@ from vllm_sleep_ascend.errors import SleepModeError, WeightsError
     "options",
     [
         {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
-        {"tensor_parallel_size": 2},
+        pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.slow),
     ],
     ids=["graphs", "two ranks"],
 )
