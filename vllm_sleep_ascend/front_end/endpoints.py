@@ -6,12 +6,14 @@ With ``VLLM_SERVER_DEV_MODE=1`` they replace stock vLLM's: the level may also be
 is a 4xx or 5xx with a reason.
 """
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
-from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
 from vllm_sleep_ascend.front_end import metrics
+from vllm_sleep_ascend.front_end.calls import typed
 from vllm_sleep_ascend.front_end.replicas import rank_status
 from vllm_sleep_ascend.status import state_of
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 Call = Callable[[], Awaitable[dict[str, object]]]
+
+_FLAGS: dict[object, bool] = {True: True, False: False, "true": True, "false": False}
 
 
 def attach_router(app: "FastAPI") -> None:
@@ -46,6 +50,10 @@ def attach_router(app: "FastAPI") -> None:
         @router.post("/release_kv_cache_memory")
         async def release_kv_cache_memory(request: Request) -> JSONResponse:
             return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
+
+    @router.post("/save_image")
+    async def save_image(request: Request) -> JSONResponse:
+        return await _save_image(request)
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
     async def is_sleeping(request: Request) -> JSONResponse:
@@ -153,6 +161,28 @@ async def _release_kv_cache_memory(request: "Request") -> Call:
         return {"status": "kv_cache_released"}
 
     return call
+
+
+async def _save_image(request: "Request") -> "JSONResponse":
+    """The body is ``{"dir": "/an/absolute/path", "replace": false}``."""
+    from fastapi.responses import JSONResponse
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    client = client_of(request)
+    try:
+        options = await _options(request, ("dir", "replace"))
+        directory, replace = options.get("dir"), options.get("replace", False)
+        if not isinstance(directory, str) or not os.path.isabs(directory):
+            raise ValueError(f"dir={directory!r}: an absolute path is needed, such as /images/NAME")
+        if replace not in _FLAGS:
+            raise ValueError(f"replace={replace!r}: use true or false")
+        check_enabled(client.vllm_config)
+        with typed():
+            await client.collective_rpc("save_image", args=(directory, _FLAGS[replace]))
+    except (ValueError, RuntimeError, EngineDeadError) as error:
+        status = 400 if isinstance(error, ValueError) else 503
+        return JSONResponse(error_body(error, status), status)
+    return JSONResponse({"status": "saved", "dir": directory})
 
 
 async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, object]:

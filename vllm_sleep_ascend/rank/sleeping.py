@@ -275,7 +275,7 @@ class SleepMode:
         if tags is None or "weights" in tags or not self._backend.asleep("weights"):
             raise SleepModeError(
                 f"wake refused: {lost} are lost, and after_level2='reload' would serve "
-                f"{self._worker.model_config.model} in their place. Wake the tag weights alone, "
+                f"{self._weights.reloads_from} in their place. Wake the tag weights alone, "
                 "load them again by a weight update, or a checkpoint by "
                 "collective_rpc('reload_weights'), and then wake the rest. Nothing has changed"
             )

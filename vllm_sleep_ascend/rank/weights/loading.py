@@ -184,11 +184,12 @@ class Loads:
             write_type(error)
             raise
 
-    def in_wake(self, load: Callable[[], None]) -> None:
-        """Load all weights from the checkpoint on this rank, in the middle of a wake.
+    def in_wake(self, load: Callable[[], None], path: str) -> None:
+        """Load all weights from the checkpoint or image at ``path`` on this rank, in the middle of
+        a wake.
 
         Raises:
-            SleepModeError: the checkpoint cannot be loaded, or lacks a parameter.
+            SleepModeError: it cannot be loaded, or lacks a parameter.
         """
         worker, take_back = self._worker, self._way_back()
         model, config = models_of(worker)[""], worker.model_config
@@ -204,7 +205,6 @@ class Loads:
             load()
         except Exception as error:
             take_back()
-            path = config.model
             raise SleepModeError(f"the weights cannot be loaded from {path}: {error}") from error
         self.end()
 

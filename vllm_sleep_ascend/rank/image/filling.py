@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills a model from a saved image, and knows which models were."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from vllm_sleep_ascend.errors import ImageError
+from vllm_sleep_ascend.rank.image import identity, manifest, pieces, tensors
+from vllm_sleep_ascend.status import WeightsOrigin
+
+_NAMED = 4
+
+
+class Image:
+    """A rank's part of the image in a directory, which fits the engine with this identity.
+
+    Raises:
+        ImageError: there is no whole image, or it does not fit.
+    """
+
+    def __init__(self, directory: Path, rank: int, engine: Mapping[str, Any]) -> None:
+        self.directory, self.identity = directory, engine
+        self._number = rank
+        head = manifest.read_head(directory)
+        identity.check(directory, head["identity"], engine)
+        self._rank = manifest.read_rank(directory, head, rank)
+
+    @property
+    def origin(self) -> WeightsOrigin:
+        """Where the weights came from that were saved."""
+        return self._rank["weights"]
+
+    def reopened(self) -> "Image":
+        """What the directory has now.
+
+        Raises:
+            ImageError: as at first.
+        """
+        return Image(self.directory, self._number, self.identity)
+
+    def fill(self, model: nn.Module) -> None:
+        """Give the model's tensors their content, after vLLM has processed whatever was there.
+
+        Raises:
+            ImageError: its tensors are others than those of the image, or the file is not what was
+                written. In the first case nothing was filled.
+        """
+        entries, own = self._rank["tensors"], tensors.registered(model)
+        here = {**tensors.attached(model), **own}
+        problems = [
+            *_named("the engine has no", (name for name in entries if name not in here)),
+            *_named("the image has no", (name for name in own if name not in entries)),
+            *_named(
+                "the kind of tensor differs, in the image and here:",
+                (
+                    f"{name} ({entry['kind']} and {here[name].kind})"
+                    for name, entry in entries.items()
+                    if name in here and entry["kind"] != here[name].kind
+                ),
+            ),
+        ]
+        if problems:
+            raise ImageError(
+                f"{self.directory} does not fit the model of rank {self._number}: "
+                f"{'; '.join(problems)}. Start with the options of the engine that saved it, or "
+                "save the image again"
+            )
+        offsets = {name: entry["offset"] for name, entry in entries.items()}
+        spans = tensors.placed({name: here[name] for name in entries}, offsets)
+        path = self.directory / manifest.weights_name(self._number)
+        pieces.read(path, spans, self._rank["bytes"], self._rank["sha256"])
+        _filled[model] = self
+
+
+_filled: "WeakKeyDictionary[nn.Module, Image]" = WeakKeyDictionary()
+
+
+def image_of(model: nn.Module) -> Image | None:
+    """The image that a model was filled from last, if it was."""
+    return _filled.get(model)
+
+
+def _named(what: str, names: Iterable[str]) -> list[str]:
+    those = list(names)
+    if not those:
+        return []
+    more = f" and {len(those) - _NAMED} more" if len(those) > _NAMED else ""
+    return [f"{what} {', '.join(those[:_NAMED])}{more}"]
