@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Call = Callable[[], Awaitable[dict[str, object]]]
 
-_FLAGS: dict[object, bool] = {True: True, False: False, "true": True, "false": False}
+_FLAGS: dict[bool | str, bool] = {True: True, False: False, "true": True, "false": False}
 
 
 def attach_router(app: "FastAPI") -> None:
@@ -174,7 +174,7 @@ async def _save_image(request: "Request") -> "JSONResponse":
         directory, replace = options.get("dir"), options.get("replace", False)
         if not isinstance(directory, str) or not os.path.isabs(directory):
             raise ValueError(f"dir={directory!r}: an absolute path is needed, such as /images/NAME")
-        if replace not in _FLAGS:
+        if not isinstance(replace, bool | str) or replace not in _FLAGS:
             raise ValueError(f"replace={replace!r}: use true or false")
         check_enabled(client.vllm_config)
         with typed():

@@ -81,7 +81,7 @@ def test_an_engine_starts_from_the_image_of_another(llm, tiny_model, other_model
     [
         ("small-qwen2", {"dtype": "float16", "quantization": "fp8"}),
         ("tiny-qwen3-moe", {"dtype": "float16", "quantization": "fp8"}),
-        ("tiny-deepseek-v2", {}),
+        ("tiny-deepseek-v2-lite", {}),
         ("tiny-deepseek-v2", {"dtype": "float16", "quantization": "fp8"}),
         ("tiny-qwen2", {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}),
         ("tiny-qwen2", {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),

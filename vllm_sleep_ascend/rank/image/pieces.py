@@ -113,7 +113,8 @@ def _on_threads(
     blocks: SimpleQueue[torch.Tensor] = SimpleQueue()
     count = min(THREADS, len(pieces))
     for _ in range(count):
-        blocks.put(torch.empty(PIECE, dtype=torch.uint8, pin_memory=device is not None))
+        locked = device is not None
+        blocks.put(torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=locked))
 
     def begin() -> None:
         if device is not None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend.error_text import write_type
@@ -108,11 +109,7 @@ class _Attempt:
     ) -> None:
         self._worker, self._weights, self._hooks = worker, weights, hooks
         self._directory, self._replace = directory, replace
-        self._model = models_of(worker)[""]
-        image = image_of(self._model)
-        self._engine = engine if image is None else image.identity
-        self._tensors = _of_weights(worker, self._model)
-        self._offsets, self._spans, self.size = tensors.laid_out(self._tensors)
+        self._engine = engine
         self._folder = directory
         self._lock = -1
         self._published = False
@@ -122,14 +119,14 @@ class _Attempt:
 
     def facts(self) -> _Facts:
         rank, word, parent = self._worker.rank, secrets.token_hex(4), self._directory.parent
-        refusal = self._refusal()
-        if refusal is not None:
-            return _Facts(rank, word, refusal)
         try:
-            status = os.statvfs(parent)
-            device = os.stat(parent).st_dev
-        except OSError as error:
-            return _Facts(rank, word, str(pieces.failure(parent, "read", error)))
+            refusal = self._refusal()
+            if refusal is not None:
+                return _Facts(rank, word, refusal)
+            self._look()
+            status, device = os.statvfs(parent), os.stat(parent).st_dev
+        except Exception as error:  # the other ranks wait for what this one says
+            return _Facts(rank, word, f"{type(error).__name__}: {error}")
         needed = pieces.file_bytes(self.size) + _MANIFESTS
         available = status.f_bavail * status.f_frsize
         return _Facts(rank, word, None, this_host()[0], device, needed, available)
@@ -165,6 +162,15 @@ class _Attempt:
                 "directory"
             )
         return None
+
+    def _look(self) -> None:
+        """At what there is to be saved."""
+        model = models_of(self._worker)[""]
+        image = image_of(model)
+        if image is not None:
+            self._engine = image.identity
+        self._tensors = _of_weights(self._worker, model)
+        self._offsets, self._spans, self.size = tensors.laid_out(self._tensors)
 
     def judge(self, ranks: Sequence[_Facts]) -> None:
         """
@@ -285,7 +291,7 @@ class _Attempt:
                     os.close(lock)
 
 
-def _of_weights(worker: HostWorker, model: Any) -> dict[str, tensors.Held]:
+def _of_weights(worker: HostWorker, model: nn.Module) -> dict[str, tensors.Held]:
     """Parameters and buffers, and of other tensors those in the memory of the weights."""
     ranges = worker.sleep_mode_backend.ranges("weights")
     attached = {

@@ -55,7 +55,7 @@ def registered(model: nn.Module) -> dict[str, Held]:
     """Parameters and buffers."""
     return {
         f"{path}.{name}".lstrip("."): held(tensor)
-        for path, module in model.named_modules()
+        for path, module in model.named_modules(remove_duplicate=False)
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
@@ -64,7 +64,7 @@ def registered(model: nn.Module) -> dict[str, Held]:
 def attached(model: nn.Module) -> dict[str, Held]:
     """Tensors in attributes of a model's layers, and of vLLM's objects there."""
     found: dict[str, Held] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for name, value in vars(module).items():
             if name not in _OF_MODULES:
                 for where, tensor in _within(value, f"{path}.{name}".lstrip("."), _DEPTH):
