@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.cli import vllm_sleep
-from helpers.engine import engine, few, only_rank, sleep_and_wake
+from helpers.engine import engine, few, only_rank, sleep_and_wake, start
 from helpers.models import make_model
 from helpers.ranks import status
 from helpers.server import MEMORY, SMALL, Server
@@ -40,39 +40,39 @@ def origin(llm: Any) -> tuple[str, str | None, str]:
     return weights["source"], weights["path"], weights["version"]
 
 
-def test_an_engine_starts_from_the_image_of_another(llm, tiny_model, other_model, tmp_path) -> None:
+def test_an_engine_starts_from_the_image_of_another(tiny_model, other_model, tmp_path) -> None:
     directory, bare = tmp_path / "image", without_weights(tiny_model, tmp_path / "bare")
-    first = few(llm)
-    llm.sleep(level=1)
-    with pytest.raises(SleepModeError, match=r"save_image needs memory that is asleep \(weights\)"):
+    with engine(tiny_model, enable_sleep_mode=True) as llm:
+        first = few(llm)
+        llm.sleep(level=1)
+        asleep = r"save_image needs memory that is asleep \(weights\)"
+        with pytest.raises(SleepModeError, match=asleep):
+            llm.collective_rpc("save_image", args=(str(directory),))
+        llm.wake_up()
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other_model)})
+        llm.reset_prefix_cache()
+        expected = few(llm)
+        assert expected != first
         llm.collective_rpc("save_image", args=(str(directory),))
-    llm.wake_up()
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other_model)})
-    llm.reset_prefix_cache()
-    expected = few(llm)
-    assert expected != first
-    llm.collective_rpc("save_image", args=(str(directory),))
-    with pytest.raises(ImageError, match=r"image exists; name another directory, or replace"):
-        llm.collective_rpc("save_image", args=(str(directory),))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "image"]
-    assert few(llm) == expected
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model)})
-    llm.reset_prefix_cache()
+        with pytest.raises(ImageError, match=r"image exists; name another directory, or replace"):
+            llm.collective_rpc("save_image", args=(str(directory),))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "image"]
+        assert few(llm) == expected
 
-    with engine(bare, **of_image(directory, after_level2="reload")) as started:
+    with engine(bare, **of_image(directory, after_level2="reload")) as llm:
         image = ("image", str(directory), str(other_model))
-        assert (few(started), origin(started)) == (expected, image)
-        sleep_and_wake(started, 1)
-        assert few(started) == expected
-        started.sleep(level=2)
-        assert only_rank(started)["tags"]["weights"]["discarded"] > 0
-        started.wake_up()  # it loads the image
-        started.reset_prefix_cache()
-        assert (few(started), origin(started)) == (expected, image)
-        started.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model)})
-        started.reset_prefix_cache()
+        assert (few(llm), origin(llm)) == (expected, image)
+        sleep_and_wake(llm, 1)
+        assert few(llm) == expected
+        llm.sleep(level=2)
+        assert only_rank(llm)["tags"]["weights"]["discarded"] > 0
+        llm.wake_up()  # it loads the image
+        llm.reset_prefix_cache()
+        assert (few(llm), origin(llm)) == (expected, image)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model)})
+        llm.reset_prefix_cache()
         loaded = ("checkpoint", str(tiny_model), str(tiny_model))
-        assert (few(started), origin(started)) == (first, loaded)
+        assert (few(llm), origin(llm)) == (first, loaded)
 
 
 @pytest.mark.slow
@@ -110,11 +110,8 @@ def test_an_engine_that_does_not_fit_does_not_start(tiny_model: Path, tmp_path: 
     with engine(tiny_model, enable_sleep_mode=True) as llm:
         llm.collective_rpc("save_image", args=(str(tmp_path / "image"),))
     told = r"dtype is 'float32' in the image and 'bfloat16' here"
-    with (
-        pytest.raises(ImageError, match=told),
-        engine(tiny_model, **{**of_image(tmp_path / "image"), "dtype": "bfloat16"}),
-    ):
-        pass
+    with pytest.raises(ImageError, match=told):
+        start(tiny_model, **{**of_image(tmp_path / "image"), "dtype": "bfloat16"})
 
 
 @pytest.mark.slow
