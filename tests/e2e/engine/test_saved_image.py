@@ -15,6 +15,7 @@ from helpers.cli import vllm_sleep
 from helpers.engine import engine, few, only_rank, sleep_and_wake, start
 from helpers.models import make_model
 from helpers.ranks import status
+from helpers.reference import hf_few
 from helpers.server import MEMORY, SMALL, Server
 
 from vllm_sleep_ascend.errors import ImageError, SleepModeError
@@ -103,6 +104,21 @@ def test_models_and_ranks(name: str, options: Mapping[str, Any], tmp_path: Path)
         assert few(llm) == expected
     with engine(bare, **of_image(directory), **options) as llm:
         assert few(llm) == expected
+
+
+@pytest.mark.slow
+def test_an_output_layer_that_only_the_checkpoint_tells_of(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The configuration ties it to the input's, and vLLM finds that out by the checkpoint."""
+    model, directory = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "image"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with engine(model, enable_sleep_mode=True) as llm:
+        expected = few(llm)
+        llm.collective_rpc("save_image", args=(str(directory),))
+    with engine(without_weights(model, tmp_path / "bare"), **of_image(directory)) as llm:
+        assert few(llm) == expected == hf_few(tiny_model)
 
 
 @pytest.mark.slow
