@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fills a model from a saved image, and knows which models were."""
 
+import logging
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from torch import nn
 from vllm_sleep_ascend.errors import ImageError
 from vllm_sleep_ascend.rank.image import identity, manifest, pieces, tensors
 from vllm_sleep_ascend.status import WeightsOrigin
+
+# A child of vLLM's logger, so that its handlers and level apply where it is.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 _NAMED = 4
 
@@ -71,8 +76,11 @@ class Image:
             )
         offsets = {name: entry["offset"] for name, entry in entries.items()}
         spans = tensors.placed({name: here[name] for name in entries}, offsets)
-        path = self.directory / manifest.weights_name(self._number)
-        pieces.read(path, spans, self._rank["bytes"], self._rank["sha256"])
+        path, size = self.directory / manifest.weights_name(self._number), self._rank["bytes"]
+        started = time.perf_counter()
+        pieces.read(path, spans, size, self._rank["sha256"])
+        seconds = time.perf_counter() - started
+        logger.info("Filled the model with %d bytes of %s in %.3f s", size, path, seconds)
         _filled[model] = self
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from vllm_sleep_ascend import __version__
 from vllm_sleep_ascend.config import IMAGE_FORMAT, KEY, SleepModeConfig
 from vllm_sleep_ascend.errors import ImageError
 
@@ -33,7 +32,7 @@ def identity_of(vllm_config: "VllmConfig") -> dict[str, Any]:
         "model": {name: value for name, value in hf_config.items() if name not in _OF_FILES},
         "untied_by_checkpoint": bool(getattr(model, "word_embeddings_untied_by_checkpoint", False)),
         "vllm": version("vllm"),
-        "vllm_sleep_ascend": __version__,
+        "vllm_sleep_ascend": version("vllm_sleep_ascend"),
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "enable_expert_parallel": bool(parallel.enable_expert_parallel),

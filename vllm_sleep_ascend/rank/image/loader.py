@@ -5,14 +5,12 @@ vLLM makes the model and processes its weights once, over whatever is in their m
 layers are set up; then the image brings the content of all tensors as they were after that.
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, replace
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -23,8 +21,6 @@ from vllm_sleep_ascend.config import IMAGE_FORMAT, SleepModeConfig
 from vllm_sleep_ascend.rank.image.filling import Image
 from vllm_sleep_ascend.rank.image.identity import check_start, identity_of
 from vllm_sleep_ascend.rank.image.manifest import read_head
-
-logger = init_logger(f"vllm.{__name__}")
 
 
 class ImageLoader(DummyModelLoader):
@@ -59,12 +55,9 @@ class ImageLoader(DummyModelLoader):
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         finally:
             model_config.word_embeddings_untied_by_checkpoint = untied
-        started = time.perf_counter()
         with torch.no_grad():
             image.fill(model)
             maybe_retie_word_embeddings(model, model_config)
-        seconds = time.perf_counter() - started
-        logger.info("Rank %d: the image in %s was read in %.3f s", rank, directory, seconds)
         return model
 
     def get_all_weights(
