@@ -171,6 +171,20 @@ def test_a_model_whose_tied_memory_came_apart_gets_both(tmp_path: Path) -> None:
     assert torch.equal(target.tied, Model(1, 10).tied)
 
 
+def test_parameters_take_the_strides_of_the_image_at_a_start_alone(tmp_path: Path) -> None:
+    source = Model(1, 10)
+    source.turned = nn.Parameter(source.turned.detach().contiguous())
+    save(source, tmp_path / "one")
+    target = Model(2, 10)
+    image = Image(tmp_path / "one", 0, ENGINE)
+    image.fill(target)
+    assert torch.equal(target.turned, source.turned)
+    assert target.turned.is_contiguous() and not Model(2, 10).turned.is_contiguous()
+    target.turned = Model(2, 10).turned
+    with pytest.raises(ImageError, match=r"turned \(float64 9x5 stride 5x1 .* stride 1x9 format"):
+        image.reopened().fill(target)
+
+
 # --- What does not fit ----------------------------------------------------------------------------
 
 

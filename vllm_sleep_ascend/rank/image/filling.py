@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from vllm_sleep_ascend.errors import ImageError
@@ -54,7 +55,10 @@ class Image:
             ImageError: its tensors are others than those of the image, or the file is not what was
                 written. In the first case nothing was filled.
         """
-        entries, own = self._rank["tensors"], tensors.registered(model)
+        entries = self._rank["tensors"]
+        if model not in _filled:
+            _take_strides(model, entries)
+        own = tensors.registered(model)
         here = {**tensors.attached(model), **own}
         problems = [
             *_named("the engine has no", (name for name in entries if name not in here)),
@@ -82,6 +86,23 @@ class Image:
         seconds = time.perf_counter() - started
         logger.info("Filled the model with %d bytes of %s in %.3f s", size, path, seconds)
         _filled[model] = self
+
+
+def _take_strides(model: nn.Module, entries: Mapping[str, manifest.Entry]) -> None:
+    """Give parameters the strides that they have in the image.
+
+    Processing may leave a parameter that is a part of something larger, and an engine with sleep
+    mode then copies it into memory of its own (``native.quantization.compact``).
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        entry = entries.get(name)
+        if entry is None or parameter.is_meta:
+            continue
+        kind = tensors.kind(parameter, entry["stride"])
+        if kind == entry["kind"] and list(parameter.stride()) != entry["stride"]:
+            parameter.data = torch.empty_strided(
+                parameter.shape, entry["stride"], dtype=parameter.dtype, device=parameter.device
+            )
 
 
 _filled: "WeakKeyDictionary[nn.Module, Image]" = WeakKeyDictionary()

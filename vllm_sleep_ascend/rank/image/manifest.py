@@ -21,6 +21,7 @@ class Entry(TypedDict):
     """A tensor: see ``tensors.Held``. ``offset`` is where its bytes begin in the file."""
 
     kind: str
+    stride: list[int]
     offset: int
     bytes: int
 

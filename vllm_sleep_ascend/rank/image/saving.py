@@ -215,7 +215,12 @@ class _Attempt:
         path = folder / manifest.weights_name(rank)
         checksums = pieces.write(path, self._spans, self.size)
         entries: dict[str, manifest.Entry] = {
-            name: {"kind": tensor.kind, "offset": self._offsets[name], "bytes": tensor.bytes}
+            name: {
+                "kind": tensor.kind,
+                "stride": list(tensor.stride),
+                "offset": self._offsets[name],
+                "bytes": tensor.bytes,
+            }
             for name, tensor in self._tensors.items()
         }
         written: manifest.Rank = {

@@ -7,7 +7,7 @@ and tensors in attributes, by their names, as raw bytes. Memory that several ten
 once.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +24,14 @@ _OF_MODULES = ("_parameters", "_buffers", "_modules")
 @dataclass(frozen=True)
 class Held:
     """A tensor. ``address`` and ``bytes`` are those from its first byte to its last one; of one in
-    the NPU's own formats, of its storage. ``format`` is of aclFormat, -1 on another device."""
+    the NPU's own formats, of its storage. ``kind`` is what it needs to have in common with another
+    one to take its bytes."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    kind: str
     stride: tuple[int, ...]
-    format: int
     address: int
     bytes: int
     device: torch.device
-
-    @property
-    def kind(self) -> str:
-        """What a tensor needs to have in common with another one to take its bytes."""
-        shape, stride = "x".join(map(str, self.shape)), "x".join(map(str, self.stride))
-        return f"{self.dtype} {shape or 'scalar'} stride {stride or '-'} format {self.format}"
 
 
 @dataclass(frozen=True)
@@ -83,10 +76,14 @@ def held(tensor: torch.Tensor) -> Held:
     elif data.numel() and not data.is_meta:
         steps = zip(data.shape, data.stride(), strict=True)
         size = (sum((count - 1) * stride for count, stride in steps) + 1) * data.element_size()
-    name = str(data.dtype).removeprefix("torch.")
-    return Held(
-        *(name, tuple(data.shape), tuple(data.stride()), _format(data), address, size, data.device)
-    )
+    return Held(kind(data, data.stride()), tuple(data.stride()), address, size, data.device)
+
+
+def kind(tensor: torch.Tensor, stride: Sequence[int]) -> str:
+    """Type, shape, these strides, and format: of aclFormat, -1 on another device than an NPU."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape, steps = "x".join(map(str, tensor.shape)), "x".join(map(str, stride))
+    return f"{dtype} {shape or 'scalar'} stride {steps or '-'} format {_format(tensor)}"
 
 
 def laid_out(tensors: Mapping[str, Held]) -> tuple[dict[str, int], list[Span], int]:
