@@ -151,7 +151,6 @@ def test_a_server_starts_from_the_image_of_another(
         without_weights(tiny_model, tmp_path / "bare"),
         *(*SMALL, *MEMORY, "--enable-sleep-mode", "--dtype", "float32"),
         *("--load-format", "sleep_image", "--additional-config", json.dumps(options)),
-        *("--served-model-name", str(tiny_model)),
         log=tmp_path / "log",
         env={"VLLM_SERVER_DEV_MODE": "1"},
     ) as started:
