@@ -67,6 +67,11 @@ class ImageError(SleepModeError):
     free_bytes: int = 0
 
 
+class ImageRefusedError(ImageError):
+    """An image was not saved, because the engine or the directory does not admit one. Nothing was
+    touched."""
+
+
 class WeightsError(SleepModeError):
     """The weights in device memory are not, or not all, what they should be.
 

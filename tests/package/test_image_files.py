@@ -6,10 +6,9 @@ import fcntl
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_sleep_ascend.errors import ImageError
+from vllm_sleep_ascend.errors import ImageError, ImageRefusedError
 from vllm_sleep_ascend.rank.agreement import Agreement
-from vllm_sleep_ascend.rank.image import identity, manifest, pieces, saving, tensors
-from vllm_sleep_ascend.rank.image.filling import Image, image_of
+from vllm_sleep_ascend.rank.image import folder, identity, manifest, pieces, saving, tensors
+from vllm_sleep_ascend.rank.image.filling import Image, check_same, image_of
 from vllm_sleep_ascend.rank.image.pieces import PIECE
+from vllm_sleep_ascend.rank.weights.load import Snapshot, WeightLoad
+from vllm_sleep_ascend.rank.weights.parameters import own_parameters
 
 ENGINE = {
     "architecture": ["Qwen2ForCausalLM"],
@@ -58,6 +59,11 @@ class Model(nn.Module):
         named = (*self.named_parameters(remove_duplicate=False), *self.named_buffers())
         return {**{name: t.detach().clone() for name, t in named}, "derived": self.derived[0]}
 
+    def content_in_place(self) -> list[torch.Tensor]:
+        """Each memory once."""
+        own = [p.data for name, p in self.named_parameters() if name != "part"]
+        return [*own, *self.buffers(), self.derived[0]]
+
 
 @pytest.fixture(scope="module")
 def model() -> Model:
@@ -69,38 +75,62 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "wait_for_device", lambda: None)
 
 
-def save(
+def parts(
     model: nn.Module,
-    directory: Path | str,
-    replace: bool = False,
     missing: tuple[str, ...] = (),
     reason: str | None = None,
+    corrupt: bool = False,
+    engine: object = ENGINE,
+    rank: int = 0,
+    ranks: int = 1,
     **origin: Any,
-) -> None:
-    """As the only rank of an engine without a device, whose weights are all of its memory."""
-    worker: Any = SimpleNamespace(
-        rank=0,
+) -> tuple[Any, Any, Any, Any]:
+    """The worker, the weights, the hooks and the identity of a rank of an engine without a device,
+    whose weights are all of its memory."""
+    worker = SimpleNamespace(
+        rank=rank,
+        device=torch.device("cpu"),
         sleep_mode_backend=SimpleNamespace(ranges=lambda tag: [(0, 1 << 62)]),
         model_runner=SimpleNamespace(get_model=lambda: model),
         get_draft_model=lambda: None,
-        parallel_config=SimpleNamespace(world_size=1, enable_eplb=False, data_parallel_size=1),
+        parallel_config=SimpleNamespace(world_size=ranks, enable_eplb=False, data_parallel_size=1),
     )
     worker.vllm_config = SimpleNamespace(parallel_config=worker.parallel_config, lora_config=None)
-    weights: Any = SimpleNamespace(
+    weights = SimpleNamespace(
         updating=False,
-        content=SimpleNamespace(missing=lambda: list(missing)),
+        content=SimpleNamespace(missing=lambda: list(missing), corrupt=corrupt),
         origin=lambda: {**ORIGIN, **origin},
     )
-    hooks: Any = SimpleNamespace(image_refusal=lambda: reason)
-    saving.save(
-        *(worker, Agreement(0, 1, 0, 60), weights, hooks, ENGINE),
-        directory=str(directory),
-        replace=replace,
-    )
+    return worker, weights, SimpleNamespace(image_refusal=lambda: reason), engine
 
 
-def assert_filled(directory: Path, source: Model) -> None:
-    target = Model(2)
+def save(model: nn.Module, directory: Path | str, replace: bool = False, **options: Any) -> None:
+    """As the only rank of an engine."""
+    worker, *others = parts(model, **options)
+    agreement = Agreement(0, 1, 0, 60)
+    saving.save(worker, agreement, *others, directory=str(directory), replace=replace)
+
+
+def two_ranks(directory: Path) -> list[saving._Attempt]:
+    """Of an engine that replaces an image, and has written its parts."""
+    models = [Model(4, 10), Model(5, 10)]
+    attempts = [
+        saving._Attempt(*parts(model, rank=rank, ranks=2), directory, True)
+        for rank, model in enumerate(models)
+    ]
+    facts = [attempt.facts() for attempt in attempts]
+    for attempt in attempts:
+        attempt.judge(facts)
+        attempt.write()
+    return attempts
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def assert_filled(directory: Path, source: Model, rows: int = 5_000_001) -> None:
+    target = Model(2, rows)
     Image(directory, 0, ENGINE).fill(target)
     for (name, found), expected in zip(
         target.content().items(), source.content().values(), strict=True
@@ -229,6 +259,37 @@ def test_memory_that_is_shared_here_alone_is_refused(tmp_path: Path) -> None:
         Image(tmp_path / "image", 0, ENGINE).fill(Model(2, 10))
 
 
+def test_derived_tensors_that_the_image_lacks_are_refused_by_name_at_a_start(
+    tmp_path: Path,
+) -> None:
+    save(Model(1, 10), tmp_path / "one")
+    target = Model(2, 10)
+    target.more = {"scales": torch.ones(2)}
+    with pytest.raises(ImageError, match=r"the image has no more.scales\. Start with"):
+        Image(tmp_path / "one", 0, ENGINE).fill(target)
+    del target.more
+    image = Image(tmp_path / "one", 0, ENGINE)
+    image.fill(target)
+    target.cache = torch.ones(2)  # not of a load
+    image.fill(target)
+    assert torch.equal(target.cache, torch.ones(2))
+
+
+def test_a_parameter_with_a_part_keeps_its_strides_and_is_refused(tmp_path: Path) -> None:
+    def square(*, turned: bool) -> nn.Module:
+        model = nn.Module()
+        content = torch.rand(8, 8)
+        model.whole = nn.Parameter(content.t() if turned else content)
+        model.part = nn.Parameter(content[2:4])
+        return model
+
+    save(square(turned=False), tmp_path / "one")
+    target = square(turned=True)
+    with pytest.raises(ImageError, match=r"the kind of tensor differs, .*: whole \(float32 8x8"):
+        Image(tmp_path / "one", 0, ENGINE).fill(target)
+    assert target.whole.data_ptr() + 64 == target.part.data_ptr()
+
+
 # --- What is damaged ------------------------------------------------------------------------------
 
 
@@ -246,6 +307,58 @@ def test_a_torn_piece_is_named_and_nothing_of_it_is_copied(copied: Path) -> None
     offset = json.loads((copied / "rank-0.json").read_text())["tensors"]["large"]["offset"]
     of_piece = slice((PIECE - offset) // 4 + 1, (2 * PIECE - offset) // 4)
     assert torch.equal(target.large[of_piece], before[of_piece])
+
+
+def test_a_load_that_fails_is_taken_back_with_buffers_and_derived_tensors(copied: Path) -> None:
+    target = Model(2)
+    image = Image(copied, 0, ENGINE)
+    image.fill(target)
+    with torch.no_grad():
+        for tensor in target.content_in_place():
+            tensor.add_(1)
+    before = {name: tensor.clone() for name, tensor in target.content().items()}
+    with (copied / "rank-0.weights").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(4096))
+    own = [parameter for _, parameter in own_parameters(target)]
+    content: Any = SimpleNamespace(spoil=lambda prefix: pytest.fail("it was lost"))
+    config: Any = SimpleNamespace()
+    load = WeightLoad(content, "", target, config, True, Snapshot(own), begun=True)
+    load.besides = Snapshot(image.besides(target, own))
+    assert load.besides.bytes < 1000
+    with pytest.raises(ImageError, match="is not what was written"):
+        image.reopened().fill(target)
+    load.take_back()
+    for name, tensor in target.content().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part["tensors"]["large"].update(offset=1 << 40), "large has 40 bytes at"),
+        (
+            lambda part: part["tensors"]["large"].update(offset=-1),
+            "large has 40 bytes at offset -1",
+        ),
+        (lambda part: part["tensors"]["large"].update(offset="0"), "of large it does not say kind"),
+        (lambda part: part["tensors"]["large"].update(stride=["1"]), "the strides of large"),
+        (lambda part: part["sha256"].append("0"), "it has 2 checksums for"),
+        (lambda part: part.update(tensors=[]), "it is no JSON with bytes, sha256, tensors"),
+        (lambda part: part["weights"].clear(), "it does not say where the weights came from"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    directory = tmp_path / "one"
+    save(Model(3, 10), directory)
+    part = json.loads((directory / "rank-0.json").read_text())
+    change(part)
+    (directory / "rank-0.json").write_text(json.dumps(part))
+    head = json.loads((directory / "image.json").read_text())
+    head["manifests"]["rank-0.json"] = manifest.checksum(directory / "rank-0.json")
+    (directory / "image.json").write_text(json.dumps(head))
+    with pytest.raises(ImageError, match=message):
+        Image(directory, 0, ENGINE)
 
 
 def test_a_short_file_a_missing_one_and_manifests_that_were_changed(copied: Path) -> None:
@@ -292,8 +405,14 @@ def test_bad_input_is_refused_before_anything_is_touched(model: Model, tmp_path:
         save(model, tmp_path / "nowhere/one")
     with pytest.raises(ImageError, match=r"2 parameters have no content \(a, b\)"):
         save(model, tmp_path / "one", missing=("a", "b"))
-    with pytest.raises(ImageError, match=r"not supported with vllm-ascend"):
+    with pytest.raises(ImageRefusedError, match=r"not supported with vllm-ascend"):
         save(model, tmp_path / "one", reason="vllm-ascend; leave it out")
+    with pytest.raises(ImageRefusedError, match=r"the weights were found to be corrupt"):
+        save(model, tmp_path / "one", corrupt=True)
+    with pytest.raises(ImageRefusedError, match=r"cannot be written down; save its checkpoint"):
+        save(model, tmp_path / "one", engine="it cannot be written down; save its checkpoint")
+    with pytest.raises(ImageError, match=r"File name too long; choose a shorter name"):
+        save(model, tmp_path / ("n" * 250))
     draft = {"source": "trainer", "path": None}
     with pytest.raises(ImageError, match=r"the draft model's weights \(source: trainer\)"):
         save(model, tmp_path / "one", draft=draft)
@@ -312,6 +431,10 @@ def test_space_is_looked_at_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def no_library(*_: object, **__: object) -> None:
+    """Instead of a C library that can exchange two names."""
+
+
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -327,7 +450,7 @@ def test_a_disk_that_fails_leaves_the_image_that_was_there(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full_disk)
         if call == "rename":
-            patch.setattr(saving.ctypes, "CDLL", lambda _: None)
+            patch.setattr(folder.ctypes, "CDLL", no_library)
         with pytest.raises(ImageError, match=r"No space left on device; free disk space"):
             save(new, tmp_path / "one", replace=True)
         with pytest.raises(ImageError, match=r"No space left on device"):
@@ -341,7 +464,7 @@ def test_an_image_is_replaced(
     at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not at_once:
-        monkeypatch.setattr(saving.ctypes, "CDLL", lambda _: None)
+        monkeypatch.setattr(folder.ctypes, "CDLL", no_library)
     save(Model(3, 10), tmp_path / "one")
     save(Model(4, 10), tmp_path / "one", replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
@@ -350,37 +473,124 @@ def test_an_image_is_replaced(
     assert torch.equal(target.large, Model(4, 10).large)
 
 
-@pytest.fixture
-def killed(tmp_path: Path) -> Iterator[Path]:
-    """Where a process was killed that had written its weights, and no more."""
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe()
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_ranks_that_give_up_after_they_have_published_leave_the_image_before(
+    at_once: bool, order: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(folder.ctypes, "CDLL", no_library)
+    save(Model(3, 10), tmp_path / "one")
+    ranks = two_ranks(tmp_path / "one")
+    for rank in ranks:
+        rank.publish()
+    both = ["image.json", "rank-0.json", "rank-0.weights", "rank-1.json", "rank-1.weights"]
+    assert names(tmp_path / "one") == both
+    for number in order:
+        assert ranks[number].take_back() == ""
+        ranks[number].close()
+    assert names(tmp_path) == ["one"]
+    assert_filled(tmp_path / "one", Model(3, 10), rows=10)
 
-    def child() -> None:
-        def stop(*_: object) -> None:
-            theirs.send("written")
-            signal.pause()
 
+def test_a_rank_that_has_given_up_cannot_be_published(tmp_path: Path) -> None:
+    save(Model(3, 10), tmp_path / "one")
+    publisher, other = two_ranks(tmp_path / "one")
+    assert other.take_back() == ""
+    with pytest.raises(
+        ImageError, match=r"saving has no rank-0.json any more: another rank has given up"
+    ):
+        publisher.publish()
+    assert publisher.take_back() == ""
+    assert names(tmp_path) == ["one"]
+    assert_filled(tmp_path / "one", Model(3, 10), rows=10)
+    for rank in (publisher, other):
+        rank.close()
+
+
+def test_two_ranks_that_are_done_have_replaced_the_image(tmp_path: Path) -> None:
+    save(Model(3, 10), tmp_path / "one")
+    ranks = two_ranks(tmp_path / "one")
+    for step in ("publish", "finish", "close"):
+        for rank in ranks:
+            getattr(rank, step)()
+    assert names(tmp_path) == ["one"]
+    first = Image(tmp_path / "one", 0, ENGINE)
+    second = Image(tmp_path / "one", 1, ENGINE)
+    check_same((first.id, None, second.id), tmp_path / "one")
+    with pytest.raises(ImageError, match=r"has parts of several images .* copy the directory"):
+        check_same((first.id, "another-2"), tmp_path / "one")
+    target = Model(2, 10)
+    second.fill(target)
+    assert torch.equal(target.large, Model(5, 10).large)
+
+
+def test_what_is_there_instead_of_the_image_that_was_to_be_replaced_stays(tmp_path: Path) -> None:
+    save(Model(3, 10), tmp_path / "one")
+    publisher, _ = two_ranks(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/of.something").touch()
+    with pytest.raises(ImageError, match=r"one is not the image any more that was there when"):
+        publisher.publish()
+    assert publisher.take_back() == ""
+    assert names(tmp_path) == ["moved", "one"]
+    assert names(tmp_path / "one") == ["of.something"]
+
+
+def save_and_stop(directory: str, at: str, pipe: Any) -> None:
+    """Replace an image in a process that stops at that point, to be killed."""
+
+    def stop(*_: object) -> None:
+        pipe.send(at)
+        signal.pause()
+
+    def rename(path: Path, to: Path) -> Path:
+        if path.suffix == ".publishing":
+            stop()
+        os.rename(path, to)
+        return to
+
+    saving.wait_for_device = lambda: None
+    if at == "written":
         manifest.write = stop
-        save(Model(3, 10), tmp_path / "one")
+    else:
+        folder.ctypes.CDLL, Path.rename = no_library, rename
+    save(Model(3, 10), directory, replace=True)
 
-    process = context.Process(target=child)
+
+@pytest.mark.parametrize(
+    ("at", "left"),
+    [
+        ("written", {"one": 3, "saving": 1}),
+        ("between two renames", {"replaced": 3, "publishing": 3}),
+    ],
+)
+def test_a_killed_process_loses_no_image_and_leaves_what_the_next_removes(
+    at: str, left: dict[str, int], tmp_path: Path
+) -> None:
+    save(Model(6, 10), tmp_path / "one")
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=save_and_stop, args=(str(tmp_path / "one"), at, theirs))
     process.start()
-    assert mine.recv() == "written"
-    process.kill()
-    process.join()
-    yield tmp_path
-
-
-def test_a_killed_process_leaves_no_image_and_its_folder_goes_with_the_next(killed: Path) -> None:
-    (left,) = killed.iterdir()
-    assert re.fullmatch(r"\.one\.[0-9a-f]{8}\.saving", left.name)
-    assert [path.name for path in left.iterdir()] == ["rank-0.weights"]
-    for directory in (left, killed / "one"):
-        with pytest.raises(ImageError, match=r"no saved image|No such file"):
-            Image(directory, 0, ENGINE)
-    save(Model(4, 10), killed / "one")
-    assert [path.name for path in killed.iterdir()] == ["one"]
+    theirs.close()
+    try:
+        assert mine.recv() == at
+    finally:
+        process.kill()
+        process.join()
+    found = {path.name.split(".")[-1]: len(names(path)) for path in tmp_path.iterdir()}
+    assert found == left
+    # Of another image, and as this one's without a word
+    (tmp_path / ".one.12345678.saving.kept").mkdir()
+    (tmp_path / ".one.too.12345678.saving").mkdir()
+    with pytest.raises(ImageRefusedError, match=r"one exists; name another directory"):
+        save(Model(4, 10), tmp_path / "one")
+    assert_filled(tmp_path / "one", Model(6, 10), rows=10)
+    save(Model(4, 10), tmp_path / "one", replace=True)
+    assert names(tmp_path) == [".one.12345678.saving.kept", ".one.too.12345678.saving", "one"]
+    assert_filled(tmp_path / "one", Model(4, 10), rows=10)
 
 
 # --- Names and options ----------------------------------------------------------------------------
@@ -428,6 +638,29 @@ def config(load_format: str = "sleep_image", image_dir: str | None = "/images/on
 def test_a_start_that_cannot_be_is_refused(made: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         identity.check_start(made)
+
+
+def test_speculation_without_a_model_starts_the_model_from_the_image() -> None:
+    from vllm_sleep_ascend.rank.image.loader import is_draft
+
+    model, draft = object(), object()
+    ngram = SimpleNamespace(draft_model_config=model, target_model_config=model)
+    eagle = SimpleNamespace(draft_model_config=draft, target_model_config=model)
+    of: Any = [SimpleNamespace(speculative_config=config) for config in (None, ngram, eagle)]
+    assert [is_draft(config, model) for config in of] == [False, False, False]
+    assert is_draft(of[2], draft)
+
+
+def test_an_engine_whose_configuration_cannot_be_written_down_has_a_reason() -> None:
+    reason = identity.identity_or_reason(SimpleNamespace(model_config=None, parallel_config=None))
+    assert isinstance(reason, str) and "cannot be written down" in reason
+
+
+def test_a_rank_without_tensors_has_an_empty_file(tmp_path: Path) -> None:
+    save(nn.Module(), tmp_path / "one")
+    assert (tmp_path / "one/rank-0.weights").stat().st_size == 0
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "one").iterdir()} == {0o600}
+    Image(tmp_path / "one", 0, ENGINE).fill(nn.Module())
 
 
 def test_starts_from_an_image_and_from_a_checkpoint_may_be() -> None:

@@ -28,6 +28,8 @@ from vllm_sleep_ascend.policy import LEVELS, MODES, PLACES
 if TYPE_CHECKING:  # the doctor must run with only the standard library
     from vllm_sleep_ascend.client.sleep_client import ServerStatus, SleepClient
 
+CALL_S, SAVE_S = 600, 86400  # what a call may take; a disk can be slow
+
 DONE, FAILED, USAGE, UNREACHABLE = range(4)
 
 Clients = list["SleepClient"]
@@ -103,9 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="print one JSON object")
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
-        made.add_argument(
-            "--timeout", type=float, default=600, metavar="S", help="seconds a call may take (600)"
-        )
+        help = f"seconds a call may take ({CALL_S}; for save {SAVE_S})"
+        made.add_argument("--timeout", type=float, default=CALL_S, metavar="S", help=help)
         help = "the file with the key of the admin doors; nobody else may be able to read it"
         made.add_argument("--admin-key-file", metavar="FILE", help=help)
         return made
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("directory", metavar="DIR", help=help)
     help = "replace the image that is there"
     made.add_argument("--replace", action="store_true", help=help)
+    made.set_defaults(timeout=SAVE_S)
     made = command("switch", _switch, "put one server to sleep and wake another")
     made.add_argument("from_url", metavar="FROM_URL")
     made.add_argument("to_url", metavar="TO_URL")

@@ -8,10 +8,12 @@ is a 4xx or 5xx with a reason.
 
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
 from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
+from vllm_sleep_ascend.errors import ImageRefusedError
 from vllm_sleep_ascend.front_end import metrics
 from vllm_sleep_ascend.front_end.calls import typed
 from vllm_sleep_ascend.front_end.replicas import rank_status
@@ -53,7 +55,7 @@ def attach_router(app: "FastAPI") -> None:
 
     @router.post("/save_image")
     async def save_image(request: Request) -> JSONResponse:
-        return await _save_image(request)
+        return await _answer(None, _save_image, request)
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
     async def is_sleeping(request: Request) -> JSONResponse:
@@ -101,18 +103,25 @@ async def _status(request: "Request") -> "JSONResponse":
 
 
 async def _answer(
-    operation: "Operation", parse: Callable[["Request"], Awaitable[Call]], request: "Request"
+    operation: "Operation | None",
+    parse: Callable[["Request"], Awaitable[Call]],
+    request: "Request",
 ) -> "JSONResponse":
-    """Bad input is refused before it counts as an operation in vLLM's metrics; a failure counts."""
+    """Bad input is refused before it counts as an operation in vLLM's metrics; a failure counts.
+    ``None`` is an operation that vLLM does not count."""
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         call = await parse(request)
-        with metrics.recorded(operation):
+        with nullcontext() if operation is None else metrics.recorded(operation):
             return JSONResponse(await call())
     except (ValueError, RuntimeError, EngineDeadError) as error:
-        status = 400 if isinstance(error, ValueError) else 503
+        status = 503
+        if isinstance(error, ValueError):
+            status = 400
+        elif isinstance(error, ImageRefusedError):
+            status = 409
         return JSONResponse(error_body(error, status), status)
 
 
@@ -163,26 +172,23 @@ async def _release_kv_cache_memory(request: "Request") -> Call:
     return call
 
 
-async def _save_image(request: "Request") -> "JSONResponse":
+async def _save_image(request: "Request") -> Call:
     """The body is ``{"dir": "/an/absolute/path", "replace": false}``."""
-    from fastapi.responses import JSONResponse
-    from vllm.v1.engine.exceptions import EngineDeadError
-
+    options = await _options(request, ("dir", "replace"))
+    directory, replace = options.get("dir"), options.get("replace", False)
+    if not isinstance(directory, str) or not os.path.isabs(directory):
+        raise ValueError(f"dir={directory!r}: an absolute path is needed, such as /images/NAME")
+    if not isinstance(replace, bool | str) or replace not in _FLAGS:
+        raise ValueError(f"replace={replace!r}: use true or false")
     client = client_of(request)
-    try:
-        options = await _options(request, ("dir", "replace"))
-        directory, replace = options.get("dir"), options.get("replace", False)
-        if not isinstance(directory, str) or not os.path.isabs(directory):
-            raise ValueError(f"dir={directory!r}: an absolute path is needed, such as /images/NAME")
-        if not isinstance(replace, bool | str) or replace not in _FLAGS:
-            raise ValueError(f"replace={replace!r}: use true or false")
-        check_enabled(client.vllm_config)
+    check_enabled(client.vllm_config)
+
+    async def call() -> dict[str, object]:
         with typed():
             await client.collective_rpc("save_image", args=(directory, _FLAGS[replace]))
-    except (ValueError, RuntimeError, EngineDeadError) as error:
-        status = 400 if isinstance(error, ValueError) else 503
-        return JSONResponse(error_body(error, status), status)
-    return JSONResponse({"status": "saved", "dir": directory})
+        return {"status": "saved", "dir": directory}
+
+    return call
 
 
 async def _options(request: "Request", names: tuple[str, ...]) -> dict[str, object]:

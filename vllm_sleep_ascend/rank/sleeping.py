@@ -137,8 +137,10 @@ class SleepMode:
             self._wake_unfinished = True
 
         def finish() -> None:
-            self._operations.communicators.restore()
             awake = not self._backend.asleep("weights")
+            if self._backend.reloads_after_level_2:
+                self._weights.open_for_wake(awake and self._weights_lost)
+            self._operations.communicators.restore()
             if awake:
                 self._saved.restore()
                 if self._weights_lost:

@@ -6,7 +6,8 @@ What an image holds and what is refused is in tests/package/test_image_files.py,
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def of_image(directory: Path, **options: object) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def torn(directory: Path) -> Iterator[None]:
+    """Some last bytes of the first rank's file are others meanwhile."""
+    path = directory / "rank-0.weights"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4096] + bytes(byte ^ 1 for byte in content[-4096:]))
+    yield
+    path.write_bytes(content)
+
+
 def origin(llm: Any) -> tuple[str, str | None, str]:
     weights = status(llm)[0]["weights"]
     return weights["source"], weights["path"], weights["version"]
@@ -62,6 +73,9 @@ def test_an_engine_starts_from_the_image_of_another(tiny_model, other_model, tmp
 
     with engine(bare, **of_image(directory, after_level2="reload")) as llm:
         image = ("image", str(directory), str(other_model))
+        assert (few(llm), origin(llm)) == (expected, image)
+        with torn(directory), pytest.raises(ImageError, match="is not what was written"):
+            llm.collective_rpc("reload_weights")
         assert (few(llm), origin(llm)) == (expected, image)
         sleep_and_wake(llm, 1)
         assert few(llm) == expected

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_sleep_ascend.config import IMAGE_FORMAT, KEY, SleepModeConfig
 from vllm_sleep_ascend.errors import ImageError
 
@@ -19,12 +21,16 @@ _REMEDIES = {
     "model": "start with the model of the image, or save one of this model",
     "vllm": "install that version of vLLM, or save the image again with this one",
     "vllm_sleep_ascend": "install that version, or save the image again with this one",
+    "torch_npu": "install that version, or save the image again with this one",
+    "device": "start on such a device, or save an image on this one",
 }
 _SAME_OPTION = "start with the option of the engine that saved it, or save the image again"
 
 
 def identity_of(vllm_config: "VllmConfig") -> dict[str, Any]:
     """Of an engine whose model has not been made yet: making it may change its configuration."""
+    from vllm.platforms import current_platform
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     hf_config = model.hf_config.to_dict()
     made = {
@@ -33,14 +39,29 @@ def identity_of(vllm_config: "VllmConfig") -> dict[str, Any]:
         "untied_by_checkpoint": bool(getattr(model, "word_embeddings_untied_by_checkpoint", False)),
         "vllm": version("vllm"),
         "vllm_sleep_ascend": version("vllm_sleep_ascend"),
+        "torch_npu": version("torch_npu"),
+        "device": current_platform.get_device_name(torch.accelerator.current_device_index()),
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "enable_expert_parallel": bool(parallel.enable_expert_parallel),
+        "expert_placement_strategy": getattr(parallel, "expert_placement_strategy", "linear"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(made, default=str))
+    text = json.dumps(made, default=str, skipkeys=True)
+    plain: dict[str, Any] = json.loads(text, parse_constant=str)  # NaN is not equal to itself
     return plain
+
+
+def identity_or_reason(vllm_config: "VllmConfig") -> dict[str, Any] | str:
+    """The identity, or why this engine has none: it starts all the same, and saves no image."""
+    try:
+        return identity_of(vllm_config)
+    except Exception as error:
+        return (
+            "the model's configuration cannot be written down, by which an image is known "
+            f"({type(error).__name__}: {error}); save its checkpoint instead"
+        )
 
 
 def check(directory: object, image: Mapping[str, Any], engine: Mapping[str, Any]) -> None:

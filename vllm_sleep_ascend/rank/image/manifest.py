@@ -5,16 +5,19 @@ what its file of bytes has."""
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from vllm_sleep_ascend.errors import ImageError
-from vllm_sleep_ascend.rank.image.pieces import failure
+from vllm_sleep_ascend.rank.image.pieces import PIECE, failure
 from vllm_sleep_ascend.status import WeightsOrigin
 
 HEAD = "image.json"
 FORMAT = 1
 _BROKEN = "save the image again"
+_ENTRY = {"kind": str, "stride": list, "offset": int, "bytes": int}
+_ORIGIN = {"source": str, "version": str}
 
 
 class Entry(TypedDict):
@@ -36,9 +39,11 @@ class Rank(TypedDict):
 
 
 class Head(TypedDict):
-    """``identity``: of the engine. ``manifests``: SHA-256 of the other files like this one."""
+    """``id``: the same in the parts of all hosts. ``identity``: of the engine. ``manifests``:
+    SHA-256 of the other files like this one."""
 
     format: int
+    id: str
     identity: dict[str, Any]
     manifests: dict[str, str]
 
@@ -59,7 +64,8 @@ def write(path: Path, content: Rank | Head) -> None:
     """
     partial = path.with_name(f".{path.name}")
     try:
-        with partial.open("w") as file:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
             json.dump(content, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
@@ -94,7 +100,8 @@ def read_head(directory: Path) -> Head:
             f"{directory} is no saved image, or not a whole one: it has no {HEAD}, which is "
             "written last; name a directory that vllm-sleep save has made"
         )
-    head = _parsed(path, _read(path), ("format", "identity", "manifests"))
+    fields = {"format": int, "id": str, "identity": dict, "manifests": dict}
+    head = _parsed(path, _read(path), fields)
     if head["format"] != FORMAT:
         raise ImageError(
             f"{path} has the format {head['format']!r}, and this vllm_sleep_ascend reads "
@@ -124,7 +131,29 @@ def read_rank(directory: Path, head: Head, rank: int) -> Rank:
             f"{path} is not what was written: it has the SHA-256 {found} instead of {expected}; "
             f"{_BROKEN}"
         )
-    return cast(Rank, _parsed(path, content, ("bytes", "sha256", "tensors", "weights")))
+    fields = {"bytes": int, "sha256": list, "tensors": dict, "weights": dict}
+    part = cast(Rank, _parsed(path, content, fields))
+    if (wrong := _wrong(part)) is not None:
+        raise ImageError(f"{path} is damaged: {wrong}; {_BROKEN}")
+    return part
+
+
+def _wrong(part: Rank) -> str | None:
+    """What cannot be so in it."""
+    size, pieces = part["bytes"], -(-part["bytes"] // PIECE)
+    if size < 0 or len(part["sha256"]) != pieces:
+        return f"it has {len(part['sha256'])} checksums for {size} bytes"
+    for name, entry in part["tensors"].items():
+        if not isinstance(entry, dict) or {f: type(v) for f, v in entry.items()} != _ENTRY:
+            return f"of {name} it does not say {', '.join(_ENTRY)}"
+        start, length = entry["offset"], entry["bytes"]
+        if not all(type(step) is int for step in entry["stride"]):
+            return f"the strides of {name} are {entry['stride']}"
+        if start < 0 or length < 0 or start + length > size:
+            return f"{name} has {length} bytes at offset {start} of {size}"
+    if {f: type(part["weights"].get(f)) for f in ("source", "version")} != _ORIGIN:
+        return "it does not say where the weights came from"
+    return None
 
 
 def _read(path: Path) -> bytes:
@@ -134,11 +163,13 @@ def _read(path: Path) -> bytes:
         raise failure(path, "read", error) from error
 
 
-def _parsed(path: Path, content: bytes, fields: tuple[str, ...]) -> dict[str, Any]:
+def _parsed(path: Path, content: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not found.keys() >= set(fields):
+    if not isinstance(found, dict) or any(
+        not isinstance(found.get(field), kind) for field, kind in fields.items()
+    ):
         raise ImageError(f"{path} is damaged: it is no JSON with {', '.join(fields)}; {_BROKEN}")
     return found

@@ -9,6 +9,7 @@ other. Requests bypass the page cache (O_DIRECT) where the file system takes tha
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -22,6 +23,9 @@ import torch
 from vllm_sleep_ascend.errors import ImageError
 from vllm_sleep_ascend.memory.checksum import memory_at
 from vllm_sleep_ascend.rank.image.tensors import Span
+
+# A child of vLLM's logger, so that its handlers and level apply where it is.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PIECE = 8 << 20
 THREADS = 8
@@ -149,9 +153,9 @@ class _File:
 
     def __init__(self, path: Path, flags: int, size: int) -> None:
         self._path, self._size = path, size
-        self._fd = -1
+        self._fd, self.direct = -1, True
         with self._named("opened"):
-            self._fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
             self._begin(flags)
         except BaseException:
@@ -161,16 +165,16 @@ class _File:
     def _begin(self, flags: int) -> None:
         if flags & os.O_CREAT:
             with self._named("preallocated"):
-                os.posix_fallocate(self._fd, 0, self._size)
+                if self._size:
+                    os.posix_fallocate(self._fd, 0, self._size)
         elif (found := os.fstat(self._fd).st_size) != self._size:
             raise ImageError(
                 f"{self._path} has {found} bytes instead of {self._size}; save the image again"
             )
-        self.direct = True
         try:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags() | os.O_DIRECT)
         except OSError:  # such as on tmpfs
-            self.direct = False
+            self._pass_page_cache()
 
     def __enter__(self) -> Self:
         return self
@@ -213,12 +217,19 @@ class _File:
                         raise
                     self._use_page_cache()
                     continue
+            if not self.direct:
+                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
             if count == 0:
                 raise ImageError(f"{self._path} ends at {offset} and not at {end}; save it again")
             content, offset = content[count:], offset + count
 
     def _use_page_cache(self) -> None:
         fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags() & ~os.O_DIRECT)
+        self._pass_page_cache()
+
+    def _pass_page_cache(self) -> None:
+        if self.direct:
+            logger.info("%s goes through the page cache: O_DIRECT was refused", self._path)
         self.direct = False
 
     def _flags(self) -> int:
@@ -240,6 +251,10 @@ def failure(path: Path, what: str, error: OSError) -> ImageError:
         remedy = "free disk space, or save to another disk"
     elif error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS):
         remedy = "name a directory of a saved image, or for a new one, in a folder of this user"
+    elif error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        remedy = "name another directory, or replace the image in it (--replace)"
+    elif error.errno == errno.ENAMETOOLONG:
+        remedy = "choose a shorter name"
     failed = ImageError(f"{path} could not be {what}: {error.strerror}; {remedy}")
     with suppress(OSError):
         if full:

@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves an image: every rank its part, or no rank anything.
 
-The parts are written into a folder beside the directory, ``.NAME.RANDOM.saving``, which becomes the
-directory when every rank is done. A killed process leaves that folder; the next image of the same
-name removes it.
+The parts are written into a folder beside the directory (``folder``), which becomes the directory
+when every rank is done.
 """
 
-import ctypes
-import fcntl
 import os
 import secrets
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +16,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_sleep_ascend.error_text import write_type
-from vllm_sleep_ascend.errors import ImageError
+from vllm_sleep_ascend.errors import ImageError, ImageRefusedError
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 from vllm_sleep_ascend.rank.hooks import Hooks
@@ -29,16 +24,14 @@ from vllm_sleep_ascend.rank.host_budget import this_host
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.image import identity, manifest, pieces, tensors
 from vllm_sleep_ascend.rank.image.filling import image_of
+from vllm_sleep_ascend.rank.image.folder import Folder, bring_back, is_image
 from vllm_sleep_ascend.rank.weights.content import models_of
 from vllm_sleep_ascend.rank.weights.loading import SLOWEST_LOAD
 from vllm_sleep_ascend.rank.weights.rank_weights import RankWeights
 
 logger = init_logger(f"vllm.{__name__}")
 
-_SAVING = "saving"
 _MANIFESTS = 1 << 20  # bytes of disk, more than they take
-_RENAME_EXCHANGE = 2  # of renameat2
-_AT_FDCWD = -100
 
 
 @dataclass(frozen=True)
@@ -60,19 +53,20 @@ def save(
     agreement: Agreement,
     weights: RankWeights,
     hooks: Hooks,
-    engine: Mapping[str, Any],
+    engine: Mapping[str, Any] | str,
     directory: str,
     replace: bool,
 ) -> None:
     """Save the model's weights into ``directory``, on each host of the engine.
 
     Args:
-        engine: its identity from before its model was made.
+        engine: its identity from before its model was made, or why it has none.
         replace: an image that is there already.
 
     Raises:
         ValueError: the directory is no absolute path.
-        ImageError: a rank cannot save, or failed; there is no image then, or the one before.
+        ImageRefusedError: a rank cannot save; nothing was touched.
+        ImageError: a rank failed; there is no image then, or the one before.
     """
     if not os.path.isabs(directory):
         raise ValueError(f"dir={directory!r}: an absolute path is needed, such as /images/NAME")
@@ -103,17 +97,16 @@ class _Attempt:
         worker: HostWorker,
         weights: RankWeights,
         hooks: Hooks,
-        engine: Mapping[str, Any],
+        engine: Mapping[str, Any] | str,
         directory: Path,
         replace: bool,
     ) -> None:
         self._worker, self._weights, self._hooks = worker, weights, hooks
         self._directory, self._replace = directory, replace
         self._engine = engine
-        self._folder = directory
-        self._lock = -1
-        self._published = False
-        self._replaced: Path | None = None  # where the image is that was there before
+        self._there: int | None = None  # the inode of the image that may be replaced
+        self._folder: Folder | None = None
+        self._id = ""
 
     # --- Before anything is written --------------------------------------------------------------
 
@@ -138,6 +131,10 @@ class _Attempt:
             return f"an image is not supported with {reason}"
         if weights.updating:
             return "a weight update is under way; call finish_weight_update first"
+        if isinstance(self._engine, str):
+            return self._engine
+        if weights.content.corrupt:
+            return "the weights were found to be corrupt; load them again, or restart the engine"
         if missing := weights.content.missing():
             names = ", ".join(missing[:4])
             return f"{len(missing)} parameters have no content ({names}); load the weights first"
@@ -149,18 +146,21 @@ class _Attempt:
             )
         if not directory.parent.is_dir():
             return f"{directory.parent} is no directory; create it, on a disk with room"
+        bring_back(directory)
         if not os.path.lexists(directory):
+            self._there = 0 if self._replace else None
             return None
         if not self._replace:
             return (
                 f"{directory} exists; name another directory, or replace the image in it "
                 "(--replace)"
             )
-        if not _is_image(directory):
+        if not is_image(directory):
             return (
                 f"{directory} exists and is no saved image, which alone is replaced; name another "
                 "directory"
             )
+        self._there = directory.stat().st_ino
         return None
 
     def _look(self) -> None:
@@ -175,12 +175,14 @@ class _Attempt:
     def judge(self, ranks: Sequence[_Facts]) -> None:
         """
         Raises:
-            ImageError: a rank cannot save, or a disk has no room for those that share it; the same
-                on every rank.
+            ImageRefusedError: a rank cannot save.
+            ImageError: a disk has no room for those that share it; the same on every rank.
         """
         refusals = dict.fromkeys(rank.refusal for rank in ranks if rank.refusal is not None)
         if refusals:
-            raise ImageError(f"no image was saved: {'; '.join(refusals)}. Nothing was touched")
+            raise ImageRefusedError(
+                f"no image was saved: {'; '.join(refusals)}. Nothing was touched"
+            )
         disks: dict[tuple[str, int], list[_Facts]] = {}
         for rank in ranks:
             disks.setdefault((rank.host, rank.disk), []).append(rank)
@@ -195,22 +197,16 @@ class _Attempt:
                 )
                 error.needed_bytes, error.free_bytes = needed, free
                 raise error
-        self._folder = self._directory.with_name(
-            f".{self._directory.name}.{ranks[0].word}.{_SAVING}"
-        )
+        word = ranks[0].word
+        self._folder, self._id = Folder(self._directory, word), f"{word}-{len(ranks)}"
 
     # --- The two steps ---------------------------------------------------------------------------
 
     def write(self) -> None:
         """This rank's part."""
-        rank, folder = self._worker.rank, self._folder
-        self._remove_left()
-        try:
-            folder.mkdir(exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
-        except OSError as error:
-            raise pieces.failure(folder, "created", error) from error
+        assert self._folder is not None
+        self._folder.make()
+        rank, folder = self._worker.rank, self._folder.path
         wait_for_device()
         path = folder / manifest.weights_name(rank)
         checksums = pieces.write(path, self._spans, self.size)
@@ -232,68 +228,40 @@ class _Attempt:
         manifest.write(folder / manifest.manifest_name(rank), written)
 
     def publish(self) -> None:
-        """Once every rank has written, the first of those that share the folder renames it."""
-        folder, directory = self._folder, self._directory
-        count = self._worker.parallel_config.world_size
-        names = [manifest.manifest_name(rank) for rank in range(count)]
+        """Once every rank has written, the first of those that share the folder publishes it."""
+        assert self._folder is not None and not isinstance(self._engine, str)
+        folder = self._folder.path
+        names = map(manifest.manifest_name, range(self._worker.parallel_config.world_size))
         here = [name for name in names if (folder / name).exists()]
-        if here[:1] != [manifest.manifest_name(self._worker.rank)]:
+        mine = manifest.manifest_name(self._worker.rank)
+        if mine not in here:
+            raise ImageError(f"{folder} has no {mine} any more: another rank has given up")
+        if here[0] != mine:
             return
         head: manifest.Head = {
             "format": manifest.FORMAT,
+            "id": self._id,
             "identity": dict(self._engine),
             "manifests": {name: manifest.checksum(folder / name) for name in here},
         }
         manifest.write(folder / manifest.HEAD, head)
-        try:
-            if self._replace and os.path.lexists(directory):
-                self._replaced = _exchange(folder, directory)
-            else:
-                folder.rename(directory)
-            self._published = True
-            manifest.sync_directory(directory.parent)
-        except OSError as error:
-            raise pieces.failure(directory, "created", error) from error
+        self._folder.publish(self._there)
 
     # --- The end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Remove the image that was replaced."""
-        if self._replaced is not None:
-            shutil.rmtree(self._replaced, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.finish()
 
     def take_back(self) -> str:
         """Leave what was there before. Returns what failed in that, or ``""``."""
-        gone = self._folder
-        if self._published:
-            try:
-                gone = self._directory.rename(gone.with_suffix(f".again.{_SAVING}"))
-                if self._replaced is not None:
-                    self._replaced.rename(self._directory)
-            except OSError as error:
-                return str(pieces.failure(self._directory, "removed again", error))
-        if gone != self._directory:
-            shutil.rmtree(gone, ignore_errors=True)
-        return ""
+        return "" if self._folder is None else self._folder.take_back()
 
     def close(self) -> None:
         """Let other processes remove the folder, if it is still there."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-    def _remove_left(self) -> None:
-        """Remove what killed processes have left: nobody has it locked."""
-        for left in self._directory.parent.glob(f".{self._directory.name}.*.{_SAVING}"):
-            if left == self._folder:
-                continue
-            with suppress(OSError):
-                lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(left, ignore_errors=True)
-                finally:
-                    os.close(lock)
+        if self._folder is not None:
+            self._folder.close()
 
 
 def _of_weights(worker: HostWorker, model: nn.Module) -> dict[str, tensors.Held]:
@@ -302,35 +270,7 @@ def _of_weights(worker: HostWorker, model: nn.Module) -> dict[str, tensors.Held]
     attached = {
         name: tensor
         for name, tensor in tensors.attached(model).items()
-        if any(0 <= tensor.address - start < size for start, size in ranges)
+        if tensor.device == worker.device
+        and any(0 <= tensor.address - start < size for start, size in ranges)
     }
     return {**attached, **tensors.registered(model)}
-
-
-def _is_image(directory: Path) -> bool:
-    """Whether a directory has an image and nothing else."""
-    if not (directory / manifest.HEAD).is_file():
-        return False
-    return all(
-        path.name == manifest.HEAD
-        or (path.name.startswith("rank-") and path.suffix in (".json", ".weights"))
-        for path in directory.iterdir()
-    )
-
-
-def _exchange(new: Path, old: Path) -> Path:
-    """Have ``old`` be the new folder, at once where the file system can do that. Returns where the
-    old one is."""
-    call: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
-    names = (os.fsencode(new), os.fsencode(old))
-    if call is not None and not call(
-        _AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)
-    ):
-        return new
-    aside = old.rename(new.with_suffix(f".replaced.{_SAVING}"))
-    try:
-        new.rename(old)
-    except OSError:
-        aside.rename(old)
-        raise
-    return aside

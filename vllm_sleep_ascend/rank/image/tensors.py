@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vllm_sleep_ascend.errors import ImageError
+from vllm_sleep_ascend.memory.checksum import memory_at
 from vllm_sleep_ascend.memory.formats import is_tiled
 
 _ALIGNMENT = 512  # of copies from and to a device
@@ -89,7 +90,7 @@ def kind(tensor: torch.Tensor, stride: Sequence[int]) -> str:
 def laid_out(tensors: Mapping[str, Held]) -> tuple[dict[str, int], list[Span], int]:
     """A file for these tensors: the offset of each, what goes where, and its bytes."""
     offsets, spans, end = dict.fromkeys(tensors, 0), [], 0
-    for names in _by_memory(tensors):
+    for names in by_memory(tensors):
         span = _span(names, tensors, end)
         spans.append(span)
         offsets |= {name: end + tensors[name].address - span.address for name in names}
@@ -104,7 +105,7 @@ def placed(tensors: Mapping[str, Held], offsets: Mapping[str, int]) -> list[Span
         ImageError: tensors that share memory here lie apart there.
     """
     spans = []
-    for names in _by_memory(tensors):
+    for names in by_memory(tensors):
         first, *others = names
         start = offsets[first] - tensors[first].address
         for other in others:
@@ -118,7 +119,24 @@ def placed(tensors: Mapping[str, Held], offsets: Mapping[str, int]) -> list[Span
     return spans
 
 
-def _by_memory(tensors: Mapping[str, Held]) -> Iterator[list[str]]:
+def not_within(tensors: Mapping[str, Held], wholes: Iterable[Held]) -> list[torch.Tensor]:
+    """The memory of those tensors as bytes, once, without that of tensors within one of these."""
+    known = [(_place(whole), whole.bytes) for whole in wholes]
+    outside = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not any(
+            place[0] == str(tensor.device)
+            and place[1] <= tensor.address
+            and tensor.address + tensor.bytes <= place[1] + size
+            for place, size in known
+        )
+    }
+    _, spans, _ = laid_out(outside)
+    return [memory_at(s.address, s.bytes, torch.uint8, s.device) for s in spans]
+
+
+def by_memory(tensors: Mapping[str, Held]) -> Iterator[list[str]]:
     """The names of tensors that overlap, together."""
     names: list[str] = []
     end: tuple[str, int] | None = None

@@ -4,19 +4,19 @@
 import copy
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from vllm.logger import init_logger
 
+from vllm_sleep_ascend.errors import ImageError
 from vllm_sleep_ascend.rank.agreement import Agreement
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
-from vllm_sleep_ascend.rank.image.filling import Image, image_of
+from vllm_sleep_ascend.rank.image.filling import Image, check_same, image_of
 from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, models_of
-from vllm_sleep_ascend.rank.weights.load import Named
+from vllm_sleep_ascend.rank.weights.load import Named, Snapshot
 from vllm_sleep_ascend.rank.weights.loading import SLOWEST_LOAD, Loads
-from vllm_sleep_ascend.rank.weights.parameters import derive_again
+from vllm_sleep_ascend.rank.weights.parameters import derive_again, own_parameters
 from vllm_sleep_ascend.rank.weights.source import Sources
 from vllm_sleep_ascend.status import WeightsOrigin, WeightsReport, in_no_checkpoint
 
@@ -40,6 +40,7 @@ class RankWeights:
         self._worker, self._agreement, self._hooks = worker, agreement, hooks
         self._stock_reload = stock_reload
         self.content = WeightsContent(worker)
+        self._opened: Image | ImageError | None = None  # for the wake under way
         self._sources = Sources(worker)
         loaded_by_user = self._sources.loaded_by_user
         self._loads = Loads(worker, agreement, self.content, hooks, loaded_by_user)
@@ -106,19 +107,21 @@ class RankWeights:
         all_of_it = weights_iterator is None
         image = self._sources.image if all_of_it and weights_path is None else None
 
-        def check() -> None:
+        def check() -> str | None:
+            nonlocal image
             path = weights_path or ""
             if os.path.isabs(path) and not os.path.isdir(path):
                 raise ValueError(f"weights_path {weights_path!r} is not a folder")
             self._hooks.check_reload()
-            if image is not None:
-                image.reopened()
+            if image is None:
+                return None
+            image = image.reopened()
+            return image.id
 
         def reload() -> None:
             weights, load = weights_iterator, self._loads.current
             assert load is not None
             if image is not None:
-                load.begun = True
                 self._fill(image)
                 return
             if weights is not None and not is_checkpoint_format:
@@ -148,10 +151,15 @@ class RankWeights:
             logger.warning("reload_weights loaded %s in place of %s.", source.path, lost)
 
     def _fill(self, image: Image) -> None:
-        """Load the model from what is in the image's directory now."""
-        runner = self._worker.model_runner
+        """Load the model from an image."""
+        runner, load = self._worker.model_runner, self._loads.current
+        assert load is not None
+        self._worker.synchronize_device()  # other threads fill it, on streams of their own
+        model = runner.get_model()
+        load.besides = Snapshot(image.besides(model, (p for _, p in own_parameters(model))))
+        load.begun = True
         with torch.no_grad():
-            image.reopened().fill(runner.get_model())
+            image.fill(model)
         runner.reset_encoder_cache()
         runner.reset_mm_cache()
 
@@ -191,16 +199,42 @@ class RankWeights:
             reload_weights(config, draft, None, None, is_checkpoint_format=True)
         source.loaded("checkpoint", config.model_config.model)
 
+    def open_for_wake(self, needed: bool) -> None:
+        """Together with the other ranks, before a wake: open the image, if it loads one. What is
+        wrong with it, ``reload_in_wake`` raises."""
+        image, self._opened = self._sources.image, None
+        if image is None:
+            return
+        try:
+            self._opened = image.reopened() if needed else None
+        except ImageError as error:
+            self._opened = error
+        mine = self._opened.id if isinstance(self._opened, Image) else None
+        ids = self._agreement.exchange(mine)
+        try:
+            check_same(ids, image.directory)
+        except ImageError as error:
+            self._opened = error
+
     def reload_in_wake(self) -> None:
         """Load all weights from the checkpoint or image on this rank, in the middle of a wake.
 
         Raises:
             SleepModeError: it cannot be loaded, or lacks a parameter.
         """
-        image = self._sources.image
-        load = self._stock_reload if image is None else partial(self._fill, image)
-        self._loads.in_wake(load, self.reloads_from)
+        self._loads.in_wake(
+            self._stock_reload if self._sources.image is None else self._fill_opened,
+            self.reloads_from,
+        )
         self._note_reload()
+
+    def _fill_opened(self) -> None:
+        opened, self._opened = self._opened, None
+        if isinstance(opened, ImageError):
+            raise opened
+        image = opened or self._sources.image
+        assert image is not None
+        self._fill(image)
 
     # --- Weight updates: each takes the method of vLLM's that does it ----------------------------
 
