@@ -6,8 +6,9 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
-import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -538,59 +539,58 @@ def test_what_is_there_instead_of_the_image_that_was_to_be_replaced_stays(tmp_pa
     assert names(tmp_path / "one") == ["of.something"]
 
 
-def save_and_stop(directory: str, at: str, pipe: Any) -> None:
-    """Replace an image in a process that stops at that point, to be killed."""
+def save_and_stop(directory: str, pipe: Any) -> None:
+    """In a process that is to be killed: replace two images, and stop once the weights of one are
+    written, and between the two renames of the other."""
 
     def stop(*_: object) -> None:
-        pipe.send(at)
-        signal.pause()
+        pipe.send("stopped")
+        threading.Event().wait()
+
+    def write(path: Path, content: Any) -> None:
+        stop() if ".one." in str(path) else stock(path, content)
 
     def rename(path: Path, to: Path) -> Path:
-        if path.suffix == ".publishing":
-            stop()
+        stop() if re.fullmatch(r"\.two\.[0-9a-f]{8}\.publishing", path.name) else None
         os.rename(path, to)
         return to
 
+    stock, manifest.write = manifest.write, write
     saving.wait_for_device = lambda: None
-    if at == "written":
-        manifest.write = stop
-    else:
-        folder.ctypes.CDLL, Path.rename = no_library, rename
-    save(Model(3, 10), directory, replace=True)
+    folder.ctypes.CDLL, Path.rename = no_library, rename
+    for name in ("one", "two"):
+        path = Path(directory) / name
+        threading.Thread(target=save, args=(Model(3, 10), path, True), daemon=True).start()
+    threading.Event().wait()
 
 
-@pytest.mark.parametrize(
-    ("at", "left"),
-    [
-        ("written", {"one": 3, "saving": 1}),
-        ("between two renames", {"replaced": 3, "publishing": 3}),
-    ],
-)
-def test_a_killed_process_loses_no_image_and_leaves_what_the_next_removes(
-    at: str, left: dict[str, int], tmp_path: Path
-) -> None:
-    save(Model(6, 10), tmp_path / "one")
+def test_a_killed_process_loses_no_image_and_leaves_what_the_next_removes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for directory in (one, two):
+        save(Model(6, 10), directory)
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
-    process = context.Process(target=save_and_stop, args=(str(tmp_path / "one"), at, theirs))
+    process = context.Process(target=save_and_stop, args=(str(tmp_path), theirs))
     process.start()
     theirs.close()
     try:
-        assert mine.recv() == at
+        assert [mine.recv(), mine.recv()] == ["stopped", "stopped"]
     finally:
         process.kill()
         process.join()
-    found = {path.name.split(".")[-1]: len(names(path)) for path in tmp_path.iterdir()}
-    assert found == left
-    # Of another image, and as this one's without a word
-    (tmp_path / ".one.12345678.saving.kept").mkdir()
-    (tmp_path / ".one.too.12345678.saving").mkdir()
-    with pytest.raises(ImageRefusedError, match=r"one exists; name another directory"):
-        save(Model(4, 10), tmp_path / "one")
-    assert_filled(tmp_path / "one", Model(6, 10), rows=10)
-    save(Model(4, 10), tmp_path / "one", replace=True)
-    assert names(tmp_path) == [".one.12345678.saving.kept", ".one.too.12345678.saving", "one"]
-    assert_filled(tmp_path / "one", Model(4, 10), rows=10)
+    found = {re.sub(r"[0-9a-f]{8}", "WORD", path.name): path for path in tmp_path.iterdir()}
+    assert set(found) == {"one", ".one.WORD.saving", ".two.WORD.replaced", ".two.WORD.publishing"}
+    assert names(found[".one.WORD.saving"]) == ["rank-0.weights"]
+    others = [".one.12345678.saving.kept", ".one.too.12345678.saving"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    for directory in (one, two):
+        with pytest.raises(ImageRefusedError, match=r"exists; name another directory"):
+            save(Model(4, 10), directory)
+        assert_filled(directory, Model(6, 10), rows=10)
+        save(Model(4, 10), directory, replace=True)
+        assert_filled(directory, Model(4, 10), rows=10)
+    assert names(tmp_path) == [*others, "one", "two"]
 
 
 # --- Names and options ----------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class SleepMode:
         def finish() -> None:
             awake = not self._backend.asleep("weights")
             if self._backend.reloads_after_level_2:
-                self._weights.open_for_wake(awake and self._weights_lost)
+                self._weights.open_for_wake(awake and (self._weights_lost or self._reloads()))
             self._operations.communicators.restore()
             if awake:
                 self._saved.restore()

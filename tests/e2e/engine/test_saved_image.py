@@ -159,6 +159,8 @@ def test_a_server_starts_from_the_image_of_another(
     assert "an absolute path is needed" in vllm_sleep("save", url, "image", code=1).stderr
     refused = server.http.post("/save_image", json={"dir": str(directory), "replace": "perhaps"})
     assert refused.status_code == 400
+    refused = server.http.post("/save_image", json={"dir": str(directory)})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (409, "ImageRefusedError")
     assert server.complete() == expected
     options = {"sleep_mode": {"image_dir": str(directory)}}
     with Server(

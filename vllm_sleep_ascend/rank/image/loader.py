@@ -49,9 +49,8 @@ class ImageLoader(DummyModelLoader):
             return draft
         check_start(vllm_config)
         directory = Path(SleepModeConfig.from_vllm_config(vllm_config).image_dir or "")
-        _untie(model_config, directory)
         rank = vllm_config.parallel_config.rank
-        image = self._open(directory, rank, vllm_config)
+        image = _open(directory, rank, vllm_config, model_config)
         untied = model_config.word_embeddings_untied_by_checkpoint
         model_config.word_embeddings_untied_by_checkpoint = False  # nothing to compare yet
         try:
@@ -63,25 +62,6 @@ class ImageLoader(DummyModelLoader):
             image.fill(model)
             maybe_retie_word_embeddings(model, model_config)
         return model
-
-    def _open(self, directory: Path, rank: int, vllm_config: VllmConfig) -> Image:
-        """The image, if every rank has its part of the same one."""
-        image, failed = None, None
-        try:
-            image = Image(directory, rank, identity_of(vllm_config))
-        except ImageError as error:  # the others wait for what this one says
-            failed = error
-        group, mine = get_world_group(), None if image is None else image.id
-        ids = [mine] * group.world_size
-        if group.world_size > 1:
-            dist.all_gather_object(ids, mine, group=group.cpu_group)
-        if image is None:
-            assert failed is not None
-            raise failed
-        if None in ids:
-            raise ImageError(f"rank {ids.index(None)} cannot start from {directory}; see its log")
-        check_same(ids, directory)
-        return image
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -112,6 +92,27 @@ def register() -> None:
 
     if IMAGE_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
         register_model_loader(IMAGE_FORMAT)(ImageLoader)
+
+
+def _open(directory: Path, rank: int, vllm_config: VllmConfig, model_config: ModelConfig) -> Image:
+    """The image, if every rank has its part of the same one."""
+    image, failed = None, None
+    try:
+        _untie(model_config, directory)
+        image = Image(directory, rank, identity_of(vllm_config))
+    except ImageError as error:  # the others wait for what this one says
+        failed = error
+    group, mine = get_world_group(), None if image is None else image.id
+    ids = [mine] * group.world_size
+    if group.world_size > 1:
+        dist.all_gather_object(ids, mine, group=group.cpu_group)
+    if image is None:
+        assert failed is not None
+        raise failed
+    if None in ids:
+        raise ImageError(f"rank {ids.index(None)} cannot start from {directory}; see its log")
+    check_same(ids, directory)
+    return image
 
 
 def _untie(model_config: ModelConfig, directory: Path) -> None:
