@@ -362,6 +362,18 @@ def test_a_manifest_that_cannot_be_is_refused(change: Any, message: str, tmp_pat
         Image(directory, 0, ENGINE)
 
 
+def test_a_derived_tensor_between_the_elements_of_a_parameter_is_kept(tmp_path: Path) -> None:
+    model, content = nn.Module(), torch.arange(64.0).view(8, 8)
+    model.left, model.right = nn.Parameter(content[:, :4]), content[:, 4:]
+    save(model, tmp_path / "one")
+    image = Image(tmp_path / "one", 0, ENGINE)
+    kept = Snapshot(image.besides(model, [model.left]))
+    before = content.clone()
+    content.zero_()
+    kept.restore()
+    assert torch.equal(content, before)
+
+
 def test_a_short_file_a_missing_one_and_manifests_that_were_changed(copied: Path) -> None:
     weights, rank, head = (copied / n for n in ("rank-0.weights", "rank-0.json", "image.json"))
     size = weights.stat().st_size
@@ -564,6 +576,16 @@ def save_and_stop(directory: str, pipe: Any) -> None:
     threading.Event().wait()
 
 
+def test_an_image_that_was_aside_when_a_process_ended_gets_its_name_back(tmp_path: Path) -> None:
+    save(Model(6, 10), tmp_path / "aside")
+    (tmp_path / "aside").rename(tmp_path / ".one.12345678.replaced")
+    with pytest.raises(ImageRefusedError, match=r"one exists; name another directory"):
+        save(Model(4, 10), tmp_path / "one")
+    assert names(tmp_path) == ["one"]
+    assert_filled(tmp_path / "one", Model(6, 10), rows=10)
+
+
+@pytest.mark.slow
 def test_a_killed_process_loses_no_image_and_leaves_what_the_next_removes(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for directory in (one, two):

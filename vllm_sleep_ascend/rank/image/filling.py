@@ -104,7 +104,9 @@ class Image:
 
     def besides(self, model: nn.Module, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """The memory, as bytes, that ``fill`` writes besides those parameters."""
-        covered = [tensors.held(parameter) for parameter in parameters]
+        # Between the elements of one that is not dense may be others
+        dense = ((tensors.held(parameter), parameter.nbytes) for parameter in parameters)
+        covered = [whole for whole, size in dense if whole.bytes == size]
         here = {**tensors.attached(model), **tensors.registered(model)}
         others = {name: here[name] for name in self._rank["tensors"] if name in here}
         return tensors.not_within(others, covered)
@@ -118,12 +120,13 @@ def _take_strides(model: nn.Module, entries: Mapping[str, manifest.Entry]) -> No
     memory with another one stays as it is, and so is refused.
     """
     of_name = dict(model.named_parameters(remove_duplicate=False))
-    shared = {
-        name
-        for names in tensors.by_memory(tensors.registered(model))
-        if len({id(of_name.get(name)) for name in names}) > 1
-        for name in names
-    }
+    held = tensors.registered(model)
+    shared: set[str] = set()
+    for names in tensors.by_memory(held):
+        # Two that are not dense may lie between each other's elements
+        dense = any(n not in of_name or held[n].bytes == of_name[n].nbytes for n in names)
+        if dense and len({id(of_name.get(name)) for name in names}) > 1:
+            shared.update(names)
     for name, parameter in of_name.items():
         entry = entries.get(name)
         if entry is None or parameter.is_meta or name in shared:

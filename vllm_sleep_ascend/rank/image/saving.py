@@ -83,7 +83,7 @@ def save(
     try:
         agreement.carry_out(operation)
     except Exception as error:
-        if agreement.size > 1:
+        if agreement.size > 1 or isinstance(error, ImageRefusedError):
             write_type(error)
         raise
     finally:
@@ -234,9 +234,9 @@ class _Attempt:
         names = map(manifest.manifest_name, range(self._worker.parallel_config.world_size))
         here = [name for name in names if (folder / name).exists()]
         mine = manifest.manifest_name(self._worker.rank)
-        if mine not in here:
+        if not here and self._worker.rank == 0:
             raise ImageError(f"{folder} has no {mine} any more: another rank has given up")
-        if here[0] != mine:
+        if here[:1] != [mine]:  # also if the folder is published already
             return
         head: manifest.Head = {
             "format": manifest.FORMAT,
