@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "sleep_mode"
+IMAGE_FORMAT = "sleep_image"  # vLLM's load_format for a saved image
 LOOPBACK = "127.0.0.1"
 
 _SOCKET_PATH_BYTES = 107  # of Linux's sockaddr_un, without the final zero
@@ -61,6 +62,10 @@ class SleepModeConfig(BaseModel):
     """MiB of page-locked memory, on each rank, through which backups go to the disk and back; as
     many requests of 8 MiB are in flight as half of it holds."""
 
+    image_dir: str | None = Field(default=None)
+    """With ``--load-format sleep_image``: the directory of a saved image, on each host of the
+    engine, from which it starts."""
+
     skip_unchanged: bool = Field(default=False)
     """Copy only allocations whose checksum changed since the backup that is kept."""
 
@@ -92,7 +97,7 @@ class SleepModeConfig(BaseModel):
     operation fails, on every rank that answers. HCCL_CONNECT_TIMEOUT comes on top where
     communicators are made again, and so does wake_timeout_s. After an error of one rank in another
     call (collective_rpc) the others have about as long, or the engine ends; but as long as they
-    need in reload_weights, save_sharded_state and save_tensorized_model."""
+    need in reload_weights, save_image, save_sharded_state and save_tensorized_model."""
 
     device_timeout_s: float = Field(default=60.0, ge=0.001, le=86400, allow_inf_nan=False)
     """Seconds that a copy may take beyond what the slowest link needs, and that a sleep waits for
@@ -151,7 +156,7 @@ class SleepModeConfig(BaseModel):
             )
         return self
 
-    @field_validator("admin_socket", "admin_key_file", "backup_dir")
+    @field_validator("admin_socket", "admin_key_file", "backup_dir", "image_dir")
     @classmethod
     def _is_absolute(cls, path: str | None) -> str | None:
         if path is not None and not os.path.isabs(path):

@@ -55,6 +55,23 @@ class DiskError(SleepModeError):
     free_bytes: int = 0
 
 
+class ImageError(SleepModeError):
+    """An image was not saved, or is not one that this engine can start from.
+
+    Attributes:
+        needed_bytes: what the image needs of the disk, 0 unless that was short of space at first.
+        free_bytes: what the disk has left then.
+    """
+
+    needed_bytes: int = 0
+    free_bytes: int = 0
+
+
+class ImageRefusedError(ImageError):
+    """An image was not saved, because the engine or the directory does not admit one. Nothing was
+    touched."""
+
+
 class WeightsError(SleepModeError):
     """The weights in device memory are not, or not all, what they should be.
 

@@ -64,6 +64,7 @@ NEEDS_WEIGHTS = (
     "compute_weight_checksums",
     "save_sharded_state",
     "save_tensorized_model",
+    "save_image",
     "start_weight_update",
     "start_draft_weight_update",
     "update_weights",

@@ -47,7 +47,7 @@ _GROUPS = {
         *("POST /fault_tolerance/apply", "GET /fault_tolerance/status"),
         # The development mode
         *("POST /sleep", "POST /wake_up", "POST /release_kv_cache_memory", "GET /is_sleeping"),
-        *("POST /is_sleeping", "GET /sleep_status"),
+        *("POST /is_sleeping", "GET /sleep_status", "POST /save_image"),
         *("POST /pause", "POST /resume", "GET /is_paused", "GET /server_info"),
         *("POST /collective_rpc", "POST /reset_prefix_cache", "POST /reset_mm_cache"),
         *("POST /reset_encoder_cache", "GET /get_world_size", "GET /weight_info"),

@@ -39,7 +39,7 @@ class DraftOrigin(TypedDict):
 
 class WeightsOrigin(TypedDict):
     """Where the weights came from (``rank.weights.source.Kind``), and their version in vLLM. The
-    path is a checkpoint's, else None."""
+    path is that of a checkpoint or an image, else None."""
 
     source: str
     path: str | None
@@ -157,8 +157,8 @@ def level_of(ranks: Sequence[RankStatus]) -> int:
 
 
 def in_no_checkpoint(origin: WeightsOrigin) -> str | None:
-    """What level 2 discards and no checkpoint brings back, in words; None: nothing."""
-    if origin["source"] != "checkpoint":
+    """What level 2 discards and no checkpoint or image brings back, in words; None: nothing."""
+    if origin["source"] not in ("checkpoint", "image"):
         return f"the weights (source: {origin['source']}, version: {origin['version']})"
     return None
 

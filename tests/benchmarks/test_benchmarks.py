@@ -87,3 +87,12 @@ def test_a_backup_on_disk_keeps_all_contents(tmp_path):
     assert figures["pinned_bytes"] == figures["plain_bytes"] == 0  # awake again
     assert list(backups.iterdir()) == []
     assert "| ours_disk" in table
+
+
+def test_a_saved_image_and_safetensors_have_the_same_content(tmp_path):
+    arguments = ("--dir", str(tmp_path), "--cycles", "2", "--out", str(tmp_path))
+    table = run("image.py", "--device", "sim", *arguments)  # fails if contents were lost
+    rates = json.loads((tmp_path / "image_sim_toy.json").read_text())["gb_s"]
+    assert set(rates) == {"disk", "image", "safetensors"}
+    assert all(len(of) == 2 and min(of) > 0 for of in rates.values())
+    assert "| safetensors" in table

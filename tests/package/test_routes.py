@@ -11,7 +11,8 @@ from vllm_sleep_ascend.routes import Needs
 # What vLLM registers with a package or an argument that the tests do not use, or from 0.33 on.
 OPTIONAL = {
     "POST /v1/decisions",
-    *("GET /sleep_status", "POST /is_sleeping"),  # ours, where the plugin has been loaded
+    # Ours, where the plugin has been loaded
+    *("GET /sleep_status", "POST /is_sleeping", "POST /save_image"),
     *("POST /cohere/v2/chat", "POST /cohere/v2/chat/render"),
     *("POST /start_profile", "POST /stop_profile"),
     *("POST /fault_tolerance/apply", "GET /fault_tolerance/status"),

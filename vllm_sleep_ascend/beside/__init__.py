@@ -17,6 +17,12 @@ PLATFORM = "vllm_ascend.platform"
 WORKER = "vllm_sleep_ascend.beside.worker.SleepingNPUWorker"
 TESTED = {"vllm_ascend": "0.23.0", "vllm": "0.23.0"}
 
+NO_IMAGES = (
+    "vllm-ascend, whose kernels keep weights in forms of their own; start from the checkpoint, or "
+    "without vllm-ascend"
+)
+"""With what no image is saved, and no engine starts from one."""
+
 
 def switched_off() -> bool:
     """Whether the user has turned this package off.

@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_sleep_ascend.beside import IN_USE, SWITCH, WORKER
+from vllm_sleep_ascend.beside import IN_USE, NO_IMAGES, SWITCH, WORKER
 from vllm_sleep_ascend.beside.seams import check_seams
-from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.config import IMAGE_FORMAT, SleepModeConfig
 from vllm_sleep_ascend.engine.checks import (
     check_door,
     check_engines,
@@ -65,6 +65,8 @@ def _choose_worker(vllm_config: Any) -> None:
         )
         return
     check_door(SleepModeConfig.from_vllm_config(vllm_config))
+    if vllm_config.load_config.load_format == IMAGE_FORMAT:
+        raise ValueError(f"load_format={IMAGE_FORMAT!r} is not supported with {NO_IMAGES}")
     check_engines(vllm_config)
     check_connector(vllm_config)
     check_graphs(vllm_config, recaptures=True)

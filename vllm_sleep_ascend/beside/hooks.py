@@ -9,6 +9,7 @@ import torch_npu
 from vllm.config import set_current_vllm_config
 from vllm_ascend.ascend_config import get_ascend_config
 
+from vllm_sleep_ascend.beside import NO_IMAGES
 from vllm_sleep_ascend.beside.expert_layouts import ExpertLayouts
 from vllm_sleep_ascend.config import SleepModeConfig
 from vllm_sleep_ascend.errors import SleepModeError
@@ -107,6 +108,9 @@ class AscendHooks(Hooks):
             SleepModeError: always, because vLLM 0.23 loads a draft model only once.
         """
         raise SleepModeError("a draft model cannot be loaded again; restart the engine")
+
+    def image_refusal(self) -> str | None:
+        return NO_IMAGES
 
     def can_copy_back(self) -> bool:
         """Copying FRACTAL_NZ weights out and back changes their format."""

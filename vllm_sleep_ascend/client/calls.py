@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
     """A request's options of httpx, besides its path."""
 
     params: dict[str, str | int | list[str]]
-    json: dict[str, str]
+    json: dict[str, str | bool]
     timeout: float
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-sleep``: status, sleep, wake and switch of vLLM servers, and a doctor for the machine.
+"""``vllm-sleep``: status, sleep, wake, switch and images of vLLM servers, and a doctor for the
+machine.
 
 Exit codes: 0 done; 1 refused or failed, the reason is on stderr; 2 wrong usage; 3 a server is
 unreachable. The doctor has its own. Progress goes to stderr, the summary to stdout: one line, or
@@ -26,6 +27,8 @@ from vllm_sleep_ascend.policy import LEVELS, MODES, PLACES
 
 if TYPE_CHECKING:  # the doctor must run with only the standard library
     from vllm_sleep_ascend.client.sleep_client import ServerStatus, SleepClient
+
+CALL_S, SAVE_S = 600, 86400  # what a call may take; a disk can be slow
 
 DONE, FAILED, USAGE, UNREACHABLE = range(4)
 
@@ -54,6 +57,11 @@ async def _wake(args: argparse.Namespace, clients: Clients) -> Result:
         return f"{args.url} woke {' and '.join(args.tags)}", {"tags": args.tags}
     await clients[0].wake_to_serve(args.level, args.discard_trained)
     return f"{args.url} is awake", {}
+
+
+async def _save(args: argparse.Namespace, clients: Clients) -> Result:
+    await clients[0].save_image(args.directory, args.replace)
+    return f"{args.url} has saved its weights in {args.directory}", {"dir": args.directory}
 
 
 async def _switch(args: argparse.Namespace, clients: Clients) -> Result:
@@ -97,9 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="print one JSON object")
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
-        made.add_argument(
-            "--timeout", type=float, default=600, metavar="S", help="seconds a call may take (600)"
-        )
+        help = f"seconds a call may take ({CALL_S}; for save {SAVE_S})"
+        made.add_argument("--timeout", type=float, default=CALL_S, metavar="S", help=help)
         help = "the file with the key of the admin doors; nobody else may be able to read it"
         made.add_argument("--admin-key-file", metavar="FILE", help=help)
         return made
@@ -132,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--tags", nargs="+", metavar="TAG", help=help)
     level(made, None, "the level at which it sleeps, where the server does not say (stock vLLM)")
     discard_trained(made)
+    made = command("save", _save, "save the weights as an image, from which another server starts")
+    made.add_argument("url", metavar="URL")
+    help = "an absolute path on the server's hosts, that does not exist yet"
+    made.add_argument("directory", metavar="DIR", help=help)
+    help = "replace the image that is there"
+    made.add_argument("--replace", action="store_true", help=help)
+    made.set_defaults(timeout=SAVE_S)
     made = command("switch", _switch, "put one server to sleep and wake another")
     made.add_argument("from_url", metavar="FROM_URL")
     made.add_argument("to_url", metavar="TO_URL")

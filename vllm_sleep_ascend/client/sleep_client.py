@@ -233,10 +233,23 @@ class SleepClient:
             answer = await self._calls.call("POST", "/reload_weights", optional=True)
             if answer is not None:
                 return answer
-            body = {"method": "reload_weights"}  # of the development mode
+            body: dict[str, str | bool] = {"method": "reload_weights"}  # of the development mode
             return await self._calls.call("POST", "/collective_rpc", json=body)
 
         await self._step("reload_weights", reload())
+
+    async def save_image(self, directory: str, replace: bool = False) -> None:
+        """Save the weights into a directory on the server's hosts, from which another server can
+        start.
+
+        Args:
+            replace: an image that is there already.
+
+        Raises:
+            CallFailed: there is no image then, or the one before.
+        """
+        body: dict[str, str | bool] = {"dir": directory, "replace": replace}
+        await self._step("save_image", self._calls.call("POST", "/save_image", json=body))
 
     async def reset_prefix_cache(self) -> None:
         """Reset the prefix cache, because its blocks are from old weights."""

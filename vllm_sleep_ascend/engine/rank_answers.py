@@ -32,7 +32,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Calls in which each rank does its part alone: one that takes long after another's error does not
 # hang. If its process ends, vLLM's monitor shuts the executor down, which ends the wait.
-_ALONE = ("reload_weights", "save_sharded_state", "save_tensorized_model")
+_ALONE = ("reload_weights", "save_image", "save_sharded_state", "save_tensorized_model")
 _LOOK_S = 1.0  # how often to look at the other ranks while one does not answer
 _MOST_OWED = 5  # vLLM's queue of calls holds ten that a rank has not read; more would block
 _ABORT_S = 10.0  # to take back what a rank holds

@@ -6,12 +6,16 @@ With ``VLLM_SERVER_DEV_MODE=1`` they replace stock vLLM's: the level may also be
 is a 4xx or 5xx with a reason.
 """
 
+import os
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from vllm_sleep_ascend import policy
-from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.config import SleepModeConfig, check_enabled
+from vllm_sleep_ascend.errors import ImageRefusedError
 from vllm_sleep_ascend.front_end import metrics
+from vllm_sleep_ascend.front_end.calls import typed
 from vllm_sleep_ascend.front_end.replicas import rank_status
 from vllm_sleep_ascend.status import state_of
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 Call = Callable[[], Awaitable[dict[str, object]]]
+
+_FLAGS: dict[bool | str, bool] = {True: True, False: False, "true": True, "false": False}
 
 
 def attach_router(app: "FastAPI") -> None:
@@ -46,6 +52,10 @@ def attach_router(app: "FastAPI") -> None:
         @router.post("/release_kv_cache_memory")
         async def release_kv_cache_memory(request: Request) -> JSONResponse:
             return await _answer("release_kv_cache_memory", _release_kv_cache_memory, request)
+
+    @router.post("/save_image")
+    async def save_image(request: Request) -> JSONResponse:
+        return await _answer(None, _save_image, request)
 
     @router.api_route("/is_sleeping", methods=["GET", "POST"])
     async def is_sleeping(request: Request) -> JSONResponse:
@@ -93,18 +103,25 @@ async def _status(request: "Request") -> "JSONResponse":
 
 
 async def _answer(
-    operation: "Operation", parse: Callable[["Request"], Awaitable[Call]], request: "Request"
+    operation: "Operation | None",
+    parse: Callable[["Request"], Awaitable[Call]],
+    request: "Request",
 ) -> "JSONResponse":
-    """Bad input is refused before it counts as an operation in vLLM's metrics; a failure counts."""
+    """Bad input is refused before it counts as an operation in vLLM's metrics; a failure counts.
+    ``None`` is an operation that vLLM does not count."""
     from fastapi.responses import JSONResponse
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         call = await parse(request)
-        with metrics.recorded(operation):
+        with nullcontext() if operation is None else metrics.recorded(operation):
             return JSONResponse(await call())
     except (ValueError, RuntimeError, EngineDeadError) as error:
-        status = 400 if isinstance(error, ValueError) else 503
+        status = 503
+        if isinstance(error, ValueError):
+            status = 400
+        elif isinstance(error, ImageRefusedError):
+            status = 409
         return JSONResponse(error_body(error, status), status)
 
 
@@ -151,6 +168,25 @@ async def _release_kv_cache_memory(request: "Request") -> Call:
     async def call() -> dict[str, object]:
         await client_of(request).release_kv_cache_memory()
         return {"status": "kv_cache_released"}
+
+    return call
+
+
+async def _save_image(request: "Request") -> Call:
+    """The body is ``{"dir": "/an/absolute/path", "replace": false}``."""
+    options = await _options(request, ("dir", "replace"))
+    directory, replace = options.get("dir"), options.get("replace", False)
+    if not isinstance(directory, str) or not os.path.isabs(directory):
+        raise ValueError(f"dir={directory!r}: an absolute path is needed, such as /images/NAME")
+    if not isinstance(replace, bool | str) or replace not in _FLAGS:
+        raise ValueError(f"replace={replace!r}: use true or false")
+    client = client_of(request)
+    check_enabled(client.vllm_config)
+
+    async def call() -> dict[str, object]:
+        with typed():
+            await client.collective_rpc("save_image", args=(directory, _FLAGS[replace]))
+        return {"status": "saved", "dir": directory}
 
     return call
 

@@ -110,6 +110,10 @@ class NPUPlatform(Platform):
         # A forked child cannot use a device that its parent has opened.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         _configure_sleep_mode(vllm_config)
+        if vllm_config.model_config is not None:
+            from vllm_sleep_ascend.rank.image.identity import check_start
+
+            check_start(vllm_config)
 
     @classmethod
     def is_sleep_mode_available(cls) -> bool:

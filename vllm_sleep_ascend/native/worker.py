@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_sleep_ascend.config import SleepModeConfig
+from vllm_sleep_ascend.config import IMAGE_FORMAT, SleepModeConfig
 from vllm_sleep_ascend.memory.account import held_bytes
 from vllm_sleep_ascend.rank.at_exit import finish_before_torch_npu
 from vllm_sleep_ascend.rank.host_budget import ranks_of_this_host
@@ -135,6 +135,10 @@ class NPUWorker(SleepingWorker, Worker):
             import vllm_sleep_ascend.native.attention.mla
         if self.vllm_config.quant_config is not None:
             import vllm_sleep_ascend.native.quantization  # noqa: F401
+        if self.load_config.load_format == IMAGE_FORMAT:
+            from vllm_sleep_ascend.rank.image.loader import register
+
+            register()
 
         return NPUModelRunner(self.vllm_config, self.device)
 

@@ -40,6 +40,10 @@ class Hooks:
             SleepModeError: a draft model cannot be loaded again.
         """
 
+    def image_refusal(self) -> str | None:
+        """With what no image can be saved, and the remedy; None if one can."""
+        return None
+
     def can_copy_back(self) -> bool:
         """Whether copying the weights to the host and back leaves them unchanged."""
         return True

@@ -52,6 +52,12 @@ def ranks_of_this_host(parallel: "ParallelConfig") -> int:
     return parallel.local_world_size * max(1, parallel.data_parallel_size_local)
 
 
+def this_host() -> tuple[str, str]:
+    """Boot id and name: containers on a machine share the first."""
+    boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    return boot_id, socket.gethostname()
+
+
 def host_need(
     backend: "CamemBackend",
     rank: int,
@@ -59,10 +65,9 @@ def host_need(
     place: Place | None = None,
 ) -> HostNeed:
     """What a sleep with these actions to this place needs on this rank, beyond what it holds."""
-    boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
     return HostNeed(
         rank,
-        (boot_id, socket.gethostname()),
+        this_host(),
         *backend.host_need(actions, place=place),
         disk=_disk_need(backend, actions, place),
         moves=place == "host" and any(tag["asleep_on_disk"] for tag in backend.usage().values()),

@@ -137,8 +137,10 @@ class SleepMode:
             self._wake_unfinished = True
 
         def finish() -> None:
-            self._operations.communicators.restore()
             awake = not self._backend.asleep("weights")
+            if self._backend.reloads_after_level_2:
+                self._weights.open_for_wake(awake and (self._weights_lost or self._reloads()))
+            self._operations.communicators.restore()
             if awake:
                 self._saved.restore()
                 if self._weights_lost:
@@ -275,7 +277,7 @@ class SleepMode:
         if tags is None or "weights" in tags or not self._backend.asleep("weights"):
             raise SleepModeError(
                 f"wake refused: {lost} are lost, and after_level2='reload' would serve "
-                f"{self._worker.model_config.model} in their place. Wake the tag weights alone, "
+                f"{self._weights.reloads_from} in their place. Wake the tag weights alone, "
                 "load them again by a weight update, or a checkpoint by "
                 "collective_rpc('reload_weights'), and then wake the rest. Nothing has changed"
             )

@@ -17,6 +17,8 @@ from vllm_sleep_ascend.rank.communicators import meet
 from vllm_sleep_ascend.rank.guarded_calls import asleep_error
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker
+from vllm_sleep_ascend.rank.image import saving
+from vllm_sleep_ascend.rank.image.identity import identity_or_reason
 from vllm_sleep_ascend.rank.operations import Operations
 from vllm_sleep_ascend.rank.sleeping import SleepMode, status_without_sleep_mode
 from vllm_sleep_ascend.rank.start_memory import StartMemory, least_kv_cache
@@ -78,6 +80,7 @@ class SleepingWorker(StockWorker):
     # Once the model is loaded: they refer to the worker, and one that fails to load ends at once
     _sleep_hooks: Hooks
     rank_weights: RankWeights
+    _identity: dict[str, Any] | str  # of the engine, before its model was made, or why it has none
     operations: Operations  # with sleep mode alone
     _sleep_mode: SleepMode  # with sleep mode alone
 
@@ -104,6 +107,7 @@ class SleepingWorker(StockWorker):
         Raises:
             DeviceOutOfMemoryError: the weights do not fit; says who holds the device's memory.
         """
+        self._identity = identity_or_reason(self.vllm_config)
         with self._start_memory.named("the weights"):
             super().load_model(**kwargs)
             self._sleep_hooks = self._make_hooks()
@@ -214,6 +218,14 @@ class SleepingWorker(StockWorker):
 
     def give_weight_version(self, version: str) -> None:
         self.rank_weights.give_version(version)
+
+    def save_image(self, directory: str, replace: bool = False) -> None:
+        check_enabled(self.vllm_config)
+        saving.save(
+            *(self, self.agreement, self.rank_weights, self._sleep_hooks, self._identity),
+            directory=directory,
+            replace=replace,
+        )
 
     def mark_weights_loaded(self) -> None:
         self.rank_weights.mark_loaded()

@@ -29,6 +29,8 @@ RUN_ELSEWHERE = {
     "curl -H": "tests/e2e/server/test_admin_door.py",
     "vllm-sleep sleep unix:": "tests/e2e/server/test_admin_door.py",
     "vllm-sleep doctor": "tests/package/test_doctor.py",
+    "vllm-sleep save": "tests/e2e/engine/test_saved_image.py",
+    "vllm serve MODEL --enable-sleep-mode --load-format": "tests/e2e/engine/test_saved_image.py",
     "vllm-sleep switch": "tests/e2e/server/test_cli.py",
     "vllm-sleep-proxy": "tests/e2e/proxy/test_proxy.py",
     "make demo": "tests/e2e/guides/test_examples.py",

@@ -25,7 +25,10 @@ from vllm_sleep_ascend import admin_key
 KEY = "the-key-of-this-test-0123456789"
 OPTIONS = ("--enable-sleep-mode", "--dtype", "float32", *SMALL, *MEMORY)
 GIB = 1 << 30
-ENDPOINTS = ("/sleep", "/wake_up", "/is_sleeping", "/sleep_status", "/release_kv_cache_memory")
+ENDPOINTS = (
+    *("/sleep", "/wake_up", "/is_sleeping", "/sleep_status", "/release_kv_cache_memory"),
+    "/save_image",
+)
 
 
 class Door(NamedTuple):

@@ -11,7 +11,6 @@ from torch import nn
 from vllm_sleep_ascend.errors import WeightsError
 from vllm_sleep_ascend.rank.weights import layerwise
 from vllm_sleep_ascend.rank.weights.content import WeightsContent
-from vllm_sleep_ascend.rank.weights.parameters import own_parameters
 from vllm_sleep_ascend.rank.weights.shards import plain
 
 if TYPE_CHECKING:
@@ -29,19 +28,21 @@ class Loadable(Protocol):
 
 
 class Snapshot:
-    """A copy of a model's parameters on the host, while a load replaces them."""
+    """A copy of tensors on the host, while a load replaces them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._content = [
-            (parameter.data, parameter.data.to("cpu", copy=True))
-            for _, parameter in own_parameters(model)
-        ]
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._content = [(tensor.data, tensor.data.to("cpu", copy=True)) for tensor in tensors]
+
+    @property
+    def bytes(self) -> int:
+        """Of host memory."""
+        return sum(content.nbytes for _, content in self._content)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Copy them back into their original memory."""
-        for parameter, content in self._content:
-            parameter.copy_(content)
+        for tensor, content in self._content:
+            tensor.copy_(content)
 
 
 @dataclass
@@ -50,7 +51,8 @@ class WeightLoad:
 
     ``snapshot`` exists if the model had all of its content and the host has enough memory.
     ``at_once``: a call loads whole layers; ``from_checkpoint``: and all of them. ``in_wake``: if
-    the load fails, the weights sleep again. ``begun``: the model has been changed.
+    the load fails, the weights sleep again. ``begun``: the model has been changed. ``besides``:
+    what else than parameters the load replaces.
     """
 
     content: WeightsContent
@@ -63,6 +65,7 @@ class WeightLoad:
     from_checkpoint: bool = False
     in_wake: bool = False
     begun: bool = False
+    besides: Snapshot | None = None
     _lacking: bool = field(default=False, init=False)
     _taken: set[str] = field(default_factory=set, init=False)
 
@@ -115,6 +118,8 @@ class WeightLoad:
     def take_back(self) -> None:
         """Roll the model back. If that is not possible, its weights count as lost."""
         layerwise.call_off(self.model, self.model_config)
+        if self.besides is not None:
+            self.besides.restore()
         if self.snapshot is not None:
             self.snapshot.restore()
         elif self.begun and (self.was_whole or not self._lacking):

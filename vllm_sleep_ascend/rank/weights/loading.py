@@ -16,6 +16,7 @@ from vllm_sleep_ascend.memory.host import available_host_bytes
 from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 from vllm_sleep_ascend.rank.hooks import Hooks
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
+from vllm_sleep_ascend.rank.image.filling import check_same
 from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, models_of
 from vllm_sleep_ascend.rank.weights.layerwise import unwrap_loaders
 from vllm_sleep_ascend.rank.weights.load import Loadable, Named, Snapshot, WeightLoad
@@ -30,12 +31,14 @@ SLOWEST_LOAD = timedelta(days=1)
 @dataclass(frozen=True)
 class _Facts:
     """What a rank says before a load: why it cannot begin, or bytes of its present weights and of
-    host memory, and whether these weights are all there and can be kept."""
+    host memory, and whether these weights are all there and can be kept; and which image it loads,
+    if any."""
 
     error: Exception | None
     needed: int = 0
     available: int = 0
     whole: bool = False
+    image: str | None = None
 
 
 def _have_room(ranks: list[_Facts]) -> bool:
@@ -47,6 +50,7 @@ def _have_room(ranks: list[_Facts]) -> bool:
     for rank in ranks:
         if rank.error is not None:
             raise rank.error
+    check_same((rank.image for rank in ranks), "image_dir")
     if not all(rank.whole for rank in ranks):
         return False
     room, needed = min(rank.available for rank in ranks), sum(rank.needed for rank in ranks)
@@ -109,12 +113,12 @@ class Loads:
         name: str,
         prefix: str,
         *steps: Callable[[], None],
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], str | None] = lambda: None,
         at_once: bool = False,
         from_checkpoint: bool = False,
     ) -> None:
-        """Begin a load and take its steps, if the ``check`` of every rank lets it; the rest as in
-        ``WeightLoad``."""
+        """Begin a load and take its steps, if the ``check`` of every rank lets it, and names the
+        same image, if any; the rest as in ``WeightLoad``."""
         worker, keeps = self._worker, False
 
         def judge(ranks: list[_Facts]) -> None:
@@ -126,7 +130,7 @@ class Loads:
             if model is None:  # it is on another rank
                 return
             config = draft_model_config(worker) if prefix == DRAFT else worker.model_config
-            snapshot = Snapshot(model) if keeps else None
+            snapshot = Snapshot(p for _, p in own_parameters(model)) if keeps else None
             whole = not self._content.missing_of(prefix)
             self.current = WeightLoad(
                 *(self._content, prefix, model, config, whole, snapshot),
@@ -137,9 +141,9 @@ class Loads:
         facts = partial(self._facts, prefix, check)
         self.on_every_rank(name, begin, *steps, facts=facts, judge=judge)
 
-    def _facts(self, prefix: str, check: Callable[[], None]) -> _Facts:
+    def _facts(self, prefix: str, check: Callable[[], str | None]) -> _Facts:
         try:
-            check()
+            image = check()
             if self._worker._weight_update_active:
                 raise SleepModeError(
                     "a weight update is under way; call finish_weight_update first"
@@ -149,7 +153,7 @@ class Loads:
         model = models_of(self._worker).get(prefix)
         needed = sum(p.nbytes for _, p in own_parameters(model)) if model is not None else 0
         whole = not self._content.missing_of(prefix) and self._hooks.can_copy_back()
-        return _Facts(None, needed, available_host_bytes(), whole)
+        return _Facts(None, needed, available_host_bytes(), whole, image)
 
     def on_every_rank(
         self,
@@ -184,11 +188,12 @@ class Loads:
             write_type(error)
             raise
 
-    def in_wake(self, load: Callable[[], None]) -> None:
-        """Load all weights from the checkpoint on this rank, in the middle of a wake.
+    def in_wake(self, load: Callable[[], None], path: str) -> None:
+        """Load all weights from the checkpoint or image at ``path`` on this rank, in the middle of
+        a wake.
 
         Raises:
-            SleepModeError: the checkpoint cannot be loaded, or lacks a parameter.
+            SleepModeError: it cannot be loaded, or lacks a parameter.
         """
         worker, take_back = self._worker, self._way_back()
         model, config = models_of(worker)[""], worker.model_config
@@ -204,7 +209,6 @@ class Loads:
             load()
         except Exception as error:
             take_back()
-            path = config.model
             raise SleepModeError(f"the weights cannot be loaded from {path}: {error}") from error
         self.end()
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where weights came from. A checkpoint can bring back what level 2 discards, a trainer has to send
-it again."""
+"""Where weights came from. A checkpoint or an image can bring back what level 2 discards, a trainer
+has to send it again."""
 
 from typing import Literal
 
 from vllm_sleep_ascend.rank.host_worker import HostWorker, draft_model_config
+from vllm_sleep_ascend.rank.image.filling import Image, image_of
 from vllm_sleep_ascend.status import WeightsOrigin
 
 Kind = Literal[
     "checkpoint",
+    "image",  # saved by an engine, with whatever weights it had
     "trainer",  # a weight update, by whichever backend
     "iterator",  # of reload_weights
     "load_weights",  # of the model, called by a user's code
@@ -21,8 +23,8 @@ FIRST_VERSION = "default"
 
 
 class WeightsSource:
-    """Of one model: ``kind`` and ``path`` (None unless a checkpoint) of the last load that
-    succeeded, and the version that its weights have."""
+    """Of one model: ``kind`` and ``path`` (None unless a checkpoint or an image) of the last load
+    that succeeded, and the version that its weights have."""
 
     def __init__(self, kind: Kind, path: str | None) -> None:
         self.kind, self.path = kind, path
@@ -41,6 +43,12 @@ class WeightsSource:
     def give_version(self, version: str) -> None:
         """Note the version of the weights that are there now."""
         self._given = version
+
+    def loaded_image(self, image: Image) -> None:
+        """Note a load of an image. Its weights have the version with which they were saved."""
+        self.loaded("image", str(image.directory))
+        version = image.origin["version"]
+        self._given = None if version == FIRST_VERSION else version
 
     def discarded(self) -> None:
         """Note that the content is gone."""
@@ -64,13 +72,18 @@ class Sources:
 
     def __init__(self, worker: HostWorker) -> None:
         self._worker = worker
+        # That from which a reload loads, until a checkpoint is named
+        self.image = image_of(worker.model_runner.get_model())
         self.model = self._source_of(self.checkpoint())
+        if self.image is not None:
+            self.model = WeightsSource("image", str(self.image.directory))
+            self.model.loaded_image(self.image)
         self.draft: WeightsSource | None = None
         if worker.get_draft_model() is not None:
             self.draft = self._source_of(draft_model_config(worker).model)
 
     def checkpoint(self) -> str:
-        """Where a reload of the model loads from."""
+        """Where a reload of the model loads from, unless that is an image."""
         config = self._worker.model_config
         return getattr(config, "model_weights", "") or config.model
 

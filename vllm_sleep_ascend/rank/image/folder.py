@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that an image is written into, and how it becomes the directory.
+
+- ``.NAME.WORD.saving``: what the ranks write. Whoever gives up renames it to ``.off``, at once and
+  for all of them: what is not there any more cannot be published.
+- ``.NAME.WORD.publishing``: what one rank has claimed from the others by that name. After an
+  exchange with the directory it is the image that was replaced.
+- ``.NAME.WORD.replaced``: that image, on a file system that cannot exchange two names. Nothing
+  removes it but the save that moved it.
+- ``.NAME.WORD.off``: to be removed.
+
+A process holds a lock on what it works with, so that another one can tell what is left of a killed
+process. Locks end with the process.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from vllm_sleep_ascend.errors import ImageError
+from vllm_sleep_ascend.rank.image import manifest
+from vllm_sleep_ascend.rank.image.pieces import failure
+
+_RENAME_EXCHANGE = 2  # of renameat2
+_AT_FDCWD = -100
+_WORD = r"[0-9a-f]{8}"
+
+
+class Folder:
+    """One rank's view of it. ``word`` is the same on the ranks of one save."""
+
+    def __init__(self, directory: Path, word: str) -> None:
+        self._directory = directory
+        self.path = self._beside(word, "saving")
+        self._claim, self._aside, self._off = (
+            self._beside(word, what) for what in ("publishing", "replaced", "off")
+        )
+        self._publishes = self._claimed = self._published = False
+        self._replaced: Path | None = None  # where the image is that was there before
+        self._locks: list[int] = []
+
+    def make(self) -> None:
+        """
+        Raises:
+            ImageError: it cannot be made.
+        """
+        self._remove_left("saving|off")
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._locks.append(_locked(self.path, fcntl.LOCK_SH))
+        except OSError as error:
+            raise failure(self.path, "created", error) from error
+
+    def publish(self, replaced: int | None) -> None:
+        """Have the directory be this folder; one of the ranks that share it does so. ``replaced``
+        is the inode of the image that may be replaced.
+
+        Raises:
+            ImageError: another rank has given up, or the directory is not what it was.
+        """
+        directory, self._publishes = self._directory, True
+        try:
+            self.path.rename(self._claim)
+            self._claimed = True
+            if replaced is not None and os.path.lexists(directory):
+                self._locks.append(_locked(directory, fcntl.LOCK_SH))
+                if os.fstat(self._locks[-1]).st_ino != replaced or not is_image(directory):
+                    raise ImageError(
+                        f"{directory} is not the image any more that was there when saving began, "
+                        "and stays as it is; save again"
+                    )
+                self._replaced = _exchange(self._claim, directory, self._aside)
+            else:
+                self._claim.rename(directory)
+            self._published = True
+            manifest.sync_directory(directory.parent)
+        except OSError as error:
+            raise failure(directory, "created", error) from error
+
+    def finish(self) -> None:
+        """Once every rank is done: remove the image that was replaced, and what killed processes
+        have left."""
+        if not self._published:
+            return
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        self._remove_left("saving|publishing|off")
+
+    def take_back(self) -> str:
+        """Leave what was there before. Returns what failed in that, or ``""``."""
+        try:
+            if self._published:
+                self._take_name_back()
+            else:
+                (self._claim if self._claimed else self.path).rename(self._off)
+        except OSError as error:
+            if self._published:
+                return str(failure(self._directory, "removed again", error))
+            if self._publishes:  # nobody else does
+                shutil.rmtree(self._claim if self._claimed else self.path, ignore_errors=True)
+            # If it is not there, another rank was first
+        shutil.rmtree(self._off, ignore_errors=True)
+        return ""
+
+    def _take_name_back(self) -> None:
+        directory, replaced = self._directory, self._replaced
+        if replaced is None:
+            directory.rename(self._off)
+            return
+        try:
+            new = _exchange(replaced, directory, self._off)
+        except OSError:
+            if replaced != self._aside:
+                replaced.rename(self._aside)  # where nothing removes it
+            raise
+        if new != self._off:
+            new.rename(self._off)
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def _remove_left(self, what: str) -> None:
+        for left in _beside(self._directory, what):
+            if left == self.path:
+                continue
+            with suppress(OSError):  # such as of a process that lives
+                lock = _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(lock)
+
+    def _beside(self, word: str, what: str) -> Path:
+        return self._directory.with_name(f".{self._directory.name}.{word}.{what}")
+
+
+def bring_back(directory: Path) -> None:
+    """If a process was killed while it replaced an image: give that its name again."""
+    if os.path.lexists(directory):
+        return
+    for replaced in _beside(directory, "replaced"):
+        with suppress(OSError):  # such as locked, or brought back by another rank
+            lock = _locked(replaced, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                replaced.rename(directory)
+                return
+            finally:
+                os.close(lock)
+
+
+def is_image(directory: Path) -> bool:
+    """Whether a directory has an image and nothing else."""
+    if not (directory / manifest.HEAD).is_file():
+        return False
+    return all(
+        path.name == manifest.HEAD
+        or (path.name.startswith("rank-") and path.suffix in (".json", ".weights"))
+        for path in directory.iterdir()
+    )
+
+
+def _beside(directory: Path, what: str) -> list[Path]:
+    pattern = re.compile(rf"{re.escape('.' + directory.name)}\.{_WORD}\.({what})")
+    return [path for path in directory.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _locked(path: Path, how: int) -> int:
+    """A descriptor of a directory with this lock."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _exchange(new: Path, old: Path, aside: Path) -> Path:
+    """Have ``old`` be the new folder, at once where the file system can do that. Returns where the
+    old one is: at ``new``, or ``aside``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call: Callable[..., int] | None = getattr(libc, "renameat2", None)  # not in every libc
+    code = errno.ENOSYS
+    if call is not None:
+        names, flag = (os.fsencode(new), os.fsencode(old)), ctypes.c_uint(_RENAME_EXCHANGE)
+        if not call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag):
+            return new
+        code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(code, os.strerror(code), str(old))
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    return aside
