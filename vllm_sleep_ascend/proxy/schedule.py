@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides whose turn it is on each device, and starts, wakes and puts servers to sleep accordingly.
+"""Starts, wakes and puts servers to sleep as ``choice`` decides.
 
 A single task, ``Schedule.run``, does this, so sleeps and wakes never overlap. A server goes to
 sleep only after its requests have finished, and another one wakes only after that. Starts and ends
@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 
 from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.proxy.choice import Step, choose, surplus
 from vllm_sleep_ascend.proxy.launch.launched import Launched
+from vllm_sleep_ascend.proxy.memory import Memory
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
+from vllm_sleep_ascend.proxy.view import places, view
 
 logger = logging.getLogger(__name__)
 
-_ANY = -1  # a device that no server names
 _RETRY_S = 5.0  # between two attempts to put an idle server to sleep
 _NO_ANSWER_S = 60.0  # the same for one that did not answer, which takes long to find out
 
@@ -30,9 +32,13 @@ class Schedule:
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
         self.servers = turns.servers
-        self.settings = turns.settings
         self.operations = turns.operations
+        self.memory = Memory(turns.servers)
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def fits_by_bytes(self) -> bool:
+        return self.turns.settings.max_awake is None
 
     async def run(self) -> None:
         """Sleep and wake servers for as long as the proxy lives."""
@@ -77,15 +83,16 @@ class Schedule:
         servers = [server for server in self.servers if server.runs]
         await self.operations.learn_models(servers)
         errors = await asyncio.gather(*(self.operations.ask(server) for server in servers))
-        awake: list[Server] = []
         for server, error in zip(servers, errors, strict=True):
-            if error is not None:
-                if server.launched is not None and server.runs:
-                    self._start(server, server.launched)  # of an earlier proxy
-            elif server.state == "awake" and not self._in_the_way(server, awake):
-                awake.append(server)
-            else:
-                await self.operations.sleep(server)
+            if error is None:
+                if server.state != "awake":
+                    await self.operations.sleep(server)
+            elif server.launched is not None and server.runs:
+                self._start(server, server.launched)  # of an earlier proxy
+        if self.fits_by_bytes:
+            await self.memory.refresh()
+        for key in surplus(view(self.servers, self.turns.settings)):
+            await self.operations.sleep(self.servers[key])
         return 0
 
     async def _step(self) -> float | None:
@@ -98,30 +105,17 @@ class Schedule:
         pauses = [await self._retire()]
         await self._sleep_those_asked()
         pauses.append(await self._go_down())
-        leaving: set[Server] = set()
-        claimed: list[Server] = []  # wanted before others, and not served yet
-        for wanted in self._wanted():
-            if self._has_to_rest(wanted, pauses) or self._in_the_way(wanted, claimed, 1):
-                continue
-            claimed.append(wanted)
-            in_the_way = self._in_the_way(wanted)
-            if not in_the_way:
-                await self._bring_up(wanted)
+        wanted = [s for s in self.servers if (s.waiting or s.due) and not s.on_device]
+        resting = [server for server in wanted if self._has_to_rest(server, pauses)]
+        if self.fits_by_bytes and wanted:
+            await self.memory.refresh()
+        servers = dict(enumerate(self.servers))
+        choice = choose(view(self.servers, self.turns.settings, resting))
+        pauses.append(choice.later_s)
+        for step in choice.steps:
+            if await self._take(step, servers, pauses):
                 return 0
-            awake = [server for server in in_the_way if server.state == "awake"]
-            if not awake:
-                for other in in_the_way:
-                    if other.launched is not None and other.state == "stuck":
-                        wanted.fail(CallFailed(other.launched.error))
-                continue  # Another one starts or ends.
-            leaves = min(awake, key=_leaves_first)
-            rest = leaves.awake_since + self.settings.turn_s - time.monotonic()
-            if leaves.busy and (rest > 0 or not leaves.served):
-                pauses.append(rest if rest > 0 else None)  # Its turn continues.
-                continue
-            leaving.add(leaves)
-            if await self._makes_way(leaves, wanted):
-                return 0
+        leaving = {servers[key] for step in choice.steps for key in step.leaving}
         for server in self.servers:
             if server.state != "awake" or server in leaving or server.sleep_asked is not None:
                 continue
@@ -130,15 +124,27 @@ class Schedule:
                 if server.state != "awake":
                     return 0
             server.open_up()
-        if await self._start_those_due(claimed, pauses):
-            return 0
         return min((pause for pause in pauses if pause is not None), default=None)
 
-    def _wanted(self) -> list[Server]:
-        """Servers that have to be brought up, in their order."""
-        return sorted(
-            (s for s in self.servers if s.waiting and not s.on_device), key=Server.waits_since
-        )
+    async def _take(
+        self, step: Step, servers: Mapping[int, Server], pauses: list[float | None]
+    ) -> bool:
+        """Returns whether anything was done."""
+        wanted, leaving = servers[step.wanted], {key: servers[key] for key in step.leaving}
+        if step.never:
+            wanted.fail(CallFailed(step.never))
+            return True
+        asked = bool(wanted.waiting)
+        if not leaving:
+            await self._bring_up(wanted)
+            done = asked or wanted.on_device
+        elif asked:
+            return await self._make_way(wanted, step, leaving)
+        else:
+            done = await self.operations.sleep(next(iter(leaving.values())))
+        if not done:
+            pauses.append(_RETRY_S)
+        return done
 
     def _has_to_rest(self, server: Server, pauses: list[float | None]) -> bool:
         """Whether it cannot start yet. If its last start has failed, its requests fail at once."""
@@ -158,47 +164,6 @@ class Schedule:
             if launched.failed:
                 server.fail(CallFailed(f"{launched.reason}; it starts again in {rest:.0f} s"))
         return rest > 0
-
-    def _in_the_way(
-        self, wanted: Server, among: list[Server] | None = None, room: int | None = None
-    ) -> list[Server]:
-        """Those on a device of ``wanted`` on which no other one fits."""
-        room = self.settings.max_awake if room is None else room
-        others = among if among is not None else [s for s in self.servers if s.on_device]
-        found: dict[Server, None] = {}
-        for place in self._places(wanted):
-            there = [s for s in others if s is not wanted and place in self._places(s)]
-            if len(there) >= room:
-                found |= dict.fromkeys(there)
-        return list(found)
-
-    def _places(self, server: Server) -> frozenset[int]:
-        """Devices; one that names none uses all that others name, and any further one."""
-        if server.devices is not None:
-            return frozenset(server.devices)
-        return frozenset(d for s in self.servers for d in s.devices or ()) | {_ANY}
-
-    async def _start_those_due(self, claimed: list[Server], pauses: list[float | None]) -> bool:
-        """Start a server without a request, where none waits. One ahead of its first request puts
-        idle ones to sleep, one that has died does not. Returns whether anything was done."""
-        for server in self.servers:
-            if server.due is None or server.state != "stopped" or server.retiring:
-                continue
-            if self._in_the_way(server, claimed, 1) or self._has_to_rest(server, pauses):
-                continue
-            in_the_way = self._in_the_way(server)
-            if not in_the_way:
-                await self._bring_up(server)
-                if server.on_device:
-                    return True
-                pauses.append(_RETRY_S)
-                continue
-            idle = all(other.state == "awake" and not other.busy for other in in_the_way)
-            if server.due == "preload" and idle:
-                if await self.operations.sleep(min(in_the_way, key=_leaves_first)):
-                    return True
-                pauses.append(_RETRY_S)
-        return False
 
     async def _retire(self) -> float | None:
         """End servers that models.yaml no longer has, once their requests have ended. One that the
@@ -242,25 +207,27 @@ class Schedule:
         server.state = "starting"
         self._in_background(self.operations.start(server, launched))
 
-    async def _makes_way(self, leaving: Server, wanted: Server) -> bool:
-        """Close ``leaving``, and put it to sleep unless requests still run on it. Returns whether
-        anything was decided."""
+    async def _make_way(self, wanted: Server, step: Step, leaving: Mapping[int, Server]) -> bool:
+        """Close those that leave, and put one of them to sleep on which no request runs. Returns
+        whether anything was decided."""
         # No server is put to sleep for an unreachable one.
-        if leaving.open and wanted.runs:
+        if wanted.runs and any(each.open for each in leaving.values()):
             error = await self.operations.ask(wanted)
             if error is not None:
                 wanted.fail(error)
                 return True
-        leaving.open = False
-        if leaving.in_flight:
+        for each in leaving.values():
+            each.open = False
+        idle = next((key for key, each in leaving.items() if not each.in_flight), None)
+        if idle is None:
             return False
-        await self._gives_way(leaving, wanted)
+        await self._gives_way(leaving[idle], wanted, idle in step.deep)
         return True
 
-    async def _gives_way(self, leaving: Server, wanted: Server) -> bool:
+    async def _gives_way(self, leaving: Server, wanted: Server, deep: bool = False) -> bool:
         """Put ``leaving`` to sleep; end it if it cannot. Returns whether its memory is free. If
         not, ``wanted`` waits for its end, or its requests fail where no end is to come."""
-        if await self.operations.sleep(leaving):
+        if await self.operations.sleep(leaving, deep):
             return True
         launched = leaving.launched
         if leaving.on_device:
@@ -278,14 +245,16 @@ class Schedule:
             if server.runs:
                 server.fail(error)  # else they wait for its next start
         elif await self._others_sleep(server):
-            await self.operations.wake(server)
+            there = places(server, self.servers)
+            near = any(s.on_device and there & places(s, self.servers) for s in self.servers)
+            await self.operations.wake(server, beside_others=near and self.fits_by_bytes)
 
     async def _others_sleep(self, server: Server) -> bool:
         """Put all others on its devices to sleep that may be awake because something else has woken
         or restarted them. Returns whether they sleep."""
-        places = self._places(server)
+        there = places(server, self.servers)
         others = [s for s in self.servers if s is not server and s.runs and s.state != "awake"]
-        others = [other for other in others if places & self._places(other)]
+        others = [other for other in others if there & places(other, self.servers)]
         sleeping = [other for other in others if other.state == "asleep"]
         await asyncio.gather(*(self.operations.ask(other) for other in sleeping))
         # A server that has never listed its models does not count: it is not up yet, or not vLLM.
@@ -334,7 +303,7 @@ class Schedule:
             yield server.stop_after, self._stop
         if server.deep_sleep_after is not None and server.state == "asleep" and not server.deepest:
             yield server.deep_sleep_after, self.operations.deepen
-        sleep_after = server.sleep_after or self.settings.idle_s
+        sleep_after = server.sleep_after or self.turns.settings.idle_s
         if sleep_after and server.state == "awake":
             yield sleep_after, self.operations.sleep
 
@@ -355,8 +324,3 @@ class Schedule:
                 logger.exception("%s does not sleep before its end", server.name)
             server.outlasted = False
         await launched.end()
-
-
-def _leaves_first(server: Server) -> tuple[bool, float]:
-    """The least recently used idle server, otherwise the busy one with the longest turn."""
-    return (server.busy, server.awake_since if server.busy else server.last_used)

@@ -69,6 +69,8 @@ def _describe(server: Server) -> dict[str, object]:
         "models": server.models,
         "state": server.state,
         "level": server.slept_at if server.state == "asleep" else None,
+        "priority": server.priority,
+        "group": server.group.name if server.group is not None else None,
         "queued": len(server.waiting),
         "in_flight": server.in_flight,
         "retiring": server.retiring,
