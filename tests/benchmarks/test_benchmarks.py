@@ -87,3 +87,13 @@ def test_a_backup_on_disk_keeps_all_contents(tmp_path):
     assert figures["pinned_bytes"] == figures["plain_bytes"] == 0  # awake again
     assert list(backups.iterdir()) == []
     assert "| ours_disk" in table
+
+
+def test_more_models_that_fit_switch_less(tmp_path):
+    table = run("schedule.py", "--hours", "0.2", "--seeds", "2", "--out", str(tmp_path))
+    ways = json.loads((tmp_path / "schedule.json").read_text())["ways"]
+    fit, one, stop = ways.values()
+    assert fit["requests"] == one["requests"] == stop["requests"] > 100
+    assert fit["switches"] < one["switches"] and fit["switching_s"] < stop["switching_s"]
+    assert fit["most_bytes"] <= 64e9 and fit["most_awake"] > one["most_awake"] == 1
+    assert "| fit |" in table

@@ -27,15 +27,17 @@ class State:
         self.level = 0
         """At which the weights sleep; 2 until they are loaded."""
         self.place = "host"
+        self.share = round(DEVICE_BYTES * args.gpu_memory_utilization)
+        """Bytes of the device, while it is awake."""
         self.device = Path(args.journal).parent / "device"
         """Bytes of those that are awake, a file for each."""
         self.hold(True)
 
     def hold(self, holds: bool) -> None:
         """Its bytes of the device, or none."""
-        if self.args.bytes and holds:
+        if self.share and holds:
             self.device.mkdir(exist_ok=True)
-            (self.device / self.args.model).write_text(str(self.args.bytes))
+            (self.device / self.args.model).write_text(str(self.share))
         else:
             (self.device / self.args.model).unlink(missing_ok=True)
 
@@ -70,7 +72,7 @@ class State:
             "free": DEVICE_BYTES - sum(all_held.values()),
             "total": DEVICE_BYTES,
             "held": held,
-            "share": self.args.bytes,
+            "share": self.share,
             "enabled": True,
             "tags": {"weights": {**sizes, "device": held, "host": host}},
             "weights": {"source": "checkpoint", "version": "0"},
@@ -178,7 +180,7 @@ def main() -> None:
     parser.add_argument("--journal", required=True)
     parser.add_argument("--alias", action="append", default=[])
     parser.add_argument("--reports-memory", action="store_true", help="as this package does")
-    parser.add_argument("--bytes", type=int, default=0, help="of the device, while it is awake")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.0)
     parser.add_argument("--exits", type=int, help="in place of serving")
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")

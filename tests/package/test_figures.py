@@ -20,8 +20,8 @@ def rank(device: int = 0, held: int = 70, free: int = 30, **more: Any) -> Any:
         "kv_cache": {"device": 40},
         "sleep_persistent": {"device": 5},
     }
-    figures = {"device": device, "free": free, "held": held, "share": 80, "enabled": True}
-    return {**figures, "tags": tags, **more}
+    device_bytes = {"device": device, "free": free, "total": 100, "held": held, "share": 80}
+    return {**device_bytes, "enabled": True, "tags": tags, **more}
 
 
 def server(state: State = "asleep", devices: tuple[int, ...] | None = (0,), **more: Any) -> Server:
@@ -29,7 +29,7 @@ def server(state: State = "asleep", devices: tuple[int, ...] | None = (0,), **mo
 
 
 def use(free: int = 30, held: int = 10, asleep: int = 10, share: int = 80) -> Use:
-    return Use(free, held, asleep, share)
+    return Use(free, 100, held, asleep, share)
 
 
 def told(at: float = 1.0, **uses: Use) -> Figures:
@@ -38,13 +38,13 @@ def told(at: float = 1.0, **uses: Use) -> Figures:
 
 def test_before_its_first_sleep_a_server_gives_back_its_tags():
     (awake,) = figures([rank()], {}, sleeps=False, now=0).devices.values()
-    assert awake == Use(30, 70, 10, 80)
+    assert awake == Use(30, 100, 70, 10, 80)
     assert (awake.takes, awake.may_take) == (70, 10)
 
 
 def test_what_it_holds_asleep_is_remembered():
     asleep = figures([rank(held=12, free=88)], {}, sleeps=True, now=0).devices
-    assert asleep == {0: Use(88, 12, 12, 80)}
+    assert asleep == {0: Use(88, 100, 12, 12, 80)}
     assert figures([rank()], asleep, sleeps=False, now=0).devices[0].takes == 80 - 12
 
 
@@ -55,7 +55,7 @@ def test_one_that_holds_more_than_its_share_takes_that():
 
 def test_ranks_on_a_device_are_added_and_devices_are_not():
     found = figures([rank(0), rank(0, free=29), rank(1)], {}, sleeps=False, now=0).devices
-    assert found == {0: Use(29, 140, 20, 160), 1: Use(30, 70, 10, 80)}
+    assert found == {0: Use(29, 100, 140, 20, 160), 1: Use(30, 100, 70, 10, 80)}
 
 
 @pytest.mark.parametrize("ranks", [[], [rank(enabled=False)], [{"device": 0, "free": 1}]])
@@ -107,6 +107,16 @@ def test_servers_without_devices_share_all():
 )
 def test_one_with_unknown_bytes(unknown):
     assert view([server(**unknown)], FIT).servers[0].takes is None
+
+
+def test_a_start_takes_what_its_command_says():
+    other = server(figures=told(_0=use(60)))
+    starts = server("stopped", start_share=0.305)
+    seen = view([other, starts], FIT)
+    assert (seen.servers[1].takes, dict(seen.free)) == ({0: 31}, {0: 60})
+    starts.state = "starting"
+    assert dict(view([other, starts], FIT).free) == {0: 60 - 31}
+    assert view([starts], FIT).servers[0].takes is None  # of how much is not known
 
 
 def test_what_a_view_says_of_a_server():

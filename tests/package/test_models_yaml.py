@@ -302,6 +302,15 @@ def test_what_needs_another_process():
     assert KEY not in same
 
 
+def test_a_command_may_say_its_share_of_the_device():
+    def share(words: str) -> float | None:
+        return Model(command=f"serve ${{PORT}} {words}").memory_share
+
+    assert share("--gpu-memory-utilization 0.4") == share("--gpu_memory_utilization=.4 -x") == 0.4
+    assert share("") is None
+    assert Model(url="http://a:1").memory_share is None
+
+
 def test_a_command_is_shown_without_keys():
     command = ["serve", "--port", "${PORT}", "--hf-token", "abc", "--ssl-key=def", "--tokenizer=x"]
     assert Model(command=command).shown() == (

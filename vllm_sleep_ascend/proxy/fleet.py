@@ -162,6 +162,7 @@ class Fleet:
         server.sleep_after = entry.model.sleep_after
         server.deep_sleep_after = entry.model.deep_sleep_after
         server.deep_sleep = entry.model.deep_sleep
+        server.start_share = entry.model.memory_share
         server.stop_after = entry.model.stop_after
 
     def _adjust(self, server: Server, entry: Entry, before: Entry) -> None:

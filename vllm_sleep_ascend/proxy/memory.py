@@ -22,13 +22,14 @@ _SILENT_S = 60.0  # until one is asked again that did not answer, which takes lo
 class Use:
     """A server's bytes of one of its devices.
 
-    free: of the device, whoever held the rest.
+    free, total: of the device, whoever holds the rest.
     held: by the server, when it was asked.
     asleep: what it holds asleep.
     share: what it may hold awake.
     """
 
     free: int
+    total: int
     held: int
     asleep: int
     share: int
@@ -113,7 +114,8 @@ def figures(
         else:
             asleep = max(0, held - sum(map(_gives_back, there)))
         share = sum(rank["share"] for rank in there)
-        devices[device] = Use(min(rank["free"] for rank in there), held, asleep, share)
+        free = min(rank["free"] for rank in there)
+        devices[device] = Use(free, there[0]["total"], held, asleep, share)
     hosts = [rank["host_memory"] for rank in ranks if "host_memory" in rank]
     needed = sum(host["needed"] for host in hosts)
     return Figures(now, devices, needed, min((host["available"] for host in hosts), default=None))

@@ -32,6 +32,7 @@ class Server:
     devices: which it uses; None for all.
     priority: higher ones come first.
     deep_sleep: what its deep sleep is, in place of one at level 2.
+    start_share: which part of each device its start takes, if its command says.
     launched: its process, if the proxy starts it.
     models: what it has listed.
     """
@@ -44,6 +45,7 @@ class Server:
     priority: int = 0
     group: "Group | None" = None
     deep_sleep: DeepSleep = "level-2"
+    start_share: float | None = None
     launched: "Launched | None" = None
     models: list[str] = field(default_factory=list)
     state: State = "unknown"

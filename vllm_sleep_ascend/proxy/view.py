@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The live servers, as the choice sees them."""
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from vllm_sleep_ascend.proxy.choice import Seen, State, View
 from vllm_sleep_ascend.proxy.memory import Use
@@ -19,15 +20,17 @@ def view(servers: Sequence[Server], settings: Settings, resting: Collection[Serv
     Args:
         resting: those that cannot come up now.
     """
+    totals = {place: use.total for server in servers for place, use in _uses(server)}
     seen = [
-        _seen(server, key, servers, server not in resting) for key, server in enumerate(servers)
+        _seen(server, key, places(server, servers), totals, server not in resting)
+        for key, server in enumerate(servers)
     ]
     figures = [server.figures for server in servers if server.figures is not None]
     newest = max(figures, key=lambda f: f.at, default=None)
     return View(
         now=time.monotonic(),
         servers=seen,
-        free=_free(servers),
+        free=_free(servers, seen),
         host_free=None if newest is None else newest.host_free,
         max_awake=settings.max_awake,
         turn_s=settings.turn_s,
@@ -41,21 +44,30 @@ def places(server: Server, servers: Sequence[Server]) -> frozenset[int]:
     return frozenset(d for s in servers for d in s.devices or ()) | {ANY}
 
 
-def takes(server: Server, there: Collection[int]) -> dict[int, int] | None:
-    """Bytes that its wake takes of each device; None if it has to have them to itself."""
-    if server.figures is None or server.does_not_fit or server.state in ("stopped", "starting"):
-        return None  # A start takes its share, whatever the server held before.
+def _takes(
+    server: Server, there: Collection[int], totals: Mapping[int, int]
+) -> dict[int, int] | None:
+    """Bytes that its wake, or its start, takes of each device; None if it has to have them to
+    itself."""
+    if server.state in ("stopped", "starting"):
+        if server.start_share is None or not totals.keys() >= set(there):
+            return None
+        return {place: math.ceil(server.start_share * totals[place]) for place in there}
+    uses = _uses(server)
+    if server.figures is None or server.does_not_fit or not uses:
+        return None
+    if len(uses) < len(server.figures.devices):
+        return None  # These are not the devices that it was given.
     of: dict[int, int] = defaultdict(int)
-    for place, use in _uses(server):
+    for place, use in uses:
         of[place] = max(of[place], use.takes)
-    if len(_uses(server)) < len(server.figures.devices) or not of:
-        return None  # It does not tell, or these are not the devices that it was given.
     otherwise = of[ANY] if server.devices is None else 0
     return {place: of.get(place, otherwise) for place in there}
 
 
-def _seen(server: Server, key: int, servers: Sequence[Server], ready: bool) -> Seen:
-    there = places(server, servers)
+def _seen(
+    server: Server, key: int, there: frozenset[int], totals: Mapping[int, int], ready: bool
+) -> Seen:
     off = server.state in ("asleep", "unknown", "stopped")
     state: State = "off" if off else server.state  # type: ignore[assignment]
     return Seen(
@@ -63,7 +75,7 @@ def _seen(server: Server, key: int, servers: Sequence[Server], ready: bool) -> S
         name=server.name,
         state=state,
         places=there,
-        takes=takes(server, there),
+        takes=_takes(server, there, totals),
         host=server.figures.host_needed if server.figures and server.level == 1 else 0,
         priority=server.priority,
         group=server.group,
@@ -90,14 +102,18 @@ def _uses(server: Server) -> list[tuple[int, Use]]:
     return [(named[device], use) for device, use in known if device < len(named)]
 
 
-def _free(servers: Sequence[Server]) -> dict[int, int]:
-    """Bytes of each device that no server holds, or may still take while it is awake."""
+def _free(servers: Sequence[Server], seen: Sequence[Seen]) -> dict[int, int]:
+    """Bytes of each device that no server holds, or may still take while it is awake or starts."""
     free: dict[int, int] = {}
     for server in sorted(servers, key=lambda s: s.figures.at if s.figures is not None else 0.0):
         for place, use in _uses(server):
             # Which device has no name is not known: it may be the fullest.
             free[place] = min(use.free, free.get(ANY, use.free)) if place == ANY else use.free
-    for server in servers:
-        for place, use in _uses(server) if server.state == "awake" else ():
-            free[place] -= use.may_take
+    for server, as_seen in zip(servers, seen, strict=True):
+        if server.state == "awake":
+            for place, use in _uses(server):
+                free[place] -= use.may_take
+        elif server.state == "starting":
+            for place, taken in (as_seen.takes or {}).items():
+                free[place] -= taken
     return free

@@ -27,6 +27,7 @@ _SECRET = re.compile(rf"(?:^|[-_.]){_SECRET_WORD}$", re.IGNORECASE)
 # As vLLM takes it, also in a command within the command.
 _API_KEY_OPTION = re.compile(r"(?:^|\s)--api[-_]key(?:$|[\s=])")
 _SECRET_WITHIN = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_SECRET_WORD}[\s=]+)\S+", re.IGNORECASE)
+_MEMORY_SHARE = re.compile(r"--gpu[-_]memory[-_]utilization[\s=]+(\d*\.?\d+)")
 _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
 _LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
@@ -251,6 +252,12 @@ class Model(BaseModel):
     @property
     def has_admin_port(self) -> bool:
         return any(ADMIN_PORT in word for word in self.command or ())
+
+    @property
+    def memory_share(self) -> float | None:
+        """Which part of each device its server may use, if the command says."""
+        found = _MEMORY_SHARE.search(" ".join(self.command or ()))
+        return float(found[1]) if found is not None else None
 
     def words(self, port: int, admin_port: int) -> list[str]:
         """The command with its ports."""
