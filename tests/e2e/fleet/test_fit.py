@@ -23,7 +23,7 @@ def entry(folder: Path, name: str, share: str) -> dict[str, Any]:
 
 def test_as_many_are_awake_as_fit(tmp_path):
     models = {name: entry(tmp_path, name, share) for name, share in SHARES}
-    with Fleet(tmp_path, models) as fleet:
+    with Fleet(tmp_path, models, "--turn-s", "0") as fleet:
         pids = {name: fleet.pid_of(name) for name in models}
         assert awake(fleet) == {"c"}
         fleet.pid_of("b")
@@ -37,6 +37,7 @@ def test_as_many_are_awake_as_fit(tmp_path):
         assert fleet.events()[before:] == [
             *("a wakes", "a sleeps", "c wakes", "c sleeps", "a wakes"),
         ]
+        assert fleet.status()["c"]["device_bytes"] == [60]
         # Found again as it is.
         fleet.process.kill()
         fleet.process.wait()

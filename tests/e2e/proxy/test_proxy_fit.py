@@ -10,7 +10,9 @@ from .conftest import API_KEY
 def test_two_of_three_fit(pair, third):
     """Each may use 0.4 of the device."""
     a, b = pair
-    with Proxy([a, b, third], "--max-awake", "fit", env={"VLLM_API_KEY": API_KEY}) as proxy:
+    options = ("--max-awake", "fit", "--turn-s", "0")
+    with Proxy([a, b, third], *options, env={"VLLM_API_KEY": API_KEY}) as proxy:
+        proxy.users.headers["Authorization"] = f"Bearer {API_KEY}"
         for server in (a, b):
             assert text(proxy.complete(server)) == server.texts[PROMPTS[0]]
         assert proxy.states() == ["awake", "awake", "asleep"]
@@ -24,3 +26,5 @@ def test_two_of_three_fit(pair, third):
         assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
         assert proxy.states() == ["awake", "awake", "asleep"]
         assert proxy.metric("failures_total") == 0
+        for server in (a, b, third):  # as other tests expect them
+            assert proxy.admin.post("/sleep", params={"model": server.model}).status_code == 200
