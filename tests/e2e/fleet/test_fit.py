@@ -42,7 +42,7 @@ def test_as_many_are_awake_as_fit(tmp_path):
         fleet.process.kill()
         fleet.process.wait()
         fleet.start()
-        wait_for(lambda: awake(fleet) == {"a", "b"})
+        wait_for(lambda: fleet.states() == {"a": "awake", "b": "awake", "c": "asleep"})
         assert fleet.events()[before + 5 :] == ["c sleeps"]  # again, as nobody knows how deep
 
 
