@@ -159,11 +159,11 @@ class Device:
                 self._wake(self.servers[step.wanted])
                 return
             leaving.update(step.leaving)
-            for key in step.leaving:
+            busy = [key for key in step.leaving if self.servers[key].running]
+            for key in busy or step.leaving:
                 self._close(self.servers[key])
-            idle = [key for key in step.leaving if not self.servers[key].running]
-            if idle:
-                self._sleep(self.servers[idle[0]])
+            if not busy:
+                self._sleep(self.servers[step.leaving[0]])
                 return
         for key, server in enumerate(self.servers):
             if server.awake and key not in leaving:

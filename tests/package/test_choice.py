@@ -68,6 +68,12 @@ def test_an_idle_one_goes_before_a_busy_one_whose_turn_is_over():
     assert steps(busy(0, turn=100), awake(1, used=1), off(2), max_awake=2) == [(2, (1,))]
 
 
+def test_an_idle_one_is_waited_for_before_a_busy_one_goes():
+    soon = awake(1, used=2, awake_since=NOW - 4, switch_s=3.0)
+    assert chosen(busy(0, turn=100), soon, off(2), free=0) == Choice((), 1.0)
+    assert steps(busy(0, turn=100), soon, off(2), max_awake=2) == [(2, (1,))]
+
+
 def test_of_busy_ones_that_with_the_longest_turn_goes():
     assert steps(busy(0, turn=12), busy(1, turn=13), off(2), max_awake=2) == [(2, (1,))]
 
@@ -187,7 +193,7 @@ def test_an_idle_one_of_lower_priority_goes_first():
 def test_an_idle_one_keeps_its_turn_for_as_long_as_its_switch_took():
     def rest(**more: Any) -> float | None:
         idle = awake(0, **{"used": 2, "awake_since": NOW - 4, "switch_s": 3.0, **more})
-        choice = chosen(idle, off(1))
+        choice = chosen(idle, off(1), free=0)
         assert bool(choice.steps) != bool(choice.later_s)
         return choice.later_s
 
@@ -195,7 +201,9 @@ def test_an_idle_one_keeps_its_turn_for_as_long_as_its_switch_took():
     assert rest(switch_s=30.0) == 6.0  # the rest of its turn
     assert rest(switch_s=2.0) is None
     assert rest(awake_since=NOW - 20) is None
-    assert chosen(awake(0, used=0, awake_since=NOW, switch_s=9), off(1, priority=1)).steps
+    just_woken = awake(0, used=0, awake_since=NOW, switch_s=9)
+    assert chosen(just_woken, off(1, priority=1), free=0).steps
+    assert chosen(just_woken, off(1)).steps  # only by bytes
 
 
 def test_one_goes_for_whose_backup_the_host_has_memory():
@@ -204,6 +212,8 @@ def test_one_goes_for_whose_backup_the_host_has_memory():
     assert chosen(*there, off(2), free=0, host_free=50).steps == (Step(2, (0,)),)
     deep = chosen(*there, off(2, 20), free=0, host_free=60).steps
     assert deep == (Step(2, (0, 1), frozenset({1})),)
+    refuses = replace(there[0], deepens=False)
+    assert steps(refuses, there[1], off(2), free=0, host_free=10) == [(2, (1,))]
 
 
 # --- Without a request ---------------------------------------------------------------------------
@@ -215,6 +225,12 @@ def test_a_preload_has_idle_ones_go():
     assert steps(busy(0), due) == []
     assert steps(due) == [(2, ())]
     assert steps(awake(0), due, off(1)) == [(1, (0,))]
+
+
+def test_one_that_is_due_keeps_no_other_from_coming_up():
+    there = [server(key, places=(key,), due="restart") for key in (0, 1)]
+    assert steps(*there) == [(0, ()), (1, ())]
+    assert steps(server(2, due="preload"), *there) == [(2, ()), (1, ())]  # 0 has no room left
 
 
 def test_a_restart_has_nobody_go():
@@ -266,6 +282,17 @@ def test_those_awake_without_room_are_found():
     assert surplus(View(NOW, there, {0: -50}, max_awake=None)) == [2]
     assert surplus(View(NOW, there, max_awake=1)) == [2, 3]
     assert surplus(View(NOW, [awake(0, None), awake(2)], max_awake=None)) == [2]
+
+
+def test_those_with_the_better_claim_stay():
+    older, newer = awake(0, used=9), awake(1, used=5)
+    assert surplus(View(NOW, [older, newer])) == [0]
+    assert surplus(View(NOW, [replace(older, priority=1), newer])) == [1]
+    kept = replace(older, group=group("k", persistent=True), priority=-1)
+    assert surplus(View(NOW, [newer, kept])) == [1]
+    assert surplus(View(NOW, [newer, server(2, state="starting")])) == [1]
+    beside = View(NOW, [newer, server(2, 40, state="starting")], {0: 20}, max_awake=None)
+    assert surplus(beside) == []
 
 
 # --- In virtual time -----------------------------------------------------------------------------

@@ -307,6 +307,7 @@ def test_a_command_may_say_its_share_of_the_device():
         return Model(command=f"serve ${{PORT}} {words}").memory_share
 
     assert share("--gpu-memory-utilization 0.4") == share("--gpu_memory_utilization=.4 -x") == 0.4
+    assert share("--gpu-memory-utilization 0.4 --gpu-memory-utilization 0.3") == 0.3
     assert share("") is None
     assert Model(url="http://a:1").memory_share is None
 

@@ -29,7 +29,7 @@ class Seen:
     places: the devices that it uses.
     takes: bytes that a wake takes of each, and a sleep gives back. None: not known, so that it has
         its devices to itself.
-    host: bytes of host memory that its next sleep takes.
+    host: bytes of host memory that its next sleep takes; deepens: whether a deep one takes less.
     running: requests that it works on.
     waits_since: when the first request came that waits for it.
     served: whether it was given a request since it came up.
@@ -46,6 +46,7 @@ class Seen:
     places: frozenset[int] = frozenset()
     takes: Mapping[int, int] | None = None
     host: int = 0
+    deepens: bool = True
     priority: int = 0
     group: Group | None = None
     running: int = 0
@@ -111,7 +112,10 @@ def choose(view: View) -> Choice:
     for wanted in _wanted(view):
         if chooser.has_room(wanted):
             steps.append(Step(wanted.key))
-            break  # What comes after depends on how that goes.
+            if wanted.waits:
+                break  # What comes after depends on how that goes.
+            chooser.keep_room(wanted, ())
+            continue
         going = chooser.going(wanted)
         if not wanted.waits and (going is None or not _may_go_unasked(wanted, going)):
             continue
@@ -130,11 +134,13 @@ def choose(view: View) -> Choice:
 
 
 def surplus(view: View) -> list[int]:
-    """Servers that are awake and do not fit beside those before them."""
+    """Servers that are awake and do not fit beside those that start and those that have a better
+    claim: by a persistent group, by priority, by their last use."""
     chooser, awake = _Chooser(view), [s for s in view.servers if s.state == "awake"]
+    staying = [s for s in view.servers if s.state in ("starting", "stuck")]
     kept: list[Seen] = []
-    for server in awake:
-        if chooser.fits(server, [], gone=awake, claims=kept):
+    for server in sorted(awake, key=lambda s: (not _persists(s), -s.priority, -s.last_used)):
+        if chooser.fits(server, staying, gone=awake, claims=kept):
             kept.append(server)
     return [server.key for server in awake if server not in kept]
 
@@ -205,12 +211,12 @@ class _Chooser:
         )
 
     def rest(self, wanted: Seen, server: Seen) -> float:
-        """Seconds until it may go. One that is idle keeps its turn for as long as its last switch
-        took, because waking it again for a request that comes soon would take longer."""
+        """Seconds until it may go. By bytes, an idle one keeps its turn for as long as its last
+        switch took, because waking it again for a request that comes soon would take longer."""
         now, turn_ends = self._view.now, server.awake_since + self._view.turn_s
         if server.busy:
             return max(0.0, turn_ends - now) if server.served else math.inf
-        if wanted.priority > server.priority:
+        if self._view.max_awake is not None or wanted.priority > server.priority:
             return 0.0
         idle_since = max(server.last_used, server.awake_since)
         return max(0.0, min(turn_ends, idle_since + server.switch_s) - now)
@@ -264,13 +270,14 @@ class _Chooser:
         gone = [*self._leaving, *going]
         return self.fits(wanted, [s for s in self._there if s not in gone], gone, self._claims)
 
-    def _goes_first(self, wanted: Seen, server: Seen) -> tuple[float, bool, bool, int, float]:
-        """Idle ones before busy ones, by priority; the least recently used, or the one with the
-        longest turn."""
+    def _goes_first(self, wanted: Seen, server: Seen) -> tuple[bool, float, int, int, float]:
+        """Idle ones before busy ones, also if that takes a moment; then those for whose backups the
+        host has memory, by priority; the least recently used, or the one with the longest turn."""
         since = server.awake_since if server.busy else server.last_used
-        no_host_memory = server.host > self._host_free()
+        # Of those without memory for a backup, first the one that can do with less.
+        lacks_host = int(server.host > self._host_free()) * (1 if server.deepens else 2)
         rest = self.rest(wanted, server)
-        return (rest, server.busy, no_host_memory, server.priority, since)
+        return (server.busy, rest, lacks_host, server.priority, since)
 
     def _host_free(self) -> float:
         return math.inf if self._view.host_free is None else self._view.host_free
@@ -283,8 +290,11 @@ def _bytes(servers: Iterable[Seen], place: int) -> int:
 def _may_go(wanted: Seen, server: Seen) -> bool:
     if server.state != "awake":
         return False
-    keeps = server.group is not None and server.group.persistent
-    return not keeps or _same_group(wanted, server)
+    return not _persists(server) or _same_group(wanted, server)
+
+
+def _persists(server: Seen) -> bool:
+    return server.group is not None and server.group.persistent
 
 
 def _excludes(wanted: Seen, other: Seen) -> bool:
@@ -293,7 +303,7 @@ def _excludes(wanted: Seen, other: Seen) -> bool:
         return False
     if _same_group(wanted, other):
         return wanted.group.swap
-    return wanted.group.exclusive and not (other.group is not None and other.group.persistent)
+    return wanted.group.exclusive and not _persists(other)
 
 
 def _same_group(one: Seen, other: Seen) -> bool:

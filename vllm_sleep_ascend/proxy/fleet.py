@@ -210,7 +210,7 @@ class Fleet:
 
     def _gone(self, server: Server) -> None:
         server.models, server.slept_at = [], None
-        server.figures, server.does_not_fit = None, False
+        server.figures, server.does_not_fit, server.deepens_again_at = None, False, 0.0
         if server.state != "starting":
             server.state = "stopped"
 

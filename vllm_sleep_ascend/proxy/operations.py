@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 ASK_S = 5.0
 """Seconds that a query may take, so that an unresponsive server delays the others no longer."""
 
+_DEEPENS_AGAIN_S = 300.0  # after a deep sleep that was refused, as by a full disk
+
 _ENDPOINTS_S = 30.0  # that a server which serves may take until its sleep endpoints answer
 
 
@@ -112,7 +114,33 @@ class Operations:
         return None
 
     async def sleep(self, server: Server, deep: bool = False) -> bool:
-        """Put it to sleep. Returns whether it holds no device memory: it sleeps, or is gone."""
+        """Put it to sleep. Returns whether it holds no device memory: it sleeps, or is gone. A deep
+        sleep that it refuses becomes its normal one."""
+        if deep and time.monotonic() >= server.deepens_again_at:
+            if await self._sleep(server, deep=True):
+                return True
+            if not server.runs or await self.ask(server) is not None:
+                return False
+            server.deepens_again_at = time.monotonic() + _DEEPENS_AGAIN_S
+        return await self._sleep(server, deep=False)
+
+    async def keeps_running(self, server: Server, lacks_host: bool) -> str:
+        """Why one that does not fall asleep is not ended for another; empty if it is.
+
+        Args:
+            lacks_host: its sleep needed more host memory than there is.
+        """
+        try:
+            lost = await server.client.would_lose(2)
+        except CallFailed:
+            return ""
+        if await self.ask(server) is not None or server.state != "awake":
+            return ""
+        if lost:
+            return f"and its end would lose {lost}, which are in no checkpoint"
+        return "because the host has no memory for its backup" if lacks_host else ""
+
+    async def _sleep(self, server: Server, deep: bool) -> bool:
         server.open = False
         started = time.monotonic()
         try:
@@ -203,6 +231,7 @@ class Operations:
             server.fail(CallFailed(f"{server.name} has ended"))
             return
         server.state, server.served, server.slept_at = "awake", False, None
+        server.does_not_fit = False  # It holds what it takes, and its figures tell that.
         if server.launched is not None:
             server.launched.slept_at = 0
         server.awake_since = time.monotonic()

@@ -9,21 +9,18 @@ take long, so each runs in a task of its own, while the server counts as awake.
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.choice import Step, choose, surplus
+from vllm_sleep_ascend.proxy.figures import Memory
+from vllm_sleep_ascend.proxy.idle import RETRY_S, Background, Idle
 from vllm_sleep_ascend.proxy.launch.launched import Launched
-from vllm_sleep_ascend.proxy.memory import Memory
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
-from vllm_sleep_ascend.proxy.view import places, view
+from vllm_sleep_ascend.proxy.view import places, room_for_a_start, view
 
 logger = logging.getLogger(__name__)
-
-_RETRY_S = 5.0  # between two attempts to put an idle server to sleep
-_NO_ANSWER_S = 60.0  # the same for one that did not answer, which takes long to find out
 
 
 class Schedule:
@@ -33,8 +30,9 @@ class Schedule:
         self.turns = turns
         self.servers = turns.servers
         self.operations = turns.operations
-        self.memory = Memory(turns.servers)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.memory = Memory()
+        self.background = Background(turns.changed)
+        self.idle = Idle(turns, self.background)
 
     @property
     def fits_by_bytes(self) -> bool:
@@ -45,10 +43,7 @@ class Schedule:
         try:
             await self._run()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            await self.background.cancel()
 
     async def _run(self) -> None:
         step: Callable[[], Awaitable[float | None]] = self._survey
@@ -65,19 +60,6 @@ class Schedule:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.turns.changed.wait(), pause)
 
-    def _in_background(self, work: Coroutine[None, None, None]) -> None:
-        async def done() -> None:
-            try:
-                await work
-            except Exception:
-                logger.exception("a start or an end failed")
-            finally:
-                self.turns.changed.set()
-
-        task = asyncio.create_task(done())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _survey(self) -> float:
         """Query the servers' models and states, and put those to sleep that have no room."""
         servers = [server for server in self.servers if server.runs]
@@ -90,7 +72,7 @@ class Schedule:
             elif server.launched is not None and server.runs:
                 self._start(server, server.launched)  # of an earlier proxy
         if self.fits_by_bytes:
-            await self.memory.refresh()
+            await self.memory.refresh(self.servers)
         for key in surplus(view(self.servers, self.turns.settings)):
             await self.operations.sleep(self.servers[key])
         return 0
@@ -102,13 +84,13 @@ class Schedule:
                 server.launched.look()
                 if server.state == "stuck":
                     server.fail(CallFailed(server.launched.error))
-        pauses = [await self._retire()]
-        await self._sleep_those_asked()
-        pauses.append(await self._go_down())
+        pauses = [await self.idle.retire()]
+        await self.idle.sleep_those_asked()
+        pauses.append(await self.idle.go_down())
         wanted = [s for s in self.servers if (s.waiting or s.due) and not s.on_device]
         resting = [server for server in wanted if self._has_to_rest(server, pauses)]
-        if self.fits_by_bytes and wanted:
-            await self.memory.refresh()
+        if self.fits_by_bytes:
+            await self.memory.refresh(self._beside(s for s in wanted if s not in resting))
         servers = dict(enumerate(self.servers))
         choice = choose(view(self.servers, self.turns.settings, resting))
         pauses.append(choice.later_s)
@@ -117,7 +99,8 @@ class Schedule:
                 return 0
         leaving = {servers[key] for step in choice.steps for key in step.leaving}
         for server in self.servers:
-            if server.state != "awake" or server in leaving or server.sleep_asked is not None:
+            leaves = server.sleep_asked is not None or (server in leaving and not server.open)
+            if server.state != "awake" or leaves:
                 continue
             if server.waiting and server.unsure:
                 await self.operations.ask(server)
@@ -135,16 +118,26 @@ class Schedule:
             wanted.fail(CallFailed(step.never))
             return True
         asked = bool(wanted.waiting)
+        if wanted.on_device or not (asked or wanted.due):
+            return True  # by now, so it is chosen again
         if not leaving:
             await self._bring_up(wanted)
             done = asked or wanted.on_device
         elif asked:
             return await self._make_way(wanted, step, leaving)
+        elif any(each.busy for each in leaving.values()):
+            return True
         else:
-            done = await self.operations.sleep(next(iter(leaving.values())))
+            key, first = next(iter(leaving.items()))
+            done = await self.operations.sleep(first, key in step.deep)
         if not done:
-            pauses.append(_RETRY_S)
+            pauses.append(RETRY_S)
         return done
+
+    def _beside(self, wanted: Iterable[Server]) -> list[Server]:
+        """All servers on their devices."""
+        there = [places(server, self.servers) for server in wanted]
+        return [s for s in self.servers if any(each & places(s, self.servers) for each in there)]
 
     def _has_to_rest(self, server: Server, pauses: list[float | None]) -> bool:
         """Whether it cannot start yet. If its last start has failed, its requests fail at once."""
@@ -165,76 +158,51 @@ class Schedule:
                 server.fail(CallFailed(f"{launched.reason}; it starts again in {rest:.0f} s"))
         return rest > 0
 
-    async def _retire(self) -> float | None:
-        """End servers that models.yaml no longer has, once their requests have ended. One that the
-        proxy has not started sleeps before it is forgotten. Returns the seconds until there is more
-        to do."""
-        pauses = []
-        for server in [s for s in self.servers if s.retiring and not (s.busy or s.passing)]:
-            launched = server.launched
-            if launched is not None and launched.pid is not None:
-                if server.state not in ("stopping", "stuck"):
-                    self._end(server, launched)
-                continue
-            others = [other.url for other in self.servers if other is not server]
-            if server.runs and server.state != "asleep" and server.url not in others:
-                rest = server.rests_until - time.monotonic()
-                if rest <= 0:
-                    rest = await self._sleeps_or_is_gone(server)
-                    server.rests_until = time.monotonic() + rest
-                if rest > 0:
-                    pauses.append(rest)
-                    continue
-            self.turns.remove(server)
-            await server.client.close()
-        return min(pauses, default=None)
-
-    async def _sleeps_or_is_gone(self, server: Server) -> float:
-        """Put a server to sleep if it answers. Returns the seconds until the next attempt; 0 if it
-        sleeps, or is gone."""
-        error = await self.operations.ask(server)
-        if error is None:
-            return 0 if await self.operations.sleep(server) else _RETRY_S
-        return 0 if isinstance(error, NobodyListens) else _NO_ANSWER_S
-
     async def _bring_up(self, server: Server) -> None:
         if server.launched is None or server.state != "stopped":
             await self._wake(server)
         elif await self._others_sleep(server):
+            server.start_room = room_for_a_start(self.servers)
             self._start(server, server.launched)
 
     def _start(self, server: Server, launched: Launched) -> None:
         server.state = "starting"
-        self._in_background(self.operations.start(server, launched))
+        self.background.begin(self.operations.start(server, launched))
 
     async def _make_way(self, wanted: Server, step: Step, leaving: Mapping[int, Server]) -> bool:
-        """Close those that leave, and put one of them to sleep on which no request runs. Returns
-        whether anything was decided."""
+        """Close those that leave and on which requests run; others serve until these have ended.
+        Then put one to sleep. Returns whether anything was decided."""
         # No server is put to sleep for an unreachable one.
-        if wanted.runs and any(each.open for each in leaving.values()):
+        unsure = wanted.state == "unknown"
+        if wanted.runs and (unsure or any(each.open for each in leaving.values())):
             error = await self.operations.ask(wanted)
             if error is not None:
                 wanted.fail(error)
+            if error is not None or wanted.on_device:
                 return True
-        for each in leaving.values():
+        busy = [each for each in leaving.values() if each.in_flight]
+        for each in busy or leaving.values():
             each.open = False
-        idle = next((key for key, each in leaving.items() if not each.in_flight), None)
-        if idle is None:
+        if busy:
             return False
-        await self._gives_way(leaving[idle], wanted, idle in step.deep)
+        key, first = next(iter(leaving.items()))
+        await self._gives_way(first, wanted, key in step.deep)
         return True
 
     async def _gives_way(self, leaving: Server, wanted: Server, deep: bool = False) -> bool:
-        """Put ``leaving`` to sleep; end it if it cannot. Returns whether its memory is free. If
-        not, ``wanted`` waits for its end, or its requests fail where no end is to come."""
+        """Put ``leaving`` to sleep; end it if it cannot, unless host memory alone is missing
+        (``deep``), or its weights would be lost. Returns whether its memory is free. If not,
+        ``wanted`` waits for its end, or its requests fail where no end is to come."""
         if await self.operations.sleep(leaving, deep):
             return True
         launched = leaving.launched
         if leaving.on_device:
             pass  # It ends already.
+        elif why := await self.operations.keeps_running(leaving, lacks_host=deep):
+            wanted.fail(CallFailed(f"{leaving.name} does not fall asleep, {why}"))
         elif launched is not None and launched.pid is not None:
             logger.warning("%s does not fall asleep, so it is ended", leaving.name)
-            self._end(leaving, launched)
+            self.idle.end(leaving, launched)
         else:
             wanted.fail(CallFailed(f"{leaving.name} may be awake and does not fall asleep"))
         return False
@@ -265,62 +233,3 @@ class Schedule:
             if ends or (known and not await self._gives_way(other, server)):
                 return False
         return True
-
-    async def _sleep_those_asked(self) -> None:
-        for server in self.servers:
-            asked = server.sleep_asked
-            if asked is None or server.in_flight or server.state in ("starting", "stopping"):
-                continue
-            slept = server.state in ("asleep", "stopped")
-            if not slept and server.state != "stuck":
-                slept = await self.operations.sleep(server)
-            server.sleep_asked = None
-            if slept:
-                asked.set_result(None)
-            else:
-                asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
-
-    async def _go_down(self) -> float | None:
-        """Have idle servers sleep, sleep deeper, or end. Returns the seconds until there is more to
-        do."""
-        pauses = []
-        for server in self.servers:
-            if server.busy or server.passing or not server.runs:
-                continue
-            for after, step in self._steps_down(server):
-                rest = after - server.idle_s
-                if rest > 0:
-                    pauses.append(rest)
-                else:
-                    pauses.append(0 if await step(server) else after)
-        return min(pauses, default=None)
-
-    def _steps_down(
-        self, server: Server
-    ) -> Iterator[tuple[float, Callable[[Server], Awaitable[bool]]]]:
-        """What is left to do with it, and after how many seconds; the furthest comes first."""
-        if server.stop_after is not None and server.launched is not None:
-            yield server.stop_after, self._stop
-        if server.deep_sleep_after is not None and server.state == "asleep" and not server.deepest:
-            yield server.deep_sleep_after, self.operations.deepen
-        sleep_after = server.sleep_after or self.turns.settings.idle_s
-        if sleep_after and server.state == "awake":
-            yield sleep_after, self.operations.sleep
-
-    async def _stop(self, server: Server) -> bool:
-        if server.launched is not None and server.runs:
-            self._end(server, server.launched)
-        return True
-
-    def _end(self, server: Server, launched: Launched) -> None:
-        server.state, server.open = "stopping", False
-        self._in_background(self._ends(server, launched))
-
-    async def _ends(self, server: Server, launched: Launched) -> None:
-        if server.outlasted:
-            try:
-                await self.operations.sleep(server)  # which waits for background responses
-            except Exception:
-                logger.exception("%s does not sleep before its end", server.name)
-            server.outlasted = False
-        await launched.end()

@@ -13,8 +13,8 @@ from vllm_sleep_ascend.proxy.config.model import DeepSleep
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.proxy.config.groups import Group
+    from vllm_sleep_ascend.proxy.figures import Figures
     from vllm_sleep_ascend.proxy.launch.launched import Launched
-    from vllm_sleep_ascend.proxy.memory import Figures
 
 State = Literal["awake", "asleep", "unknown", "starting", "stopping", "stuck", "stopped"]
 STATES: tuple[State, ...] = get_args(State)
@@ -77,6 +77,10 @@ class Server:
     # Its bytes, if it tells; and whether it had too few for a wake beside others, by these.
     figures: "Figures | None" = None
     does_not_fit: bool = False
+    # Bytes of each device when it began to start that were free or held by others.
+    start_room: dict[int, int] = field(default_factory=dict)
+    # When a deep sleep is tried again, after one that was refused.
+    deepens_again_at: float = 0.0
     # Set if an operator has asked for a sleep; done once it sleeps.
     sleep_asked: "asyncio.Future[None] | None" = None
     # Started without a request: ahead of the first, or again after it has died.

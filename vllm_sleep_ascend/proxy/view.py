@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from vllm_sleep_ascend.proxy.choice import Seen, State, View
-from vllm_sleep_ascend.proxy.memory import Use
+from vllm_sleep_ascend.proxy.figures import Use
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Settings
 
@@ -25,13 +25,11 @@ def view(servers: Sequence[Server], settings: Settings, resting: Collection[Serv
         _seen(server, key, places(server, servers), totals, server not in resting)
         for key, server in enumerate(servers)
     ]
-    figures = [server.figures for server in servers if server.figures is not None]
-    newest = max(figures, key=lambda f: f.at, default=None)
     return View(
         now=time.monotonic(),
         servers=seen,
         free=_free(servers, seen),
-        host_free=None if newest is None else newest.host_free,
+        host_free=_host_free(servers) if settings.max_awake is None else None,
         max_awake=settings.max_awake,
         turn_s=settings.turn_s,
     )
@@ -60,9 +58,16 @@ def _takes(
         return None  # These are not the devices that it was given.
     of: dict[int, int] = defaultdict(int)
     for place, use in uses:
-        of[place] = max(of[place], use.takes)
+        of[place] = max(of[place], _of_a_wake(server, use))
     otherwise = of[ANY] if server.devices is None else 0
     return {place: of.get(place, otherwise) for place in there}
+
+
+def _of_a_wake(server: Server, use: Use) -> int:
+    """Bytes that its wake takes, or that its end gives back."""
+    if server.state == "stopping":
+        return use.held
+    return use.may_take if server.state == "unknown" else use.takes
 
 
 def _seen(
@@ -77,6 +82,7 @@ def _seen(
         places=there,
         takes=_takes(server, there, totals),
         host=server.figures.host_needed if server.figures and server.level == 1 else 0,
+        deepens=time.monotonic() >= server.deepens_again_at,
         priority=server.priority,
         group=server.group,
         running=server.in_flight,
@@ -102,13 +108,50 @@ def _uses(server: Server) -> list[tuple[int, Use]]:
     return [(named[device], use) for device, use in known if device < len(named)]
 
 
-def _free(servers: Sequence[Server], seen: Sequence[Seen]) -> dict[int, int]:
-    """Bytes of each device that no server holds, or may still take while it is awake or starts."""
+def _host_free(servers: Sequence[Server]) -> int | None:
+    """The newest figure; servers that do not tell have none."""
+    told = [s.figures for s in servers if s.figures is not None]
+    newest = max((f for f in told if f.host_free is not None), key=lambda f: f.at, default=None)
+    return None if newest is None else newest.host_free
+
+
+def room_for_a_start(servers: Sequence[Server]) -> dict[int, int]:
+    """Bytes of each device that are free or held by these servers. Those of one that starts are
+    not known, and count as free."""
+    held = _held(servers)
+    return {place: free + held[place] for place, free in _measured(servers).items()}
+
+
+def _held(servers: Sequence[Server]) -> dict[int, int]:
+    total: dict[int, int] = defaultdict(int)
+    for server in servers:
+        of: dict[int, int] = defaultdict(int)
+        for place, use in _uses(server):
+            of[place] = max(of[place], use.held)
+        for place, held in of.items():
+            total[place] += held
+    return total
+
+
+def _measured(servers: Sequence[Server]) -> dict[int, int]:
+    """Free bytes of each device by the newest figures. Those that start have taken nothing yet by
+    these, because what they hold is not known, and their whole share is subtracted."""
     free: dict[int, int] = {}
     for server in sorted(servers, key=lambda s: s.figures.at if s.figures is not None else 0.0):
         for place, use in _uses(server):
             # Which device has no name is not known: it may be the fullest.
             free[place] = min(use.free, free.get(ANY, use.free)) if place == ANY else use.free
+    held = _held(servers)
+    for server in servers:
+        if server.state == "starting":
+            for place in free.keys() & server.start_room.keys():
+                free[place] = max(free[place], server.start_room[place] - held[place])
+    return free
+
+
+def _free(servers: Sequence[Server], seen: Sequence[Seen]) -> dict[int, int]:
+    """Bytes of each device that no server holds, or may still take while it is awake or starts."""
+    free = _measured(servers)
     for server, as_seen in zip(servers, seen, strict=True):
         if server.state == "awake":
             for place, use in _uses(server):

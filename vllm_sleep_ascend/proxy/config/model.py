@@ -255,9 +255,10 @@ class Model(BaseModel):
 
     @property
     def memory_share(self) -> float | None:
-        """Which part of each device its server may use, if the command says."""
-        found = _MEMORY_SHARE.search(" ".join(self.command or ()))
-        return float(found[1]) if found is not None else None
+        """Which part of each device its server may use, if the command says; of several options the
+        last counts."""
+        found = _MEMORY_SHARE.findall(" ".join(self.command or ()))
+        return float(found[-1]) if found else None
 
     def words(self, port: int, admin_port: int) -> list[str]:
         """The command with its ports."""
