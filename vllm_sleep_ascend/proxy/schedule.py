@@ -178,7 +178,7 @@ class Schedule:
             error = await self.operations.ask(wanted)
             if error is not None:
                 wanted.fail(error)
-            if error is not None or wanted.on_device:
+            if error is not None or wanted.on_device or not wanted.waiting:
                 return True
         busy = [each for each in leaving.values() if each.in_flight]
         for each in busy or leaving.values():
