@@ -207,6 +207,13 @@ def test_a_mistake_in_the_file(tmp_path, text, line, said):
     assert (found[0][0], said in found[0][1]) == (line, True), found
 
 
+def test_a_level_of_the_command_line_may_not_go_with_a_deep_sleep(tmp_path):
+    file = write(tmp_path, f"models:\n  a:\n    {COMMAND}\n    deep_sleep: disk\n")
+    assert load(file, None).entries[0].model.deep_sleep == "disk"
+    with pytest.raises(Invalid, match="--level is 2, so each sleep is deep; remove it, or"):
+        load(file, None, level=2)
+
+
 ONE = "models:\n  a: {url: 'http://a:1'}\n  b: {url: 'http://b:1'}\n"
 
 

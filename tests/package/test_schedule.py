@@ -300,6 +300,8 @@ def test_idle_ones_serve_until_all_that_go_with_them_have_ended_their_requests()
             waits = users.begin(c)
             await until(lambda: not b.open)
             await users.ask(a)
+            a.awake_since = a.last_used = 0.0  # so long ago that it is asked first
+            await users.ask(a)
             assert host.events == []
             users.turns.leave(b)
             await waits

@@ -113,9 +113,9 @@ async def _serve(args: argparse.Namespace) -> int:
         return await listeners.serve()
 
 
-def _check(file: str) -> int:
+def _check(file: str, level: int) -> int:
     try:
-        entries = models.load(file, None).entries
+        entries = models.load(file, None, level).entries
     except Invalid as error:
         print(error)
         return 1
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.config is None and (args.check or args.state_dir or args.leave_servers):
         parser.error("--check, --state-dir and --leave-servers are for --config")
     if args.check:
-        return _check(args.config)
+        return _check(args.config, args.level)
     urls = [pair.partition(",")[0] for pair in args.urls]
     twice = {url for url in urls if urls.count(url) > 1}
     if twice:

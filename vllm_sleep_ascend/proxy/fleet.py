@@ -50,7 +50,7 @@ class Fleet:
         self._turns, self._state, self._leave = turns, state, leave
         self._ports: set[int] = set()
         self._otherwise = turns.settings
-        self._entries = self._take(load(file, defaults.door_key))
+        self._entries = self._take(load(file, defaults.door_key, defaults.level))
         self._replaced: list[SleepClient] = []
         self._watching: asyncio.Task[None] | None = None
         self._at_once = self._closed = False
@@ -102,13 +102,16 @@ class Fleet:
         if self._closed:
             return
         try:
-            models = load(self._file, self._defaults.door_key)
+            models = load(self._file, self._defaults.door_key, self._defaults.level)
         except Invalid as error:
             for problem in error.problems:
                 logger.error("%s", problem)
             logger.error("%s has problems, and nothing was changed", self._file)
             return
+        max_before = self._turns.settings.max_awake
         entries = self._take(models)
+        if (max_awake := self._turns.settings.max_awake) != max_before:
+            logger.info("%s: max_awake is %s", self._file, max_awake or FIT)
         changes = {"added": 0, "changed": 0, "removed": 0}
         for server in self._turns.current:
             entry, before = entries.get(server.name), self._entries[server.name]

@@ -30,6 +30,7 @@ def test_as_many_are_awake_as_fit(tmp_path):
         fleet.write(models, max_awake="fit")
         fleet.process.send_signal(signal.SIGHUP)
         wait_for(lambda: "0 changed" in fleet.log.read_text())
+        assert "max_awake is fit" in fleet.log.read_text()
         before = len(fleet.events())
         for name, there in (("a", "ab"), ("b", "ab"), ("c", "bc"), ("b", "bc"), ("a", "ab")):
             assert fleet.pid_of(name) == pids[name]

@@ -13,18 +13,20 @@ def test_two_of_three_fit(pair, third):
     options = ("--max-awake", "fit", "--turn-s", "0")
     with Proxy([a, b, third], *options, env={"VLLM_API_KEY": API_KEY}) as proxy:
         proxy.users.headers["Authorization"] = f"Bearer {API_KEY}"
-        for server in (a, b):
-            assert text(proxy.complete(server)) == server.texts[PROMPTS[0]]
-        assert proxy.states() == ["awake", "awake", "asleep"]
-        assert used(a) > max(a.alone, b.alone) + 100 * MIB
-        assert text(proxy.complete(third)) == third.texts[PROMPTS[0]]
-        assert proxy.states() == ["asleep", "awake", "awake"]
-        switches = proxy.metric("switches_total")
-        for server in (b, third, b):
-            assert text(proxy.complete(server)) == server.texts[PROMPTS[0]]
-        assert proxy.metric("switches_total") == switches
-        assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
-        assert proxy.states() == ["awake", "awake", "asleep"]
-        assert proxy.metric("failures_total") == 0
-        for server in (a, b, third):  # as other tests expect them
-            assert proxy.admin.post("/sleep", params={"model": server.model}).status_code == 200
+        try:
+            for server in (a, b):
+                assert text(proxy.complete(server)) == server.texts[PROMPTS[0]]
+            assert proxy.states() == ["awake", "awake", "asleep"]
+            assert used(a) > max(a.alone, b.alone) + 100 * MIB
+            assert text(proxy.complete(third)) == third.texts[PROMPTS[0]]
+            assert proxy.states() == ["asleep", "awake", "awake"]
+            switches = proxy.metric("switches_total")
+            for server in (b, third, b):
+                assert text(proxy.complete(server)) == server.texts[PROMPTS[0]]
+            assert proxy.metric("switches_total") == switches
+            assert text(proxy.complete(a)) == a.texts[PROMPTS[0]]
+            assert proxy.states() == ["awake", "awake", "asleep"]
+            assert proxy.metric("failures_total") == 0
+        finally:
+            for server in (a, b, third):  # as other tests expect them
+                proxy.admin.post("/sleep", params={"model": server.model})

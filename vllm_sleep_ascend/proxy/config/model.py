@@ -224,11 +224,13 @@ class Model(BaseModel):
     deep_sleep: Annotated[DeepSleep, BeforeValidator(_deep_sleep)] = "level-2"
     stop_after: Seconds | None = None
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Fields that do not go with the others, and why."""
+    def problems(self, level: int) -> Iterator[tuple[str, str]]:
+        """Fields that do not go with the others, or with ``--level``, and why."""
         for name in ("deep_sleep_after", "deep_sleep"):
             if name in self.model_fields_set and self.level == 2:
                 yield name, "level 2 is there, so each sleep is deep; remove one of the two"
+            elif name in self.model_fields_set and (self.level or level) == 2:
+                yield name, "--level is 2, so each sleep is deep; remove it, or write level: 1"
         steps = [name for name in _LADDER if getattr(self, name) is not None]
         for above, below in pairwise(steps):
             if getattr(self, above) >= getattr(self, below):

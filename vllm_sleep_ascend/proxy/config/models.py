@@ -45,15 +45,16 @@ class Models:
     max_awake: int | Literal["fit"] | None = None
 
 
-def load(file: str, door_key: str | None) -> Models:
+def load(file: str, door_key: str | None, level: int = 1) -> Models:
     """
     Args:
         door_key: for models without a file of their own.
+        level: of sleep, for models that do not say.
 
     Raises:
         Invalid: with all problems.
     """
-    reader = _Reader(Document(file), door_key)
+    reader = _Reader(Document(file), door_key, level)
     models = reader.models()
     if reader.problems:
         raise Invalid(reader.problems)
@@ -63,9 +64,9 @@ def load(file: str, door_key: str | None) -> Models:
 class _Reader:
     """Collects ``problems`` on its way through the entries."""
 
-    def __init__(self, document: Document, door_key: str | None) -> None:
+    def __init__(self, document: Document, door_key: str | None, level: int) -> None:
         self.problems: list[Problem] = []
-        self._document, self._door_key = document, door_key
+        self._document, self._door_key, self._level = document, door_key, level
         self._names: dict[str, Place] = {}
         self._urls: dict[str, Place] = {}
         self._groups: dict[str, Group] = {}  # by the names of their members
@@ -93,7 +94,7 @@ class _Reader:
             if model is None:
                 continue
             self._check_url(model, place)
-            for field, text in model.problems():
+            for field, text in model.problems(self._level):
                 self._note((*place, field), text)
             yield Entry(str(name), model, self._key(model, place), self._groups.get(str(name)))
 
