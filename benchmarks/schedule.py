@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long requests wait for more models than fit, by three ways to share a device.
+"""How long requests wait for more models than fit, by several ways to share a device.
 
 The proxy's own choice (``vllm_sleep_ascend.proxy.choice``) runs in virtual time over synthetic
 traces: each model has bursts of requests, and pauses between them. ``fit`` keeps as many models
-awake as fit by bytes; ``one at a time`` has the least recently used one sleep; ``stop and start``
-ends the process of one and starts the other. Needs no device.
+awake as fit by bytes; ``LRU by bytes`` does so too, but as a cache would: no turns, and those go
+that were used least recently; ``one at a time`` has that one sleep; ``stop and start`` ends
+processes in place of sleeps, and starts them in place of wakes. Needs no device.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from bench.virtual import Device, Model, Outcome, Request, quantile
+from bench.virtual import Device, Model, Outcome, Request, choose, least_recently_used, quantile
 
 GB = 10**9
 # Names, weights and share of the device in GB, of models as they are served.
@@ -72,18 +73,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for schedule.json")
     args = parser.parse_args()
     sleeping = models(args.link_gbps)
+    starting = [with_starts(model) for model in sleeping]
     ways = {
-        "fit": (sleeping, None),
-        "one at a time (LRU)": (sleeping, 1),
-        "stop and start": ([with_starts(model) for model in sleeping], 1),
+        "fit": (sleeping, None, choose, args.turn_s),
+        "LRU by bytes": (sleeping, None, least_recently_used, 0.0),
+        "one at a time (LRU)": (sleeping, 1, choose, args.turn_s),
+        "stop and start": (starting, 1, choose, args.turn_s),
+        "stop and start by bytes": (starting, None, choose, args.turn_s),
+        "fit, turns of 10 s": (sleeping, None, choose, 10.0),
+        "one at a time, turns of 10 s": (sleeping, 1, choose, 10.0),
     }
     capacity, seconds = round(args.device_gb * GB), 3600 * args.hours
     traces = [trace(seed, seconds) for seed in range(args.seeds)]
     print("| way | requests | switches | wait p50 | p95 | longest | lost in switching |")
     print("|---|---|---|---|---|---|---|")
     result = {}
-    for way, (there, max_awake) in ways.items():
-        outcomes = [Device(there, capacity, max_awake, args.turn_s).serve(t) for t in traces]
+    for way, (there, max_awake, by, turn_s) in ways.items():
+        devices = [Device(there, capacity, max_awake, turn_s, choose=by) for _ in traces]
+        outcomes = [device.serve(t) for device, t in zip(devices, traces, strict=True)]
         result[way] = figures(outcomes)
         print(row(way, result[way]))
     if args.out is not None:

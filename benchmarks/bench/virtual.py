@@ -3,11 +3,11 @@
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from vllm_sleep_ascend.proxy.choice import Seen, View, choose
+from vllm_sleep_ascend.proxy.choice import Choice, Seen, Step, View, choose
 from vllm_sleep_ascend.proxy.config.groups import Group
 
 DEVICE = 0
@@ -67,6 +67,7 @@ class Device:
     Args:
         capacity: bytes of the device.
         max_awake: None: as many as fit.
+        choose: what to do, of a view.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class Device:
         max_awake: int | None = None,
         turn_s: float = 2.0,
         host: int | None = None,
+        choose: Callable[[View], Choice] = choose,
     ) -> None:
         self.servers = [_Server(model) for model in models]
         self.capacity, self.max_awake, self.turn_s, self.host = capacity, max_awake, turn_s, host
         self.now = 0.0
+        self._choose = choose
         self.outcome = Outcome()
         self._numbers = count()
         self._events: list[tuple[float, int, str, object]] = []
@@ -152,7 +155,7 @@ class Device:
         server.last_used = self.now
 
     def _step(self) -> None:
-        choice = choose(self.view())
+        choice = self._choose(self.view())
         leaving: set[int] = set()
         for step in choice.steps:
             if not step.leaving:
@@ -205,6 +208,28 @@ class Device:
             server.awake_since, server.served = self.now, False
         else:
             server.awake, server.awake_since = False, -math.inf
+
+
+def least_recently_used(view: View) -> Choice:
+    """As a cache does: the first that waits comes, and those go that were used least recently, idle
+    ones first, until its bytes are free. Turns, priorities and later requests do not count."""
+    waiting = [s for s in view.servers if s.waits and s.state == "off"]
+    if not waiting:
+        return Choice((), None)
+    wanted = min(waiting, key=lambda s: s.waits_since)
+    free, leaving = view.free[DEVICE], []
+    awake = [s for s in view.servers if s.state == "awake" and (s.served or not s.waits)]
+    for each in sorted(awake, key=lambda s: (s.running > 0, s.last_used)):
+        if free >= _takes(wanted):
+            break
+        leaving.append(each.key)
+        free += _takes(each)
+    fits = free >= _takes(wanted)
+    return Choice((Step(wanted.key, tuple(leaving)),) if fits else (), None)
+
+
+def _takes(server: Seen) -> int:
+    return server.takes[DEVICE] if server.takes is not None else 0
 
 
 def quantile(values: Sequence[float], share: float) -> float:
