@@ -5,6 +5,7 @@ Each failure is logged and counted, and leaves a state that the next operation c
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -130,15 +131,17 @@ class Operations:
         Args:
             lacks_host: its sleep needed more host memory than there is.
         """
-        try:
-            lost = await server.client.would_lose(2)
-        except CallFailed:
-            return ""
         if await self.ask(server) is not None or server.state != "awake":
             return ""
+        lost = None
+        with contextlib.suppress(CallFailed, TimeoutError):
+            lost = await asyncio.wait_for(server.client.would_lose(2), ASK_S)
         if lost:
             return f"and its end would lose {lost}, which are in no checkpoint"
-        return "because the host has no memory for its backup" if lacks_host else ""
+        if lacks_host:
+            return "because the host has no memory for its backup"
+        server.state = "unknown"
+        return ""
 
     async def _sleep(self, server: Server, deep: bool) -> bool:
         server.open = False
