@@ -64,8 +64,11 @@ class WeightsReport(TypedDict):
 
 class HostMemoryStatus(TypedDict):
     """Where page-locked memory comes from, and bytes of it that no backup has yet: see
-    ``_camem.HostMemory``."""
+    ``_camem.HostMemory``. ``needed`` is what a sleep at level 1 takes of the ``available`` bytes of
+    the machine, or of the process's control group."""
 
+    needed: int
+    available: int
     source: str
     why: str
     prepared: int
@@ -107,14 +110,17 @@ class LastError(TypedDict):
 
 
 class RankStatus(TypedDict):
-    """One rank. ``free`` and ``total`` are bytes of its device, whoever holds them; what comes
-    after ``enabled`` is there with sleep mode alone."""
+    """One rank. ``free`` and ``total`` are bytes of its device, whoever holds them; ``held`` are
+    those of its process, and ``share`` is what it may use awake, by gpu_memory_utilization. What
+    comes after ``enabled`` is there with sleep mode alone."""
 
     rank: int
     engine: int  # of those that are data parallel
     device: int
     free: int
     total: int
+    held: int
+    share: int
     enabled: bool
     state: NotRequired[str]  # of vLLM's SleepModeBackend
     tags: NotRequired[dict[str, TagUsage]]

@@ -96,3 +96,15 @@ def test_a_saved_image_and_safetensors_have_the_same_content(tmp_path):
     assert set(rates) == {"disk", "image", "safetensors"}
     assert all(len(of) == 2 and min(of) > 0 for of in rates.values())
     assert "| safetensors" in table
+
+
+def test_more_models_that_fit_switch_less(tmp_path):
+    table = run("schedule.py", "--hours", "0.2", "--seeds", "2", "--out", str(tmp_path))
+    ways = json.loads((tmp_path / "schedule.json").read_text())["ways"]
+    fit, lru = ways["fit"], ways["LRU by bytes"]
+    one, stop = ways["one at a time (LRU)"], ways["stop and start"]
+    assert len({way["requests"] for way in ways.values()}) == 1 and fit["requests"] > 100
+    assert lru["most_bytes"] <= 64e9 and lru["most_awake"] > 1
+    assert fit["switches"] < one["switches"] and fit["switching_s"] < stop["switching_s"]
+    assert fit["most_bytes"] <= 64e9 and fit["most_awake"] > one["most_awake"] == 1
+    assert "| fit |" in table

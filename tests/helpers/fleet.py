@@ -55,8 +55,8 @@ class Fleet:
         self._environment = {**os.environ, **environment, _MARK: uuid.uuid4().hex}
         self.start()
 
-    def write(self, models: dict[str, Any]) -> None:
-        self.file.write_text(yaml.safe_dump({"models": models}, sort_keys=False))
+    def write(self, models: dict[str, Any], **more: Any) -> None:
+        self.file.write_text(yaml.safe_dump({"models": models, **more}, sort_keys=False))
 
     def stand_in(self, name: str, *options: str, **more: Any) -> dict[str, Any]:
         """An entry whose command is a stand-in for vLLM."""

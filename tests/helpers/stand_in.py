@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
+DEVICE_BYTES = 100
+
 
 class State:
     def __init__(self, args: argparse.Namespace) -> None:
@@ -24,27 +26,57 @@ class State:
         """Once it is there, the background response has ended."""
         self.level = 0
         """At which the weights sleep; 2 until they are loaded."""
+        self.place = "host"
+        self.share = round(DEVICE_BYTES * args.gpu_memory_utilization)
+        """Bytes of the device, while it is awake."""
+        self.device = Path(args.journal).parent / "device"
+        """Bytes of those that are awake, a file for each."""
+        self.hold(True)
 
-    def sleep(self, level: int) -> None:
+    def hold(self, holds: bool) -> None:
+        """Its bytes of the device, or none."""
+        if self.share and holds:
+            self.device.mkdir(exist_ok=True)
+            (self.device / self.args.model).write_text(str(self.share))
+        else:
+            (self.device / self.args.model).unlink(missing_ok=True)
+
+    def sleep(self, level: int, place: str) -> None:
         if self.background is not None:
             self.note("waits before it sleeps")
             wait_for(self.background)
         if self.asleep and not self.args.reports_memory:
             return  # as stock vLLM does
         self.asleep, self.level = {"weights", "kv_cache"}, max(self.level, level)
-        self.note("sleeps" if level == 1 else f"sleeps at level {level}")
+        self.place = place
+        self.hold(False)
+        to = " to disk" if place == "disk" else ""
+        self.note(f"sleeps{to}" if level == 1 else f"sleeps at level {level}")
 
     def wake(self, tags: list[str]) -> None:
         self.asleep -= set(tags or self.asleep)
         if not self.asleep:
             self.level = 0
+            self.hold(True)
             self.note("wakes")
 
     def rank(self) -> dict:
         """Of /sleep_status, with what the proxy reads."""
         sizes = {"offloaded": int(self.level == 1), "discarded": int(self.level == 2)}
-        tags = {"weights": {**sizes, "host": sizes["offloaded"]}}
-        return {"rank": 0, "tags": tags, "weights": {"source": "checkpoint", "version": "0"}}
+        host = sizes["offloaded"] if self.place == "host" else 0
+        all_held = {file.name: int(file.read_text()) for file in self.device.glob("*")}
+        held = all_held.get(self.args.model, 0)
+        return {
+            "rank": 0,
+            "device": 0,
+            "free": DEVICE_BYTES - sum(all_held.values()),
+            "total": DEVICE_BYTES,
+            "held": held,
+            "share": self.share,
+            "enabled": True,
+            "tags": {"weights": {**sizes, "device": held, "host": host}},
+            "weights": {"source": "checkpoint", "version": "0"},
+        }
 
     def note(self, event: str) -> None:
         with open(self.args.journal, "a") as journal:
@@ -87,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             state.note("does not sleep")
             self._answer({}, 500)
         elif path == "/sleep":
-            state.sleep(int(options["level"][0]))
+            state.sleep(int(options["level"][0]), options.get("to", ["host"])[0])
             self._answer({})
         elif path == "/wake_up":
             state.wake(options.get("tags", []))
@@ -148,6 +180,7 @@ def main() -> None:
     parser.add_argument("--journal", required=True)
     parser.add_argument("--alias", action="append", default=[])
     parser.add_argument("--reports-memory", action="store_true", help="as this package does")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.0)
     parser.add_argument("--exits", type=int, help="in place of serving")
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")
@@ -164,7 +197,9 @@ def main() -> None:
     if args.ignores_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: state.note("ignores SIGTERM"))
     else:
-        signal.signal(signal.SIGTERM, lambda *_: (state.note("ends"), os._exit(0)))
+        signal.signal(
+            signal.SIGTERM, lambda *_: (state.hold(False), state.note("ends"), os._exit(0))
+        )
     if args.exits is not None:
         print("first line\nit has no model, password-of-this\n", flush=True)
         sys.exit(args.exits)

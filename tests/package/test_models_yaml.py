@@ -16,6 +16,9 @@ from vllm_sleep_ascend.proxy.config.models import load
 
 KEY = "k" * 32
 GOOD = """\
+max_awake: fit
+groups:
+  big: {members: [large, elsewhere], swap: true, persistent: true}
 models:
   small:
     command: vllm serve "Qwen 2" --port ${PORT} --enable-sleep-mode
@@ -23,6 +26,7 @@ models:
     aliases: [default, gpt]
     devices: 0
     level: 2
+    priority: -1
     preload: true
   large:
     command:
@@ -31,6 +35,7 @@ models:
       - exec vllm serve large --port ${PORT} --admin-port ${ADMIN_PORT} --home ${HOME}
     devices: [0, 1]
     start_timeout_s: 60
+    deep_sleep: disk
   elsewhere:
     url: http://127.0.0.1:8001/
     admin: unix:/run/vllm/admin
@@ -59,7 +64,13 @@ def check(file: str) -> subprocess.CompletedProcess:
 def test_a_good_file(tmp_path):
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "key").chmod(0o600)
-    small, large, elsewhere = load(write(tmp_path, GOOD), "key-of-the-proxy-0")
+    models = load(write(tmp_path, GOOD), "key-of-the-proxy-0")
+    small, large, elsewhere = models.entries
+    assert models.max_awake == "fit"
+    assert small.group is None and large.group is elsewhere.group is not None
+    assert (large.group.name, large.group.swap, large.group.exclusive) == ("big", True, False)
+    assert (small.model.priority, large.model.priority) == (-1, 0)
+    assert (small.model.deep_sleep, large.model.deep_sleep) == ("level-2", "disk")
     assert small.model.words(7, 8) == [
         *("vllm", "serve", "Qwen 2", "--port", "7", "--enable-sleep-mode")
     ]
@@ -93,7 +104,7 @@ def test_check_says_all_that_is_wrong(tmp_path):
         f"{file}:4: models.b.url: 'x': it is no server's address; write such as "
         "http://127.0.0.1:8001",
         f"{file}:5: models.b.level: 3: there is no such level; write 1 or 2",
-        f"{file}:6: more: there is no such key; all models are in models",
+        f"{file}:6: more: there is no such key; there are models, max_awake, groups",
     ]
     started = subprocess.run(
         [sys.executable, "-m", "vllm_sleep_ascend.proxy", "--config", file],
@@ -144,6 +155,8 @@ COMMAND = "command: serve --port ${PORT}"
         (f"{COMMAND}\n    devices: [0, 0]", 4, "[0, 0]: a device is there twice"),
         (f"{COMMAND}\n    devices: '0,1'", 4, "'0,1': write the numbers of devices"),
         (f"{COMMAND}\n    level: true", 4, "True: there is no such level; write 1 or 2"),
+        (f"{COMMAND}\n    priority: high", 4, "'high': write a whole number from -100 to 100"),
+        (f"{COMMAND}\n    priority: 101", 4, "101: write a whole number"),
         (f"{COMMAND}\n    preload: 1", 4, "1: write true or false"),
         (f"{COMMAND}\n    start_timeout_s: 0", 4, "0: write seconds, a number above 0"),
         (f"{COMMAND}\n    wake_timeout_s: .nan", 4, "nan: write seconds, a number above 0"),
@@ -152,6 +165,8 @@ COMMAND = "command: serve --port ${PORT}"
         (f"{COMMAND}\n    stop_after: 9\n    sleep_after: 9", 4, "is not after sleep_after; write"),
         (f"{COMMAND}\n    deep_sleep_after: 5\n    sleep_after: 9", 4, "write more than 9"),
         (f"{COMMAND}\n    level: 2\n    deep_sleep_after: 9", 5, "so each sleep is deep; remove"),
+        (f"{COMMAND}\n    level: 2\n    deep_sleep: disk", 5, "so each sleep is deep; remove"),
+        (f"{COMMAND}\n    deep_sleep: 2", 4, "2: there is no such sleep; write level-2 or disk"),
         ("url: http://a:1\n    stop_after: 9", 4, "it is for a server with a command"),
         (f"{COMMAND}\n    comand: x", 4, "there is no such key; did you mean command?"),
         (f"{COMMAND}\n    xyz: x", 4, "there is no such key; there are command, url"),
@@ -189,6 +204,45 @@ def test_a_mistake_in_an_entry(tmp_path, entry, line, said):
 )
 def test_a_mistake_in_the_file(tmp_path, text, line, said):
     found = problems(tmp_path, text)
+    assert (found[0][0], said in found[0][1]) == (line, True), found
+
+
+def test_a_level_of_the_command_line_may_not_go_with_a_deep_sleep(tmp_path):
+    file = write(tmp_path, f"models:\n  a:\n    {COMMAND}\n    deep_sleep: disk\n")
+    assert load(file, None).entries[0].model.deep_sleep == "disk"
+    with pytest.raises(Invalid, match="--level is 2, so each sleep is deep; remove it, or"):
+        load(file, None, level=2)
+
+
+ONE = "models:\n  a: {url: 'http://a:1'}\n  b: {url: 'http://b:1'}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("max_awake: 0", 4, "max_awake: 0: write how many may be awake on a device, or fit"),
+        ("max_awake: true", 4, "True: write how many"),
+        ("max_awake: all", 4, "'all': write how many"),
+        ("groups: [a]", 4, "groups: ['a']: write NAME: and members: below it"),
+        ("groups:\n  g: [a]", 5, "groups.g: ['a']: write members: below it"),
+        ("groups:\n  g: {swap: true}", 5, "groups.g.members: there is no members; write it"),
+        ("groups:\n  g:\n    members: [a]", 5, "it changes nothing; write swap, exclusive or"),
+        ("groups:\n  g:\n    members: [a]\n    swap: 1", 7, "1: write true or false"),
+        ("groups:\n  g:\n    members: [a]\n    swop: true", 7, "did you mean swap?"),
+        ("groups:\n  g: {swap: true, members: a}", 5, "'a': write a list of names"),
+        ("groups:\n  g: {swap: true, members: [c]}", 5, "there is no model 'c'; write a name"),
+        ("groups:\n  g: {swap: true, members: [a, a]}", 5, "'a' is also in 'g'; remove one"),
+        ("groups:\n  7: {swap: true, members: [a]}", 5, "7 is no string; put it in quotes"),
+        (
+            "groups:\n  g: {swap: true, members: [a]}\n  h:\n    swap: true\n    members:\n"
+            "      - b\n      - a",
+            10,
+            "groups.h.members.1: 'a' is also in 'g'",
+        ),
+    ],
+)
+def test_a_mistake_beside_the_models(tmp_path, text, line, said):
+    found = problems(tmp_path, f"{ONE}{text}\n")
     assert (found[0][0], said in found[0][1]) == (line, True), found
 
 
@@ -255,6 +309,16 @@ def test_what_needs_another_process():
     assert KEY not in same
 
 
+def test_a_command_may_say_its_share_of_the_device():
+    def share(words: str) -> float | None:
+        return Model(command=f"serve ${{PORT}} {words}").memory_share
+
+    assert share("--gpu-memory-utilization 0.4") == share("--gpu_memory_utilization=.4 -x") == 0.4
+    assert share("--gpu-memory-utilization 0.4 --gpu-memory-utilization 0.3") == 0.3
+    assert share("") is None
+    assert Model(url="http://a:1").memory_share is None
+
+
 def test_a_command_is_shown_without_keys():
     command = ["serve", "--port", "${PORT}", "--hf-token", "abc", "--ssl-key=def", "--tokenizer=x"]
     assert Model(command=command).shown() == (
@@ -275,7 +339,8 @@ def test_the_guide(tmp_path):
     """Its example has no mistake, and its table all keys, with their defaults."""
     guide = (ROOT / "docs" / "guide.md").read_text()
     (example,) = re.findall(r"^```yaml\n(models:.*?)^```$", guide, flags=re.S | re.M)
-    assert [entry.name for entry in load(write(tmp_path, example), None)] == ["small", "elsewhere"]
+    entries = load(write(tmp_path, example), None).entries
+    assert [entry.name for entry in entries] == ["small", "elsewhere"]
     section = guide.partition("### Servers that the proxy starts")[2]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section.partition("- **")[0], flags=re.M))
     assert list(rows) == list(Model.model_fields)

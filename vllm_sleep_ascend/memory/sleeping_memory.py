@@ -18,7 +18,7 @@ from vllm_sleep_ascend.memory.content import SleepingContent, current_device, ho
 from vllm_sleep_ascend.memory.device_wait import wait_for_device
 from vllm_sleep_ascend.memory.host import page_locked_source
 from vllm_sleep_ascend.memory.progress import logged
-from vllm_sleep_ascend.policy import SCRATCH_TAGS, Action, Place
+from vllm_sleep_ascend.policy import POLICY, SCRATCH_TAGS, Action, Place
 from vllm_sleep_ascend.status import DiskBackupStatus, HostMemoryStatus, LastOperation, TagUsage
 
 # A child of vLLM's logger, so that its handlers and level apply where it is.
@@ -243,9 +243,13 @@ class SleepingMemory(SleepingContent):
         return tags
 
     def host_memory(self) -> HostMemoryStatus:
-        """The source of page-locked memory, and its bytes besides backups."""
+        """The source of page-locked memory, its bytes besides backups, and those that a sleep at
+        level 1 needs."""
         memory = _camem.host_memory()
+        needed, available = self.host_need(POLICY[1])
         return {
+            "needed": needed,
+            "available": available,
             "source": memory["source"],
             "why": memory["why"],
             "prepared": memory["prepared"],

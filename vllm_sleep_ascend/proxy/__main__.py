@@ -60,10 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-body-mib", type=int, default=64, help="of a request; larger ones get a 413")
     add("--turn-s", type=float, default=2.0, help="served on for, once awake, while another waits")
     add("--idle-s", type=float, default=0.0, help="without a request before sleep; 0: never")
-    add("--max-awake", type=int, default=1, help="servers that fit on the device together")
+    add("--max-awake", type=_max_awake, default=1, help=f"servers on a device, or {models.FIT}")
     add("--timeout-s", type=float, default=600.0, help="that a sleep or a wake may take")
     add("--grace-s", type=int, default=60, help="that running requests get when the proxy ends")
     return parser
+
+
+def _max_awake(text: str) -> int | str:
+    try:
+        return text if text == models.FIT else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number, or {models.FIT}") from None
 
 
 def _servers(args: argparse.Namespace, door_key: str | None) -> list[Server]:
@@ -79,7 +86,8 @@ def _servers(args: argparse.Namespace, door_key: str | None) -> list[Server]:
 
 async def _serve(args: argparse.Namespace) -> int:
     door_key = admin_key.read(args.admin_key_file)
-    settings = Settings(args.max_queue, args.turn_s, args.idle_s, args.max_awake)
+    max_awake = None if args.max_awake == models.FIT else args.max_awake
+    settings = Settings(args.max_queue, args.turn_s, args.idle_s, max_awake)
     turns = Turns(_servers(args, door_key), Metrics(), settings)
     listeners = Listeners(
         [
@@ -105,9 +113,9 @@ async def _serve(args: argparse.Namespace) -> int:
         return await listeners.serve()
 
 
-def _check(file: str) -> int:
+def _check(file: str, level: int) -> int:
     try:
-        entries = models.load(file, None)
+        entries = models.load(file, None, level).entries
     except Invalid as error:
         print(error)
         return 1
@@ -129,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     for name in ("max_queue", "max_awake", "max_body_mib", "timeout_s", "grace_s"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) != models.FIT and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("turn_s", "idle_s"):
         if not getattr(args, name) >= 0:
@@ -139,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.config is None and (args.check or args.state_dir or args.leave_servers):
         parser.error("--check, --state-dir and --leave-servers are for --config")
     if args.check:
-        return _check(args.config)
+        return _check(args.config, args.level)
     urls = [pair.partition(",")[0] for pair in args.urls]
     twice = {url for url in urls if urls.count(url) > 1}
     if twice:

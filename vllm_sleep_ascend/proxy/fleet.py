@@ -5,7 +5,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +13,7 @@ from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config.lines import Invalid
 from vllm_sleep_ascend.proxy.config.model import API_KEY, STOP_S
-from vllm_sleep_ascend.proxy.config.models import Entry, load
+from vllm_sleep_ascend.proxy.config.models import FIT, Entry, Models, load
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.launch.state import Record, State
 from vllm_sleep_ascend.proxy.servers import Server
@@ -49,7 +49,8 @@ class Fleet:
         self._file, self._defaults = file, defaults
         self._turns, self._state, self._leave = turns, state, leave
         self._ports: set[int] = set()
-        self._entries = {entry.name: entry for entry in load(file, defaults.door_key)}
+        self._otherwise = turns.settings
+        self._entries = self._take(load(file, defaults.door_key, defaults.level))
         self._replaced: list[SleepClient] = []
         self._watching: asyncio.Task[None] | None = None
         self._at_once = self._closed = False
@@ -101,12 +102,16 @@ class Fleet:
         if self._closed:
             return
         try:
-            entries = {entry.name: entry for entry in load(self._file, self._defaults.door_key)}
+            models = load(self._file, self._defaults.door_key, self._defaults.level)
         except Invalid as error:
             for problem in error.problems:
                 logger.error("%s", problem)
             logger.error("%s has problems, and nothing was changed", self._file)
             return
+        max_before = self._turns.settings.max_awake
+        entries = self._take(models)
+        if (max_awake := self._turns.settings.max_awake) != max_before:
+            logger.info("%s: max_awake is %s", self._file, max_awake or FIT)
         changes = {"added": 0, "changed": 0, "removed": 0}
         for server in self._turns.current:
             entry, before = entries.get(server.name), self._entries[server.name]
@@ -130,6 +135,14 @@ class Fleet:
         self._turns.changed.set()
         logger.info("%s: %s", self._file, ", ".join(f"{n} {how}" for how, n in changes.items()))
 
+    def _take(self, models: Models) -> dict[str, Entry]:
+        """Its entries by their names, and what holds for all of them."""
+        settings, said = self._otherwise, models.max_awake
+        if said is not None:
+            settings = replace(settings, max_awake=None if said == FIT else said)
+        self._turns.settings = settings
+        return {entry.name: entry for entry in models.entries}
+
     def _make(self, entry: Entry) -> Server:
         model = entry.model
         launched = Launched(entry, self._state, self._ports) if model.command else None
@@ -148,8 +161,11 @@ class Fleet:
         server.names = (entry.name, *entry.model.aliases)
         server.level = entry.model.level or self._defaults.level
         server.devices = entry.model.devices
+        server.priority, server.group = entry.model.priority, entry.group
         server.sleep_after = entry.model.sleep_after
         server.deep_sleep_after = entry.model.deep_sleep_after
+        server.deep_sleep = entry.model.deep_sleep
+        server.start_share = entry.model.memory_share
         server.stop_after = entry.model.stop_after
 
     def _adjust(self, server: Server, entry: Entry, before: Entry) -> None:
@@ -197,6 +213,7 @@ class Fleet:
 
     def _gone(self, server: Server) -> None:
         server.models, server.slept_at = [], None
+        server.figures, server.does_not_fit, server.deepens_again_at = None, False, 0.0
         if server.state != "starting":
             server.state = "stopped"
 

@@ -5,11 +5,18 @@ Each failure is logged and counted, and leaves a state that the next operation c
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate, Unreachable
+from vllm_sleep_ascend.client.calls import (
+    CallFailed,
+    NobodyListens,
+    OutOfMemory,
+    TooLate,
+    Unreachable,
+)
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Server
@@ -18,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 ASK_S = 5.0
 """Seconds that a query may take, so that an unresponsive server delays the others no longer."""
+
+_DEEPENS_AGAIN_S = 300.0  # after a deep sleep that was refused, as by a full disk
 
 _ENDPOINTS_S = 30.0  # that a server which serves may take until its sleep endpoints answer
 
@@ -105,17 +114,45 @@ class Operations:
             server.state, server.open = "unknown", False
         return None
 
-    async def sleep(self, server: Server) -> bool:
-        """Put it to sleep. Returns whether it holds no device memory: it sleeps, or is gone."""
+    async def sleep(self, server: Server, deep: bool = False) -> bool:
+        """Put it to sleep. Returns whether it holds no device memory: it sleeps, or is gone. A deep
+        sleep that it refuses becomes its normal one."""
+        if deep and time.monotonic() >= server.deepens_again_at:
+            if await self._sleep(server, deep=True):
+                return True
+            if not server.runs or await self.ask(server) is not None:
+                return False
+            server.deepens_again_at = time.monotonic() + _DEEPENS_AGAIN_S
+        return await self._sleep(server, deep=False)
+
+    async def keeps_running(self, server: Server, lacks_host: bool) -> str:
+        """Why one that does not fall asleep is not ended for another; empty if it is.
+
+        Args:
+            lacks_host: its sleep needed more host memory than there is.
+        """
+        if await self.ask(server) is not None or server.state != "awake":
+            return ""
+        lost = None
+        with contextlib.suppress(CallFailed, TimeoutError):
+            lost = await asyncio.wait_for(server.client.would_lose(2), ASK_S)
+        if lost:
+            return f"and its end would lose {lost}, which are in no checkpoint"
+        if lacks_host:
+            return "because the host has no memory for its backup"
+        server.state = "unknown"
+        return ""
+
+    async def _sleep(self, server: Server, deep: bool) -> bool:
         server.open = False
         started = time.monotonic()
         try:
-            level = await self._level(server, server.level)
+            level, place = await self._depth(server, deep)
             # What sleeps already may stay at its level, and lack weights.
             slept_at = max(level, server.slept_at or 0)
             if server.launched is not None:
                 server.launched.slept_at = slept_at
-            await server.client.sleep(level, mode="wait", discard_trained=True)
+            await server.client.sleep(level, mode="wait", discard_trained=True, place=place)
         except CallFailed as error:
             logger.warning("sleep: %s", error)
             if not server.runs:
@@ -126,28 +163,38 @@ class Operations:
                 return not server.on_device  # else its memory is not free yet
             self.metrics.failures.labels(server.name, "sleep").inc()
             return False
+        server.sleep_s = time.monotonic() - started
         if server.runs:
-            server.state, server.slept_at, server.deepest = "asleep", slept_at, level == 2
-            server.outlasted = False
-        self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
+            server.state, server.slept_at = "asleep", slept_at
+            server.deepest, server.outlasted = deep or level == 2, False
+        self.metrics.operation.labels("sleep").observe(server.sleep_s)
         self.metrics.sleeps.labels(server.name).inc()
         return not server.on_device
 
     async def deepen(self, server: Server) -> bool:
-        """Have a sleep at level 1 become one at level 2, where that frees host memory. Returns
-        true: it is not tried again."""
+        """Have a sleep at level 1 become a deep one, where that frees host memory. Returns true: it
+        is not tried again."""
         server.deepest = True  # also after a failure, until its next sleep
         try:
-            if await server.client.frees_host_memory() and await self._level(server, 2) == 2:
+            if not await server.client.frees_host_memory():
+                return True
+            level, place = await self._depth(server, deep=True)
+            if level == 2 or place is not None:
                 if server.launched is not None:
-                    server.launched.slept_at = 2
-                await server.client.sleep(2, mode="wait", discard_trained=True)
-                server.slept_at = 2
+                    server.launched.slept_at = level
+                await server.client.sleep(level, mode="wait", discard_trained=True, place=place)
+                server.slept_at = level
                 self.metrics.sleeps.labels(server.name).inc()
         except CallFailed as error:
             logger.warning("deep sleep: %s", error)
             self.metrics.failures.labels(server.name, "sleep").inc()
         return True
+
+    async def _depth(self, server: Server, deep: bool) -> tuple[int, str | None]:
+        """The level of its sleep, and where its backup goes, if that is not as its options say."""
+        if deep and server.deep_sleep == "disk":
+            return 1, "disk"
+        return await self._level(server, 2 if deep else server.level), None
 
     async def _level(self, server: Server, level: int) -> int:
         """The level to use: 1 if level 2 would lose weights for good."""
@@ -166,15 +213,19 @@ class Operations:
         if server.launched is not None:
             await server.launched.kill("its engine is gone")
 
-    async def wake(self, server: Server) -> None:
-        """Wake it, or fail the requests that wait for it."""
+    async def wake(self, server: Server, beside_others: bool = False) -> None:
+        """Wake it, or fail the requests that wait for it. One that found too little memory, though
+        it should fit by its bytes, gets its devices to itself, and its requests wait for that."""
         started = time.monotonic()
         try:
             await server.client.wake_to_serve(slept_at=server.slept_at or server.level)
         except CallFailed as error:
             self.metrics.failures.labels(server.name, "wake").inc()
             logger.warning("wake: %s", error)
-            server.fail(error)
+            if beside_others and isinstance(error, OutOfMemory) and not server.does_not_fit:
+                server.does_not_fit = True
+            else:
+                server.fail(error)
             if server.runs:
                 server.state = "unknown"
             await self.clear_if_gone(server)
@@ -183,9 +234,10 @@ class Operations:
             server.fail(CallFailed(f"{server.name} has ended"))
             return
         server.state, server.served, server.slept_at = "awake", False, None
+        server.does_not_fit = False  # It holds what it takes, and its figures tell that.
         if server.launched is not None:
             server.launched.slept_at = 0
         server.awake_since = time.monotonic()
-        self.last_wake_s = server.awake_since - started
-        self.metrics.operation.labels("wake").observe(self.last_wake_s)
+        self.last_wake_s = server.wake_s = server.awake_since - started
+        self.metrics.operation.labels("wake").observe(server.wake_s)
         self.metrics.switches.labels(server.name).inc()

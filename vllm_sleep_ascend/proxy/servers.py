@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
+from vllm_sleep_ascend.proxy.config.model import DeepSleep
 
 if TYPE_CHECKING:
+    from vllm_sleep_ascend.proxy.config.groups import Group
+    from vllm_sleep_ascend.proxy.figures import Figures
     from vllm_sleep_ascend.proxy.launch.launched import Launched
 
 State = Literal["awake", "asleep", "unknown", "starting", "stopping", "stuck", "stopped"]
@@ -27,6 +30,9 @@ class Server:
     name: that of its model in models.yaml, else its URL.
     names: those that models.yaml gives its model.
     devices: which it uses; None for all.
+    priority: higher ones come first.
+    deep_sleep: what its deep sleep is, in place of one at level 2.
+    start_share: which part of each device its start takes, if its command says.
     launched: its process, if the proxy starts it.
     models: what it has listed.
     """
@@ -36,6 +42,10 @@ class Server:
     names: tuple[str, ...] = ()
     level: int = 1
     devices: tuple[int, ...] | None = None
+    priority: int = 0
+    group: "Group | None" = None
+    deep_sleep: DeepSleep = "level-2"
+    start_share: float | None = None
     launched: "Launched | None" = None
     models: list[str] = field(default_factory=list)
     state: State = "unknown"
@@ -54,13 +64,23 @@ class Server:
     served: bool = False
     # When the proxy got to know it.
     known_since: float = field(default_factory=time.monotonic)
-    # Seconds without a request after which it goes down a step: it sleeps, sleeps at level 2, ends.
+    # Seconds without a request after which it goes down a step: it sleeps, sleeps deeply, ends.
     sleep_after: float | None = None
     deep_sleep_after: float | None = None
     stop_after: float | None = None
     # The level of its sleep, as far as is known, and whether it is as deep as it can be.
     slept_at: int | None = None
     deepest: bool = False
+    # How long its last sleep and its last wake took, in seconds.
+    sleep_s: float = 0.0
+    wake_s: float = 0.0
+    # Its bytes, if it tells; and whether it had too few for a wake beside others, by these.
+    figures: "Figures | None" = None
+    does_not_fit: bool = False
+    # Bytes of each device when it began to start that were free or held by others.
+    start_room: dict[int, int] = field(default_factory=dict)
+    # When a deep sleep is tried again, after one that was refused.
+    deepens_again_at: float = 0.0
     # Set if an operator has asked for a sleep; done once it sleeps.
     sleep_asked: "asyncio.Future[None] | None" = None
     # Started without a request: ahead of the first, or again after it has died.

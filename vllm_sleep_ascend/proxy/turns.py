@@ -28,13 +28,13 @@ class Settings:
     max_queue: the most requests that may wait, for all servers together.
     turn_s: seconds that a server keeps its turn while requests wait for another one.
     idle_s: seconds without a request after which a server is put to sleep; 0 for never.
-    max_awake: how many servers may be awake.
+    max_awake: how many servers may be awake on a device; None: as many as fit by bytes.
     """
 
     max_queue: int = 256
     turn_s: float = 2.0
     idle_s: float = 0.0
-    max_awake: int = 1
+    max_awake: int | None = 1
 
 
 class Turns:

@@ -2,6 +2,7 @@
 """A rank's part of sleep and wake: what must survive level 2, and what the rank reports."""
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -339,5 +340,7 @@ def status_without_sleep_mode(worker: HostWorker) -> RankStatus:
         "device": worker.device.index,
         "free": free,
         "total": total,
+        "held": held_bytes(worker.device),
+        "share": math.ceil(total * worker.cache_config.gpu_memory_utilization),
         "enabled": worker.model_config.enable_sleep_mode,
     }

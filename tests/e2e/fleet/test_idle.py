@@ -27,6 +27,16 @@ def test_an_idle_server_sleeps_deeper(tmp_path):
         ]
 
 
+def test_the_backup_of_an_idle_server_goes_to_disk(tmp_path):
+    entry = stand_in(tmp_path, "a", "--reports-memory", sleep_after=0.2, deep_sleep_after=0.4)
+    with Fleet(tmp_path, {"a": {**entry, "deep_sleep": "disk"}}) as fleet:
+        pid = fleet.pid_of("a")
+        wait_for(lambda: fleet.events()[1:] == ["a sleeps", "a sleeps to disk"])
+        assert fleet.status()["a"]["level"] == 1
+        assert fleet.pid_of("a") == pid
+        assert fleet.events()[3] == "a wakes"
+
+
 def test_an_idle_server_ends(tmp_path):
     entry = stand_in(tmp_path, "a", "--reports-memory", sleep_after=0.2)
     entry |= {"deep_sleep_after": 0.4, "stop_after": soon()}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``/metrics``, ``/sleep_status`` and ``/health`` of a server that sleeps or fails."""
 
+import math
 import os
 
 import pytest
@@ -101,9 +102,13 @@ def test_status_tells_states_the_last_operation_and_the_last_error(server, fault
     assert (status()["state"], status()["is_sleeping"]) == ("paused", True)
     server.post("/wake_up")
 
+    awake = status()["ranks"][0]
+    assert awake["held"] <= awake["share"] == math.ceil(awake["total"] * 0.5)
     server.post("/sleep?level=1")
     rank = status()["ranks"][0]
     weights = rank["tags"]["weights"]["offloaded"]
+    assert rank["held"] <= awake["held"] - weights
+    assert rank["host_memory"]["needed"] == 0 < rank["host_memory"]["available"]
     operation = rank["last_operation"]
     assert status()["state"] == "asleep"
     assert rank["host_backup"] == sum(tag["host"] for tag in rank["tags"].values()) >= weights

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import httpx
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
@@ -17,6 +17,7 @@ from vllm_sleep_ascend import admin_key
 PORT, ADMIN_PORT = "${PORT}", "${ADMIN_PORT}"
 DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 API_KEY = "VLLM_API_KEY"
+DeepSleep = Literal["level-2", "disk"]
 STOP_S = 30.0
 """Seconds from SIGTERM to SIGKILL, if its entry does not say, or it has none."""
 
@@ -26,9 +27,11 @@ _SECRET = re.compile(rf"(?:^|[-_.]){_SECRET_WORD}$", re.IGNORECASE)
 # As vLLM takes it, also in a command within the command.
 _API_KEY_OPTION = re.compile(r"(?:^|\s)--api[-_]key(?:$|[\s=])")
 _SECRET_WITHIN = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_SECRET_WORD}[\s=]+)\S+", re.IGNORECASE)
+_MEMORY_SHARE = re.compile(r"--gpu[-_]memory[-_]utilization[\s=]+(\d*\.?\d+)")
 _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
 _LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
+_HIGHEST_PRIORITY = 100
 _FOR_COMMANDS = ("env", "preload", "start_timeout_s", "stop_timeout_s", "stop_after")
 
 
@@ -122,6 +125,19 @@ def _seconds(value: object) -> object:
     return value
 
 
+def _priority(value: object) -> object:
+    if type(value) is not int or abs(value) > _HIGHEST_PRIORITY:
+        most = _HIGHEST_PRIORITY
+        raise ValueError(f"write a whole number from -{most} to {most}; higher ones come first")
+    return value
+
+
+def _deep_sleep(value: object) -> object:
+    if value not in get_args(DeepSleep):
+        raise ValueError(f"there is no such sleep; write {' or '.join(get_args(DeepSleep))}")
+    return value
+
+
 def _boolean(value: object) -> object:
     if not isinstance(value, bool):
         raise ValueError("write true or false")
@@ -153,6 +169,8 @@ def _file(value: object) -> object:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
+Flag = Annotated[StrictBool, BeforeValidator(_boolean)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 def secrets(environment: Mapping[str, str]) -> list[str]:
@@ -175,12 +193,14 @@ class Model(BaseModel):
     aliases: other names that the server knows (``--served-model-name``).
     devices: which it uses; servers that share one take turns. Not given: all.
     level: of its sleep, in place of ``--level``.
+    priority: of its requests, beside those of other models; higher ones come first.
     preload: it starts before the first request.
     start_timeout_s: until it serves.
     wake_timeout_s: that a sleep or a wake may take, in place of ``--timeout-s``.
     stop_timeout_s: that it gets after SIGTERM, before SIGKILL.
     sleep_after: seconds without a request until it sleeps, in place of ``--idle-s``.
-    deep_sleep_after: seconds until its sleep is one at level 2.
+    deep_sleep_after: seconds until its sleep is a deep one.
+    deep_sleep: at level 2, or with its backup on disk. Also where the host has no memory for it.
     stop_after: seconds until its process ends.
     """
 
@@ -191,24 +211,26 @@ class Model(BaseModel):
     admin: Annotated[str, BeforeValidator(_door)] | None = None
     admin_key_file: Annotated[str, BeforeValidator(_file)] | None = None
     env: Annotated[dict[str, str], BeforeValidator(_environment)] = Field(default_factory=dict)
-    aliases: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    aliases: Names = ()
     devices: Annotated[tuple[int, ...], BeforeValidator(_devices)] | None = None
     level: Annotated[Literal[1, 2], BeforeValidator(_level)] | None = None
-    preload: Annotated[StrictBool, BeforeValidator(_boolean)] = False
+    priority: Annotated[int, BeforeValidator(_priority)] = 0
+    preload: Flag = False
     start_timeout_s: Seconds = 1800.0
     wake_timeout_s: Seconds | None = None
     stop_timeout_s: Seconds = STOP_S
     sleep_after: Seconds | None = None
     deep_sleep_after: Seconds | None = None
+    deep_sleep: Annotated[DeepSleep, BeforeValidator(_deep_sleep)] = "level-2"
     stop_after: Seconds | None = None
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Fields that do not go with the others, and why."""
-        if self.deep_sleep_after is not None and self.level == 2:
-            yield (
-                "deep_sleep_after",
-                "level 2 is there, so each sleep is deep; remove one of the two",
-            )
+    def problems(self, level: int) -> Iterator[tuple[str, str]]:
+        """Fields that do not go with the others, or with ``--level``, and why."""
+        for name in ("deep_sleep_after", "deep_sleep"):
+            if name in self.model_fields_set and self.level == 2:
+                yield name, "level 2 is there, so each sleep is deep; remove one of the two"
+            elif name in self.model_fields_set and (self.level or level) == 2:
+                yield name, "--level is 2, so each sleep is deep; remove it, or write level: 1"
         steps = [name for name in _LADDER if getattr(self, name) is not None]
         for above, below in pairwise(steps):
             if getattr(self, above) >= getattr(self, below):
@@ -232,6 +254,13 @@ class Model(BaseModel):
     @property
     def has_admin_port(self) -> bool:
         return any(ADMIN_PORT in word for word in self.command or ())
+
+    @property
+    def memory_share(self) -> float | None:
+        """Which part of each device its server may use, if the command says; of several options the
+        last counts."""
+        found = _MEMORY_SHARE.findall(" ".join(self.command or ()))
+        return float(found[-1]) if found else None
 
     def words(self, port: int, admin_port: int) -> list[str]:
         """The command with its ports."""

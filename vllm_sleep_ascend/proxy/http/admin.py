@@ -63,12 +63,16 @@ class Admin:
 
 
 def _describe(server: Server) -> dict[str, object]:
+    figures = server.figures
     described: dict[str, object] = {
         "name": server.name,
         "url": server.url,
         "models": server.models,
         "state": server.state,
         "level": server.slept_at if server.state == "asleep" else None,
+        "priority": server.priority,
+        "group": server.group.name if server.group is not None else None,
+        "device_bytes": [use.takes for use in figures.devices.values()] if figures else None,
         "queued": len(server.waiting),
         "in_flight": server.in_flight,
         "retiring": server.retiring,
