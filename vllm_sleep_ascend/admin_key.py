@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import stat
 
 # Not VLLM_...: vLLM copies those to Ray's workers, and lists them in reports.
@@ -15,6 +16,7 @@ VARIABLE = "SLEEP_ADMIN_KEY"
 
 MIN_LENGTH = 16
 _MAX_BYTES = 4096
+_HOST = re.compile(rb"(?P<name>\[[0-9a-f:.]+\]|[^:\[\]]+)(:\d+)?", re.IGNORECASE)
 _MAKE_ONE = "make one with: openssl rand -hex 32"
 
 
@@ -36,6 +38,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def host_name(header: bytes) -> str:
+    """The name or address in a Host header, without a port; "" if there is none."""
+    found = _HOST.fullmatch(header)
+    return "" if found is None else found["name"].decode("latin-1").lower().strip("[]")
+
+
+def bearer(header: bytes) -> bytes:
+    """The key in an Authorization header; empty if there is none."""
+    scheme, _, key = header.partition(b" ")
+    return key if scheme.lower() == b"bearer" else b""
 
 
 def digest(key: str) -> bytes:

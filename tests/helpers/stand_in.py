@@ -15,6 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
+MIB = 1 << 20
+TOTAL, WEIGHTS, KV_CACHE = 1024 * MIB, 300 * MIB, 148 * MIB
+"""Bytes of the device, of which all stand-ins with one journal say that they use it."""
+
 
 class State:
     def __init__(self, args: argparse.Namespace) -> None:
@@ -24,6 +28,15 @@ class State:
         """Once it is there, the background response has ended."""
         self.level = 0
         """At which the weights sleep; 2 until they are loaded."""
+        self.last: dict | None = None
+        self.held = Path(f"{args.journal}.held-by-{os.getpid()}")
+        """As large as what it holds of the device."""
+        if args.reports_memory:
+            self.hold(WEIGHTS + KV_CACHE)
+
+    def hold(self, size: int) -> None:
+        with self.held.open("wb") as file:
+            file.truncate(size)
 
     def sleep(self, level: int) -> None:
         if self.background is not None:
@@ -32,9 +45,11 @@ class State:
         if self.asleep and not self.args.reports_memory:
             return  # as stock vLLM does
         self.asleep, self.level = {"weights", "kv_cache"}, max(self.level, level)
+        self.last = copied(f"sleep level {level}", WEIGHTS if level == 1 else 0)
         self.note("sleeps" if level == 1 else f"sleeps at level {level}")
 
     def wake(self, tags: list[str]) -> None:
+        self.last = copied("wake", WEIGHTS if self.level == 1 else 0)
         self.asleep -= set(tags or self.asleep)
         if not self.asleep:
             self.level = 0
@@ -42,13 +57,32 @@ class State:
 
     def rank(self) -> dict:
         """Of /sleep_status, with what the proxy reads."""
+        here = {"weights": WEIGHTS, "kv_cache": KV_CACHE}
+        here = {tag: 0 if tag in self.asleep else size for tag, size in here.items()}
+        self.hold(sum(here.values()))
+        used = sum(file.stat().st_size for file in self.held.parent.glob("*.held-by-*"))
         sizes = {"offloaded": int(self.level == 1), "discarded": int(self.level == 2)}
-        tags = {"weights": {**sizes, "host": sizes["offloaded"]}}
-        return {"rank": 0, "tags": tags, "weights": {"source": "checkpoint", "version": "0"}}
+        host = WEIGHTS * sizes["offloaded"]
+        return {
+            "rank": 0,
+            "device": 0,
+            "total": TOTAL,
+            "free": TOTAL - used,
+            "tags": {
+                "weights": {**sizes, "device": here["weights"], "host": host, "disk": 0},
+                "kv_cache": {"device": here["kv_cache"], "host": 0, "disk": 0},
+            },
+            "weights": {"source": "checkpoint", "version": "0"},
+            "last_operation": self.last,
+        }
 
     def note(self, event: str) -> None:
         with open(self.args.journal, "a") as journal:
             journal.write(f"{self.args.model} {event}\n")
+
+
+def copied(operation: str, size: int) -> dict:
+    return {"operation": operation, "copied_bytes": size, "seconds": 0.1}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -148,6 +182,7 @@ def main() -> None:
     parser.add_argument("--journal", required=True)
     parser.add_argument("--alias", action="append", default=[])
     parser.add_argument("--reports-memory", action="store_true", help="as this package does")
+    parser.add_argument("--says", help="a line of its log")
     parser.add_argument("--exits", type=int, help="in place of serving")
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")
@@ -158,6 +193,8 @@ def main() -> None:
     args = parser.parse_args()
     Handler.state = state = State(args)
     state.note(f"starts {os.environ.get('ASCEND_RT_VISIBLE_DEVICES', '')}".strip())
+    if args.says:
+        print(args.says, flush=True)
     if args.with_child and os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "native": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache"),
     "beside": (*BASE, "memory", "rank", "engine.checks", "engine.kv_cache", "patches"),
     "client": ("policy", "status", "doctor", "admin_key"),
-    "proxy": ("client", "admin_key", "routes"),
+    "proxy": ("client", "admin_key", "routes", "status"),
     "doctor": ("_camem", "errors", "memory.host"),
     "weight_transfer": (*BASE, "releases"),
     "releases": (),

@@ -72,7 +72,7 @@ class SleepClient:
         Raises:
             CallFailed: the server is unreachable or has no sleep endpoints.
         """
-        ranks = await self._ranks()
+        ranks = await self.ranks()
         return {
             "url": self.url,
             "is_sleeping": await self.is_sleeping(),
@@ -96,14 +96,20 @@ class SleepClient:
         except (KeyError, TypeError):
             raise CallFailed(f"{self.url}: /v1/models lists no ids; is it vLLM?") from None
 
+    async def ranks(self, timeout_s: float | None = None) -> list[RankStatus] | None:
+        """See ``ServerStatus.ranks``."""
+        ranks: list[RankStatus] | None
+        ranks = await self._calls.get("/sleep_status", "ranks", timeout_s, optional=True)
+        return ranks
+
     async def reports_memory(self) -> bool:
         """Whether it is a server with this package, whose wake is a transaction."""
-        return await self._ranks() is not None
+        return await self.ranks() is not None
 
     async def frees_host_memory(self) -> bool:
         """Whether it sleeps with weights in host memory, which level 2 would free. False if they
         are on disk, or the server does not tell."""
-        weights = [rank.get("tags", {}).get("weights") for rank in await self._ranks() or ()]
+        weights = [rank.get("tags", {}).get("weights") for rank in await self.ranks() or ()]
         return any(usage is not None and usage["host"] > 0 for usage in weights)
 
     async def is_gone(self, timeout_s: float) -> bool:
@@ -184,7 +190,7 @@ class SleepClient:
     async def level(self, otherwise: int | None = None) -> int:
         """The level at which the weights sleep, as in ``status.level_of``; ``otherwise`` for a
         sleeping server that does not report it."""
-        ranks = await self._ranks()
+        ranks = await self.ranks()
         if ranks is None:
             return (otherwise or 1) if await self.is_sleeping() else 0
         return level_of(ranks)
@@ -221,7 +227,7 @@ class SleepClient:
         return lost if lost and await self.level() != 2 else None
 
     async def _in_no_checkpoint(self) -> str | None:
-        for rank in await self._ranks() or ():
+        for rank in await self.ranks() or ():
             if "weights" in rank and (words := in_no_checkpoint(rank["weights"])):
                 return words
         return None
@@ -261,9 +267,3 @@ class SleepClient:
         """Whether its memory is awake, and the user has paused it (/pause)."""
         state: str | None = await self._calls.get("/sleep_status", "state", optional=True)
         return state == "paused"
-
-    async def _ranks(self) -> list[RankStatus] | None:
-        """See ``ServerStatus.ranks``."""
-        ranks: list[RankStatus] | None
-        ranks = await self._calls.get("/sleep_status", "ranks", optional=True)
-        return ranks

@@ -2,7 +2,6 @@
 """Stands in front of the admin door's endpoints, and refuses what is not an operator's request."""
 
 import asyncio
-import re
 from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ SLOW_S = 5.0
 """Seconds in which the headers of a request have to be there, and its body."""
 
 _ONCE = (b"authorization", b"content-length", b"content-type", b"host", b"transfer-encoding")
-_HOST = re.compile(rb"(?P<name>\[[0-9a-f:.]+\]|[^:\[\]]+)(:\d+)?", re.IGNORECASE)
 
 
 class Refused(Exception):
@@ -94,13 +92,12 @@ class Guard:
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if self._digest is None:
-            host = _HOST.fullmatch(headers.get(b"host", b""))
-            name = "" if host is None else host["name"].decode("latin-1").lower().strip("[]")
+            name = admin_key.host_name(headers.get(b"host", b""))
             if self._address and name != self._address and not admin_key.is_loopback(name):
                 raise Refused(HTTPStatus.FORBIDDEN, "the request is for another host")
             return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not given:
+        given = admin_key.bearer(headers.get(b"authorization", b""))
+        if not given:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
                 "the admin key is needed: send it as Authorization: Bearer KEY",

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--leave-servers", action="store_true", help="let them go on; the next proxy finds them")
     add("--host", default=LOOPBACK, help="where users are served")
     add("--port", type=int, default=8000)
-    add("--admin-port", type=int, default=8100, help="status, sleep, wake, metrics; loopback only")
+    add("--admin-port", type=int, default=8100, help="a page, status, metrics; loopback only")
     add("--admin-key-file", help="of the servers' admin doors")
     add("--level", type=int, choices=(1, 2), default=1, help="of sleep")
     add("--max-queue", type=int, default=256, help="requests that may wait; more get a 503")
@@ -81,12 +81,14 @@ async def _serve(args: argparse.Namespace) -> int:
     door_key = admin_key.read(args.admin_key_file)
     settings = Settings(args.max_queue, args.turn_s, args.idle_s, args.max_awake)
     turns = Turns(_servers(args, door_key), Metrics(), settings)
+    admin = Admin(turns, door_key)
     listeners = Listeners(
         [
             (Public(turns, args.max_body_mib << 20).app, args.host, args.port),
-            (Admin(turns).app, LOOPBACK, args.admin_port),
+            (admin.app, LOOPBACK, args.admin_port),
         ],
         args.grace_s,
+        at_stop=admin.close,
     )
     if args.config is None:
         on_signals(listeners.stop, listeners.stop_at_once)

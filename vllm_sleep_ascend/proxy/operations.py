@@ -12,7 +12,7 @@ import time
 from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate, Unreachable
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.metrics import Metrics
-from vllm_sleep_ascend.proxy.servers import Server
+from vllm_sleep_ascend.proxy.servers import Operation, Server
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Operations:
             server.fail(error)
             return
         server.due = None
-        self.metrics.operation.labels("start").observe(time.monotonic() - started)
+        self._took(server, "start", started)
         self.metrics.starts.labels(server.name).inc()
         if server.state == "starting":  # it lives
             server.state, server.awake_since = "awake" if awake else "unknown", time.monotonic()
@@ -129,7 +129,7 @@ class Operations:
         if server.runs:
             server.state, server.slept_at, server.deepest = "asleep", slept_at, level == 2
             server.outlasted = False
-        self.metrics.operation.labels("sleep").observe(time.monotonic() - started)
+        self._took(server, "sleep", started)
         self.metrics.sleeps.labels(server.name).inc()
         return not server.on_device
 
@@ -186,6 +186,12 @@ class Operations:
         if server.launched is not None:
             server.launched.slept_at = 0
         server.awake_since = time.monotonic()
-        self.last_wake_s = server.awake_since - started
-        self.metrics.operation.labels("wake").observe(self.last_wake_s)
+        self.last_wake_s = self._took(server, "wake", started)
         self.metrics.switches.labels(server.name).inc()
+
+    def _took(self, server: Server, name: str, started: float) -> float:
+        """Note an operation. Returns its seconds."""
+        seconds = time.monotonic() - started
+        self.metrics.operation.labels(name).observe(seconds)
+        server.last_operation = Operation(name, seconds, time.time())
+        return seconds

@@ -97,6 +97,7 @@ class Schedule:
                     server.fail(CallFailed(server.launched.error))
         pauses = [await self._retire()]
         await self._sleep_those_asked()
+        self._end_those_asked()
         pauses.append(await self._go_down())
         leaving: set[Server] = set()
         claimed: list[Server] = []  # wanted before others, and not served yet
@@ -123,7 +124,7 @@ class Schedule:
             if await self._makes_way(leaves, wanted):
                 return 0
         for server in self.servers:
-            if server.state != "awake" or server in leaving or server.sleep_asked is not None:
+            if server.state != "awake" or server in leaving or server.closing:
                 continue
             if server.waiting and server.unsure:
                 await self.operations.ask(server)
@@ -310,6 +311,21 @@ class Schedule:
                 asked.set_result(None)
             else:
                 asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
+
+    def _end_those_asked(self) -> None:
+        for server in self.servers:
+            asked, launched = server.stop_asked, server.launched
+            if asked is None or launched is None or server.in_flight or server.passing:
+                continue
+            server.due = None
+            if server.state == "stopped":
+                server.stop_asked = None
+                asked.set_result(None)
+            elif server.state == "stuck":
+                server.stop_asked = None
+                asked.set_exception(CallFailed(launched.error))
+            elif server.state != "stopping":
+                self._end(server, launched)
 
     async def _go_down(self) -> float | None:
         """Have idle servers sleep, sleep deeper, or end. Returns the seconds until there is more to

@@ -93,6 +93,11 @@ class Launched:
     def log(self) -> str:
         return str(self._state.log(self.name))
 
+    def log_end(self, lines: int) -> str:
+        """The last lines of the log, without the keys that the server was given."""
+        written = self._conceal("\n".join(self._state.last_lines(self.name)))
+        return "\n".join(written.rstrip("\n").split("\n")[-lines:])
+
     @property
     def pid(self) -> int | None:
         return self._group.leader.pid if self._group is not None else None
