@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,17 @@ _OPTIONS = (
 class Browser:
     """One tab; a context manager.
 
-    ``complaints`` are errors that the page has logged or not caught.
+    ``complaints`` are errors that the page has logged or not caught, and ``answers`` the codes of
+    all answers, also of those that pages may not see.
     """
 
     def __init__(self, folder: Path) -> None:
         assert PROGRAM is not None, MISSING
         as_root = ("--no-sandbox",) if os.geteuid() == 0 else ()
         self.complaints: list[str] = []
+        self.answers: list[int] = []
+        self._open = contextlib.ExitStack()
         self._numbers = itertools.count(1)
-        self._events: deque[dict[str, Any]] = deque()
         self._log = open(folder / "browser.log", "wb")  # noqa: SIM115
         self._process = subprocess.Popen(
             [PROGRAM, *_OPTIONS, *as_root, f"--user-data-dir={folder / 'profile'}", "about:blank"],
@@ -57,11 +58,12 @@ class Browser:
             wait_for(lambda: port.exists() and port.read_text().count("\n"), "the browser", 30)
             address = f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"
             (tab,) = (t for t in httpx.get(address, trust_env=False).json() if t["type"] == "page")
-            self._socket = connect(tab["webSocketDebuggerUrl"], max_size=None, proxy=None)
+            opening = connect(tab["webSocketDebuggerUrl"], max_size=None, proxy=None)
+            self._socket = self._open.enter_context(opening)
         except BaseException:
             self._end()
             raise
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.do(f"{domain}.enable")
 
     def __enter__(self) -> "Browser":
@@ -70,10 +72,10 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):
             self.do("Browser.close")
-        self._socket.close()
         self._end()
 
     def _end(self) -> None:
+        self._open.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         with contextlib.suppress(ProcessLookupError):
@@ -95,6 +97,8 @@ class Browser:
     def _note(self, message: dict[str, Any]) -> None:
         if message.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(message["params"]["exceptionDetails"]))
+        elif message.get("method") == "Network.responseReceivedExtraInfo":
+            self.answers.append(message["params"]["statusCode"])
         elif message.get("method") == "Log.entryAdded":
             entry = message["params"]["entry"]
             if entry["level"] == "error":

@@ -73,7 +73,7 @@ async function follow() {
 }
 
 async function connect() {
-  for (let pause = 500; ; pause = Math.min(2 * pause, 10000)) {
+  for (let pause = 500; ; pause = Math.min(1.5 * pause, 3000)) {
     const before = status;
     try {
       await follow();
