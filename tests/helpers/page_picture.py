@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,17 +86,19 @@ def demo(work: Path) -> Iterator[Demo]:
         running.admin.close()
 
 
-def take(running: Demo, browser: Browser, file: Path) -> None:
-    """The page after a switch there and back, in light colours."""
+def take(running: Demo, browser: Browser, file: Path, turn_s: float = 0) -> None:
+    """The page after switches there and back, in light colours."""
     browser.prefer("en-US")
     browser.resize(1040, 700)
     browser.open(running.page)
-    for model in (*MODELS, MODELS[0]):
+    for model in (*MODELS, *MODELS, MODELS[0]):
         running.ask(model)
+        time.sleep(turn_s)
         browser.wait(
             f"[...document.querySelectorAll('#models tr')].some(row => "
             f"row.dataset.state === 'awake' && row.innerText.includes('{model}'))"
         )
+    browser.wait("[...document.querySelectorAll('td.queue')].every(e => e.innerText === 'empty')")
     browser.wait("document.querySelectorAll('.card tbody tr').length > 2")
     browser.wait("[...document.querySelectorAll('.last')].every(e => /GB.s/.test(e.innerText))")
     browser.picture(file)
@@ -105,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         with demo(work) as running, Browser(work) as browser:
-            take(running, browser, Path(sys.argv[1]))
+            take(running, browser, Path(sys.argv[1]), turn_s=8)  # so that the timeline shows them
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 import { bytes, clock, perSecond, say, seconds, word } from "./words.js";
 
 const SPANS = [3, 6, 15, 30, 60]; // minutes that the timeline may show
+const BRIEF = 0.02; // seconds of a state that are not drawn: a server begins as unknown
 const HUES = 6;
 const TAGS = ["weights", "kv_cache"]; // the others have one shade
 const STATES = ["awake", "asleep", "starting", "stopping", "stopped", "unknown", "stuck"];
@@ -174,9 +175,7 @@ export function drawHour(servers, history, now) {
   const axis = make("div", "lane axis", make("span"), make("div", "dim", ...marks));
   axis.setAttribute("aria-hidden", "true");
   $("hour").replaceChildren(...lanes, axis);
-  const names = STATES.filter((state) =>
-    [...history.values()].some((states) => states.some((each) => each[1] === state)),
-  );
+  const names = STATES.filter((state) => $("hour").querySelector(`.states > .${state}`));
   $("states").replaceChildren(
     ...names.map((state) => make("li", `dot ${state}`, word("state", state))),
   );
@@ -188,7 +187,7 @@ function lane(server, states, now, length) {
   states.forEach(([since, state], at) => {
     const from = Math.max(since, now - length);
     const to = Math.min(states[at + 1]?.[0] ?? now, now);
-    if (to <= from) return;
+    if (to - from < BRIEF) return;
     const element = make("span", state);
     element.style.left = `${(100 * (from - now + length)) / length}%`;
     element.style.width = `${(100 * (to - from)) / length}%`;
