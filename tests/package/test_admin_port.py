@@ -5,6 +5,7 @@ a second."""
 import asyncio
 import json
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,14 @@ FILES = page.files()
 MIB = 1 << 20
 
 
-def server(name: str = "a", **fields: Any) -> Server:
-    return Server(SleepClient("http://127.0.0.1:1"), name, (name,), **fields)
+@cache
+def client() -> SleepClient:
+    """One for all: it takes longer to make than all else here."""
+    return SleepClient("http://127.0.0.1:1")
+
+
+def server(name: str) -> Server:
+    return Server(client(), name, (name,))
 
 
 def turns_of(*servers: Server) -> Turns:

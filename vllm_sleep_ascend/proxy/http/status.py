@@ -110,8 +110,11 @@ class Status:
         if ranks is None:
             return None
         usages = [usage for rank in ranks for usage in rank.get("tags", {}).values()]
-        places = ("device", "host", "disk")
-        return {place: sum(usage.get(place, 0) for usage in usages) for place in places}
+        return {
+            "device": sum(usage["device"] for usage in usages),
+            "host": sum(usage["host"] for usage in usages),
+            "disk": sum(usage.get("disk", 0) for usage in usages),
+        }
 
     def _last_operation(self, server: Server) -> dict[str, object] | None:
         """What the proxy has done last with it, and what that copied, if the server tells."""
