@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proxy's admin port without a process: who may ask, what it says, the files of its page. About
-a second."""
+five seconds."""
 
 import asyncio
 import json
