@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of the proxy's admin port, in a real browser. The servers are stand-ins for vLLM. About 18
-seconds."""
+"""The page of the admin port in a real browser. The servers are stand-ins for vLLM. 18 seconds."""
 
 import http.server
 import json
