@@ -6,13 +6,13 @@ python examples/demo_proxy.py WORK MODEL MODEL [--port PORT] [--admin-port PORT]
 """
 
 import argparse
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -33,11 +33,12 @@ def entry(folder: Path) -> dict[str, object]:
 
 def is_up(address: str, proxy: "subprocess.Popen[bytes]") -> bool:
     """Whether the proxy serves; False once it has ended."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy is
     while proxy.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}health", timeout=5) as answer:
+            with direct.open(f"{address}health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except urllib.error.URLError:
+        except (OSError, http.client.HTTPException):
             time.sleep(0.1)
     return False
 
@@ -57,6 +58,8 @@ def main() -> int:
     simulator = Path(sys.executable).with_name("npu-sim")
     program = (simulator, sys.executable, "-m", "vllm_sleep_ascend.proxy", "--config", config)
     where = ("--port", str(args.port), "--admin-port", str(args.admin_port))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until there is a proxy to pass them on to
     with log.open("wb") as out:
         proxy = subprocess.Popen(
             [*program, *where, "--state-dir", args.work / "state", "--grace-s", "5"],
@@ -65,16 +68,23 @@ def main() -> int:
             stdout=out,
             stderr=out,
             start_new_session=True,  # Ctrl-C is for this program alone, which passes on one signal
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers),
         )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in numbers:
         signal.signal(number, lambda *_: proxy.terminate())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     address = f"http://127.0.0.1:{args.admin_port}/"
-    if is_up(address, proxy):
-        print(f"The page:   {address}")
-        print(f"The models: {', '.join(models)}, at http://127.0.0.1:{args.port}/v1")
-        print(f"The log:    {log}")
-        print("The servers start now, one after the other, which takes about a minute.")
-        print("Ctrl-C ends all of it.", flush=True)
+    try:
+        if is_up(address, proxy):
+            print(f"The page:   {address}")
+            print(f"The models: {', '.join(models)}, at http://127.0.0.1:{args.port}/v1")
+            print(f"The log:    {log}")
+            print("The servers start now, one after the other, which takes about a minute.")
+            print("Ctrl-C ends all of it.", flush=True)
+    except BaseException:
+        proxy.terminate()
+        proxy.wait()
+        raise
     if (code := proxy.wait()) != 0:
         last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
         print(*last, f"The proxy has failed. The whole log is in {log}", sep="\n", file=sys.stderr)

@@ -2,7 +2,6 @@
 """Stands in front of the admin door's endpoints, and refuses what is not an operator's request."""
 
 import asyncio
-from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -68,15 +67,13 @@ class Guard:
             Refused: by what the headers say.
         """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        counts = Counter(name for name, _ in headers)
-        for name in _ONCE:
-            if counts[name] > 1:
-                raise Refused(HTTPStatus.BAD_REQUEST, f"{name.decode()} is there more than once")
-        if counts[b"content-length"] and counts[b"transfer-encoding"]:
+        if reason := admin_key.repeated(headers, _ONCE):
+            raise Refused(HTTPStatus.BAD_REQUEST, reason)
+        values = dict(headers)
+        if b"content-length" in values and b"transfer-encoding" in values:
             raise Refused(
                 HTTPStatus.BAD_REQUEST, "content-length and transfer-encoding exclude each other"
             )
-        values = dict(headers)
         if b"origin" in values or values.get(b"sec-fetch-site", b"none") != b"none":
             raise Refused(HTTPStatus.FORBIDDEN, "requests of web pages are refused here")
         self._check_key(values)
@@ -96,14 +93,8 @@ class Guard:
             if self._address and name != self._address and not admin_key.is_loopback(name):
                 raise Refused(HTTPStatus.FORBIDDEN, "the request is for another host")
             return
-        given = admin_key.bearer(headers.get(b"authorization", b""))
-        if not given:
-            raise Refused(
-                HTTPStatus.UNAUTHORIZED,
-                "the admin key is needed: send it as Authorization: Bearer KEY",
-            )
-        if not admin_key.is_key(given, self._digest):
-            raise Refused(HTTPStatus.UNAUTHORIZED, "the admin key is wrong")
+        if reason := admin_key.refusal(headers.get(b"authorization", b""), self._digest):
+            raise Refused(HTTPStatus.UNAUTHORIZED, reason)
 
 
 async def _read(scope: "Scope", receive: "Receive") -> bytes:

@@ -8,8 +8,9 @@ again; SIGTERM lets running requests end, a second one does not.
 With URLs somebody else starts them. Each server runs with --enable-sleep-mode and an admin door
 (admin_port or admin_socket), or with VLLM_SERVER_DEV_MODE=1; start all but the last and put each to
 sleep (vllm-sleep sleep ADMIN) before the next. Let users reach only the proxy: a server that is
-asked directly does not wake. The doors' key is that of the environment, SLEEP_ADMIN_KEY, or of
---admin-key-file. Servers that ask for an API key (--api-key) get VLLM_API_KEY; users send theirs.
+asked directly does not wake. The key of the doors and of the admin port is that of the environment,
+SLEEP_ADMIN_KEY, or of --admin-key-file. Servers that ask for an API key (--api-key) get
+VLLM_API_KEY; users send theirs.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default=LOOPBACK, help="where users are served")
     add("--port", type=int, default=8000)
     add("--admin-port", type=int, default=8100, help="a page, status, metrics; loopback only")
-    add("--admin-key-file", help="of the servers' admin doors")
+    add("--admin-key-file", help="of the admin port and the servers' doors")
     add("--level", type=int, choices=(1, 2), default=1, help="of sleep")
     add("--max-queue", type=int, default=256, help="requests that may wait; more get a 503")
     add("--max-body-mib", type=int, default=64, help="of a request; larger ones get a 413")

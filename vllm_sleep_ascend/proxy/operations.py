@@ -10,7 +10,7 @@ import math
 import time
 
 from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate, Unreachable
-from vllm_sleep_ascend.proxy.launch.launched import Launched
+from vllm_sleep_ascend.proxy.launch.launched import Cancelled, Launched
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Operation, Server
 
@@ -42,7 +42,8 @@ class Operations:
         await asyncio.gather(*(learn(server) for server in servers if server.runs))
 
     async def start(self, server: Server, launched: Launched) -> None:
-        """Start its process, or wait for one that starts; or fail the requests that wait for it."""
+        """Start its process, or wait for one that starts. Requests that wait for it fail if it does
+        not serve; after ``Launched.cancel`` they wait for its next start."""
         started, until, awake = time.monotonic(), math.inf, False
         server.state, server.open, server.served = "starting", False, False
 
@@ -69,6 +70,8 @@ class Operations:
             await launched.start(serves)
         except CallFailed as error:
             server.state = "stuck" if launched.is_stuck else "stopped"
+            if isinstance(error, Cancelled):
+                return
             if server.due == "preload":
                 server.due = "restart"  # which puts no other server to sleep
             self.metrics.failures.labels(server.name, "start").inc()

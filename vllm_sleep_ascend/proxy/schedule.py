@@ -39,6 +39,10 @@ class Schedule:
         try:
             await self._run()
         finally:
+            for server in self.servers:
+                for asked in (server.sleep_asked, server.stop_asked):
+                    if asked is not None and not asked.done():
+                        asked.set_exception(CallFailed("the proxy ends"))
             for task in self._tasks:
                 task.cancel()
             if self._tasks:
@@ -144,6 +148,8 @@ class Schedule:
     def _has_to_rest(self, server: Server, pauses: list[float | None]) -> bool:
         """Whether it cannot start yet. If its last start has failed, its requests fail at once."""
         launched = server.launched
+        if server.stop_asked is not None:
+            return True  # It starts again once that is answered.
         if launched is None or server.state != "stopped":
             return False
         older = self.servers[: self.servers.index(server)]  # of before a reload
@@ -324,6 +330,8 @@ class Schedule:
             elif server.state == "stuck":
                 server.stop_asked = None
                 asked.set_exception(CallFailed(launched.error))
+            elif server.state == "starting":
+                launched.cancel()
             elif server.state != "stopping":
                 self._end(server, launched)
 

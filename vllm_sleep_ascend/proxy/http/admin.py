@@ -26,6 +26,7 @@ from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import QueueFull, Turns
 
 _LINES, _MOST_LINES = 200, 5000
+_OWN_PATHS = frozenset({"/log", "/stop"})  # without a key, for the proxy's own user alone
 
 
 class Admin:
@@ -37,8 +38,8 @@ class Admin:
 
     def __init__(self, turns: Turns, key: str | None = None) -> None:
         self.turns = turns
-        self._what = Status(turns)
-        self._events = Events(turns, self._what)
+        self._said = Status(turns)
+        self._events = Events(turns, self._said)
         self.close = self._events.close
         files = page.files()
         digest = None if key is None else admin_key.digest(key)
@@ -55,14 +56,14 @@ class Admin:
                 Route("/health", health),
                 *(Route(path, partial(_file, *file)) for path, file in files.items()),
             ],
-            middleware=[Middleware(Guard, digest=digest, anybody=open_paths)],
+            middleware=[Middleware(Guard, digest=digest, anybody=open_paths, own=_OWN_PATHS)],
         )
 
     async def _status(self, request: Request) -> Response:
         """With ``memory=1`` after asking the servers for theirs."""
         if request.query_params.get("memory") == "1":
-            await self._what.ask()
-        return JSONResponse(self._what.describe())
+            await self._said.ask()
+        return JSONResponse(self._said.describe())
 
     async def _stream(self, _: Request) -> Response:
         try:
@@ -90,20 +91,24 @@ class Admin:
             return Refused(503, str(error)).response()
         return JSONResponse({"url": server.url, "state": server.state})
 
-    async def _server(self, request: Request) -> Server:
+    async def _server(self, request: Request, among: list[Server] | None = None) -> Server:
         """By the name of a model, or that in /status.
+
+        Args:
+            among: those that may be meant; by default those that get new requests.
 
         Raises:
             Refused: there is none.
         """
         name = request.query_params.get("model")
-        named = (server for server in self.turns.current if server.name == name)
+        among = self.turns.current if among is None else among
+        named = (server for server in among if server.name == name)
         return next(named, None) or await server_of(self.turns, name)
 
     async def _log(self, request: Request) -> Response:
-        """The last ``lines`` of what a server has written."""
+        """The last ``lines`` of what a server has written, also of one that retires."""
         try:
-            server = await self._server(request)
+            server = await self._server(request, among=[*self.turns.current, *self.turns.servers])
             text = _launched(server).log_end(_count(request.query_params.get("lines")))
         except Refused as refused:
             return refused.response()

@@ -2,7 +2,6 @@
 """Stands in front of the admin port: refuses what another web page has a browser ask, and whoever
 does not have the key, if there is one."""
 
-from collections import Counter
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -10,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.proxy.http.responses import Refused
+from vllm_sleep_ascend.proxy.launch import ports
 
 HEADER = "x-vllm-sleep"
 """Requests of the page that change something have it. Another page cannot add it without being
@@ -38,12 +38,20 @@ class Guard:
             loopback as its host. A page whose own name a browser was made to look up as this
             machine names itself.
         anybody: paths that need no key, and to which other pages may link.
+        own: paths that without a key are for the proxy's own user, and root, alone.
     """
 
-    def __init__(self, app: ASGIApp, digest: bytes | None, anybody: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        digest: bytes | None,
+        anybody: frozenset[str],
+        own: frozenset[str] = frozenset(),
+    ) -> None:
         self._app = app
         self._digest = digest
         self._anybody = anybody
+        self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,10 +78,8 @@ class Guard:
         Raises:
             Refused: by what the headers say.
         """
-        counts = Counter(name for name, _ in scope["headers"])
-        for name in _ONCE:
-            if counts[name] > 1:
-                raise Refused(400, f"{name.decode()} is there more than once")
+        if reason := admin_key.repeated(scope["headers"], _ONCE):
+            raise Refused(400, reason)
         headers: dict[bytes, bytes] = dict(scope["headers"])
         host = headers.get(b"host", b"")
         if self._digest is None and not admin_key.is_loopback(admin_key.host_name(host)):
@@ -85,12 +91,25 @@ class Guard:
         by_page = any(name in headers for name in (b"origin", b"referer", b"sec-fetch-site"))
         if changes and by_page and HEADER.encode() not in headers:
             raise Refused(403, f"a web page has to send the header {HEADER}")
-        if self._digest is not None and not is_open:
-            given = admin_key.bearer(headers.get(b"authorization", b""))
-            if not given:
-                raise Refused(401, "the admin key is needed: send it as Authorization: Bearer KEY")
-            if not admin_key.is_key(given, self._digest):
-                raise Refused(401, "the admin key is wrong")
+        if self._digest is None:
+            if scope["path"] in self._own and not _is_our_user(scope):
+                raise Refused(
+                    403,
+                    "without an admin key only the proxy's own user and root may do this; "
+                    "start the proxy with SLEEP_ADMIN_KEY or --admin-key-file",
+                )
+        elif not is_open and (
+            reason := admin_key.refusal(headers.get(b"authorization", b""), self._digest)
+        ):
+            raise Refused(401, reason)
+
+
+def _is_our_user(scope: Scope) -> bool:
+    client, server = scope.get("client"), scope.get("server")
+    if not client or not server or server[1] is None:
+        return False
+    users = ports.users_of(client[1], server[1])
+    return bool(users) and users <= ports.TRUSTED
 
 
 def _is_ours(headers: dict[bytes, bytes], host: bytes) -> bool:

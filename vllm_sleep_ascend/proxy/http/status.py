@@ -9,23 +9,32 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from vllm_sleep_ascend import admin_key
-from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.proxy.http.told import Told, read
 from vllm_sleep_ascend.proxy.operations import ASK_S
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
-from vllm_sleep_ascend.status import RankStatus
 
 FRESH_S = 2.0
-"""Seconds after which a server that has not changed its state is asked for its memory again."""
+"""Seconds after which a server on which requests run is asked for its memory again."""
+
+IDLE_FRESH_S = 10.0
+"""The same for the others, as long as they do not change their state."""
+
+RECENT_S = 20.0
+"""Seconds for which figures count as those of now."""
 
 
 @dataclass
 class _Report:
-    """``number``: of the server's state when it was asked."""
+    """``number``: of the server's state when it was asked; ``told_number``: when it told."""
 
-    ranks: list[RankStatus] | None = None
-    at: float = 0.0
+    told: Told | None = None
+    told_at: float = 0.0
+    told_number: int = 0
+    at: float = float("-inf")
     number: int = 0
+    tells: bool = True
     asking: "asyncio.Task[None] | None" = None
 
 
@@ -44,7 +53,7 @@ class Status:
             "devices": self._devices(servers),
         }
 
-    def look(self, fresh_s: float = FRESH_S) -> "list[asyncio.Task[None]]":
+    def look(self, at_once: bool = False) -> "list[asyncio.Task[None]]":
         """Ask those servers whose report is older, or of another state. Returns what runs."""
         now, asking = time.monotonic(), []
         for server in self._turns.servers:
@@ -52,8 +61,10 @@ class Status:
                 self._reports.pop(server, None)
                 continue
             report = self._reports.setdefault(server, _Report())
-            is_old = now - report.at >= fresh_s or report.number != server.history.number
-            if report.asking is None and is_old:
+            # One that does not tell would log each question.
+            is_old = report.tells and now - report.at >= (FRESH_S if server.busy else IDLE_FRESH_S)
+            changed = report.number != server.history.number
+            if report.asking is None and (at_once or is_old or changed):
                 report.asking = asyncio.create_task(self._ask(server, report))
             if report.asking is not None:
                 asking.append(report.asking)
@@ -61,24 +72,32 @@ class Status:
 
     async def ask(self) -> None:
         """Ask all servers; returns once they have answered, or are late."""
-        if asking := self.look(fresh_s=0):
+        if asking := self.look(at_once=True):
             await asyncio.wait(asking)
 
     async def _ask(self, server: Server, report: _Report) -> None:
-        report.number = server.history.number
+        report.number = number = server.history.number
         try:
-            report.ranks = await server.client.ranks(timeout_s=ASK_S)
+            report.told = read(await server.client.ranks(timeout_s=ASK_S))
+            report.told_at, report.told_number = time.monotonic(), number
+            report.tells = report.told is not None
+        except NobodyListens:
+            report.told = None
         except CallFailed:
             pass  # a sleep may be under way; what it said before stays
         finally:
             report.at, report.asking = time.monotonic(), None
 
-    def _ranks(self, server: Server) -> list[RankStatus] | None:
-        """What it has said since it runs; None if it has not, or does not tell."""
-        report = self._reports.get(server)
-        return report.ranks if report is not None and server.runs else None
+    def _told(self, server: Server) -> Told | None:
+        """What it has said of its memory as it is now; None if it has not, or does not tell."""
+        report, now = self._reports.get(server), time.monotonic()
+        if report is None or not server.runs or now - report.at > RECENT_S:
+            return None
+        is_same = report.told_number == server.history.number
+        return report.told if is_same or now - report.told_at <= RECENT_S else None
 
     def _server(self, server: Server) -> dict[str, object]:
+        told = self._told(server)
         described: dict[str, object] = {
             "id": server.history.id,
             "name": server.name,
@@ -89,9 +108,10 @@ class Status:
             "level": server.slept_at if server.state == "asleep" else None,
             "queued": len(server.waiting),
             "in_flight": server.in_flight,
+            "closing": server.closing,
             "retiring": server.retiring,
-            "memory": self._memory(server),
-            "last_operation": self._last_operation(server),
+            "memory": told.memory if told is not None else None,
+            "last_operation": _last_operation(server, told),
         }
         if (launched := server.launched) is not None:
             described |= {
@@ -104,66 +124,50 @@ class Status:
             }
         return described
 
-    def _memory(self, server: Server) -> dict[str, int] | None:
-        """Bytes by place, of all its ranks."""
-        ranks = self._ranks(server)
-        if ranks is None:
-            return None
-        usages = [usage for rank in ranks for usage in rank.get("tags", {}).values()]
-        return {
-            "device": sum(usage["device"] for usage in usages),
-            "host": sum(usage["host"] for usage in usages),
-            "disk": sum(usage.get("disk", 0) for usage in usages),
-        }
-
-    def _last_operation(self, server: Server) -> dict[str, object] | None:
-        """What the proxy has done last with it, and what that copied, if the server tells."""
-        last = server.last_operation
-        if last is None:
-            return None
-        described = {"operation": last.name, "seconds": round(last.seconds, 3), "ended": last.at}
-        told = [rank.get("last_operation") for rank in self._ranks(server) or ()]
-        same = [each for each in told if each and each["operation"].startswith(last.name)]
-        if told and len(same) == len(told):
-            described["copied_bytes"] = sum(each["copied_bytes"] for each in same)
-            described["copy_seconds"] = max(each["seconds"] for each in same)
-        return described
-
     def _devices(self, servers: list[Server]) -> list[dict[str, object]]:
         """Those that servers have told of, each with what is held there by whom."""
-        newest: dict[str, tuple[float, RankStatus]] = {}
-        held: dict[str, Counter[tuple[int, str]]] = {}
+        newest: dict[tuple[str, int], tuple[float, int, int]] = {}
+        held: dict[tuple[str, int], Counter[tuple[int, str]]] = {}
         for server in servers:
-            for rank in self._ranks(server) or ():
-                if "total" not in rank:
-                    continue
-                device, at = _device(server, rank["device"]), self._reports[server].at
+            if (told := self._told(server)) is None:
+                continue
+            at = self._reports[server].told_at
+            for each in told.devices:
+                device = _device(server, each.index)
                 if device not in newest or newest[device][0] < at:
-                    newest[device] = (at, rank)
+                    newest[device] = (at, each.total, each.free)
                 here = held.setdefault(device, Counter())
-                for tag, usage in rank.get("tags", {}).items():
-                    here[server.history.id, tag] += usage["device"]
-                for cause, size in rank.get("resident", {}).items():
-                    if cause not in rank.get("tags", {}):
-                        here[server.history.id, cause] += size
+                for tag, size in each.held.items():
+                    here[server.history.id, tag] += size
         return [
             {
-                "device": device,
-                "total": rank["total"],
-                "free": rank["free"],
+                "device": f"{host} {number}" if host else str(number),
+                "total": total,
+                "free": free,
                 "held": [
                     {"server": server, "tag": tag, "bytes": size}
-                    for (server, tag), size in held[device].items()
+                    for (server, tag), size in held[host, number].items()
                     if size
                 ],
             }
-            for device, (_, rank) in sorted(newest.items())
+            for (host, number), (_, total, free) in sorted(newest.items())
         ]
 
 
-def _device(server: Server, index: int) -> str:
-    """Its name: the number on this machine, or with the host's name on another one."""
+def _last_operation(server: Server, told: Told | None) -> dict[str, object] | None:
+    """What the proxy has done last with it, and what that copied, if the server tells."""
+    last = server.last_operation
+    if last is None:
+        return None
+    described = {"operation": last.name, "seconds": round(last.seconds, 3), "ended": last.at}
+    if told is not None and told.copy is not None and told.copy.operation.startswith(last.name):
+        described |= {"copied_bytes": told.copy.size, "copy_seconds": told.copy.seconds}
+    return described
+
+
+def _device(server: Server, index: int) -> tuple[str, int]:
+    """The host's name, "" for this machine, and the number there."""
     seen = server.devices or ()
-    number = str(seen[index] if index < len(seen) else index)
     host = urlsplit(server.url).hostname or ""
-    return number if admin_key.is_loopback(host) else f"{host} {number}"
+    number = seen[index] if index < len(seen) else index
+    return "" if admin_key.is_loopback(host) else host, number

@@ -8,6 +8,9 @@ const KEY = "vllm-sleep-key";
 const QUIET_MS = 30000; // without an event; the proxy sends one every 10 s
 const LOG_MS = 2000; // between two looks at an open log
 const LINES = 500;
+const HOUR_S = 3600; // that the timeline shows at most
+// Colours and other commands to a terminal (CSI), and titles of its window (OSC).
+const FOR_TERMINALS = /\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])/g;
 
 const $ = (id) => document.getElementById(id);
 
@@ -49,7 +52,7 @@ async function follow() {
   alive();
   try {
     const answer = await call("events", { signal: abort.signal });
-    if (!answer.ok) throw new Error(await refused(answer));
+    if (!answer.ok) throw Object.assign(new Error(), { refusal: await refused(answer) });
     $("forget").hidden = !sessionStorage.getItem(KEY);
     show("overview");
     const texts = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -75,24 +78,27 @@ async function follow() {
 async function connect() {
   for (let pause = 500; ; pause = Math.min(1.5 * pause, 3000)) {
     const before = status;
+    let reason = "";
     try {
       await follow();
     } catch (error) {
+      reason = error.refusal ?? "";
       if (error instanceof NeedsKey) {
         askForKey();
         return;
       }
     }
     if (status !== before) pause = 500; // it was there
-    connection("lost");
+    connection("lost", reason);
     await new Promise((resolve) => setTimeout(resolve, pause));
   }
 }
 
-function connection(name) {
+// `reason`: why the proxy does not let us in, if it is there.
+function connection(name, reason = "") {
   kind = name;
   $("connection").dataset.kind = name === "live" ? "live" : "wait";
-  $("connection").textContent = name && say(name);
+  $("connection").textContent = [name && say(name), reason].filter(Boolean).join(": ");
 }
 
 function take(event, first) {
@@ -102,7 +108,11 @@ function take(event, first) {
     history.get(id).push(since);
   }
   const known = new Set(event.servers.map((server) => server.id));
-  for (const id of history.keys()) if (!known.has(id)) history.delete(id);
+  for (const [id, states] of history) {
+    if (!known.has(id)) history.delete(id);
+    const begun = states.findLastIndex(([since]) => since <= event.now - HOUR_S);
+    if (begun > 0) states.splice(0, begun);
+  }
   announce(first ? [] : event.servers);
   status = event;
   ahead = event.now - Date.now() / 1000;
@@ -234,13 +244,21 @@ async function readLog(name) {
   try {
     const answer = await call(`log?model=${encodeURIComponent(name)}&lines=${LINES}`);
     if (!answer.ok) return await refused(answer);
-    const written = await answer.text();
-    // Without the colours of terminals; of a line that was written over, its last text.
-    const plain = written.replace(/\x1b\[[0-9;]*[A-Za-z]/g, "").replace(/[^\n]*\r(?=[^\n])/g, "");
-    return plain || say("log_empty");
+    return plain(await answer.text()) || say("log_empty");
   } catch (error) {
     return error instanceof NeedsKey ? say("wrong_key") : error.message;
   }
+}
+
+// Text for a terminal as it stands there: of a line that was written over, the last text.
+function plain(written) {
+  const lines = written.replace(FOR_TERMINALS, "").split("\n");
+  const left = lines.map((line) => {
+    let end = line.length;
+    while (line[end - 1] === "\r") end -= 1;
+    return line.slice(line.lastIndexOf("\r", end - 1) + 1, end);
+  });
+  return left.join("\n");
 }
 
 $("language").addEventListener("click", () => {

@@ -70,6 +70,7 @@ function fill(row, server, isBusy) {
   row.head.replaceChildren(
     make("span", "name", called(server)),
     ...(others.length ? [line(others.join(", "))] : []),
+    ...(server.closing ? [line(say("closing"))] : []),
     ...(server.retiring ? [line(say("retiring"))] : []),
     ...(server.error ? [make("p", "bad small", server.error)] : []),
   );
@@ -86,7 +87,7 @@ function fill(row, server, isBusy) {
   last.replaceChildren(make("div", "", ...switched(server.last_operation)));
   const can = {
     wake: ["asleep", "stopped", "unknown"].includes(server.state),
-    sleep: ["awake", "unknown"].includes(server.state),
+    sleep: ["awake", "unknown"].includes(server.state) && !server.closing,
     stop: "log" in server && !["stopped", "stopping", "stuck"].includes(server.state),
     log: "log" in server,
   };
