@@ -3,8 +3,11 @@
 five seconds."""
 
 import asyncio
+import contextlib
 import json
+import os
 import re
+import socket
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,10 +16,14 @@ from typing import Any
 import httpx
 import pytest
 
+from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy import states
 from vllm_sleep_ascend.proxy.http import events, page
+from vllm_sleep_ascend.proxy.http import status as statuses
 from vllm_sleep_ascend.proxy.http.admin import Admin
+from vllm_sleep_ascend.proxy.http.told import read
+from vllm_sleep_ascend.proxy.launch import ports
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Operation, Server
 from vllm_sleep_ascend.proxy.turns import Settings, Turns
@@ -51,6 +58,12 @@ def ask(admin: Admin, method: str, path: str, **headers: str) -> httpx.Response:
             return await http.request(method, path, headers=names)
 
     return asyncio.run(call())
+
+
+@pytest.fixture(autouse=True)
+def our_user(monkeypatch):
+    """Has sent the requests, which come through no socket here."""
+    monkeypatch.setattr(ports, "users_of", lambda port, peer: {os.geteuid()})
 
 
 PAGE = {"origin": HERE, "sec_fetch_site": "same-origin", "x_vllm_sleep": "1"}
@@ -168,6 +181,31 @@ def test_a_header_that_is_there_twice():
     assert asyncio.run(call()) == [400, 400]
 
 
+@pytest.mark.parametrize("users", [{os.geteuid() + 1}, {os.geteuid(), 12345}, set()])
+def test_another_user_needs_the_key_to_stop_a_server_or_to_read_its_log(monkeypatch, users):
+    monkeypatch.setattr(ports, "users_of", lambda port, peer: users)
+    without, with_key = Admin(turns_of(server("a"))), Admin(turns_of(server("a")), KEY)
+    right = {"authorization": f"Bearer {KEY}"}
+    for method, path in (("POST", "/stop?model=a"), ("GET", "/log?model=a")):
+        answer = ask(without, method, path)
+        assert answer.status_code == 403
+        assert "--admin-key-file" in answer.json()["error"]["message"]
+        assert ask(with_key, method, path, **right).status_code == 409
+    assert ask(without, "GET", "/status").status_code == 200
+
+
+def test_whose_a_connection_is(monkeypatch):
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as here:
+        peer = here.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", peer)) as client:
+            port = client.getsockname()[1]
+            taken, _ = here.accept()
+            assert ports.users_of(port, peer) == {os.geteuid()}
+        assert ports.users_of(port, peer) == set()  # closed, so nobody's
+        taken.close()
+
+
 def test_a_server_of_somebody_else_has_no_log_and_no_stop():
     admin = Admin(turns_of(server("a")))
     for method, path in (("POST", "/stop?model=a"), ("GET", "/log?model=a")):
@@ -215,12 +253,14 @@ def rank(index: int, free: int, copied: int, **tags: int) -> dict[str, Any]:
 class Tells(SleepClient):
     """A server's answers about its memory."""
 
-    def __init__(self, ranks: list[Any] | None) -> None:
+    def __init__(self, ranks: list[Any] | CallFailed | None) -> None:
         super().__init__("http://127.0.0.1:1")
         self.told, self.asked = ranks, 0
 
     async def ranks(self, timeout_s: float | None = None) -> Any:
         self.asked += 1
+        if isinstance(self.told, CallFailed):
+            raise self.told
         return self.told
 
 
@@ -272,23 +312,129 @@ def test_memory_by_device_model_and_tag():
     assert ask(admin, "GET", "/status").json()["servers"][0]["memory"] is None
 
 
-def test_events_say_what_has_changed():
+def memory_of(admin: Admin, path: str = "/status") -> Any:
+    said = ask(admin, "GET", path).json()
+    return said["servers"][0]["memory"], len(said["devices"])
+
+
+def test_memory_that_was_told_long_ago_or_by_a_server_that_is_gone_is_not_shown(monkeypatch):
+    tells = Tells([rank(0, 40, 10, weights=30)])
+    one = Server(tells, "a", devices=(0,))
+    one.state = "awake"
+    admin = Admin(turns_of(one))
+    told = {"device": 30 * MIB, "host": 3 * MIB, "disk": 0}
+    assert memory_of(admin, "/status?memory=1") == (told, 1)
+    assert memory_of(admin) == (told, 1)
+    tells.told = CallFailed("it sleeps just now")
+    assert memory_of(admin, "/status?memory=1") == (told, 1)
+    with monkeypatch.context() as later:
+        later.setattr(statuses, "RECENT_S", 0.0)
+        assert memory_of(admin) == (None, 0)
+    tells.told = NobodyListens("nobody")
+    assert memory_of(admin, "/status?memory=1") == (None, 0)
+
+
+def test_servers_are_not_asked_more_often_than_needed():
+    tells, does_not = Tells([rank(0, 40, 10, weights=30)]), Tells(None)
+    servers = [Server(client, name) for client, name in ((tells, "a"), (does_not, "b"))]
+    for each in servers:
+        each.state = "awake"
+    status = statuses.Status(turns_of(*servers))
+
+    async def look() -> tuple[int, int]:
+        if asking := status.look():
+            await asyncio.wait(asking)
+        return tells.asked, does_not.asked
+
+    def pass_by(seconds: float) -> None:
+        for report in status._reports.values():
+            report.at -= seconds
+
+    async def looks() -> list[tuple[int, int]]:
+        found = [await look(), await look()]
+        pass_by(statuses.FRESH_S)
+        found.append(await look())
+        servers[0].in_flight = servers[1].in_flight = 1
+        found.append(await look())
+        servers[0].in_flight = servers[1].in_flight = 0
+        pass_by(statuses.IDLE_FRESH_S)
+        found.append(await look())
+        servers[1].state = "asleep"
+        found.append(await look())
+        return found
+
+    # First; nothing new; idle; in use; idle for longer; another state.
+    assert asyncio.run(looks()) == [(1, 1), (1, 1), (1, 1), (2, 1), (3, 1), (3, 2)]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"tags": {"weights": 5}},
+        {"tags": {"weights": {"device": "much", "host": 0}}},
+        {"tags": {"weights": {"device": -1, "host": 0}}},
+        {"tags": []},
+        {"device": None},
+        {"free": 1.5},
+        {"resident": [1]},
+        {"last_operation": {"operation": "wake"}},
+        {"last_operation": {"operation": "wake", "copied_bytes": 1, "seconds": float("nan")}},
+        {"last_operation": 7},
+    ],
+)
+def test_what_an_odd_server_tells_is_left_out(odd):
+    good = rank(0, 40, 10, weights=30)
+    assert read([good]) is not None
+    assert read([{**good, **odd}]) is None
+    for other in ("ranks", {"a": 1}, [None], [[]]):
+        assert read(other) is None
+    one, two = Server(Tells([{**good, **odd}]), "a"), Server(Tells([good]), "b")
+    one.state = two.state = "awake"
+    said = ask(Admin(turns_of(one, two)), "GET", "/status?memory=1").json()
+    assert [each["memory"] is None for each in said["servers"]] == [True, False]
+
+
+def test_devices_are_in_the_order_of_their_numbers():
+    ranks = [rank(0, 40, 10), rank(1, 40, 10)]
+    one = Server(Tells(ranks), "a", devices=(10, 2))
+    one.state = "awake"
+    said = ask(Admin(turns_of(one)), "GET", "/status?memory=1").json()
+    assert [each["device"] for each in said["devices"]] == ["2", "10"]
+
+
+def test_events_say_what_has_changed(monkeypatch):
+    """To all who listen, from one look."""
     one = server("a")
     turns = turns_of(one)
     admin = Admin(turns)
+    looks = []
+    describe = admin._said.describe
+    monkeypatch.setattr(admin._said, "describe", lambda: (looks.append(0), describe())[1])
 
     async def follow() -> list[dict[str, Any]]:
-        stream = admin._events._events()
-        said = [await anext(stream)]
-        coming = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(3 * events._LOOK_S)
-        assert not coming.done()  # nothing has changed
-        for state in ("awake", "asleep"):
-            one.state = state
-        said.append(await coming)
-        admin.close()
-        assert await anext(stream, None) is None
-        return [json.loads(text.removeprefix("data: ")) for text in said]
+        streams = [admin._events.events() for _ in range(8)]
+        with contextlib.ExitStack() as open_ones:
+            for _ in streams:
+                open_ones.enter_context(admin._events.looking())
+            said = [await anext(stream) for stream in streams]
+            assert len(looks) == 1
+            coming = [asyncio.ensure_future(anext(stream)) for stream in streams]
+            while len(looks) < 4:
+                await asyncio.sleep(0.01)
+            assert not any(each.done() for each in coming)  # nothing has changed
+            before = len(looks)
+            for state in ("awake", "asleep"):
+                one.state = state
+            said += await asyncio.gather(*coming)
+            assert len(looks) == before + 1
+            admin.close()
+            assert [await anext(stream, None) for stream in streams] == [None] * 8
+        assert admin._events._looking is None
+        events = [json.loads(text.removeprefix("data: ")) for text in said]
+        for event in events:
+            del event["now"]
+        assert events == [events[0]] * 8 + [events[8]] * 8
+        return [events[0], events[8]]
 
     first, second = asyncio.run(follow())
     assert [state for _, _, state in first["history"]] == ["unknown"]

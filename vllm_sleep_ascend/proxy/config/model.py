@@ -248,7 +248,8 @@ class Model(BaseModel):
     def secrets(self) -> list[str]:
         """What ``shown`` leaves out and no log shows, the longest first."""
         found = {secret for _, hidden in self._parts() for secret in hidden}
-        return sorted((s for s in found if len(s) >= _SHORTEST_SECRET), key=len, reverse=True)
+        long = (secret for secret in found if len(secret) >= _SHORTEST_SECRET)
+        return sorted(long, key=lambda secret: (-len(secret), secret))
 
     def _parts(self) -> Iterator[tuple[str, list[str]]]:
         """Each word of the command as it is shown, and what was left out of it."""
