@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from websockets.sync.client import connect
-
 from helpers.patience import patience, wait_for
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -40,6 +38,8 @@ class Browser:
     """
 
     def __init__(self, folder: Path) -> None:
+        from websockets.sync.client import connect  # which few tests need
+
         assert PROGRAM is not None, MISSING
         as_root = ("--no-sandbox",) if os.geteuid() == 0 else ()
         self.complaints: list[str] = []

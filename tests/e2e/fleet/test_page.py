@@ -24,7 +24,9 @@ TAB, ENTER, ESCAPE = ("Tab", 9), ("Enter", 13, "\r"), ("Escape", 27)
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
-    log_line = f"10%\r\x1b[?25l90%\r\x1b]0;title\x07\x1b[36m(Engine)\x1b[0m {MARKUP}</pre><script>document.title='taken'</script>"
+    written_over = "10%\r\x1b[?25l90%\r\x1b]0;title\x07"
+    markup = f"{MARKUP}</pre><script>document.title='taken'</script>"
+    log_line = f"{written_over}\x1b[36m(Engine)\x1b[0m {markup}"
     models = {
         name: stand_in(folder, name, "--reports-memory", "--says", log_line, devices=0)
         for name in ("model-a", "model-b", MARKUP)
