@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from helpers.patience import patience, wait_for
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
