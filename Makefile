@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 #   make demo          sleep and wake a model of 0.5B parameters on a simulated NPU
+#   make demo-proxy    two tiny models behind the proxy on a simulated NPU, with its page
 #   make test          all that protects a user; FILE=tests/... or ARGS=... for one place
 #   make test-slow     the same product in programs, benchmarks and launchers that take a minute each,
 #                      and the tests of the simulator
@@ -56,7 +57,7 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo next test test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo demo-proxy next test test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -128,6 +129,12 @@ setup-ascend: setup $(ASCEND)/.installed
 demo: setup
 	@$(BIN)/python examples/make_model.py qwen2.5-0.5b $(MODELS)/qwen2.5-0.5b
 	@$(BIN)/python examples/demo.py $(MODELS)/qwen2.5-0.5b build/demo.log
+
+DEMO_MODELS := $(addprefix $(MODELS)/,tiny-qwen2 tiny-llama)
+
+demo-proxy: setup
+	@for model in $(DEMO_MODELS); do $(BIN)/python examples/make_model.py $$(basename $$model) $$model; done
+	@$(BIN)/python examples/demo_proxy.py build/demo-proxy $(DEMO_MODELS)
 
 # Both environments use the allocator in this folder, so each builds it again after the other.
 next:

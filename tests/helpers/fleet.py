@@ -16,6 +16,7 @@ import yaml
 
 from helpers import ROOT
 from helpers.patience import patience, wait_for
+from helpers.proxy import admin_client
 from helpers.server import http_client
 from vllm_sleep_ascend.proxy.launch import ports
 
@@ -48,7 +49,7 @@ class Fleet:
         self.port = ports.free(set())
         self.admin_port = ports.free({self.port})
         self.users = http_client(f"http://127.0.0.1:{self.port}")
-        self.admin = http_client(f"http://127.0.0.1:{self.admin_port}")
+        self.admin = admin_client(self.admin_port, environment)
         self._options = options
         run = f"from {MODULE} import __main__ as proxy\n{before}\nraise SystemExit(proxy.main())"
         self._program = ["-c", run] if before else ["-m", MODULE]

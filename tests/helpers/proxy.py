@@ -10,6 +10,7 @@ import httpx
 
 from helpers.patience import patience, wait_for
 from helpers.server import Server, free_ports, http_client
+from vllm_sleep_ascend import admin_key
 
 PROMPTS = ["The future of AI is", "One day a fox", "import os\n", "def main(", "Once more"]
 TOKENS = 12
@@ -20,6 +21,13 @@ def command(servers: list[Server], *options: str) -> list[str]:
     return [sys.executable, "-m", "vllm_sleep_ascend.proxy", *addresses, *options]
 
 
+def admin_client(port: int, environment: dict[str, str]) -> httpx.Client:
+    """Of the admin port of a proxy with this environment."""
+    key = environment.get(admin_key.VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return http_client(f"http://127.0.0.1:{port}", headers=headers)
+
+
 class Proxy:
     """A proxy process in front of some servers."""
 
@@ -27,7 +35,7 @@ class Proxy:
         self.port, self.admin_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.users = http_client(self.url)
-        self.admin = http_client(f"http://127.0.0.1:{self.admin_port}")
+        self.admin = admin_client(self.admin_port, env or {})
         ports = ("--port", str(self.port), "--admin-port", str(self.admin_port))
         self.process = subprocess.Popen(
             command(servers, *ports, *options), env={**os.environ, **(env or {})}

@@ -13,9 +13,12 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
-DEVICE_BYTES = 100
+MIB = 1 << 20
+TOTAL, WEIGHTS, KV_CACHE = 1024 * MIB, 300 * MIB, 148 * MIB
+"""Bytes of the device, of which all stand-ins in one folder say that they use it, and of the tags
+of one whose command does not say what it takes."""
 
 
 class State:
@@ -27,19 +30,25 @@ class State:
         self.level = 0
         """At which the weights sleep; 2 until they are loaded."""
         self.place = "host"
-        self.share = round(DEVICE_BYTES * args.gpu_memory_utilization)
-        """Bytes of the device, while it is awake."""
+        self.last: dict | None = None
+        share = int(TOTAL * args.gpu_memory_utilization) or WEIGHTS + KV_CACHE
+        weights = min(WEIGHTS, share)
+        self.sizes = {"weights": weights, "kv_cache": share - weights}
+        """Bytes of its tags."""
         self.device = Path(args.journal).parent / "device"
-        """Bytes of those that are awake, a file for each."""
-        self.hold(True)
+        """A file for each stand-in, with the bytes that it holds."""
+        self.hold()
 
-    def hold(self, holds: bool) -> None:
-        """Its bytes of the device, or none."""
-        if self.share and holds:
+    def here(self) -> dict[str, int]:
+        """Bytes of its tags that are on the device."""
+        return {tag: 0 if tag in self.asleep else size for tag, size in self.sizes.items()}
+
+    def hold(self, size: int | None = None) -> None:
+        """Bytes of the device; by default those of what is awake."""
+        if self.args.reports_memory:
             self.device.mkdir(exist_ok=True)
-            (self.device / self.args.model).write_text(str(self.share))
-        else:
-            (self.device / self.args.model).unlink(missing_ok=True)
+            file = self.device / quote(self.args.model, safe="")
+            file.write_text(str(sum(self.here().values()) if size is None else size))
 
     def sleep(self, level: int, place: str) -> None:
         if self.background is not None:
@@ -49,38 +58,48 @@ class State:
             return  # as stock vLLM does
         self.asleep, self.level = {"weights", "kv_cache"}, max(self.level, level)
         self.place = place
-        self.hold(False)
+        self.last = copied(f"sleep level {level}", self.sizes["weights"] if level == 1 else 0)
+        self.hold()
         to = " to disk" if place == "disk" else ""
         self.note(f"sleeps{to}" if level == 1 else f"sleeps at level {level}")
 
     def wake(self, tags: list[str]) -> None:
+        self.last = copied("wake", self.sizes["weights"] if self.level == 1 else 0)
         self.asleep -= set(tags or self.asleep)
+        self.hold()
         if not self.asleep:
             self.level = 0
-            self.hold(True)
             self.note("wakes")
 
     def rank(self) -> dict:
         """Of /sleep_status, with what the proxy reads."""
+        here = self.here()
         sizes = {"offloaded": int(self.level == 1), "discarded": int(self.level == 2)}
-        host = sizes["offloaded"] if self.place == "host" else 0
-        all_held = {file.name: int(file.read_text()) for file in self.device.glob("*")}
-        held = all_held.get(self.args.model, 0)
+        backup = self.sizes["weights"] * sizes["offloaded"]
+        host, disk = (backup if self.place == place else 0 for place in ("host", "disk"))
         return {
             "rank": 0,
             "device": 0,
-            "free": DEVICE_BYTES - sum(all_held.values()),
-            "total": DEVICE_BYTES,
-            "held": held,
-            "share": self.share,
+            "total": TOTAL,
+            "free": TOTAL - sum(int(file.read_text()) for file in self.device.glob("*")),
+            "held": sum(here.values()),
+            "share": sum(self.sizes.values()),
             "enabled": True,
-            "tags": {"weights": {**sizes, "device": held, "host": host}},
+            "tags": {
+                "weights": {**sizes, "device": here["weights"], "host": host, "disk": disk},
+                "kv_cache": {"device": here["kv_cache"], "host": 0, "disk": 0},
+            },
             "weights": {"source": "checkpoint", "version": "0"},
+            "last_operation": self.last,
         }
 
     def note(self, event: str) -> None:
         with open(self.args.journal, "a") as journal:
             journal.write(f"{self.args.model} {event}\n")
+
+
+def copied(operation: str, size: int) -> dict:
+    return {"operation": operation, "copied_bytes": size, "seconds": 0.1}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -181,6 +200,7 @@ def main() -> None:
     parser.add_argument("--alias", action="append", default=[])
     parser.add_argument("--reports-memory", action="store_true", help="as this package does")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.0)
+    parser.add_argument("--says", help="a line of its log")
     parser.add_argument("--exits", type=int, help="in place of serving")
     parser.add_argument("--waits-for", help="a file, before it serves")
     parser.add_argument("--serves-while", help="a file; else it exits at the start")
@@ -191,15 +211,15 @@ def main() -> None:
     args = parser.parse_args()
     Handler.state = state = State(args)
     state.note(f"starts {os.environ.get('ASCEND_RT_VISIBLE_DEVICES', '')}".strip())
+    if args.says:
+        print(args.says, flush=True)
     if args.with_child and os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     if args.ignores_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: state.note("ignores SIGTERM"))
     else:
-        signal.signal(
-            signal.SIGTERM, lambda *_: (state.hold(False), state.note("ends"), os._exit(0))
-        )
+        signal.signal(signal.SIGTERM, lambda *_: (state.hold(0), state.note("ends"), os._exit(0)))
     if args.exits is not None:
         print("first line\nit has no model, password-of-this\n", flush=True)
         sys.exit(args.exits)

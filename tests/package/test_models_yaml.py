@@ -326,6 +326,15 @@ def test_a_command_is_shown_without_keys():
     )
     within = Model(command=["sh", "-c", "serve --hf-token abc --ssl_key=def ${PORT}"])
     assert within.shown() == "sh -c serve --hf-token *** --ssl_key=*** ${PORT}"
+    long = [
+        "--hf-token",
+        "abcdefgh",
+        "--ssl-key=ijklmnop1",
+        "-c",
+        "x --api_token qrstuvwx -v",
+        "--t=y",
+    ]
+    assert Model(command=long).secrets() == ["ijklmnop1", *sorted(["abcdefgh", "qrstuvwx"])]
     environment = {"HF_TOKEN": "0123456789", "TOKENS": "9876543210", "KEY": "1"}
     assert secrets(environment) == ["0123456789"]
 

@@ -68,6 +68,10 @@ def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
     done = install(sources, PIP_TARGET=str(site), COMPILE_CUSTOM_KERNELS="0", ASCEND_HOME_PATH="")
     assert done.returncode == 0, done.stderr
     assert not list(site.glob("vllm_sleep_ascend/_camem*.so"))
+    page = "vllm_sleep_ascend/proxy/http/page"
+    files = {path.name for path in (sources / page).iterdir() if path.suffix != ".py"}
+    assert {"index.html", "page.js", "style.css", "texts.json"} < files
+    assert files <= {path.name for path in (site / page).iterdir()}
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"

@@ -2,8 +2,6 @@
 """Stands in front of the admin door's endpoints, and refuses what is not an operator's request."""
 
 import asyncio
-import re
-from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,6 @@ SLOW_S = 5.0
 """Seconds in which the headers of a request have to be there, and its body."""
 
 _ONCE = (b"authorization", b"content-length", b"content-type", b"host", b"transfer-encoding")
-_HOST = re.compile(rb"(?P<name>\[[0-9a-f:.]+\]|[^:\[\]]+)(:\d+)?", re.IGNORECASE)
 
 
 class Refused(Exception):
@@ -70,15 +67,13 @@ class Guard:
             Refused: by what the headers say.
         """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        counts = Counter(name for name, _ in headers)
-        for name in _ONCE:
-            if counts[name] > 1:
-                raise Refused(HTTPStatus.BAD_REQUEST, f"{name.decode()} is there more than once")
-        if counts[b"content-length"] and counts[b"transfer-encoding"]:
+        if reason := admin_key.repeated(headers, _ONCE):
+            raise Refused(HTTPStatus.BAD_REQUEST, reason)
+        values = dict(headers)
+        if b"content-length" in values and b"transfer-encoding" in values:
             raise Refused(
                 HTTPStatus.BAD_REQUEST, "content-length and transfer-encoding exclude each other"
             )
-        values = dict(headers)
         if b"origin" in values or values.get(b"sec-fetch-site", b"none") != b"none":
             raise Refused(HTTPStatus.FORBIDDEN, "requests of web pages are refused here")
         self._check_key(values)
@@ -94,19 +89,12 @@ class Guard:
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if self._digest is None:
-            host = _HOST.fullmatch(headers.get(b"host", b""))
-            name = "" if host is None else host["name"].decode("latin-1").lower().strip("[]")
+            name = admin_key.host_name(headers.get(b"host", b""))
             if self._address and name != self._address and not admin_key.is_loopback(name):
                 raise Refused(HTTPStatus.FORBIDDEN, "the request is for another host")
             return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not given:
-            raise Refused(
-                HTTPStatus.UNAUTHORIZED,
-                "the admin key is needed: send it as Authorization: Bearer KEY",
-            )
-        if not admin_key.is_key(given, self._digest):
-            raise Refused(HTTPStatus.UNAUTHORIZED, "the admin key is wrong")
+        if reason := admin_key.refusal(headers.get(b"authorization", b""), self._digest):
+            raise Refused(HTTPStatus.UNAUTHORIZED, reason)
 
 
 async def _read(scope: "Scope", receive: "Receive") -> bytes:

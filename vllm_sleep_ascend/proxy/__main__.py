@@ -8,8 +8,9 @@ again; SIGTERM lets running requests end, a second one does not.
 With URLs somebody else starts them. Each server runs with --enable-sleep-mode and an admin door
 (admin_port or admin_socket), or with VLLM_SERVER_DEV_MODE=1; start all but the last and put each to
 sleep (vllm-sleep sleep ADMIN) before the next. Let users reach only the proxy: a server that is
-asked directly does not wake. The doors' key is that of the environment, SLEEP_ADMIN_KEY, or of
---admin-key-file. Servers that ask for an API key (--api-key) get VLLM_API_KEY; users send theirs.
+asked directly does not wake. The key of the doors and of the admin port is that of the environment,
+SLEEP_ADMIN_KEY, or of --admin-key-file. Servers that ask for an API key (--api-key) get
+VLLM_API_KEY; users send theirs.
 """
 
 import argparse
@@ -53,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--leave-servers", action="store_true", help="let them go on; the next proxy finds them")
     add("--host", default=LOOPBACK, help="where users are served")
     add("--port", type=int, default=8000)
-    add("--admin-port", type=int, default=8100, help="status, sleep, wake, metrics; loopback only")
-    add("--admin-key-file", help="of the servers' admin doors")
+    add("--admin-port", type=int, default=8100, help="a page, status, metrics; loopback only")
+    add("--admin-key-file", help="of the admin port and the servers' doors")
     add("--level", type=int, choices=(1, 2), default=1, help="of sleep")
     add("--max-queue", type=int, default=256, help="requests that may wait; more get a 503")
     add("--max-body-mib", type=int, default=64, help="of a request; larger ones get a 413")
@@ -89,12 +90,14 @@ async def _serve(args: argparse.Namespace) -> int:
     max_awake = None if args.max_awake == models.FIT else args.max_awake
     settings = Settings(args.max_queue, args.turn_s, args.idle_s, max_awake)
     turns = Turns(_servers(args, door_key), Metrics(), settings)
+    admin = Admin(turns, door_key)
     listeners = Listeners(
         [
             (Public(turns, args.max_body_mib << 20).app, args.host, args.port),
-            (Admin(turns).app, LOOPBACK, args.admin_port),
+            (admin.app, LOOPBACK, args.admin_port),
         ],
         args.grace_s,
+        at_stop=admin.close,
     )
     if args.config is None:
         on_signals(listeners.stop, listeners.stop_at_once)

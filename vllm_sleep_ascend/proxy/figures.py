@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 from vllm_sleep_ascend.client.calls import CallFailed, TooLate
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY
-from vllm_sleep_ascend.proxy.servers import Server, State
+from vllm_sleep_ascend.proxy.servers import Server
+from vllm_sleep_ascend.proxy.states import State
 from vllm_sleep_ascend.status import RankStatus
 
 logger = logging.getLogger(__name__)

@@ -67,6 +67,23 @@ class Idle:
             else:
                 asked.set_exception(CallFailed(f"{server.name} did not fall asleep; see the log"))
 
+    def end_those_asked(self) -> None:
+        for server in self._servers:
+            asked, launched = server.stop_asked, server.launched
+            if asked is None or launched is None or server.in_flight or server.passing:
+                continue
+            server.due = None
+            if server.state == "stopped":
+                server.stop_asked = None
+                asked.set_result(None)
+            elif server.state == "stuck":
+                server.stop_asked = None
+                asked.set_exception(CallFailed(launched.error))
+            elif server.state == "starting":
+                launched.cancel()
+            elif server.state != "stopping":
+                self.end(server, launched)
+
     async def retire(self) -> float | None:
         """End servers that models.yaml no longer has, once their requests have ended. One that the
         proxy has not started sleeps before it is forgotten. Returns the seconds until there is more

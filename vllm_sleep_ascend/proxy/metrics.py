@@ -5,7 +5,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_sleep_ascend.proxy.servers import STATES, Server, State
+from vllm_sleep_ascend.proxy.servers import Server
+from vllm_sleep_ascend.proxy.states import STATES, State
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 

@@ -17,9 +17,9 @@ from vllm_sleep_ascend.client.calls import (
     TooLate,
     Unreachable,
 )
-from vllm_sleep_ascend.proxy.launch.launched import Launched
+from vllm_sleep_ascend.proxy.launch.launched import Cancelled, Launched
 from vllm_sleep_ascend.proxy.metrics import Metrics
-from vllm_sleep_ascend.proxy.servers import Server
+from vllm_sleep_ascend.proxy.servers import Operation, Server
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Operations:
         await asyncio.gather(*(learn(server) for server in servers if server.runs))
 
     async def start(self, server: Server, launched: Launched) -> None:
-        """Start its process, or wait for one that starts; or fail the requests that wait for it."""
+        """Start its process, or wait for one that starts. Requests that wait for it fail if it does
+        not serve; after ``Launched.cancel`` they wait for its next start."""
         started, until, awake = time.monotonic(), math.inf, False
         server.state, server.open, server.served = "starting", False, False
 
@@ -78,13 +79,15 @@ class Operations:
             await launched.start(serves)
         except CallFailed as error:
             server.state = "stuck" if launched.is_stuck else "stopped"
+            if isinstance(error, Cancelled):
+                return
             if server.due == "preload":
                 server.due = "restart"  # which puts no other server to sleep
             self.metrics.failures.labels(server.name, "start").inc()
             server.fail(error)
             return
         server.due = None
-        self.metrics.operation.labels("start").observe(time.monotonic() - started)
+        self._took(server, "start", started)
         self.metrics.starts.labels(server.name).inc()
         if server.state == "starting":  # it lives
             server.state, server.awake_since = "awake" if awake else "unknown", time.monotonic()
@@ -163,11 +166,10 @@ class Operations:
                 return not server.on_device  # else its memory is not free yet
             self.metrics.failures.labels(server.name, "sleep").inc()
             return False
-        server.sleep_s = time.monotonic() - started
         if server.runs:
             server.state, server.slept_at = "asleep", slept_at
             server.deepest, server.outlasted = deep or level == 2, False
-        self.metrics.operation.labels("sleep").observe(server.sleep_s)
+        server.sleep_s = self._took(server, "sleep", started)
         self.metrics.sleeps.labels(server.name).inc()
         return not server.on_device
 
@@ -238,6 +240,12 @@ class Operations:
         if server.launched is not None:
             server.launched.slept_at = 0
         server.awake_since = time.monotonic()
-        self.last_wake_s = server.wake_s = server.awake_since - started
-        self.metrics.operation.labels("wake").observe(server.wake_s)
+        self.last_wake_s = server.wake_s = self._took(server, "wake", started)
         self.metrics.switches.labels(server.name).inc()
+
+    def _took(self, server: Server, name: str, started: float) -> float:
+        """Note an operation. Returns its seconds."""
+        seconds = time.monotonic() - started
+        self.metrics.operation.labels(name).observe(seconds)
+        server.last_operation = Operation(name, seconds, time.time())
+        return seconds

@@ -43,6 +43,10 @@ class Schedule:
         try:
             await self._run()
         finally:
+            for server in self.servers:
+                for asked in (server.sleep_asked, server.stop_asked):
+                    if asked is not None and not asked.done():
+                        asked.set_exception(CallFailed("the proxy ends"))
             await self.background.cancel()
 
     async def _run(self) -> None:
@@ -86,6 +90,7 @@ class Schedule:
                     server.fail(CallFailed(server.launched.error))
         pauses = [await self.idle.retire()]
         await self.idle.sleep_those_asked()
+        self.idle.end_those_asked()
         pauses.append(await self.idle.go_down())
         wanted = [s for s in self.servers if (s.waiting or s.due) and not s.on_device]
         resting = [server for server in wanted if self._has_to_rest(server, pauses)]
@@ -99,8 +104,7 @@ class Schedule:
                 return 0
         leaving = {servers[key] for step in choice.steps for key in step.leaving}
         for server in self.servers:
-            leaves = server.sleep_asked is not None or (server in leaving and not server.open)
-            if server.state != "awake" or leaves:
+            if server.state != "awake" or server.closing or (server in leaving and not server.open):
                 continue
             if server.waiting and server.unsure:
                 await self.operations.ask(server)
@@ -142,6 +146,8 @@ class Schedule:
     def _has_to_rest(self, server: Server, pauses: list[float | None]) -> bool:
         """Whether it cannot start yet. If its last start has failed, its requests fail at once."""
         launched = server.launched
+        if server.stop_asked is not None:
+            return True  # It starts again once that is answered.
         if launched is None or server.state != "stopped":
             return False
         older = self.servers[: self.servers.index(server)]  # of before a reload

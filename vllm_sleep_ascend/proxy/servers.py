@@ -5,22 +5,28 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config.model import DeepSleep
+from vllm_sleep_ascend.proxy.states import History, State
 
 if TYPE_CHECKING:
     from vllm_sleep_ascend.proxy.config.groups import Group
     from vllm_sleep_ascend.proxy.figures import Figures
     from vllm_sleep_ascend.proxy.launch.launched import Launched
 
-State = Literal["awake", "asleep", "unknown", "starting", "stopping", "stuck", "stopped"]
-STATES: tuple[State, ...] = get_args(State)
-
 TRUST_S = 1.0
 """Seconds without a request after which a server that was awake is asked whether it still is."""
+
+
+class Operation(NamedTuple):
+    """A start, sleep or wake that has succeeded; ``at``: its end, in seconds of the Unix epoch."""
+
+    name: str
+    seconds: float
+    at: float
 
 
 @dataclass(eq=False)
@@ -48,7 +54,7 @@ class Server:
     start_share: float | None = None
     launched: "Launched | None" = None
     models: list[str] = field(default_factory=list)
-    state: State = "unknown"
+    history: History = field(default_factory=History)
     # Requests are admitted at once: it is awake, and its turn continues.
     open: bool = False
     in_flight: int = 0
@@ -83,6 +89,9 @@ class Server:
     deepens_again_at: float = 0.0
     # Set if an operator has asked for a sleep; done once it sleeps.
     sleep_asked: "asyncio.Future[None] | None" = None
+    # The same for its end.
+    stop_asked: "asyncio.Future[None] | None" = None
+    last_operation: Operation | None = None
     # Started without a request: ahead of the first, or again after it has died.
     due: Literal["preload", "restart"] | None = None
     # No longer in models.yaml: it serves what has come, and ends.
@@ -92,6 +101,14 @@ class Server:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.url
+
+    @property
+    def state(self) -> State:
+        return self.history.state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.history.enter(state)
 
     @property
     def url(self) -> str:
@@ -121,6 +138,11 @@ class Server:
     def idle_s(self) -> float:
         """Seconds since it was last used, or was brought up."""
         return time.monotonic() - max(self.last_used, self.awake_since, self.known_since)
+
+    @property
+    def closing(self) -> bool:
+        """Whether an operator has asked for its sleep or its end."""
+        return self.sleep_asked is not None or self.stop_asked is not None
 
     def waits_since(self) -> float:
         return next(iter(self.waiting.values()), math.inf)

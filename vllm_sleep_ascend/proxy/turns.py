@@ -60,8 +60,9 @@ class Turns:
     def remove(self, server: Server) -> None:
         """It has nothing left to do."""
         self.servers.remove(server)
-        if server.sleep_asked is not None and not server.sleep_asked.done():
-            server.sleep_asked.set_result(None)
+        for asked in (server.sleep_asked, server.stop_asked):
+            if asked is not None and not asked.done():
+                asked.set_result(None)
         after = next((other for other in self.servers if other.name == server.name), None)
         if after is None:
             self.metrics.forget(server.name)
@@ -137,3 +138,16 @@ class Turns:
         server.open = False
         self.changed.set()
         await asyncio.shield(server.sleep_asked)
+
+    async def stop(self, server: Server) -> None:
+        """Let running requests finish, then end its process, which the proxy has started. Another
+        request starts it again.
+
+        Raises:
+            CallFailed: it does not end.
+        """
+        if server.stop_asked is None:
+            server.stop_asked = asyncio.get_running_loop().create_future()
+        server.open = False
+        self.changed.set()
+        await asyncio.shield(server.stop_asked)

@@ -93,7 +93,7 @@ def _seen(
         switch_s=server.sleep_s + server.wake_s,
         due=None if server.retiring or server.state != "stopped" else server.due,
         ready=ready,
-        leaves=server.sleep_asked is not None,
+        leaves=server.closing,
         error=server.launched.error if server.launched is not None else "",
     )
 

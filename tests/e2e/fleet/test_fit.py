@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As many servers are awake as fit by bytes. The servers are stand-ins that report theirs, on a
-device of 100 bytes."""
+"""As many servers are awake as fit by bytes. The servers are stand-ins that report theirs, on one
+device."""
 
 import signal
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 from helpers.fleet import Fleet, stand_in
 from helpers.patience import wait_for
+from helpers.stand_in import TOTAL
 
 SHARES = (("a", "0.4"), ("b", "0.4"), ("c", "0.6"))
 
@@ -38,7 +39,7 @@ def test_as_many_are_awake_as_fit(tmp_path):
         assert fleet.events()[before:] == [
             *("a wakes", "a sleeps", "c wakes", "c sleeps", "a wakes"),
         ]
-        assert fleet.status()["c"]["device_bytes"] == [60]
+        assert fleet.status()["c"]["device_bytes"] == [int(0.6 * TOTAL)]
         # Found again as it is.
         fleet.process.kill()
         fleet.process.wait()

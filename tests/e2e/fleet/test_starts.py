@@ -77,6 +77,8 @@ def test_what_does_not_come_up(tmp_path):
         assert str(log) in said
         assert log.read_text().split("\n")[1] == "it has no model, password-of-this"
         assert "password-of-this" not in fleet.log.read_text()
+        shown = fleet.admin.get("/log", params={"model": "a"}).text
+        assert shown.split("\n")[:2] == ["first line", "it has no model, ***"]
         assert said in fleet.log.read_text()
         assert fleet.pid_of("b") and fleet.started()[0].pid == fleet.pid_of("b")
         assert fleet.metric("failures_total") == 1

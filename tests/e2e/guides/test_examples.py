@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import GIB, MIB, ROOT, programs, warm
+from helpers import GIB, MIB, ROOT, browser, page_picture, programs, warm
 
 
 @pytest.mark.parametrize("in_process", ["0", "1"])
@@ -72,6 +72,32 @@ def test_a_demo_that_fails_shows_the_end_of_the_log(tmp_path):
     assert said == f"The demo failed. The whole log is in {log}"
     assert any(line.startswith("Traceback") for line in shown)
     assert shown == log.read_text().splitlines()[-30:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_demo_of_the_proxy_and_the_picture_of_its_page(tmp_path):
+    with page_picture.demo(tmp_path) as running:
+        said = running.said.read_text().splitlines()
+        assert said[0] == f"The page:   {running.page}"
+        assert (
+            said[1] == f"The models: tiny-qwen2, tiny-llama, at http://127.0.0.1:{running.port}/v1"
+        )
+        assert running.admin.get("/").text.startswith("<!doctype html>")
+        for model, other in (page_picture.MODELS, reversed(page_picture.MODELS)):
+            running.ask(model)
+            assert running.states() == {model: "awake", other: "asleep"}
+        if browser.PROGRAM is not None:
+            picture = tmp_path / "page.png"
+            with browser.Browser(tmp_path) as tab:
+                page_picture.take(running, tab, picture)
+                assert tab.complaints == []
+                rows = tab.text(".card tbody").splitlines()
+            committed = (ROOT / "docs" / "page.png").stat().st_size
+            assert 20_000 < picture.stat().st_size < 150_000 > committed > 20_000
+            assert [row.partition(":")[0] for row in rows].count("tiny-qwen2") >= 2
+        assert running.end() == 0
+        assert not list((tmp_path / "state").glob("*.json"))  # no server is left
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ _SECRET_WORD = r"(?:key|token|secret|password|passwd|credentials?)"
 _SECRET = re.compile(rf"(?:^|[-_.]){_SECRET_WORD}$", re.IGNORECASE)
 # As vLLM takes it, also in a command within the command.
 _API_KEY_OPTION = re.compile(r"(?:^|\s)--api[-_]key(?:$|[\s=])")
-_SECRET_WITHIN = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_SECRET_WORD}[\s=]+)\S+", re.IGNORECASE)
+_SECRET_WITHIN = re.compile(rf"(--?(?:[\w.-]*[-_.])?{_SECRET_WORD}[\s=]+)(\S+)", re.IGNORECASE)
 _MEMORY_SHARE = re.compile(r"--gpu[-_]memory[-_]utilization[\s=]+(\d*\.?\d+)")
 _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
@@ -272,17 +272,28 @@ class Model(BaseModel):
 
     def shown(self) -> str:
         """The command for a message, without what may be a secret."""
-        words, hide = [], False
+        return " ".join(shown for shown, _ in self._parts())
+
+    def secrets(self) -> list[str]:
+        """What ``shown`` leaves out and no log shows, the longest first."""
+        found = {secret for _, hidden in self._parts() for secret in hidden}
+        long = (secret for secret in found if len(secret) >= _SHORTEST_SECRET)
+        return sorted(long, key=lambda secret: (-len(secret), secret))
+
+    def _parts(self) -> Iterator[tuple[str, list[str]]]:
+        """Each word of the command as it is shown, and what was left out of it."""
+        hide = False
         for word in self.command or ():
-            option, equals, _ = word.partition("=")
+            option, equals, value = word.partition("=")
             is_secret = option.startswith("-") and _SECRET.search(option) is not None
             if hide and not word.startswith("-"):
-                words.append("***")
+                yield "***", [word]
+            elif is_secret and equals:
+                yield f"{option}=***", [value]
             else:
-                shown = f"{option}=***" if is_secret and equals else word
-                words.append(_SECRET_WITHIN.sub(r"\1***", shown))
+                within = [found[2] for found in _SECRET_WITHIN.finditer(word)]
+                yield _SECRET_WITHIN.sub(r"\1***", word), within
             hide = is_secret and not equals
-        return " ".join(words)
 
     def identity(self, door_key: str | None) -> str:
         """Equal for entries with the same server: another one needs a restart."""

@@ -23,18 +23,23 @@ class Listeners:
 
     Args:
         grace_s: seconds that running requests get then.
+        at_stop: called then; it ends requests that would not end by themselves.
     """
 
-    def __init__(self, apps: list[tuple[Starlette, str, int]], grace_s: int) -> None:
+    def __init__(
+        self, apps: list[tuple[Starlette, str, int]], grace_s: int, at_stop: Callable[[], None]
+    ) -> None:
         configs = (
             uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=grace_s)
             for app, host, port in apps
         )
         self._listeners = [_Listener(config) for config in configs]
+        self._at_stop = at_stop
 
     def stop(self) -> None:
         for listener in self._listeners:
             listener.should_exit = True
+        self._at_stop()
 
     def stop_at_once(self) -> None:
         """Also what still runs."""

@@ -41,6 +41,10 @@ class _Missed(CallFailed):
         self.details = details
 
 
+class Cancelled(CallFailed):
+    """A start that was ended on purpose; nothing is left of it."""
+
+
 class Launched:
     """The server of ``entry``, which has no process at first.
 
@@ -67,7 +71,7 @@ class Launched:
         self._state, self._taken = state, taken
         self._group: Group | None = None
         self._record: Record | None = None
-        self._starting = self._closed = False
+        self._starting = self._cancelled = self._closed = False
         self._ending: asyncio.Task[None] | None = None
         self._failures = 0  # in a row, of starts and of what they have started
         self._rests_until = self._serves_since = float("-inf")
@@ -92,6 +96,14 @@ class Launched:
     @property
     def log(self) -> str:
         return str(self._state.log(self.name))
+
+    def log_end(self, lines: int) -> str:
+        """The last lines of the log, without the keys that the server was given; none of a log from
+        before its first start, whose keys may have been others."""
+        if not self.starts:
+            return ""
+        written = self._conceal("\n".join(self._state.last_lines(self.name)))
+        return "\n".join(written.rstrip("\n").split("\n")[-lines:])
 
     @property
     def pid(self) -> int | None:
@@ -153,32 +165,50 @@ class Launched:
         """Start it, unless it runs, and wait until it ``serves``.
 
         Raises:
+            Cancelled: by ``cancel``.
             CallFailed: it does not; nothing is left of it.
         """
         self._starting = True
         try:
+            if self._cancelled:
+                raise Cancelled(self.name)
             if self._group is None:
                 if self._closed:
                     raise CallFailed("the proxy ends")
                 self._launch()
             await self._comes_up(serves)
-        except Exception as error:  # whatever it is, the next start waits, and nothing is left
-            known = isinstance(error, CallFailed)
-            brief = str(error) if known else f"{self.name} could not be started"
-            details = getattr(error, "details", "") if known else f": {error!r}"
-            self.error = self._conceal(brief + details)
-            self.reason = self._conceal(brief) + (_SAYS_MORE if details else "")
-            self._fail()
-            self.failed = True
-            logger.warning("start: %s", self.error)
+        except Exception as error:  # whatever it is, nothing is left
+            if not self._cancelled:
+                self._note_failure(error)
             await self.end()
             if self.is_stuck and self._group is not None:
                 self.error = self.reason = _does_not_end(self.name, self._group)
+            elif self._cancelled:
+                self.failed, self.error = False, ""
+                raise Cancelled(f"{self.name} was stopped while it started") from None
             raise CallFailed(self.reason) from None
         finally:
-            self._starting = False
+            self._starting = self._cancelled = False
         self.failed, self.error = False, ""
         self._serves_since = time.monotonic()
+
+    def cancel(self) -> None:
+        """End what ``start`` starts, now or once it is called."""
+        self._cancelled = True
+        if self._group is not None and self._ending is None:
+            wait_s = self.entry.model.stop_timeout_s
+            self._ending = asyncio.create_task(self._end(self._group, wait_s))
+
+    def _note_failure(self, error: Exception) -> None:
+        """The next start waits."""
+        known = isinstance(error, CallFailed)
+        brief = str(error) if known else f"{self.name} could not be started"
+        details = getattr(error, "details", "") if known else f": {error!r}"
+        self.error = self._conceal(brief + details)
+        self.reason = self._conceal(brief) + (_SAYS_MORE if details else "")
+        self._fail()
+        self.failed = True
+        logger.warning("start: %s", self.error)
 
     def look(self) -> None:
         """Notice that its process has ended by itself."""
@@ -355,7 +385,7 @@ class Launched:
 
     def _conceal(self, text: str) -> str:
         """The text without the keys that the server was given."""
-        for secret in secrets(self._environment()):
+        for secret in (*secrets(self._environment()), *self.entry.model.secrets()):
             text = text.replace(secret, _HIDDEN)
         return text
 

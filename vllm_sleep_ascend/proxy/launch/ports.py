@@ -8,11 +8,16 @@ outgoing connections theirs, and which one is chosen does not follow from the se
 import os
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _LOWEST = 20000
 _HIGHEST = 65535
-_LISTENS = "0A"  # the state of a socket in /proc/net/tcp
+_ESTABLISHED, _LISTENS = "01", "0A"  # states of a socket in /proc/net/tcp
+
+TRUSTED = frozenset({0, os.geteuid()})
+"""Users who may get keys and requests."""
 
 
 def is_free(port: int) -> bool:
@@ -27,16 +32,34 @@ def is_free(port: int) -> bool:
 
 def strangers(port: int) -> set[int]:
     """Other users whose sockets listen on the port; those of root are trusted."""
-    found = set()
+    sockets = (socket for socket in _sockets() if socket.state == _LISTENS and socket.port == port)
+    return {socket.user for socket in sockets} - TRUSTED
+
+
+def users_of(port: int, peer: int) -> set[int]:
+    """Users whose sockets have this port and are connected to the port ``peer``. One that its
+    program has closed is no longer any user's, and is left out."""
+    wanted = (_ESTABLISHED, port, peer)
+    return {socket.user for socket in _sockets() if socket[:3] == wanted}
+
+
+class _Socket(NamedTuple):
+    state: str
+    port: int
+    peer: int
+    user: int
+
+
+def _sockets() -> Iterator[_Socket]:
+    """Those of this network namespace."""
     for table in ("tcp", "tcp6"):
         try:
             lines = Path("/proc/self/net", table).read_text().splitlines()[1:]
         except FileNotFoundError:  # without IPv6
             continue
         for fields in map(str.split, lines):
-            if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
-                found.add(int(fields[7]))
-    return found - {0, os.geteuid()}
+            port, peer = (int(address.rpartition(":")[2], 16) for address in fields[1:3])
+            yield _Socket(fields[3], port, peer, int(fields[7]))
 
 
 def free(taken: set[int]) -> int:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _RECORD, _LOG = ".json", ".log"
 _MAX_BYTES = 1 << 16
-_TAIL = 1 << 13  # bytes of a log in which its last line is looked for
+_TAIL = 1 << 18  # bytes of a log in which its last lines are looked for
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,20 @@ class State:
 
     def last_line(self, name: str) -> str:
         """Of the log; "" if there is none."""
+        lines = self.last_lines(name)
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def last_lines(self, name: str) -> list[str]:
+        """All of the log, or what is at its end; none if there is no log."""
         try:
             descriptor = self._open(self.log(name).name, os.O_RDONLY)
         except OSError:
-            return ""
+            return []
         with os.fdopen(descriptor, "rb") as file:
-            file.seek(max(0, os.fstat(descriptor).st_size - _TAIL))
+            start = max(0, os.fstat(descriptor).st_size - _TAIL)
+            file.seek(start)
             lines = file.read(_TAIL).decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return lines[1:] if start and len(lines) > 1 else lines  # the first one is a part
 
     def _open(self, file: str, flags: int) -> int:
         flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
