@@ -30,7 +30,9 @@ def asleep_rank() -> Any:
 
 
 def server(state: State = "asleep", devices: tuple[int, ...] | None = (0,), **more: Any) -> Server:
-    return Server(SleepClient("http://127.0.0.1:9"), state=state, devices=devices, **more)
+    server = Server(SleepClient("http://127.0.0.1:9"), devices=devices, **more)
+    server.state = state
+    return server
 
 
 def use(free: int = 30, held: int = 10, asleep: int = 10, share: int = 80) -> Use:
