@@ -144,7 +144,7 @@ next:
 
 # vLLM's tests are in its source distribution alone.
 $(VENV)/sdist/vllm-$(VLLM).tar.gz: | $(VENV)/.packages
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 VLLM_TARGET_DEVICE=empty \
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(BIN)/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
 	  --no-binary vllm -d $(@D) vllm==$(VLLM)
 

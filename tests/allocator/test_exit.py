@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import MIB, ROOT
+from helpers import MIB
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -19,7 +19,6 @@ ENVIRONMENT = {
     **os.environ,
     "NPU_SIM_MACHINE": f"exit-{os.getpid()}",
     "NPU_SIM_HBM_GIB": str(DEVICE_BYTES / 2**30),
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
 }
 

@@ -147,7 +147,7 @@ def test_the_example_trains_on_as_if_it_had_not_slept_and_imports_no_vllm() -> N
         env={
             **os.environ,
             **USUAL_MACHINE,
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples"))),
+            "PYTHONPATH": f"{ROOT / 'examples'}:{os.environ['PYTHONPATH']}",
         },
     )
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host memory of backups: exact, page-locked if possible, and within the limits."""
 
-import os
 import subprocess
 import sys
 import time
 from functools import partial
 
 import pytest
-from helpers import MIB, ROOT, allocator
+from helpers import MIB, allocator
 from helpers.control_group import control_group
 from helpers.faults import HOST_MEMORY_CODES, OUT_OF_MEMORY
 from helpers.patience import patience
@@ -249,7 +248,6 @@ class Child:
         )
         process = subprocess.Popen(
             [sys.executable, "-c", prepare + code],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

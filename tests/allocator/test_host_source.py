@@ -35,7 +35,6 @@ def in_process(code: str, **environment: str) -> str:
         env={
             **os.environ,
             **USUAL_MACHINE,
-            "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ['PYTHONPATH']}",
             **environment,
         },
         capture_output=True,

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 KIB = 1 << 10
@@ -216,13 +215,8 @@ def run_python(
     prelude = "from helpers.ascendcl import *\nimport os, sys, time\nok('aclrtSetDevice', 0)\n"
     return subprocess.run(
         [sys.executable, "-c", prelude + code],
-        env=subprocess_environment(**environment),
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
-
-
-def subprocess_environment(**environment: str) -> dict[str, str]:
-    path = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "PYTHONPATH": path, **environment}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers import MIB, ROOT
+from helpers import MIB
 from helpers.patience import patience
 
 
@@ -74,11 +74,7 @@ def leaves_no_file_if_killed(directory: Path, place: str, operations: str, machi
     weights until then, and nothing is left of it."""
     with subprocess.Popen(
         [sys.executable, "-c", _OPERATES, str(directory), place, operations],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT / 'tests'}:{os.environ['PYTHONPATH']}",
-            "NPU_SIM_MACHINE": machine,
-        },
+        env={**os.environ, "NPU_SIM_MACHINE": machine},
         stdout=subprocess.PIPE,
         text=True,
     ) as child:

@@ -16,8 +16,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from helpers.ascendcl import subprocess_environment
-
 _NEIGHBOUR = """
 from helpers.ascendcl import *
 ok("aclrtSetDevice", 0)
@@ -40,7 +38,6 @@ class Neighbour:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"import sys{_NEIGHBOUR}"],
-            env=subprocess_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -92,7 +92,11 @@ def test_without_the_allocator_vllm_runs_and_sleep_mode_says_how_to_build(
     done = programs.run(
         [sys.executable, script],
         180,
-        env={**os.environ, "PYTHONPATH": str(site), "NPU_SIM_MACHINE": f"setup-{os.getpid()}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{site}:{os.environ['PYTHONPATH']}",
+            "NPU_SIM_MACHINE": f"setup-{os.getpid()}",
+        },
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "COMPILE_CUSTOM_KERNELS=1 pip install" in done.stdout
@@ -147,7 +151,8 @@ def test_in_a_clean_environment_the_source_distribution_installs_and_sleeps(sour
     environment = {
         **os.environ,
         "NPU_SIM_MACHINE": f"setup-{os.getpid()}",
-        "PYTHONPATH": "",
+        # As CANN's set_env.sh sets it.
+        "PYTHONPATH": f"{os.environ['ASCEND_HOME_PATH']}/python/site-packages",
     }
     done = subprocess.run(
         [python, site / "sleeps.py"], env=environment, capture_output=True, text=True

@@ -2,6 +2,7 @@
 """Communication between the processes of a simulated machine, through torch_npu and directly."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from helpers.ascendcl import MIB, message, ok, subprocess_environment
+from helpers.ascendcl import MIB, message, ok
 from helpers.patience import patience
 
 RANK = ROOT / "tests" / "helpers" / "collectives.py"
@@ -24,7 +25,7 @@ def ranks(
     tmp_path: Path, check: str, world: int, *, devices: list[int] | None = None, **env: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     variables = {"NPU_SIM_DEVICES": "4", "HCCL_BUFFSIZE": "1", "OMP_NUM_THREADS": "1", **env}
-    environment = subprocess_environment(**variables)
+    environment = {**os.environ, **variables}
     environment = {name: value for name, value in environment.items() if value}
     processes = [
         subprocess.Popen(

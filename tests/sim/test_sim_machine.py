@@ -24,7 +24,6 @@ from helpers.ascendcl import (
     malloc_physical,
     ok,
     run_python,
-    subprocess_environment,
 )
 
 
@@ -35,7 +34,7 @@ class Neighbour:
         setup = "from helpers.ascendcl import *\nimport sys\nok('aclrtSetDevice', 0)\n"
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"{setup}{code}\nprint('ready', flush=True)\nsys.stdin.read()"],
-            env=subprocess_environment(**environment),
+            env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -226,7 +225,7 @@ def test_visible_devices(visible: str, count: int) -> None:
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=subprocess_environment(ASCEND_RT_VISIBLE_DEVICES=visible),
+        env={**os.environ, "ASCEND_RT_VISIBLE_DEVICES": visible},
         capture_output=True,
         text=True,
     )
@@ -262,7 +261,7 @@ def test_a_fork_before_the_first_use_is_a_process_like_any_other() -> None:
         "assert malloc(MIB)[0] == 0\n"
         "if child: assert os.waitpid(child, 0)[1] == 0"
     )
-    environment = subprocess_environment()
+    environment = dict(os.environ)
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert result.returncode == 0, result.stderr
 

@@ -3,6 +3,7 @@
 
 import copy
 import io
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.ascendcl import GIB, MIB, subprocess_environment
+from helpers.ascendcl import GIB, MIB
 
 from vllm_sleep_ascend.sim import control
 
@@ -229,7 +230,7 @@ assert held == 2 * (4 << 20), held
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env=subprocess_environment(TORCH_CPP_LOG_LEVEL="ERROR", **environment),
+        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", **environment},
         capture_output=True,
         text=True,
         timeout=60,
