@@ -50,7 +50,8 @@ NEXT = VENV=$(CURDIR)/.venv-next VLLM=$(call given,VLLM) TORCH=$(call given,TORC
 
 # vllm-ascend, the vLLM that it is for, and the same torch: its own pins ask for another one.
 ASCEND := $(CURDIR)/.venv-ascend
-VLLM_ASCEND := 0.23.0
+VLLM_ASCEND := 0.23.0.post1
+ASCEND_VLLM := 0.23.0
 TRANSFORMERS := transformers==5.5.4
 PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/ascend/constraints.txt
 
@@ -93,16 +94,16 @@ $(ASCEND)/.packages: tests/ascend/constraints.txt
 	$(ASCEND)/bin/pip --disable-pip-version-check -q install 'pip>=26'
 	$(PIP_ASCEND) torch==$(TORCH)
 	$(PIP_ASCEND) $(BUILD_TOOLS)
-	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_ASCEND) \
-	  $(PIP_ASCEND) --no-build-isolation --no-binary vllm vllm==$(VLLM_ASCEND) $(TRANSFORMERS) 'fastapi<0.124'
-	$(PIP_ASCEND) --no-deps vllm-ascend==$(VLLM_ASCEND)
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(ASCEND_VLLM) \
+	  $(PIP_ASCEND) --no-build-isolation --no-binary vllm vllm==$(ASCEND_VLLM) $(TRANSFORMERS) 'fastapi<0.124'
 	$(PIP_ASCEND) decorator msgpack numba pandas quart scipy
 	$(PIP_ASCEND) torch_npu==$(TORCH_NPU)
 	$(PIP_ASCEND) pytest pytest-timeout httpx modelscope
 	$(ASCEND)/bin/pip -q uninstall -y triton
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 \
-	  $(ASCEND)/bin/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
-	  --no-binary vllm-ascend -d $(ASCEND)/camem vllm-ascend==$(VLLM_ASCEND)
+	export TORCH_DEVICE_BACKEND_AUTOLOAD=0 SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0; \
+	$(ASCEND)/bin/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
+	  --no-binary vllm-ascend -d $(ASCEND)/camem vllm-ascend==$(VLLM_ASCEND); \
+	$(PIP_ASCEND) --no-deps --no-build-isolation $(ASCEND)/camem/vllm_ascend-$(VLLM_ASCEND).tar.gz
 	touch $@
 
 toolkit: $(VENV)/.packages

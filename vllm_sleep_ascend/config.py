@@ -267,9 +267,15 @@ class SleepModeConfig(BaseModel):
 
     @classmethod
     def cleans_up_extra(cls, vllm_config: "VllmConfig") -> bool:
-        """By vllm-ascend's option, which drops captured graphs and captures them again."""
+        """By vllm-ascend's option, which drops captured graphs and captures them again. Later than
+        0.23, vllm-ascend has it in ``rl_config``."""
         additional: Any = vllm_config.additional_config or {}
-        return bool(additional.get("enable_sleep_mode_extra_cleanup"))
+        rl_config = additional.get("rl_config")
+        moved = isinstance(rl_config, dict) and rl_config.get("enabled")
+        return bool(
+            additional.get("enable_sleep_mode_extra_cleanup")
+            or (moved and rl_config.get("sleep_mode_extra_cleanup"))
+        )
 
     @classmethod
     def slowest_rank_s(cls, vllm_config: "VllmConfig") -> float:

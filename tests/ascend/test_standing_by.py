@@ -136,8 +136,17 @@ def test_sleep_mode_gets_our_worker_and_another_version_a_warning(tiny_model, tm
     assert answers[0] == STOCK
     assert "additional_config['sleep_mode']: chunks=1" in answers[1]
     assert answers[2:] == [OURS, STOCK]
-    assert "with vllm_ascend 0.23.0, vllm 0.23.0, and this is vllm_ascend 0.23.1, vllm" in said
+    assert (
+        "with vllm_ascend 0.23.0 or 0.23.0.post1, vllm 0.23.0, and this is vllm_ascend 0.23.1"
+        in said
+    )
     assert "their behaviour was not checked" in said
+
+
+def test_the_installed_versions_get_no_warning(tiny_model):
+    answers, said = run(CONFIGURE, tiny_model, json.dumps([{"enable_sleep_mode": True}]))
+    assert answers == [OURS]
+    assert "vllm_sleep_ascend was tested with" not in said
 
 
 def test_the_switch_leaves_sleep_mode_to_vllm_ascend(tiny_model):
@@ -199,17 +208,32 @@ def test_this_vllm_has_all_that_is_replaced_of_it():
     assert patches.problems(every) == []
 
 
-def test_a_changed_seam_is_an_error_that_names_all_of_it_and_changes_nothing(tiny_model, tmp_path):
-    """The installed vllm-ascend, except for its worker and its allocator."""
+def changed_vllm_ascend(folder: Path, *changes: tuple[str, str, str]) -> None:
+    """The installed one in this folder, with changes: file, text, other text."""
     origin = importlib.metadata.distribution("vllm_ascend").locate_file("vllm_ascend")
-    shutil.copytree(str(origin), tmp_path / "vllm_ascend", ignore=shutil.ignore_patterns("*.so"))
-    for name, old, new in (
-        ("worker/worker.py", "def sleep(self, level: int = 1)", "def sleep(self, options)"),
-        ("device_allocator/camem.py", "def get_current_usage", "def usage"),
-    ):
-        file = tmp_path / "vllm_ascend" / name
+    shutil.copytree(str(origin), folder / "vllm_ascend", ignore=shutil.ignore_patterns("*.so"))
+    for name, old, new in changes:
+        file = folder / "vllm_ascend" / name
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
+
+
+def test_a_parameter_that_a_later_version_lacks_is_tolerated(tiny_model, tmp_path):
+    """vllm-ascend for vLLM 0.27 starts an update of weights without an argument."""
+    old = "def start_weight_update(self, is_checkpoint_format: bool = True)"
+    changed_vllm_ascend(tmp_path, ("worker/worker.py", old, "def start_weight_update(self)"))
+    answers, _ = run(
+        CONFIGURE, tiny_model, json.dumps([{"enable_sleep_mode": True}]), **ahead(tmp_path)
+    )
+    assert answers == [OURS]
+
+
+def test_a_changed_seam_is_an_error_that_names_all_of_it_and_changes_nothing(tiny_model, tmp_path):
+    changed_vllm_ascend(
+        tmp_path,
+        ("worker/worker.py", "def sleep(self, level: int = 1)", "def sleep(self, options)"),
+        ("device_allocator/camem.py", "def get_current_usage", "def usage"),
+    )
     asked = json.dumps([{"enable_sleep_mode": True}, {}])
     (refused, without), _ = run(CONFIGURE, tiny_model, asked, **ahead(tmp_path))
     assert refused.startswith("SeamError")

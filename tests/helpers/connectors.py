@@ -2,8 +2,11 @@
 """KV connectors that keep blocks in a folder, derived from vLLM's example."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 
 
@@ -23,8 +26,19 @@ class RegisteringConnector(EmptiedConnector):
         self._addresses = [cache.data_ptr() for cache in kv_caches.values()]
 
 
+@dataclass
+class Registration(KVConnectorHandshakeMetadata):
+    """What peers need to know."""
+
+    number: int
+
+
 class UnregisteringConnector(RegisteringConnector):
-    """As one of vLLM 0.33's, which takes the addresses back; ``told`` is what it was told."""
+    """As one of vLLM 0.33's, which takes the addresses back; ``told`` is what it was told.
+
+    Its instance in the scheduler gets the registrations for peers, ``published``."""
+
+    published: ClassVar[list[dict[int, Registration]]] = []
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -35,6 +49,13 @@ class UnregisteringConnector(RegisteringConnector):
         super().register_kv_caches(kv_caches)
         self._caches = list(kv_caches.values())
         self.told.append("register")
+        self._registrations = 1
+
+    def get_handshake_metadata(self) -> Registration:
+        return Registration(self._registrations)
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Registration]) -> None:
+        self.published.append(metadata)
 
     def unregister_kv_caches(self) -> None:
         self.told.append("unregister")
@@ -48,6 +69,7 @@ class UnregisteringConnector(RegisteringConnector):
         for cache in self._caches:
             cache[(0,) * cache.dim()].cpu()
         self.told.append("restore")
+        self._registrations += 1
 
 
 class HeadMajorConnector(EmptiedConnector):

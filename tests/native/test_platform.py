@@ -114,6 +114,7 @@ def test_graphs_of_experts_are_refused():
     [
         {"additional_config": {"sleep_mode": {"release_communicators": True}}},
         {"additional_config": {"enable_sleep_mode_extra_cleanup": True}},
+        {"additional_config": {"rl_config": {"enabled": True, "sleep_mode_extra_cleanup": True}}},
         {"enable_nccl_comm_suspend": True},
     ],
 )

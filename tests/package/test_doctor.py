@@ -20,6 +20,7 @@ from helpers.ascendcl import run_python
 from helpers.machine import LAUNCHER
 from helpers.patience import patience
 
+from vllm_sleep_ascend import beside
 from vllm_sleep_ascend.doctor import acl, surroundings
 from vllm_sleep_ascend.doctor.child import Child, Silence
 
@@ -434,11 +435,19 @@ def test_the_page_is_a_table_with_remedies_below():
 
 def test_the_tested_versions_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    given = dict(re.findall(r"^([A-Z_]+) := ([0-9.]+)$", makefile, re.M))
-    both = {"torch": given["TORCH"], "torch_npu": given["TORCH_NPU"]}
-    beside = given["VLLM_ASCEND"]
-    together = ({"vllm": given["VLLM"], **both}, {"vllm": beside, "vllm-ascend": beside, **both})
-    assert together == surroundings.TESTED
+    given = dict(re.findall(r"^([A-Z_]+) := (\S+)$", makefile, re.M))
+
+    def release(prefix: str) -> dict[str, str]:
+        names = {"vllm": "VLLM", "torch": "TORCH", "torch_npu": "TORCH_NPU"}
+        return {package: given[prefix + name] for package, name in names.items()}
+
+    assert given["VLLM_ASCEND"] in beside.TESTED["vllm_ascend"]
+    assert (given["ASCEND_VLLM"],) == beside.TESTED["vllm"]
+    with_ascend = [
+        {**release(""), "vllm": given["ASCEND_VLLM"], "vllm-ascend": version}
+        for version in beside.TESTED["vllm_ascend"]
+    ]
+    assert surroundings.TESTED == (release(""), release("NEXT_"), *with_ascend)
 
 
 def test_every_call_is_one_of_the_headers():

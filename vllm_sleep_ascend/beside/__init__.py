@@ -15,7 +15,7 @@ IN_USE = "_VLLM_SLEEP_ASCEND_IN_USE"
 
 PLATFORM = "vllm_ascend.platform"
 WORKER = "vllm_sleep_ascend.beside.worker.SleepingNPUWorker"
-TESTED = {"vllm_ascend": "0.23.0", "vllm": "0.23.0"}
+TESTED = {"vllm_ascend": ("0.23.0", "0.23.0.post1"), "vllm": ("0.23.0",)}
 
 NO_IMAGES = (
     "vllm-ascend, whose kernels keep weights in forms of their own; start from the checkpoint, or "

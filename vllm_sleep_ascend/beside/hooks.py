@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch_npu
 from vllm.config import set_current_vllm_config
-from vllm_ascend.ascend_config import get_ascend_config
 
 from vllm_sleep_ascend.beside import NO_IMAGES
 from vllm_sleep_ascend.beside.expert_layouts import ExpertLayouts
@@ -50,9 +49,11 @@ class AscendHooks(Hooks):
         """Drop captured graphs, if vllm-ascend's extra clean-up is on. This cannot be rolled back,
         so it happens after every rank sleeps. HCCL's clean-up is part of our transaction."""
         self._weights_slept = True
-        if _extra_cleanup() and self._worker.model_runner.use_aclgraph and not self._graphs_dropped:
+        worker = self._worker
+        cleans_up = SleepModeConfig.cleans_up_extra(worker.vllm_config)
+        if cleans_up and worker.model_runner.use_aclgraph and not self._graphs_dropped:
             self._graphs_dropped = True
-            self._worker.sleep_wakeup_manager.acl_graph.sleep()
+            worker.sleep_wakeup_manager.acl_graph.sleep()
             gc.collect()
             torch_npu.npu.empty_cache()
 
@@ -120,7 +121,3 @@ class AscendHooks(Hooks):
         """The name of a parameter in a tiled format, if there is one."""
         parameters = self._worker.rank_weights.content.parameters().items()
         return next((name for name, parameter in parameters if is_tiled(parameter)), None)
-
-
-def _extra_cleanup() -> bool:
-    return bool(getattr(get_ascend_config(), "enable_sleep_mode_extra_cleanup", False))

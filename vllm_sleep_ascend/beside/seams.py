@@ -48,7 +48,7 @@ SEAMS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "compile_or_warm_up_model": (),
             "execute_model": ("scheduler_output",),
             "execute_dummy_batch": (),
-            "start_weight_update": ("is_checkpoint_format",),
+            "start_weight_update": (),
             "update_weights": ("update_info",),
             "finish_weight_update": (),
             "shutdown": (),
@@ -86,14 +86,14 @@ def check_seams() -> None:
     wrong = [problem for module, classes in SEAMS.items() for problem in _compare(module, classes)]
     wrong += patches.problems()
     found = ", ".join(f"{package} {number}" for package, number in installed.items())
-    tested = ", ".join(f"{package} {number}" for package, number in TESTED.items())
+    tested = ", ".join(f"{package} {' or '.join(numbers)}" for package, numbers in TESTED.items())
     if wrong:
         raise SeamError(
             f"vllm_sleep_ascend cannot take over sleep mode from this vllm-ascend ({found}; tested "
             f"with {tested}): {'; '.join(wrong)}. Nothing was changed. Install the tested versions "
             f"or a newer vllm_sleep_ascend, or set {SWITCH}=0 to leave sleep mode to vllm-ascend"
         )
-    if installed != TESTED:
+    if any(installed[package] not in numbers for package, numbers in TESTED.items()):
         logger.warning(
             "vllm_sleep_ascend was tested with %s, and this is %s. The methods that it replaces or "
             "calls exist with the expected parameters; their behaviour was not checked. "

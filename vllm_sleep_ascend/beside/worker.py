@@ -101,9 +101,9 @@ class SleepingNPUWorker(SleepingWorker, _LaterWorker):
         self._sleep_hooks.experts.close()
         super().execute_dummy_batch()
 
-    def start_weight_update(self, is_checkpoint_format: bool = True) -> None:
+    def start_weight_update(self, *args: Any, **options: Any) -> None:
         self._sleep_hooks.experts.close()
-        super().start_weight_update(is_checkpoint_format)
+        super().start_weight_update(*args, **options)
 
     def reload_weights(self, *args: Any, **options: Any) -> None:
         """Load all weights in place; see ``SleepingWorker.reload_weights``."""

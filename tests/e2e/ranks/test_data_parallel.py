@@ -138,6 +138,25 @@ def test_both_replicas_of_a_data_parallel_server_sleep(tiny_model, tmp_path) -> 
         server.post("/resume")
         assert (state(), is_paused()) == ("awake", False)
 
+        # So does one that comes while they sleep. A request that comes then waits for the wake.
+        server.post("/sleep", params={"level": 1})
+        server.post("/pause")
+        assert (state(), is_paused()) == ("asleep", True)
+        server.post("/wake_up")
+        assert (state(), is_paused()) == ("paused", True)
+        server.post("/resume")
+        server.post("/sleep", params={"level": 1})
+        body = {"model": server.model, "prompt": prompts[1], "max_tokens": 24, "temperature": 0}
+        late = InBackground(
+            server,
+            "/v1/completions",
+            json={**body, "ignore_eos": True, "return_token_ids": True},
+            headers={"X-data-parallel-rank": "1"},
+        )
+        assert (state(), late.is_done()) == ("asleep", False)
+        server.post("/wake_up")
+        assert late.answer().json()["choices"][0]["token_ids"] == expected[1]
+
         # A sleep for which one replica waits is called off, also on the other, which sleeps.
         body = {"model": server.model, "prompt": prompts[0], "max_tokens": 400, "ignore_eos": True}
         to_one = {
