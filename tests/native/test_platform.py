@@ -161,6 +161,17 @@ def test_refused_options(model, options, message):
         config_of(model, **options)
 
 
+def test_fault_tolerance_is_refused(model):
+    """An option of vLLM 0.33, which takes it for data-parallel engines alone."""
+    from vllm_sleep_ascend.native.unsupported import refuse_unsupported
+
+    config = config_of(model)
+    refuse_unsupported(config)
+    config.parallel_config.enable_fault_tolerance = True
+    with pytest.raises(ValueError, match="leave out --enable-fault-tolerance"):
+        refuse_unsupported(config)
+
+
 @pytest.mark.parametrize("chosen", ["cumem", "camem", "my_backend"])
 def test_another_sleep_backend_is_refused_and_never_replaced(model, chosen):
     """ "cumem" is vLLM's default, which a user cannot be told from."""

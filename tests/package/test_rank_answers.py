@@ -126,7 +126,9 @@ def executor(queues: Any, work: Work) -> Iterator[Executor]:
         response_mqs=readers,
         rpc_broadcast_mq=SimpleNamespace(enqueue=broadcast),
         vllm_config=SimpleNamespace(
-            additional_config=config, model_config=SimpleNamespace(enable_nccl_comm_suspend=False)
+            additional_config=config,
+            model_config=SimpleNamespace(enable_nccl_comm_suspend=False),
+            parallel_config=SimpleNamespace(enable_fault_tolerance=False),
         ),
     )
     broadcast(None)

@@ -117,6 +117,11 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield "context parallelism; use tensor parallelism instead"
     if parallel.enable_dbo:
         yield "dual-batch overlap; leave out --enable-dbo"
+    if getattr(parallel, "enable_fault_tolerance", False):  # from vLLM 0.33 on
+        yield (
+            "fault tolerance, for which ranks do not say why they failed; leave out "
+            "--enable-fault-tolerance"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
         yield (

@@ -111,6 +111,7 @@ class NPUMLAImpl(MLAAttentionImpl[NPUMLAMetadata]):
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
+        *_: object,
     ) -> None:
         """Store a step's latents.
 
@@ -121,6 +122,7 @@ class NPUMLAImpl(MLAAttentionImpl[NPUMLAMetadata]):
             slot_mapping: ``[tokens]``; -1 for padding, which goes to the null block.
             kv_cache_dtype: not used.
             k_scale: not used.
+            _: vLLM 0.33 adds what concerns a cache in 8 bits.
         """
         if kv_cache.numel() == 0:  # vLLM's profiling run, before there is a cache
             return
