@@ -8,9 +8,11 @@
 #   make test-profiles the allocator on other simulated machines
 #   make test-all      all of these, and the sweeps, soaks and loads in full, and the sanitizers
 #   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
+#   make test-previous the tests that depend on vLLM, with the release before, in .venv-previous
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
-#   make next          the other release of vLLM that is supported, or VLLM=x TORCH=y TORCH_NPU=z, in
-#                      .venv-next: what no longer holds of it, then the tests; FILE and ARGS as above
+#   make next VLLM=x TORCH=y TORCH_NPU=z TORCHVISION=v
+#                      a release that is not known yet, in .venv-next: what no longer holds, then the
+#                      tests; FILE and ARGS as above
 #   make sanitize      the allocator core under the sanitizers of the compiler
 #   make lint          ruff, mypy and clang-format; `make format` repairs what they can repair
 #
@@ -24,46 +26,47 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 TOOLKIT := $(VENV)/npu-sim
-CONSTRAINTS := tests/constraints.txt
+# A release that was never tested has none.
+CONSTRAINTS = $(wildcard tests/constraints-$(VLLM).txt)
 PIP = $(BIN)/pip --disable-pip-version-check -q install $(addprefix -c ,$(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77.0.3,<81' 'setuptools-scm>=8' 'setuptools-rust>=1.9' wheel jinja2 \
   cmake ninja packaging numpy pybind11
 SIM := $(BIN)/npu-sim
 MODELS := $(CURDIR)/build/models
 
-TORCH := 2.13.0
-TORCH_NPU := 2.13.0
-TORCHVISION := 0.28.0
-VLLM := 0.32.0
+VLLM := 0.33.0
+TORCH := 2.14.0
+TORCH_NPU := 2.14.0
+TORCHVISION := 0.29.0
 
 VERSIONS = $(VLLM) $(TORCH) $(TORCH_NPU) $(TORCHVISION)
 
-# The other release. A release that was never tested has no file of constraints.
-NEXT_TORCH := 2.14.0
-NEXT_TORCH_NPU := 2.14.0
-NEXT_TORCHVISION := 0.29.0
-NEXT_VLLM := 0.33.0
-given = $(if $(filter command,$(origin $(1))),$($(1)),$(NEXT_$(1)))
-NEXT = VENV=$(CURDIR)/.venv-next VLLM=$(call given,VLLM) TORCH=$(call given,TORCH) \
-  TORCH_NPU=$(call given,TORCH_NPU) TORCHVISION=$(call given,TORCHVISION) \
-  CONSTRAINTS=$(wildcard tests/constraints-$(call given,VLLM).txt)
+PREVIOUS_VLLM := 0.32.0
+PREVIOUS_TORCH := 2.13.0
+PREVIOUS_TORCH_NPU := 2.13.0
+PREVIOUS_TORCHVISION := 0.28.0
+PREVIOUS := VENV=$(CURDIR)/.venv-previous \
+  $(foreach name,VLLM TORCH TORCH_NPU TORCHVISION,$(name)=$(PREVIOUS_$(name)))
 
-# vllm-ascend, the vLLM that it is for, and the same torch: its own pins ask for another one.
+# vllm-ascend, the vLLM that it is for, and a torch that is newer than its own pins.
 ASCEND := $(CURDIR)/.venv-ascend
-VLLM_ASCEND := 0.23.0.post1
+ASCEND_VLLM_ASCEND := 0.23.0.post1
 ASCEND_VLLM := 0.23.0
+ASCEND_TORCH := 2.13.0
+ASCEND_TORCH_NPU := 2.13.0
 TRANSFORMERS := transformers==5.5.4
 PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/ascend/constraints.txt
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo demo-proxy next test test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo demo-proxy next test test-previous test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
 # Other versions are installed over those that are there.
-$(VENV)/.versions: FORCE
+$(ASCEND)/.versions: VERSIONS = $(ASCEND_VLLM_ASCEND) $(ASCEND_VLLM) $(ASCEND_TORCH) $(ASCEND_TORCH_NPU)
+$(VENV)/.versions $(ASCEND)/.versions: FORCE
 	@mkdir -p $(@D)
 	@echo $(VERSIONS) | cmp -s - $@ || echo $(VERSIONS) >$@
 
@@ -88,22 +91,22 @@ $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	touch $@
 
 # Triton's own wheel knows no NPU, and vllm-ascend takes its presence for Triton for Ascend.
-$(ASCEND)/.packages: tests/ascend/constraints.txt
+$(ASCEND)/.packages: tests/ascend/constraints.txt $(ASCEND)/.versions
 	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
 	@echo "Installing torch, vLLM and vllm-ascend into .venv-ascend (a few minutes, once)"
 	$(ASCEND)/bin/pip --disable-pip-version-check -q install 'pip>=26'
-	$(PIP_ASCEND) torch==$(TORCH)
+	$(PIP_ASCEND) torch==$(ASCEND_TORCH)
 	$(PIP_ASCEND) $(BUILD_TOOLS)
 	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(ASCEND_VLLM) \
 	  $(PIP_ASCEND) --no-build-isolation --no-binary vllm vllm==$(ASCEND_VLLM) $(TRANSFORMERS) 'fastapi<0.124'
 	$(PIP_ASCEND) decorator msgpack numba pandas quart scipy
-	$(PIP_ASCEND) torch_npu==$(TORCH_NPU)
+	$(PIP_ASCEND) torch_npu==$(ASCEND_TORCH_NPU)
 	$(PIP_ASCEND) pytest pytest-timeout httpx modelscope
 	$(ASCEND)/bin/pip -q uninstall -y triton
 	export TORCH_DEVICE_BACKEND_AUTOLOAD=0 SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0; \
 	$(ASCEND)/bin/pip --disable-pip-version-check -q download --no-deps --no-build-isolation \
-	  --no-binary vllm-ascend -d $(ASCEND)/camem vllm-ascend==$(VLLM_ASCEND); \
-	$(PIP_ASCEND) --no-deps --no-build-isolation $(ASCEND)/camem/vllm_ascend-$(VLLM_ASCEND).tar.gz
+	  --no-binary vllm-ascend -d $(ASCEND)/camem vllm-ascend==$(ASCEND_VLLM_ASCEND); \
+	$(PIP_ASCEND) --no-deps --no-build-isolation $(ASCEND)/camem/vllm_ascend-$(ASCEND_VLLM_ASCEND).tar.gz
 	touch $@
 
 toolkit: $(VENV)/.packages
@@ -116,11 +119,12 @@ $(VENV)/.installed: setup.py pyproject.toml $(wildcard $(addprefix csrc/,*.cpp *
 
 build: $(VENV)/.installed
 
-# The allocator and the toolkit are those of .venv: the same Python, torch and torch_npu.
+# The allocator is that of .venv: the Python and CANN's headers are the same.
 $(ASCEND)/.installed: $(ASCEND)/.packages setup.py pyproject.toml | build
-	ln -sfn $(TOOLKIT) $(ASCEND)/npu-sim
-	@$(MAKE) --no-print-directory -f csrc/sim/camem.mk SOURCE=$(ASCEND)/camem/vllm_ascend-$(VLLM_ASCEND).tar.gz \
-	  OUT=$(ASCEND)/camem TOOLKIT=$(TOOLKIT) PYTHON=$(ASCEND)/bin/python
+	@$(MAKE) --no-print-directory -C csrc/sim PREFIX=$(ASCEND)/npu-sim PYTHON=$(ASCEND)/bin/python
+	@$(MAKE) --no-print-directory -f csrc/sim/camem.mk \
+	  SOURCE=$(ASCEND)/camem/vllm_ascend-$(ASCEND_VLLM_ASCEND).tar.gz \
+	  OUT=$(ASCEND)/camem TOOLKIT=$(ASCEND)/npu-sim PYTHON=$(ASCEND)/bin/python
 	COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	  $(ASCEND)/bin/pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
 	touch $@
@@ -137,11 +141,15 @@ demo-proxy: setup
 	@for model in $(DEMO_MODELS); do $(BIN)/python examples/make_model.py $$(basename $$model) $$model; done
 	@$(BIN)/python examples/demo_proxy.py build/demo-proxy $(DEMO_MODELS)
 
-# Both environments use the allocator in this folder, so each builds it again after the other.
+# All environments use the allocator in this folder, so each builds it again after another.
 next:
-	@rm -f $(CURDIR)/.venv/.installed $(CURDIR)/.venv-next/.installed
-	@$(MAKE) --no-print-directory $(NEXT) setup release
-	@$(MAKE) --no-print-directory $(NEXT) test
+	@rm -f $(CURDIR)/.venv*/.installed
+	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next setup release
+	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next test
+
+test-previous:
+	@rm -f $(CURDIR)/.venv*/.installed
+	@$(MAKE) --no-print-directory $(PREVIOUS) test TESTS='tests/native tests/package tests/e2e'
 
 # vLLM's tests are in its source distribution alone.
 $(VENV)/sdist/vllm-$(VLLM).tar.gz: | $(VENV)/.packages
@@ -155,7 +163,8 @@ release: build $(VENV)/sdist/vllm-$(VLLM).tar.gz
 
 # FILE alone runs in one process, which starts sooner; everything runs in two.
 FILE :=
-PYTEST := $(SIM) python -m pytest $(or $(FILE),tests) $(if $(FILE),,-n 2)
+TESTS := tests
+PYTEST := $(SIM) python -m pytest $(or $(FILE),$(TESTS)) $(if $(FILE),,-n 2)
 
 test: setup
 	$(PYTEST) $(if $(FILE),,-m 'not slow') $(ARGS)
@@ -223,4 +232,4 @@ format: $(VENV)/.packages
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 clean:
-	rm -rf build $(TOOLKIT) $(VENV)/.installed $(CURDIR)/.venv-next/{npu-sim,.installed} $(ASCEND)/.installed vllm_sleep_ascend/*.so *.egg-info
+	rm -rf build $(TOOLKIT) $(VENV)/.installed $(CURDIR)/.venv-*/{npu-sim,.installed} vllm_sleep_ascend/*.so *.egg-info
