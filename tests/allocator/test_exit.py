@@ -10,8 +10,7 @@ import sys
 
 import pytest
 from helpers import MIB
-
-pytestmark = pytest.mark.timeout(120)
+from helpers.patience import patience
 
 DEVICE_BYTES = 64 * MIB
 HELD = 12 * MIB  # by a child that is awake
@@ -71,7 +70,7 @@ def start(code: str, prelude: str = START, **environment: str) -> subprocess.Pop
 
 def finish(child: subprocess.Popen) -> tuple[int, str, str]:
     try:
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=60 * patience())
     except subprocess.TimeoutExpired:
         child.kill()
         raise

@@ -255,7 +255,7 @@ class Child:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         try:
             with control_group(limit, [process.pid]):
-                self.output, _ = process.communicate("\n", timeout=60)
+                self.output, _ = process.communicate("\n", timeout=60 * patience())
         finally:
             process.kill()
             process.wait()

@@ -12,8 +12,6 @@ from helpers.patience import patience, wait_for
 from vllm_sleep_ascend import _camem
 from vllm_sleep_ascend.sim import control
 
-pytestmark = pytest.mark.timeout(120)
-
 WEIGHTS_ONLY = ({"weights": "offload"}, "keep")
 SLOW_COPY = "aclrtMemcpyAsync:1:delay_ms=2000"
 HELD_COPY = "aclrtMemcpyAsync:1:delay_ms=60000"  # or until there are other rules
@@ -115,7 +113,7 @@ def _free(address: int, size: int) -> None:
 
 
 def test_tags_belong_to_their_thread():
-    meeting = threading.Barrier(4, timeout=30)
+    meeting = threading.Barrier(4, timeout=30 * patience())
     found: dict[str, str] = {}
 
     def work(tag: str) -> None:

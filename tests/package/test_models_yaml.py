@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from helpers.patience import patience
 
 from vllm_sleep_ascend.proxy.config.lines import Invalid
 from vllm_sleep_ascend.proxy.config.model import Model, secrets
@@ -58,7 +59,7 @@ def problems(folder: Path, text: str) -> list[tuple[int, str]]:
 
 def check(file: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "vllm_sleep_ascend.proxy", "--config", file, "--check"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60 * patience())
 
 
 def test_a_good_file(tmp_path):

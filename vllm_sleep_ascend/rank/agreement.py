@@ -10,7 +10,7 @@ a single rank frees it at once.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -114,11 +114,11 @@ class Agreement:
             ) from error
         return everybody
 
-    def _new_group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = dist.new_group(
+    def _new_group(self) -> dist.ProcessGroup:
+        group = dist.new_group(
             list(self.members), self._timeout, backend="gloo", use_local_synchronization=True
         )
-        return group
+        return cast(dist.ProcessGroup, group)  # this rank is one of its members
 
     def _exchange_for(self, operation: Operation, mine: T, failure: Exception | None) -> list[T]:
         try:

@@ -59,7 +59,7 @@ def _is_part(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
     first, last = tensor.storage_offset(), whole.storage_offset() + whole.numel()
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     extent = sum((size - 1) * stride for size, stride in steps)
-    return (
+    return bool(
         0 < tensor.numel() < whole.numel()
         and tensor.dtype == whole.dtype
         and whole.storage_offset() <= first
