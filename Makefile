@@ -121,6 +121,7 @@ build: $(VENV)/.installed
 
 # The allocator is that of .venv: the Python and CANN's headers are the same.
 $(ASCEND)/.installed: $(ASCEND)/.packages setup.py pyproject.toml | build
+	@test ! -L $(ASCEND)/npu-sim || rm $(ASCEND)/npu-sim
 	@$(MAKE) --no-print-directory -C csrc/sim PREFIX=$(ASCEND)/npu-sim PYTHON=$(ASCEND)/bin/python
 	@$(MAKE) --no-print-directory -f csrc/sim/camem.mk \
 	  SOURCE=$(ASCEND)/camem/vllm_ascend-$(ASCEND_VLLM_ASCEND).tar.gz \
@@ -143,6 +144,7 @@ demo-proxy: setup
 
 # All environments use the allocator in this folder, so each builds it again after another.
 next:
+	@$(if $(filter command,$(origin VLLM)),,echo 'Name the release: make next VLLM=x TORCH=y TORCH_NPU=z TORCHVISION=v'; exit 2)
 	@rm -f $(CURDIR)/.venv*/.installed
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next setup release
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next test

@@ -5,7 +5,7 @@ import importlib
 import inspect
 
 import pytest
-import torch  # noqa: F401  before torch_npu, which torch loads by itself
+import torch
 
 pytest.importorskip("torch_npu", exc_type=ImportError, reason="needs CANN or the simulator")
 
@@ -23,3 +23,25 @@ def test_parameters_are_the_kernels():
         names = getattr(kernel, "arg_names", None)
         names = names or list(inspect.signature(getattr(kernel, "func", kernel)).parameters)
         assert list(inspect.signature(ours).parameters) == list(names), name
+
+
+def test_top_k_and_top_p_run_where_triton_is(monkeypatch):
+    """As beside Triton for Ascend: vLLM then calls its Triton kernel on every device."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from vllm_sleep_ascend.native import kernels
+
+    for module in (kernels, topk_topp_sampler):
+        monkeypatch.setattr(module, "HAS_TRITON", True)
+    for name in ("apply_top_k_top_p_pytorch", "apply_top_k_top_p_triton"):
+        stock = getattr(topk_topp_sampler, name, None)
+        monkeypatch.setattr(topk_topp_sampler, name, stock, raising=False)
+    monkeypatch.setattr(kernels, "_done", False)
+    monkeypatch.setattr(kernels, "register_kernels", lambda _: None)
+    kernels.replace_triton_kernels()
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0], [4.0, 1.0, 1.0, 1.0]])
+    left = topk_topp_sampler.apply_top_k_top_p(
+        logits.clone(), torch.tensor([2, 4]), torch.tensor([1.0, 0.5])
+    )
+    inf = float("inf")
+    assert left.tolist() == [[-inf, 3.0, 2.0, -inf], [4.0, -inf, -inf, -inf]]

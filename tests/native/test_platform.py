@@ -162,7 +162,7 @@ def test_refused_options(model, options, message):
 
 
 def test_fault_tolerance_is_refused(model):
-    """An option of vLLM 0.33, which takes it for data-parallel engines alone."""
+    """vLLM takes it for data-parallel engines alone."""
     from vllm_sleep_ascend.native.unsupported import refuse_unsupported
 
     config = config_of(model)
@@ -242,6 +242,9 @@ def test_connectors_with_another_kv_cache_layout_are_refused_by_name(model, monk
 def test_other_kinds_of_speculative_decoding_are_refused(model):
     options = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     with pytest.raises(ValueError, match="method ngram_gpu; use method ngram or draft_model"):
+        config_of(model, speculative_config=options)
+    options = {"method": "ngram", "num_speculative_tokens": 2, "rejection_sample_method": "block"}
+    with pytest.raises(ValueError, match="rejection_sample_method block"):
         config_of(model, speculative_config=options)
 
 
@@ -331,7 +334,10 @@ def test_refused_models(trait, message):
     config.cache_config.cache_dtype = "auto"
     config.cache_config.kv_offloading_size = config.kv_transfer_config = None
     config.parallel_config = SimpleNamespace(
-        prefill_context_parallel_size=1, decode_context_parallel_size=1, enable_dbo=False
+        prefill_context_parallel_size=1,
+        decode_context_parallel_size=1,
+        enable_dbo=False,
+        enable_fault_tolerance=False,
     )
     config.speculative_config = config.lora_config = None
     config.compilation_config.cudagraph_mode.has_full_cudagraphs.return_value = False

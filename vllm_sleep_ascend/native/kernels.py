@@ -47,7 +47,9 @@ def replace_triton_kernels() -> None:
         from vllm.v1.sample.ops import topk_topp_sampler
 
         plain = topk_topp_sampler.apply_top_k_top_p_pytorch
-        topk_topp_sampler.apply_top_k_top_p_triton = plain  # type: ignore[assignment]
+        topk_topp_sampler.apply_top_k_top_p_triton = (  # type: ignore[assignment]
+            lambda logits, k, p, **_: plain(logits, k, p)  # vLLM 0.33 adds hints for its kernel
+        )
 
 
 def leave_triton_out_of_models() -> None:

@@ -16,6 +16,7 @@ _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt"
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # NHD is the old name of LBNHC, vLLM's default
 _SPECULATIVE_METHODS = ("ngram", "draft_model")
+_REJECTION_METHODS = ("standard", "synthetic")
 _CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 _EAGER = "leave cudagraph_mode out of --compilation-config, or use --enforce-eager"
 _GRAPHS = (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
@@ -117,7 +118,7 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield "context parallelism; use tensor parallelism instead"
     if parallel.enable_dbo:
         yield "dual-batch overlap; leave out --enable-dbo"
-    if getattr(parallel, "enable_fault_tolerance", False):  # from vLLM 0.33 on
+    if parallel.enable_fault_tolerance:
         yield (
             "fault tolerance, for which ranks do not say why they failed; leave out "
             "--enable-fault-tolerance"
@@ -138,6 +139,12 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         if draft.use_mla and not (model is not None and model.use_mla):
             what = _not_with_latents(draft, vllm_config)
             yield from (f"draft model {draft.model}: {reason}" for reason in what)
+    rejection = speculative.rejection_sample_method if speculative is not None else "standard"
+    if rejection not in _REJECTION_METHODS:
+        yield (
+            f"rejection_sample_method {rejection}, which needs Triton; use "
+            f"{' or '.join(_REJECTION_METHODS)}"
+        )
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend in _CUDA_WEIGHT_TRANSFER:
         yield (

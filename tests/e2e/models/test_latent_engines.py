@@ -8,6 +8,7 @@ from helpers.engine import driver_worker, engine, few, sleep_and_wake, tokens
 from helpers.models import make_model, other_weights
 from helpers.ranks import assert_tokens_survive_sleep
 from helpers.reference import FEW_TOKENS, PROMPTS, assert_greedy, hf_few, hf_greedy, round_weights
+from safetensors.torch import load_file
 
 SOME = PROMPTS[1:7:2]
 
@@ -49,7 +50,21 @@ def test_quantised_weights(tmp_path):
             assert tokens(llm) == before, f"after level {level}"
             assert [matrix.data_ptr() for matrix in derived] == addresses
 
-        other = {"weights_path": str(other_weights(model, tmp_path / "other"))}
+        changed = other_weights(model, tmp_path / "other")
+
+        def torn():
+            for name, weight in load_file(changed / "model.safetensors").items():
+                if name == "model.norm.weight":  # the last, as they are sorted
+                    raise OSError("the disk is gone")
+                yield name, weight
+
+        with pytest.raises(Exception, match="the disk is gone"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": torn()})
+        llm.reset_prefix_cache()
+        assert tokens(llm) == before
+        assert [matrix.data_ptr() for matrix in derived] == addresses
+
+        other = {"weights_path": str(changed)}
         llm.collective_rpc("reload_weights", kwargs=other)
         want = [matrix.cpu() for matrix in derived]
         parameters = driver_worker(llm).model_runner.get_model().named_parameters()

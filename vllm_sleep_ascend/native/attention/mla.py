@@ -17,9 +17,12 @@ own, and are derived again after each load (``rank.weights.parameters.derive_aga
 Importing this module registers the layer with vLLM.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 from vllm.v1.attention.backend import (
@@ -214,6 +217,10 @@ class NPUMultiHeadLatentAttention(MultiHeadLatentAttentionWrapper):  # type: ign
         row = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         row *= torch.get_default_dtype().itemsize
         self.mla_attn._chunked_prefill_workspace_size = -(-self._step_bytes() // row)
+        derive = self.mla_attn.process_weights_after_loading
+        self.mla_attn.process_weights_after_loading = partial(
+            _derive_in_place, self.mla_attn, derive
+        )
 
     def _step_bytes(self) -> int:
         """Absorbed queries and what they get, of all tokens and heads; then either attention, or
@@ -222,3 +229,21 @@ class NPUMultiHeadLatentAttention(MultiHeadLatentAttentionWrapper):  # type: ign
         element = tokens * self.num_heads * torch.get_default_dtype().itemsize
         product = element * (self.kv_lora_rank + self.v_head_dim)
         return 2 * element * self.kv_lora_rank + max(step_bytes(tokens), product)
+
+
+def _derive_in_place(
+    layer: nn.Module, derive: Callable[[torch.dtype], None], act_dtype: torch.dtype
+) -> None:
+    """Matrices that have memory of their own keep it. vLLM 0.33 gives them other memory if their
+    strides are not those that it derives, and ``native.quantization.compact`` changes these."""
+    before = {
+        name: parameter.data
+        for name in ("W_UK_T", "W_UV")
+        if (parameter := layer._parameters.get(name)) is not None and not parameter.is_meta
+    }
+    derive(act_dtype)
+    for name, memory in before.items():
+        parameter = layer.get_parameter(name)
+        if parameter.data_ptr() != memory.data_ptr():
+            memory.copy_(parameter.data)
+            parameter.data = memory
