@@ -218,7 +218,7 @@ class NPUMultiHeadLatentAttention(MultiHeadLatentAttentionWrapper):  # type: ign
         row *= torch.get_default_dtype().itemsize
         self.mla_attn._chunked_prefill_workspace_size = -(-self._step_bytes() // row)
         derive = self.mla_attn.process_weights_after_loading
-        self.mla_attn.process_weights_after_loading = partial(
+        self.mla_attn.process_weights_after_loading = partial(  # type: ignore[method-assign]
             _derive_in_place, self.mla_attn, derive
         )
 
