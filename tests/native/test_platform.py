@@ -2,7 +2,9 @@
 """What the platform tells vLLM, and what it refuses. Needs CANN or the simulator."""
 
 import importlib.util
+import json
 import logging
+import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -382,3 +384,17 @@ def test_encoders_have_one_attention_backend():
     assert choose(80, torch.bfloat16) == choose(80, torch.bfloat16, pytorch) == pytorch
     with pytest.raises(ValueError, match="FLASH_ATTN is not available for encoders; leave out"):
         choose(80, torch.bfloat16, AttentionBackendEnum.FLASH_ATTN)
+
+
+@pytest.mark.parametrize(
+    "online", [{}, {"quantization_config": {"moe": "int8_per_channel_weight_only"}}]
+)
+def test_a_quantised_checkpoint_is_not_quantised_anew(model, tmp_path, online):
+    """vLLM 0.33 does so for experts."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="fp8 quantisation of a checkpoint needs compiled kernels"):
+        config_of(str(copy), **online)
