@@ -5,11 +5,15 @@ import subprocess
 import sys
 
 from helpers import ascend_sweep as sweep
+from helpers.patience import patience
 
 
 def test_no_single_fault_loses_weights_or_ends_the_process():
     done = subprocess.run(
-        [sys.executable, "-m", sweep.__name__], capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", sweep.__name__],
+        capture_output=True,
+        text=True,
+        timeout=500 * patience(),
     )
     rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
     assert rows, done.stdout[-2000:] + done.stderr[-4000:]
