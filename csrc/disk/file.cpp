@@ -61,8 +61,7 @@ std::string reason(int error) { return std::strerror(error); }
                   needed, free);
 }
 
-}  // namespace
-
+// For this user. Throws DiskError.
 std::size_t free_disk_bytes(const std::string& directory) {
   struct statvfs status{};
   if (uninterrupted([&] { return statvfs(directory.c_str(), &status); }) != 0) {
@@ -71,6 +70,8 @@ std::size_t free_disk_bytes(const std::string& directory) {
   }
   return static_cast<std::size_t>(status.f_bavail) * status.f_frsize;
 }
+
+}  // namespace
 
 std::string why_not_direct() {
   std::lock_guard<std::mutex> lock(g_why_mutex);

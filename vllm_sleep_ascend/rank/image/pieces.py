@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -258,6 +259,5 @@ def failure(path: Path, what: str, error: OSError) -> ImageError:
     failed = ImageError(f"{path} could not be {what}: {error.strerror}; {remedy}")
     with suppress(OSError):
         if full:
-            status = os.statvfs(path.parent)
-            failed.free_bytes = status.f_bavail * status.f_frsize
+            failed.free_bytes = shutil.disk_usage(path.parent).free
     return failed

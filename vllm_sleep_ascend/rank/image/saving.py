@@ -7,6 +7,7 @@ when every rank is done.
 
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +118,10 @@ class _Attempt:
             if refusal is not None:
                 return _Facts(rank, word, refusal)
             self._look()
-            status, device = os.statvfs(parent), os.stat(parent).st_dev
+            available, device = shutil.disk_usage(parent).free, os.stat(parent).st_dev
         except Exception as error:  # the other ranks wait for what this one says
             return _Facts(rank, word, f"{type(error).__name__}: {error}")
         needed = pieces.file_bytes(self.size) + _MANIFESTS
-        available = status.f_bavail * status.f_frsize
         return _Facts(rank, word, None, this_host()[0], device, needed, available)
 
     def _refusal(self) -> str | None:
