@@ -5,8 +5,9 @@
   for all of them: what is not there any more cannot be published.
 - ``.NAME.WORD.publishing``: what one rank has claimed from the others by that name. After an
   exchange with the directory it is the image that was replaced.
-- ``.NAME.WORD.replaced``: that image, on a file system that cannot exchange two names. Nothing
-  removes it but the save that moved it.
+- ``.NAME.WORD.replaced``: that image, on a file system that cannot exchange two names, or after a
+  rollback that failed. It gets its name back while there is no directory; the next image that has
+  become the directory removes it.
 - ``.NAME.WORD.off``: to be removed.
 
 A process holds a lock on what it works with, so that another one can tell what is left of a killed
@@ -81,7 +82,7 @@ class Folder:
             self._published = True
             manifest.sync_directory(directory.parent)
         except OSError as error:
-            raise failure(directory, "created", error) from error
+            raise failure(directory, "created", error, self._image_before()) from error
 
     def finish(self) -> None:
         """Once every rank is done: remove the image that was replaced, and what killed processes
@@ -89,8 +90,8 @@ class Folder:
         if not self._published:
             return
         if self._replaced is not None:
-            shutil.rmtree(self._replaced, ignore_errors=True)
-        self._remove_left("saving|publishing|off")
+            _remove(self._replaced)
+        self._remove_left("saving|publishing|replaced|off")
 
     def take_back(self) -> str:
         """Leave what was there before. Returns what failed in that, or ``""``."""
@@ -101,11 +102,11 @@ class Folder:
                 (self._claim if self._claimed else self.path).rename(self._off)
         except OSError as error:
             if self._published:
-                return str(failure(self._directory, "removed again", error))
+                return str(failure(self._directory, "removed again", error, self._image_before()))
             if self._publishes:  # nobody else does
-                shutil.rmtree(self._claim if self._claimed else self.path, ignore_errors=True)
+                _remove(self._claim if self._claimed else self.path)
             # If it is not there, another rank was first
-        shutil.rmtree(self._off, ignore_errors=True)
+        _remove(self._off)
         return ""
 
     def _take_name_back(self) -> None:
@@ -117,10 +118,17 @@ class Folder:
             new = _exchange(replaced, directory, self._off)
         except OSError:
             if replaced != self._aside:
-                replaced.rename(self._aside)  # where nothing removes it
+                replaced.rename(self._aside)  # where it can be brought back from
             raise
-        if new != self._off:
-            new.rename(self._off)
+        _remove(new)
+        self._replaced = None
+
+    def _image_before(self) -> str:
+        """Where that is, for an error, if it is aside."""
+        for path in (self._replaced, self._aside):
+            if path is not None and os.path.lexists(path):
+                return f"; the image before is in {path}"
+        return ""
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -128,15 +136,10 @@ class Folder:
             os.close(self._locks.pop())
 
     def _remove_left(self, what: str) -> None:
-        for left in _beside(self._directory, what):
-            if left == self.path:
-                continue
-            with suppress(OSError):  # such as of a process that lives
-                lock = _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                try:
-                    shutil.rmtree(left, ignore_errors=True)
-                finally:
-                    os.close(lock)
+        with suppress(OSError):  # a later save tries again
+            for left in _beside(self._directory, what):
+                if left != self.path:
+                    _remove_unlocked(left)
 
     def _beside(self, word: str, what: str) -> Path:
         return self._directory.with_name(f".{self._directory.name}.{word}.{what}")
@@ -170,6 +173,22 @@ def is_image(directory: Path) -> bool:
 def _beside(directory: Path, what: str) -> list[Path]:
     pattern = re.compile(rf"{re.escape('.' + directory.name)}\.{_WORD}\.({what})")
     return [path for path in directory.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _remove(path: Path) -> None:
+    """As much of it as can be."""
+    with suppress(OSError):  # some raise all the same
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Unless it is of a process that lives."""
+    with suppress(OSError):
+        lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            _remove(path)
+        finally:
+            os.close(lock)
 
 
 def _locked(path: Path, how: int) -> int:

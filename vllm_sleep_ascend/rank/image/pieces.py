@@ -181,8 +181,7 @@ class _File:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.direct:
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._empty_page_cache(0, 0)
         os.close(self._fd)
 
     def piece_of(self, block: torch.Tensor, piece: int) -> memoryview:
@@ -218,11 +217,16 @@ class _File:
                         raise
                     self._use_page_cache()
                     continue
-            if not self.direct:
-                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+            self._empty_page_cache(offset, count)
             if count == 0:
                 raise ImageError(f"{self._path} ends at {offset} and not at {end}; save it again")
             content, offset = content[count:], offset + count
+
+    def _empty_page_cache(self, offset: int, size: int) -> None:
+        """Of so many bytes, or all from there on for 0."""
+        if not self.direct:
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _use_page_cache(self) -> None:
         fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags() & ~os.O_DIRECT)
@@ -244,8 +248,8 @@ class _File:
             raise failure(self._path, what, error) from error
 
 
-def failure(path: Path, what: str, error: OSError) -> ImageError:
-    """The error for what a disk, or a file system, has refused."""
+def failure(path: Path, what: str, error: OSError, more: str = "") -> ImageError:
+    """The error for what a disk, or a file system, has refused. ``more`` ends its text."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "look for errors of the disk in the kernel's log"
     if full:
@@ -256,7 +260,7 @@ def failure(path: Path, what: str, error: OSError) -> ImageError:
         remedy = "name another directory, or replace the image in it (--replace)"
     elif error.errno == errno.ENAMETOOLONG:
         remedy = "choose a shorter name"
-    failed = ImageError(f"{path} could not be {what}: {error.strerror}; {remedy}")
+    failed = ImageError(f"{path} could not be {what}: {error.strerror}; {remedy}{more}")
     with suppress(OSError):
         if full:
             failed.free_bytes = shutil.disk_usage(path.parent).free

@@ -119,10 +119,11 @@ class _Attempt:
                 return _Facts(rank, word, refusal)
             self._look()
             available, device = shutil.disk_usage(parent).free, os.stat(parent).st_dev
+            host, _ = this_host()
         except Exception as error:  # the other ranks wait for what this one says
             return _Facts(rank, word, f"{type(error).__name__}: {error}")
         needed = pieces.file_bytes(self.size) + _MANIFESTS
-        return _Facts(rank, word, None, this_host()[0], device, needed, available)
+        return _Facts(rank, word, None, host, device, needed, available)
 
     def _refusal(self) -> str | None:
         directory, worker, weights = self._directory, self._worker, self._weights
