@@ -43,7 +43,8 @@ int open_without_name(const std::string& directory) {
     return mkostemp(name.data(), O_CLOEXEC);
   });
   if (named < 0) return -1;
-  if (unlink(name.c_str()) == 0) return named;
+  // Twice: a file with a name would outlive the process.
+  if (unlink(name.c_str()) == 0 || unlink(name.c_str()) == 0) return named;
   const int error = errno;
   close(named);
   errno = error;

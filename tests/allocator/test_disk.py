@@ -173,6 +173,7 @@ PHASES = {
     "while it writes": "held_at('aclrtMemcpyAsync', 2, sleep)",
     "while it commits": "held_at('aclrtFreePhysical', 2, sleep)",
     "while it wakes": "sleep(); held_at('aclrtMemcpyAsync', 2, wake)",
+    "prepared to wake": "sleep(); _camem.wake(list(allocator.TAGS), commit=False)",
     "awake with a kept file": "sleep(); wake()",
 }
 
