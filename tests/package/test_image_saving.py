@@ -147,3 +147,44 @@ def test_an_image_that_was_aside_when_a_process_ended_gets_its_name_back(tmp_pat
         save(Model(4, 10), tmp_path / "one")
     assert names(tmp_path) == ["one"]
     assert_filled(tmp_path / "one", Model(6, 10), rows=10)
+
+
+def test_what_is_not_whole_is_not_brought_back(tmp_path: Path) -> None:
+    (tmp_path / ".one.12345678.replaced").mkdir()
+    (tmp_path / ".one.12345678.replaced/rank-0.weights").touch()
+    save(Model(4, 10), tmp_path / "one")
+    assert names(tmp_path) == ["one"]
+    assert_filled(tmp_path / "one", Model(4, 10), rows=10)
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_what_another_engine_has_published_meanwhile_stays(replaces: bool, tmp_path: Path) -> None:
+    one, more = tmp_path / "one", ""
+    if replaces:
+        save(Model(3, 10), one)
+    publisher, _ = two_ranks(one)
+    publisher.publish()
+    save(Model(6, 10), one, replace=True)
+    trouble = publisher.take_back()
+    publisher.close()
+    if replaces:
+        (before,) = (path for path in tmp_path.iterdir() if path.suffix == ".replaced")
+        assert_filled(before, Model(3, 10), rows=10)
+        more = f"; the image before is in {before}"
+    assert trouble == f"{one} is another image by now, and stays as it is{more}"
+    assert_filled(one, Model(6, 10), rows=10)
+    assert len(names(tmp_path)) == 1 + replaces
+
+
+def test_what_could_not_be_removed_is_named_and_goes_with_the_next_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(Model(3, 10), tmp_path / "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.shutil, "rmtree", lambda *_, **__: None)
+        save(Model(4, 10), tmp_path / "one", replace=True)
+    left, one = names(tmp_path)
+    assert left.endswith(".off") and one == "one"
+    assert f"{tmp_path / left} could not be removed" in caplog.text
+    save(Model(5, 10), tmp_path / "one", replace=True)
+    assert names(tmp_path) == ["one"]

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Self
@@ -160,7 +160,7 @@ class _File:
         try:
             self._begin(flags)
         except BaseException:
-            os.close(self._fd)
+            close(self._fd)
             raise
 
     def _begin(self, flags: int) -> None:
@@ -168,10 +168,13 @@ class _File:
             with self._named("preallocated"):
                 if self._size:
                     os.posix_fallocate(self._fd, 0, self._size)
-        elif (found := os.fstat(self._fd).st_size) != self._size:
-            raise ImageError(
-                f"{self._path} has {found} bytes instead of {self._size}; save the image again"
-            )
+        else:
+            with self._named("read"):
+                found = os.fstat(self._fd).st_size
+            if found != self._size:
+                raise ImageError(
+                    f"{self._path} has {found} bytes instead of {self._size}; save the image again"
+                )
         try:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags() | os.O_DIRECT)
         except OSError:  # such as on tmpfs
@@ -182,7 +185,7 @@ class _File:
 
     def __exit__(self, *_: object) -> None:
         self._empty_page_cache(0, 0)
-        os.close(self._fd)
+        close(self._fd)
 
     def piece_of(self, block: torch.Tensor, piece: int) -> memoryview:
         """The part of a block that this piece takes."""
@@ -240,12 +243,24 @@ class _File:
     def _flags(self) -> int:
         return fcntl.fcntl(self._fd, fcntl.F_GETFL)
 
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise failure(self._path, what, error) from error
+    def _named(self, what: str) -> AbstractContextManager[None]:
+        return named(self._path, what)
+
+
+def close(descriptor: int) -> None:
+    """Linux takes a descriptor back also where this fails, and what had to be on the disk was
+    waited for before."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+@contextmanager
+def named(path: Path, what: str) -> Iterator[None]:
+    """See ``failure``."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(path, what, error) from error
 
 
 def failure(path: Path, what: str, error: OSError, more: str = "") -> ImageError:
