@@ -2,8 +2,9 @@
 """As many requests in flight to one disk in three ways: by threads, as backups and images make
 them, and by fio (https://github.com/axboe/fio) with threads and with io_uring.
 
-Each way writes a file that was written before and reads it, past the page cache, as often as
-``--cycles`` says. The ways take turns. A write ends when the disk has everything.
+All write and read the same file, which was written before, past the page cache: how fast a disk is
+may depend on where a file lies. The ways take turns, ``--cycles`` times. A write ends when the disk
+has everything.
 
     python benchmarks/disk_requests.py --device cuda --dir /mnt/nvme --fio fio --out build/results
 """
@@ -13,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from itertools import product
 from pathlib import Path
 
@@ -51,20 +51,19 @@ def fio_options(way: str, direction: str, in_flight: int, size: int) -> list[str
 def measure(options: argparse.Namespace, size: int) -> dict[str, list[float]]:
     """GB/s by number in flight, way and direction."""
     runs: dict[str, list[float]] = {}
-    with tempfile.NamedTemporaryFile(dir=options.dir) as file:
+    with RawDisk(options.dir, size, PIECE, max(IN_FLIGHT)) as disk:
 
-        def run(disk: RawDisk, in_flight: int, way: str, direction: str) -> float:
+        def run(in_flight: int, way: str, direction: str) -> float:
             if way == "threads":
+                disk.threads = in_flight
                 return disk.write_gb_s() if direction == "write" else disk.read_gb_s()
-            return fio_gb_s(options, file.name, size, fio_options(way, direction, in_flight, size))
+            return fio_gb_s(options, disk.path, size, fio_options(way, direction, in_flight, size))
 
-        for in_flight in IN_FLIGHT:
-            with RawDisk(options.dir, size, PIECE, in_flight) as disk:
-                for way in WAYS:  # to space that was never written
-                    run(disk, in_flight, way, "write")
-                for _, way, direction in product(range(options.cycles), WAYS, ("write", "read")):
-                    gb_s = run(disk, in_flight, way, direction)
-                    runs.setdefault(f"{in_flight}, {way}, {direction}", []).append(gb_s)
+        disk.write_gb_s()  # to space that was never written
+        turns = product(range(options.cycles), IN_FLIGHT, WAYS, ("write", "read"))
+        for _, in_flight, way, direction in turns:
+            gb_s = run(in_flight, way, direction)
+            runs.setdefault(f"{in_flight}, {way}, {direction}", []).append(gb_s)
     return runs
 
 
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
     parser.add_argument("--dir", type=Path, required=True, help="a directory on the disk")
     parser.add_argument("--fio", default="fio", help="the program")
-    parser.add_argument("--mib", type=int, default=4096, help="size of a file")
+    parser.add_argument("--mib", type=int, default=4096, help="size of the file")
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
     options = parser.parse_args()
