@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saved images without an engine, where a call of the file system fails, or is the last one of a
-process that is killed. About 18 s, and 18 s more with slow ones.
+process that is killed. About 19 s, as long again with slow ones.
 
 Interrupted calls are repeated by Python itself (PEP 475); here one fails like any other.
 """
@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 from collections import Counter
@@ -27,21 +28,21 @@ from helpers.images import (
     save,
     two_ranks,
 )
-from helpers.patience import wait_for
+from helpers.patience import patience
 
 from vllm_sleep_ascend.errors import ImageError, ImageRefusedError, SleepModeError
 from vllm_sleep_ascend.rank.image import folder, saving
 
 OF_OS = (
-    "open close mkdir rmdir listdir scandir stat lstat fstat statvfs posix_fallocate pwritev preadv "
-    "posix_fadvise fsync rename replace unlink"
+    "open close mkdir rmdir listdir scandir stat lstat fstat statvfs fsync rename replace unlink "
+    "posix_fallocate pwritev preadv posix_fadvise"
 )
 CALLS = [
     *((os, name) for name in OF_OS.split()),
     *((fcntl, name) for name in ("flock", "fcntl")),
     *((json, "dump"), (Path, "read_bytes"), (folder, "_exchange")),
 ]
-# Without direct requests, with something left to be removed, or with the content on the disk already
+# Without direct requests, with something left over, or with the content on the disk already
 SURVIVED = {"fcntl", "posix_fadvise", "scandir", "unlink", "rmdir", "close"}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR)
 ROWS = 10
@@ -114,20 +115,14 @@ def killed_at(name: str, nth: int, work: Callable[[], object]) -> None:
                 work()
         finally:
             os._exit(1)
-    end = 0, 0
-
-    def ended() -> bool:
-        nonlocal end
-        end = os.waitpid(child, os.WNOHANG)
-        return end[0] == child
-
-    try:
-        wait_for(ended, f"the end at {name} {nth}")
-    finally:
-        if end[0] != child:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    assert os.WIFSIGNALED(end[1]), f"{name} was not called {nth} times"
+    end = os.pidfd_open(child)
+    ended, _, _ = select.select([end], [], [], 20 * patience())
+    os.close(end)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert ended, f"the process that {name} {nth} was to end did not"
+    assert os.WIFSIGNALED(status), f"{name} was not called {nth} times"
 
 
 def faults(calls: list[tuple[str, int]]) -> Iterator[tuple[str, int, int | str]]:
