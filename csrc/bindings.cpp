@@ -321,8 +321,6 @@ PYBIND11_MODULE(_camem, module) {
   module.def("read_backup", &read_backup, py::arg("address"), py::arg("bytes"));
   module.def("tags", [] { return Pool::instance().tag_names(); });
   module.def("available_host_bytes", &available_host_bytes);
-  module.def("free_disk_bytes", &free_disk_bytes, py::arg("directory"),
-             py::call_guard<WithoutGil>());
   module.def("pinned_host_bytes", &page_locked_host_bytes);
   module.def("plain_host_bytes", &plain_host_bytes);
   module.def("host_memory", &host_memory);

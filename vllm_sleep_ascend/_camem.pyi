@@ -171,13 +171,6 @@ def tags() -> list[str]:
 def available_host_bytes() -> int:
     """Bytes that the machine or this process's control group has left, whichever is less."""
 
-def free_disk_bytes(directory: str) -> int:
-    """Bytes that the file system of this directory has left for this user.
-
-    Raises:
-        DiskError: it does not say.
-    """
-
 def pinned_host_bytes() -> int:
     """This process's page-locked host memory: backups, prepared memory, staging."""
 

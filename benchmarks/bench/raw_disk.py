@@ -13,10 +13,14 @@ from types import TracebackType
 
 
 class RawDisk:
-    """A nameless, preallocated file that is written and read as a whole."""
+    """A nameless, preallocated file that is written and read as a whole.
+
+    Attributes:
+        threads: with a request each; may be lowered.
+    """
 
     def __init__(self, directory: Path, size: int, block: int, threads: int) -> None:
-        self._block, self._threads = block, threads
+        self._block, self.threads = block, threads
         self._size = size // block * block
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
         os.posix_fallocate(self._file.fileno(), 0, self._size)
@@ -36,6 +40,11 @@ class RawDisk:
             return False
         return True
 
+    @property
+    def path(self) -> str:
+        """Under which other processes can open it."""
+        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
     def write_gb_s(self) -> float:
         """With everything on the disk at the end."""
         return self._timed(os.pwritev, flush=True)
@@ -48,13 +57,13 @@ class RawDisk:
 
         def run(thread: int) -> None:
             buffers = [self._buffers[thread]]
-            for offset in range(thread * block, self._size, self._threads * block):
+            for offset in range(thread * block, self._size, self.threads * block):
                 if call(descriptor, buffers, offset) != block:
                     raise OSError(f"a short request at {offset}")
 
         start = time.perf_counter()
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(run, range(self._threads)))
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(run, range(self.threads)))
         if flush:
             os.fdatasync(descriptor)
         return self._size / 1e9 / (time.perf_counter() - start)

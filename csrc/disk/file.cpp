@@ -43,7 +43,8 @@ int open_without_name(const std::string& directory) {
     return mkostemp(name.data(), O_CLOEXEC);
   });
   if (named < 0) return -1;
-  if (unlink(name.c_str()) == 0) return named;
+  // Twice: a file with a name would outlive the process.
+  if (unlink(name.c_str()) == 0 || unlink(name.c_str()) == 0) return named;
   const int error = errno;
   close(named);
   errno = error;
@@ -61,8 +62,7 @@ std::string reason(int error) { return std::strerror(error); }
                   needed, free);
 }
 
-}  // namespace
-
+// For this user. Throws DiskError.
 std::size_t free_disk_bytes(const std::string& directory) {
   struct statvfs status{};
   if (uninterrupted([&] { return statvfs(directory.c_str(), &status); }) != 0) {
@@ -71,6 +71,8 @@ std::size_t free_disk_bytes(const std::string& directory) {
   }
   return static_cast<std::size_t>(status.f_bavail) * status.f_frsize;
 }
+
+}  // namespace
 
 std::string why_not_direct() {
   std::lock_guard<std::mutex> lock(g_why_mutex);

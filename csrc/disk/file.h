@@ -62,9 +62,6 @@ class DiskFile {
   std::atomic<bool> direct_{true};
 };
 
-// Free bytes of the file system for this user. Throws DiskError.
-std::size_t free_disk_bytes(const std::string& directory);
-
 // Why the requests of the last file went through the page cache; empty if they did not.
 std::string why_not_direct();
 

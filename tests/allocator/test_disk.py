@@ -130,14 +130,6 @@ def test_a_file_that_may_not_be_so_large_leaves_all_awake(weights) -> None:
     wake(weights)
 
 
-def test_free_space_is_that_of_the_file_system(tmp_path) -> None:
-    free = _camem.free_disk_bytes(str(tmp_path))
-    stat = os.statvfs(tmp_path)
-    assert 0 < free <= stat.f_blocks * stat.f_frsize
-    with pytest.raises(DiskError, match=r"/nowhere .backup_dir. cannot be read: No such file"):
-        _camem.free_disk_bytes("/nowhere")
-
-
 def test_the_status_and_the_log_say_where_backups_lie(weights, tmp_path) -> None:
     memory = SleepingMemory()
     memory.configure(
@@ -181,6 +173,7 @@ PHASES = {
     "while it writes": "held_at('aclrtMemcpyAsync', 2, sleep)",
     "while it commits": "held_at('aclrtFreePhysical', 2, sleep)",
     "while it wakes": "sleep(); held_at('aclrtMemcpyAsync', 2, wake)",
+    "prepared to wake": "sleep(); _camem.wake(list(allocator.TAGS), commit=False)",
     "awake with a kept file": "sleep(); wake()",
 }
 

@@ -2,6 +2,7 @@
 """The benchmarks at toy size on the simulated NPU. Contents are asserted, times are not."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -93,9 +94,19 @@ def test_a_saved_image_and_safetensors_have_the_same_content(tmp_path):
     arguments = ("--dir", str(tmp_path), "--cycles", "2", "--out", str(tmp_path))
     table = run("image.py", "--device", "sim", *arguments)  # fails if contents were lost
     rates = json.loads((tmp_path / "image_sim_toy.json").read_text())["gb_s"]
-    assert set(rates) == {"disk", "image", "safetensors"}
+    reads, writes = {"disk, read", "image", "safetensors"}, {"disk, write", "image, save"}
+    assert set(rates) == reads | writes
     assert all(len(of) == 2 and min(of) > 0 for of in rates.values())
     assert "| safetensors" in table
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio")
+def test_threads_and_io_uring_write_and_read_the_same(tmp_path):
+    arguments = ("--mib", "128", "--cycles", "1", "--dir", str(tmp_path), "--out", str(tmp_path))
+    table = run("disk_requests.py", "--device", "sim", *arguments)
+    rates = json.loads((tmp_path / "disk_requests.json").read_text())["gb_s"]
+    assert len(rates) == 12 and all(len(of) == 1 and of[0] > 0 for of in rates.values())
+    assert "| 16, fio, io_uring |" in table
 
 
 def test_more_models_that_fit_switch_less(tmp_path):

@@ -300,6 +300,39 @@ TEST(a_file_system_without_nameless_files_or_preallocation_will_do) {
   world.check_intact();
 }
 
+// The calls that only file systems without nameless files, preallocation or O_DIRECT need.
+TEST(each_call_of_other_file_systems_may_fail_once) {
+  struct Row {
+    const char* missing;
+    int error;
+    const char* call;
+  };
+  for (const Row& row :
+       {Row{"open", EOPNOTSUPP, "mkostemp"}, Row{"open", EOPNOTSUPP, "unlink"},
+        Row{"fallocate", EOPNOTSUPP, "ftruncate"}, Row{"fcntl", EINVAL, "sync_file_range"}}) {
+    for (const int error : {EIO, ENOSPC, EINTR}) {
+      const Disk disk;
+      World world(kSwept);
+      const Failing missing(row.missing, 1, Fault::kError, row.error, true);
+      std::string message;
+      {
+        const Failing failing(row.call, 1, Fault::kError, error);
+        message = failure_of(sleep_all);
+        CHECK_EQ(failing.hits(), 1u);
+      }
+      CHECK_EQ(message.empty(), error == EINTR || row.call == std::string("unlink"));
+      CHECK(!disk.has_names());
+      if (!message.empty()) {
+        CHECK(has(message, disk.path()) && disk.files().empty());
+        world.check_intact();
+        sleep_all();
+      }
+      wake_all();
+      world.check_intact();
+    }
+  }
+}
+
 TEST(a_folder_that_is_gone_is_named) {
   camem::Settings settings = small_settings();
   settings.place = Place::kDisk;

@@ -6,6 +6,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdarg>
 #include <map>
@@ -13,7 +14,6 @@
 #include <optional>
 
 namespace system_calls {
-namespace {
 
 struct Rule {
   std::string call;
@@ -21,22 +21,27 @@ struct Rule {
   Fault fault;
   int error;
   bool lasting;
+  std::size_t seen = 0, hits = 0;
 };
+
+namespace {
 
 std::mutex mutex;
 std::map<std::string, std::size_t> counts;
-std::optional<Rule> rule;
-std::size_t seen = 0, hits = 0;
+std::vector<std::shared_ptr<Rule>> rules;
 
 // What this call is to do, if anything.
 std::optional<Rule> rule_of(const char* call) {
   std::lock_guard<std::mutex> lock(mutex);
   ++counts[call];
-  if (!rule || rule->call != call) return {};
-  ++seen;
-  if (seen != rule->nth && !(rule->lasting && seen > rule->nth)) return {};
-  ++hits;
-  return rule;
+  for (const auto& rule : rules) {
+    if (rule->call != call) continue;
+    ++rule->seen;
+    if (rule->seen != rule->nth && !(rule->lasting && rule->seen > rule->nth)) continue;
+    ++rule->hits;
+    return *rule;
+  }
+  return {};
 }
 
 template <class Function>
@@ -55,20 +60,20 @@ int unless_it_fails(const char* name, const Call& call) {
 
 }  // namespace
 
-Failing::Failing(const std::string& call, std::size_t nth, Fault fault, int error, bool lasting) {
+Failing::Failing(const std::string& call, std::size_t nth, Fault fault, int error, bool lasting)
+    : rule_(std::make_shared<Rule>(Rule{call, nth, fault, error, lasting})) {
   std::lock_guard<std::mutex> lock(mutex);
-  rule = Rule{call, nth, fault, error, lasting};
-  seen = system_calls::hits = 0;
+  rules.push_back(rule_);
 }
 
 Failing::~Failing() {
   std::lock_guard<std::mutex> lock(mutex);
-  rule.reset();
+  rules.erase(std::find(rules.begin(), rules.end(), rule_));
 }
 
 std::size_t Failing::hits() const {
   std::lock_guard<std::mutex> lock(mutex);
-  return system_calls::hits;
+  return rule_->hits;
 }
 
 Counting::Counting() {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,9 @@ enum class Fault {
   kFull,   // finds a file system with one free block
 };
 
-// While it lives, the n-th call of this name fails, or that and all later ones.
+struct Rule;
+
+// While it lives, the n-th call of this name fails, or that and all later ones. Several may live.
 class Failing {
  public:
   Failing(const std::string& call, std::size_t nth, Fault fault, int error = 0,
@@ -28,6 +31,9 @@ class Failing {
   Failing& operator=(const Failing&) = delete;
 
   std::size_t hits() const;
+
+ private:
+  const std::shared_ptr<Rule> rule_;
 };
 
 // While it lives, calls are counted. Begins anew with each one.

@@ -1,69 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved images without an engine: what they hold, what is refused, and what failures leave."""
+"""Saved images without an engine: what they hold, and what is refused. About 2 s."""
 
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
-import re
 import shutil
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.images import ENGINE, Model, assert_filled, save
 from torch import nn
 
-from vllm_sleep_ascend.errors import ImageError, ImageRefusedError
-from vllm_sleep_ascend.rank.agreement import Agreement
-from vllm_sleep_ascend.rank.image import folder, identity, manifest, pieces, saving, tensors
-from vllm_sleep_ascend.rank.image.filling import Image, check_same, image_of
+from vllm_sleep_ascend.errors import ImageError
+from vllm_sleep_ascend.rank.image import identity, manifest, pieces, tensors
+from vllm_sleep_ascend.rank.image.filling import Image
 from vllm_sleep_ascend.rank.image.pieces import PIECE
 from vllm_sleep_ascend.rank.weights.load import Snapshot, WeightLoad
 from vllm_sleep_ascend.rank.weights.parameters import own_parameters
-
-ENGINE = {
-    "architecture": ["Qwen2ForCausalLM"],
-    "model": {"hidden_size": 64, "num_hidden_layers": 2},
-    "vllm": "0.32.0",
-    "tensor_parallel_size": 1,
-    "dtype": "bfloat16",
-    "quantization": None,
-}
-ORIGIN = {"source": "trainer", "path": None, "version": "step-7"}
-
-
-class Model(nn.Module):
-    """Has one of everything: 21 MB of parameters, a part of one, two names of one, a buffer that no
-    checkpoint has, a scalar, an empty one, a transposed one, and a tensor in an attribute."""
-
-    def __init__(self, seed: int, rows: int = 5_000_001) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(seed)
-        self.large = nn.Parameter(torch.rand(rows, generator=random))
-        self.inner = nn.Linear(7, 3)
-        self.tied = self.inner.weight
-        self.part = nn.Parameter(self.large.data[1000:2000])
-        self.turned = nn.Parameter(torch.rand(5, 9, generator=random, dtype=torch.float64).t())
-        self.register_buffer("table", torch.rand(33, generator=random).half(), persistent=False)
-        self.register_buffer("scale", torch.rand((), generator=random))
-        self.empty = nn.Parameter(torch.empty(0))
-        self.derived = [torch.rand(11, generator=random), "no tensor"]
-        nn.init.uniform_(self.inner.weight, generator=random)
-        nn.init.uniform_(self.inner.bias, generator=random)
-
-    def content(self) -> dict[str, torch.Tensor]:
-        named = (*self.named_parameters(remove_duplicate=False), *self.named_buffers())
-        return {**{name: t.detach().clone() for name, t in named}, "derived": self.derived[0]}
-
-    def content_in_place(self) -> list[torch.Tensor]:
-        """Each memory once."""
-        own = [p.data for name, p in self.named_parameters() if name != "part"]
-        return [*own, *self.buffers(), self.derived[0]]
 
 
 @pytest.fixture(scope="module")
@@ -71,82 +28,10 @@ def model() -> Model:
     return Model(1)
 
 
-@pytest.fixture(autouse=True)
-def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "wait_for_device", lambda: None)
-
-
-def parts(
-    model: nn.Module,
-    missing: tuple[str, ...] = (),
-    reason: str | None = None,
-    corrupt: bool = False,
-    engine: object = ENGINE,
-    rank: int = 0,
-    ranks: int = 1,
-    **origin: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """The worker, the weights, the hooks and the identity of a rank of an engine without a device,
-    whose weights are all of its memory."""
-    worker = SimpleNamespace(
-        rank=rank,
-        device=torch.device("cpu"),
-        sleep_mode_backend=SimpleNamespace(ranges=lambda tag: [(0, 1 << 62)]),
-        model_runner=SimpleNamespace(get_model=lambda: model),
-        get_draft_model=lambda: None,
-        parallel_config=SimpleNamespace(world_size=ranks, enable_eplb=False, data_parallel_size=1),
-    )
-    worker.vllm_config = SimpleNamespace(parallel_config=worker.parallel_config, lora_config=None)
-    weights = SimpleNamespace(
-        updating=False,
-        content=SimpleNamespace(missing=lambda: list(missing), corrupt=corrupt),
-        origin=lambda: {**ORIGIN, **origin},
-    )
-    return worker, weights, SimpleNamespace(image_refusal=lambda: reason), engine
-
-
-def save(model: nn.Module, directory: Path | str, replace: bool = False, **options: Any) -> None:
-    """As the only rank of an engine."""
-    worker, *others = parts(model, **options)
-    agreement = Agreement(0, 1, 0, 60)
-    saving.save(worker, agreement, *others, directory=str(directory), replace=replace)
-
-
-def two_ranks(directory: Path) -> list[saving._Attempt]:
-    """Of an engine that replaces an image, and has written its parts."""
-    models = [Model(4, 10), Model(5, 10)]
-    attempts = [
-        saving._Attempt(*parts(model, rank=rank, ranks=2), directory, True)
-        for rank, model in enumerate(models)
-    ]
-    facts = [attempt.facts() for attempt in attempts]
-    for attempt in attempts:
-        attempt.judge(facts)
-        attempt.write()
-    return attempts
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-def assert_filled(directory: Path, source: Model, rows: int = 5_000_001) -> None:
-    target = Model(2, rows)
-    Image(directory, 0, ENGINE).fill(target)
-    for (name, found), expected in zip(
-        target.content().items(), source.content().values(), strict=True
-    ):
-        assert torch.equal(found, expected), name
-    image = image_of(target)
-    assert image is not None and image.origin == ORIGIN
-
-
 @pytest.fixture(scope="module")
 def image(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "wait_for_device", lambda: None)
-        directory = tmp_path_factory.mktemp("images") / "one"
-        save(model, directory)
+    directory = tmp_path_factory.mktemp("images") / "one"
+    save(model, directory)
     return directory
 
 
@@ -400,219 +285,6 @@ def test_a_short_file_a_missing_one_and_manifests_that_were_changed(copied: Path
         Image(copied, 0, ENGINE)
     with pytest.raises(ImageError, match=r"image.json could not be read: No such file"):
         Image(copied / "nowhere", 0, ENGINE)
-
-
-# --- What is not saved ----------------------------------------------------------------------------
-
-
-def test_bad_input_is_refused_before_anything_is_touched(model: Model, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/of.something").touch()
-    with pytest.raises(ValueError, match=r"dir='images/one': an absolute path is needed"):
-        save(model, "images/one")
-    with pytest.raises(ImageError, match=r"full exists; name another directory, or replace"):
-        save(model, tmp_path / "full")
-    with pytest.raises(ImageError, match=r"full exists and is no saved image, which alone"):
-        save(model, tmp_path / "full", replace=True)
-    with pytest.raises(ImageError, match=r"nowhere is no directory; create it"):
-        save(model, tmp_path / "nowhere/one")
-    with pytest.raises(ImageError, match=r"2 parameters have no content \(a, b\)"):
-        save(model, tmp_path / "one", missing=("a", "b"))
-    with pytest.raises(ImageRefusedError, match=r"not supported with vllm-ascend"):
-        save(model, tmp_path / "one", reason="vllm-ascend; leave it out")
-    with pytest.raises(ImageRefusedError, match=r"the weights were found to be corrupt"):
-        save(model, tmp_path / "one", corrupt=True)
-    with pytest.raises(ImageRefusedError, match=r"cannot be written down; save its checkpoint"):
-        save(model, tmp_path / "one", engine="it cannot be written down; save its checkpoint")
-    with pytest.raises(ImageError, match=r"File name too long; choose a shorter name"):
-        save(model, tmp_path / ("n" * 250))
-    draft = {"source": "trainer", "path": None}
-    with pytest.raises(ImageError, match=r"the draft model's weights \(source: trainer\)"):
-        save(model, tmp_path / "one", draft=draft)
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["of.something"]
-
-
-def test_space_is_looked_at_before_anything_is_written(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    short = SimpleNamespace(f_bavail=5, f_frsize=4096)
-    monkeypatch.setattr(saving.os, "statvfs", lambda _: short)
-    with pytest.raises(ImageError, match=r"ranks 0 need \d+ bytes in .* 20480 are free") as caught:
-        save(model, tmp_path / "one")
-    assert caught.value.needed_bytes > 4 * 5_000_001 and caught.value.free_bytes == 20480
-    assert list(tmp_path.iterdir()) == []
-
-
-def no_library(*_: object, **__: object) -> None:
-    """Instead of a C library that can exchange two names."""
-
-
-def full_disk(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwritev", "fsync", "mkdir", "rename"])
-def test_a_disk_that_fails_leaves_the_image_that_was_there(
-    call: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = Model(3, 10)
-    save(other, tmp_path / "one")
-    before = (tmp_path / "one/rank-0.weights").read_bytes()
-    new = Model(4, 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, full_disk)
-        if call == "rename":
-            patch.setattr(folder.ctypes, "CDLL", no_library)
-        with pytest.raises(ImageError, match=r"No space left on device; free disk space"):
-            save(new, tmp_path / "one", replace=True)
-        with pytest.raises(ImageError, match=r"No space left on device"):
-            save(new, tmp_path / "two")
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
-    assert (tmp_path / "one/rank-0.weights").read_bytes() == before
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-def test_an_image_is_replaced(
-    at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not at_once:
-        monkeypatch.setattr(folder.ctypes, "CDLL", no_library)
-    save(Model(3, 10), tmp_path / "one")
-    save(Model(4, 10), tmp_path / "one", replace=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
-    target = Model(2, 10)
-    Image(tmp_path / "one", 0, ENGINE).fill(target)
-    assert torch.equal(target.large, Model(4, 10).large)
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_ranks_that_give_up_after_they_have_published_leave_the_image_before(
-    at_once: bool, order: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not at_once:
-        monkeypatch.setattr(folder.ctypes, "CDLL", no_library)
-    save(Model(3, 10), tmp_path / "one")
-    ranks = two_ranks(tmp_path / "one")
-    for rank in ranks:
-        rank.publish()
-    both = ["image.json", "rank-0.json", "rank-0.weights", "rank-1.json", "rank-1.weights"]
-    assert names(tmp_path / "one") == both
-    for number in order:
-        assert ranks[number].take_back() == ""
-        ranks[number].close()
-    assert names(tmp_path) == ["one"]
-    assert_filled(tmp_path / "one", Model(3, 10), rows=10)
-
-
-def test_a_rank_that_has_given_up_cannot_be_published(tmp_path: Path) -> None:
-    save(Model(3, 10), tmp_path / "one")
-    publisher, other = two_ranks(tmp_path / "one")
-    assert other.take_back() == ""
-    with pytest.raises(
-        ImageError, match=r"saving has no rank-0.json any more: another rank has given up"
-    ):
-        publisher.publish()
-    assert publisher.take_back() == ""
-    assert names(tmp_path) == ["one"]
-    assert_filled(tmp_path / "one", Model(3, 10), rows=10)
-    for rank in (publisher, other):
-        rank.close()
-
-
-def test_two_ranks_that_are_done_have_replaced_the_image(tmp_path: Path) -> None:
-    save(Model(3, 10), tmp_path / "one")
-    ranks = two_ranks(tmp_path / "one")
-    for step in ("publish", "finish", "close"):
-        for rank in ranks:
-            getattr(rank, step)()
-    assert names(tmp_path) == ["one"]
-    first = Image(tmp_path / "one", 0, ENGINE)
-    second = Image(tmp_path / "one", 1, ENGINE)
-    check_same((first.id, None, second.id), tmp_path / "one")
-    with pytest.raises(ImageError, match=r"has parts of several images .* copy the directory"):
-        check_same((first.id, "another-2"), tmp_path / "one")
-    target = Model(2, 10)
-    second.fill(target)
-    assert torch.equal(target.large, Model(5, 10).large)
-
-
-def test_what_is_there_instead_of_the_image_that_was_to_be_replaced_stays(tmp_path: Path) -> None:
-    save(Model(3, 10), tmp_path / "one")
-    publisher, _ = two_ranks(tmp_path / "one")
-    (tmp_path / "one").rename(tmp_path / "moved")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one/of.something").touch()
-    with pytest.raises(ImageError, match=r"one is not the image any more that was there when"):
-        publisher.publish()
-    assert publisher.take_back() == ""
-    assert names(tmp_path) == ["moved", "one"]
-    assert names(tmp_path / "one") == ["of.something"]
-
-
-def save_and_stop(directory: str, pipe: Any) -> None:
-    """In a process that is to be killed: replace two images, and stop once the weights of one are
-    written, and between the two renames of the other."""
-
-    def stop(*_: object) -> None:
-        pipe.send("stopped")
-        threading.Event().wait()
-
-    def write(path: Path, content: Any) -> None:
-        stop() if ".one." in str(path) else stock(path, content)
-
-    def rename(path: Path, to: Path) -> Path:
-        stop() if re.fullmatch(r"\.two\.[0-9a-f]{8}\.publishing", path.name) else None
-        os.rename(path, to)
-        return to
-
-    stock, manifest.write = manifest.write, write
-    saving.wait_for_device = lambda: None
-    folder.ctypes.CDLL, Path.rename = no_library, rename
-    for name in ("one", "two"):
-        path = Path(directory) / name
-        threading.Thread(target=save, args=(Model(3, 10), path, True), daemon=True).start()
-    threading.Event().wait()
-
-
-def test_an_image_that_was_aside_when_a_process_ended_gets_its_name_back(tmp_path: Path) -> None:
-    save(Model(6, 10), tmp_path / "aside")
-    (tmp_path / "aside").rename(tmp_path / ".one.12345678.replaced")
-    with pytest.raises(ImageRefusedError, match=r"one exists; name another directory"):
-        save(Model(4, 10), tmp_path / "one")
-    assert names(tmp_path) == ["one"]
-    assert_filled(tmp_path / "one", Model(6, 10), rows=10)
-
-
-@pytest.mark.slow
-def test_a_killed_process_loses_no_image_and_leaves_what_the_next_removes(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    for directory in (one, two):
-        save(Model(6, 10), directory)
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=save_and_stop, args=(str(tmp_path), theirs))
-    process.start()
-    theirs.close()
-    try:
-        assert [mine.recv(), mine.recv()] == ["stopped", "stopped"]
-    finally:
-        process.kill()
-        process.join()
-    found = {re.sub(r"[0-9a-f]{8}", "WORD", path.name): path for path in tmp_path.iterdir()}
-    assert set(found) == {"one", ".one.WORD.saving", ".two.WORD.replaced", ".two.WORD.publishing"}
-    assert names(found[".one.WORD.saving"]) == ["rank-0.weights"]
-    others = [".one.12345678.saving.kept", ".one.too.12345678.saving"]
-    for name in others:
-        (tmp_path / name).mkdir()
-    for directory in (one, two):
-        with pytest.raises(ImageRefusedError, match=r"exists; name another directory"):
-            save(Model(4, 10), directory)
-        assert_filled(directory, Model(6, 10), rows=10)
-        save(Model(4, 10), directory, replace=True)
-        assert_filled(directory, Model(4, 10), rows=10)
-    assert names(tmp_path) == [*others, "one", "two"]
 
 
 # --- Names and options ----------------------------------------------------------------------------

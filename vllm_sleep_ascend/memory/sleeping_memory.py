@@ -3,6 +3,7 @@
 
 import gc
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -280,7 +281,7 @@ class SleepingMemory(SleepingContent):
         what is held already, and bytes that are free; None if none go to disk.
 
         Raises:
-            DiskError: the directory's file system does not say.
+            OSError: the directory's file system does not say.
         """
         directory = self._config.backup_dir
         if directory is None or (place or self._config.place) != "disk":
@@ -289,7 +290,7 @@ class SleepingMemory(SleepingContent):
             a["bytes"] - a["disk_bytes"]
             for a in _to_store(_camem.allocations(), actions, otherwise, place)
         )
-        return directory, needed, _camem.free_disk_bytes(directory)
+        return directory, needed, shutil.disk_usage(directory).free
 
     def host_need(
         self,

@@ -81,7 +81,7 @@ def _disk_need(
     try:
         need = backend.disk_need(actions, place=place)
         return None if need is None else DiskNeed(need[0], os.stat(need[0]).st_dev, *need[1:])
-    except (OSError, DiskError):
+    except OSError:
         return None
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine saves its weights as an image, and another one starts from it with the same tokens.
 
-What an image holds and what is refused is in tests/package/test_image_files.py, without engines.
+What an image holds, what is refused and what faults leave is in tests/package/test_image_*.py,
+without engines.
 """
 
 import json

@@ -5,9 +5,10 @@
   for all of them: what is not there any more cannot be published.
 - ``.NAME.WORD.publishing``: what one rank has claimed from the others by that name. After an
   exchange with the directory it is the image that was replaced.
-- ``.NAME.WORD.replaced``: that image, on a file system that cannot exchange two names. Nothing
-  removes it but the save that moved it.
-- ``.NAME.WORD.off``: to be removed.
+- ``.NAME.WORD.replaced``: that image, on a file system that cannot exchange two names, or after a
+  rollback that failed. It gets its name back while there is no directory; the next image that has
+  become the directory removes it.
+- ``.NAME.WORD.off``: being removed, and perhaps not whole any more.
 
 A process holds a lock on what it works with, so that another one can tell what is left of a killed
 process. Locks end with the process.
@@ -16,6 +17,7 @@ process. Locks end with the process.
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -25,7 +27,10 @@ from pathlib import Path
 
 from vllm_sleep_ascend.errors import ImageError
 from vllm_sleep_ascend.rank.image import manifest
-from vllm_sleep_ascend.rank.image.pieces import failure
+from vllm_sleep_ascend.rank.image.pieces import close, failure
+
+# A child of vLLM's logger, so that its handlers and level apply where it is.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 _RENAME_EXCHANGE = 2  # of renameat2
 _AT_FDCWD = -100
@@ -68,7 +73,7 @@ class Folder:
         try:
             self.path.rename(self._claim)
             self._claimed = True
-            if replaced is not None and os.path.lexists(directory):
+            if replaced is not None and exists(directory):
                 self._locks.append(_locked(directory, fcntl.LOCK_SH))
                 if os.fstat(self._locks[-1]).st_ino != replaced or not is_image(directory):
                     raise ImageError(
@@ -81,7 +86,7 @@ class Folder:
             self._published = True
             manifest.sync_directory(directory.parent)
         except OSError as error:
-            raise failure(directory, "created", error) from error
+            raise failure(directory, "created", error, self._image_before()) from error
 
     def finish(self) -> None:
         """Once every rank is done: remove the image that was replaced, and what killed processes
@@ -89,54 +94,66 @@ class Folder:
         if not self._published:
             return
         if self._replaced is not None:
-            shutil.rmtree(self._replaced, ignore_errors=True)
-        self._remove_left("saving|publishing|off")
+            _remove(self._replaced)
+        self._remove_left("saving|publishing|replaced|off")
 
     def take_back(self) -> str:
         """Leave what was there before. Returns what failed in that, or ``""``."""
         try:
             if self._published:
-                self._take_name_back()
-            else:
-                (self._claim if self._claimed else self.path).rename(self._off)
+                return self._take_name_back()
+            (self._claim if self._claimed else self.path).rename(self._off)
         except OSError as error:
             if self._published:
-                return str(failure(self._directory, "removed again", error))
+                return str(failure(self._directory, "removed again", error, self._image_before()))
             if self._publishes:  # nobody else does
-                shutil.rmtree(self._claim if self._claimed else self.path, ignore_errors=True)
+                _remove(self._claim if self._claimed else self.path)
             # If it is not there, another rank was first
-        shutil.rmtree(self._off, ignore_errors=True)
+        _remove(self._off)
         return ""
 
-    def _take_name_back(self) -> None:
+    def _take_name_back(self) -> str:
         directory, replaced = self._directory, self._replaced
-        if replaced is None:
-            directory.rename(self._off)
-            return
         try:
-            new = _exchange(replaced, directory, self._off)
+            if os.lstat(directory).st_ino != os.fstat(self._locks[0]).st_ino:
+                self._put_aside()
+                return (
+                    f"{directory} is another image by now, and stays as it is{self._image_before()}"
+                )
+            if replaced is None:
+                directory.rename(self._off)
+                new = self._off
+            else:
+                new = _exchange(replaced, directory, self._off)
         except OSError:
-            if replaced != self._aside:
-                replaced.rename(self._aside)  # where nothing removes it
+            self._put_aside()
             raise
-        if new != self._off:
-            new.rename(self._off)
+        self._replaced = None
+        _remove(new)
+        return ""
+
+    def _put_aside(self) -> None:
+        """Have the image that was replaced where it can be brought back from."""
+        if self._replaced not in (None, self._aside):
+            self._replaced = self._replaced.rename(self._aside)
+
+    def _image_before(self) -> str:
+        """Where that is, for an error, if it is aside."""
+        for path in (self._replaced, self._aside):
+            if path is not None and os.path.lexists(path):
+                return f"; the image before is in {path}"
+        return ""
 
     def close(self) -> None:
         """Let other processes have the folder."""
         while self._locks:
-            os.close(self._locks.pop())
+            close(self._locks.pop())
 
     def _remove_left(self, what: str) -> None:
-        for left in _beside(self._directory, what):
-            if left == self.path:
-                continue
-            with suppress(OSError):  # such as of a process that lives
-                lock = _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                try:
-                    shutil.rmtree(left, ignore_errors=True)
-                finally:
-                    os.close(lock)
+        with suppress(OSError):  # a later save tries again
+            for left in _beside(self._directory, what):
+                if left != self.path:
+                    _remove_unlocked(left)
 
     def _beside(self, word: str, what: str) -> Path:
         return self._directory.with_name(f".{self._directory.name}.{word}.{what}")
@@ -144,16 +161,27 @@ class Folder:
 
 def bring_back(directory: Path) -> None:
     """If a process was killed while it replaced an image: give that its name again."""
-    if os.path.lexists(directory):
+    if exists(directory):
         return
     for replaced in _beside(directory, "replaced"):
         with suppress(OSError):  # such as locked, or brought back by another rank
             lock = _locked(replaced, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
-                replaced.rename(directory)
-                return
+                if is_image(replaced):
+                    replaced.rename(directory)
+                    return
             finally:
-                os.close(lock)
+                close(lock)
+
+
+def exists(path: Path) -> bool:
+    """Whether something has that name. Says so only if the disk does: ``lexists`` takes each of
+    its errors for a no."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def is_image(directory: Path) -> bool:
@@ -172,13 +200,32 @@ def _beside(directory: Path, what: str) -> list[Path]:
     return [path for path in directory.parent.iterdir() if pattern.fullmatch(path.name)]
 
 
+def _remove(path: Path) -> None:
+    """Under a name from which nothing is brought back: some of it may stay."""
+    with suppress(OSError):  # such as none there; rmtree may raise all the same
+        path = path.rename(path.with_suffix(".off"))
+        shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        logger.warning("%s could not be removed; the next image of this name removes it", path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Unless it is of a process that lives."""
+    with suppress(OSError):
+        lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            _remove(path)
+        finally:
+            close(lock)
+
+
 def _locked(path: Path, how: int) -> int:
     """A descriptor of a directory with this lock."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, how)
     except OSError:
-        os.close(descriptor)
+        close(descriptor)
         raise
     return descriptor
 

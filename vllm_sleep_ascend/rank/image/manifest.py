@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from vllm_sleep_ascend.errors import ImageError
-from vllm_sleep_ascend.rank.image.pieces import PIECE, failure
+from vllm_sleep_ascend.rank.image.pieces import PIECE, close, named
 from vllm_sleep_ascend.status import WeightsOrigin
 
 HEAD = "image.json"
@@ -63,7 +63,7 @@ def write(path: Path, content: Rank | Head) -> None:
         ImageError: the disk is full, or failed.
     """
     partial = path.with_name(f".{path.name}")
-    try:
+    with named(path, "written"):
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(content, file, indent=1, sort_keys=True)
@@ -71,8 +71,6 @@ def write(path: Path, content: Rank | Head) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_directory(path.parent)
-    except OSError as error:
-        raise failure(path, "written", error) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -81,7 +79,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        close(descriptor)
 
 
 def checksum(path: Path) -> str:
@@ -95,7 +93,9 @@ def read_head(directory: Path) -> Head:
         ImageError: the directory has no image, or one of another format.
     """
     path = directory / HEAD
-    if directory.is_dir() and not path.exists():
+    with named(path, "read"):
+        partial = directory.is_dir() and not path.exists()
+    if partial:
         raise ImageError(
             f"{directory} is no saved image, or not a whole one: it has no {HEAD}, which is "
             "written last; name a directory that vllm-sleep save has made"
@@ -157,10 +157,8 @@ def _wrong(part: Rank) -> str | None:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with named(path, "read"):
         return path.read_bytes()
-    except OSError as error:
-        raise failure(path, "read", error) from error
 
 
 def _parsed(path: Path, content: bytes, fields: Mapping[str, type]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Self
@@ -159,7 +160,7 @@ class _File:
         try:
             self._begin(flags)
         except BaseException:
-            os.close(self._fd)
+            close(self._fd)
             raise
 
     def _begin(self, flags: int) -> None:
@@ -167,10 +168,13 @@ class _File:
             with self._named("preallocated"):
                 if self._size:
                     os.posix_fallocate(self._fd, 0, self._size)
-        elif (found := os.fstat(self._fd).st_size) != self._size:
-            raise ImageError(
-                f"{self._path} has {found} bytes instead of {self._size}; save the image again"
-            )
+        else:
+            with self._named("read"):
+                found = os.fstat(self._fd).st_size
+            if found != self._size:
+                raise ImageError(
+                    f"{self._path} has {found} bytes instead of {self._size}; save the image again"
+                )
         try:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags() | os.O_DIRECT)
         except OSError:  # such as on tmpfs
@@ -180,9 +184,8 @@ class _File:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.direct:
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(self._fd)
+        self._empty_page_cache(0, 0)
+        close(self._fd)
 
     def piece_of(self, block: torch.Tensor, piece: int) -> memoryview:
         """The part of a block that this piece takes."""
@@ -217,11 +220,16 @@ class _File:
                         raise
                     self._use_page_cache()
                     continue
-            if not self.direct:
-                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+            self._empty_page_cache(offset, count)
             if count == 0:
                 raise ImageError(f"{self._path} ends at {offset} and not at {end}; save it again")
             content, offset = content[count:], offset + count
+
+    def _empty_page_cache(self, offset: int, size: int) -> None:
+        """Of so many bytes, or all from there on for 0."""
+        if not self.direct:
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _use_page_cache(self) -> None:
         fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags() & ~os.O_DIRECT)
@@ -235,16 +243,28 @@ class _File:
     def _flags(self) -> int:
         return fcntl.fcntl(self._fd, fcntl.F_GETFL)
 
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise failure(self._path, what, error) from error
+    def _named(self, what: str) -> AbstractContextManager[None]:
+        return named(self._path, what)
 
 
-def failure(path: Path, what: str, error: OSError) -> ImageError:
-    """The error for what a disk, or a file system, has refused."""
+def close(descriptor: int) -> None:
+    """Linux takes a descriptor back also where this fails, and what had to be on the disk was
+    waited for before."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+@contextmanager
+def named(path: Path, what: str) -> Iterator[None]:
+    """See ``failure``."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(path, what, error) from error
+
+
+def failure(path: Path, what: str, error: OSError, more: str = "") -> ImageError:
+    """The error for what a disk, or a file system, has refused. ``more`` ends its text."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "look for errors of the disk in the kernel's log"
     if full:
@@ -255,9 +275,8 @@ def failure(path: Path, what: str, error: OSError) -> ImageError:
         remedy = "name another directory, or replace the image in it (--replace)"
     elif error.errno == errno.ENAMETOOLONG:
         remedy = "choose a shorter name"
-    failed = ImageError(f"{path} could not be {what}: {error.strerror}; {remedy}")
+    failed = ImageError(f"{path} could not be {what}: {error.strerror}; {remedy}{more}")
     with suppress(OSError):
         if full:
-            status = os.statvfs(path.parent)
-            failed.free_bytes = status.f_bavail * status.f_frsize
+            failed.free_bytes = shutil.disk_usage(path.parent).free
     return failed

@@ -7,6 +7,7 @@ when every rank is done.
 
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from vllm_sleep_ascend.rank.host_budget import this_host
 from vllm_sleep_ascend.rank.host_worker import HostWorker
 from vllm_sleep_ascend.rank.image import identity, manifest, pieces, tensors
 from vllm_sleep_ascend.rank.image.filling import image_of
-from vllm_sleep_ascend.rank.image.folder import Folder, bring_back, is_image
+from vllm_sleep_ascend.rank.image.folder import Folder, bring_back, exists, is_image
 from vllm_sleep_ascend.rank.weights.content import models_of
 from vllm_sleep_ascend.rank.weights.loading import SLOWEST_LOAD
 from vllm_sleep_ascend.rank.weights.rank_weights import RankWeights
@@ -117,12 +118,14 @@ class _Attempt:
             if refusal is not None:
                 return _Facts(rank, word, refusal)
             self._look()
-            status, device = os.statvfs(parent), os.stat(parent).st_dev
+            available, device = shutil.disk_usage(parent).free, os.stat(parent).st_dev
+            host, _ = this_host()
         except Exception as error:  # the other ranks wait for what this one says
+            if isinstance(error, OSError):
+                error = pieces.failure(self._directory, "looked at", error)
             return _Facts(rank, word, f"{type(error).__name__}: {error}")
         needed = pieces.file_bytes(self.size) + _MANIFESTS
-        available = status.f_bavail * status.f_frsize
-        return _Facts(rank, word, None, this_host()[0], device, needed, available)
+        return _Facts(rank, word, None, host, device, needed, available)
 
     def _refusal(self) -> str | None:
         directory, worker, weights = self._directory, self._worker, self._weights
@@ -147,7 +150,7 @@ class _Attempt:
         if not directory.parent.is_dir():
             return f"{directory.parent} is no directory; create it, on a disk with room"
         bring_back(directory)
-        if not os.path.lexists(directory):
+        if not exists(directory):
             self._there = 0 if self._replace else None
             return None
         if not self._replace:
@@ -232,7 +235,8 @@ class _Attempt:
         assert self._folder is not None and not isinstance(self._engine, str)
         folder = self._folder.path
         names = map(manifest.manifest_name, range(self._worker.parallel_config.world_size))
-        here = [name for name in names if (folder / name).exists()]
+        with pieces.named(folder, "read"):
+            here = [name for name in names if (folder / name).exists()]
         mine = manifest.manifest_name(self._worker.rank)
         if not here and self._worker.rank == 0:
             raise ImageError(f"{folder} has no {mine} any more: another rank has given up")
