@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.proxy.figures import Memory
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.operations import Operations
 from vllm_sleep_ascend.proxy.servers import Server
@@ -46,6 +47,7 @@ class Turns:
         self.metrics = metrics
         self.settings = settings
         self.operations = Operations(metrics)
+        self.memory = Memory(servers)
         self.changed = asyncio.Event()
         self._models_asked = -math.inf
         self._asking: asyncio.Task[None] | None = None
