@@ -78,6 +78,11 @@ def test_a_good_file(tmp_path):
     assert small.model.aliases == ("default", "gpt") and small.model.devices == (0,)
     assert small.model.level == 2 and small.model.preload
     assert large.model.words(7, 8)[2].endswith("--port 7 --admin-port 8 --home ${HOME}")
+    stop = {"stop_command": "docker stop a-${PORT}"}
+    assert Model(command=small.model.command, **stop).words(7, 8, stop=True) == [
+        *("docker", "stop", "a-7")
+    ]
+    assert small.model.words(7, 8, stop=True) == []
     assert large.model.devices == (0, 1) and large.model.start_timeout_s == 60
     assert elsewhere.model.url == "http://127.0.0.1:8001"
     assert [entry.door_key for entry in (small, large, elsewhere)] == [
@@ -161,6 +166,8 @@ COMMAND = "command: serve --port ${PORT}"
         (f"{COMMAND}\n    start_timeout_s: 0", 4, "0: write seconds, a number above 0"),
         (f"{COMMAND}\n    wake_timeout_s: .nan", 4, "nan: write seconds, a number above 0"),
         (f"{COMMAND}\n    stop_timeout_s: soon", 4, "'soon': write seconds"),
+        (f"{COMMAND}\n    stop_command: docker 'stop", 4, "No closing quotation; close it"),
+        ("url: http://a:1\n    stop_command: docker stop a", 4, "is for a server with a command"),
         (f"{COMMAND}\n    sleep_after: never", 4, "'never': write seconds"),
         (f"{COMMAND}\n    stop_after: 9\n    sleep_after: 9", 4, "is not after sleep_after; write"),
         (f"{COMMAND}\n    deep_sleep_after: 5\n    sleep_after: 9", 4, "write more than 9"),

@@ -222,7 +222,7 @@ class Fleet:
         entry = self._entries.get(record.name)
         stop_s = entry.model.stop_timeout_s if entry is not None else STOP_S
         try:
-            if await Launched.end_stray(record, stop_s):
+            if await Launched.end_stray(record, stop_s, self._state):
                 logger.info("%s of an earlier proxy has ended", record.name)
         except CallFailed as error:
             logger.error("%s", error)

@@ -32,7 +32,9 @@ _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
 _LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
 _HIGHEST_PRIORITY = 100
-_FOR_COMMANDS = ("env", "preload", "start_timeout_s", "stop_timeout_s", "stop_after")
+_FOR_COMMANDS = (
+    *("env", "preload", "start_timeout_s", "stop_command", "stop_timeout_s", "stop_after"),
+)
 
 
 def _command(value: object) -> object:
@@ -197,7 +199,8 @@ class Model(BaseModel):
     preload: it starts before the first request.
     start_timeout_s: until it serves.
     wake_timeout_s: that a sleep or a wake may take, in place of ``--timeout-s``.
-    stop_timeout_s: that it gets after SIGTERM, before SIGKILL.
+    stop_command: ends it, in place of SIGTERM; also what a server that died has left behind.
+    stop_timeout_s: that it gets from SIGTERM or ``stop_command`` on, before SIGKILL.
     sleep_after: seconds without a request until it sleeps, in place of ``--idle-s``.
     deep_sleep_after: seconds until its sleep is a deep one.
     deep_sleep: at level 2, or with its backup on disk. Also where the host has no memory for it.
@@ -218,6 +221,7 @@ class Model(BaseModel):
     preload: Flag = False
     start_timeout_s: Seconds = 1800.0
     wake_timeout_s: Seconds | None = None
+    stop_command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
     stop_timeout_s: Seconds = STOP_S
     sleep_after: Seconds | None = None
     deep_sleep_after: Seconds | None = None
@@ -262,12 +266,12 @@ class Model(BaseModel):
         found = _MEMORY_SHARE.findall(" ".join(self.command or ()))
         return float(found[-1]) if found else None
 
-    def words(self, port: int, admin_port: int) -> list[str]:
-        """The command with its ports."""
+    def words(self, port: int, admin_port: int, stop: bool = False) -> list[str]:
+        """The command, or ``stop_command``, with its ports."""
         ports = {PORT: str(port), ADMIN_PORT: str(admin_port)}
         return [
             re.sub(r"\$\{(ADMIN_)?PORT\}", lambda found: ports[found[0]], word)
-            for word in self.command or ()
+            for word in (self.stop_command if stop else self.command) or ()
         ]
 
     def shown(self) -> str:

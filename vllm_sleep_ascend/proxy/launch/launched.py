@@ -5,16 +5,17 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.config.model import DEVICES, secrets
 from vllm_sleep_ascend.proxy.config.models import Entry
-from vllm_sleep_ascend.proxy.launch import ports
+from vllm_sleep_ascend.proxy.launch import ports, stop_command
 from vllm_sleep_ascend.proxy.launch.group import Group, Leader
 from vllm_sleep_ascend.proxy.launch.state import Record, State
 
@@ -148,14 +149,16 @@ class Launched:
                 logger.warning("the record of %s cannot be written: %s", self.name, error)
 
     @staticmethod
-    async def end_stray(record: Record, wait_s: float) -> bool:
+    async def end_stray(record: Record, wait_s: float, state: State) -> bool:
         """End the process of an earlier proxy, with its group. Returns whether there was one.
 
         Raises:
             CallFailed: it does not end.
         """
-        group = _group_of(record)
-        if not group.send(signal.SIGTERM):
+        group, words = _group_of(record), shlex.split(record.stop_command)
+        if not await _stops(record.name, words, os.environ, wait_s, state) and not group.send(
+            signal.SIGTERM
+        ):
             return False
         if not await group.gone(wait_s) and not await group.gone(_STUCK_S, kill=True):
             raise CallFailed(_does_not_end(record.name, group))
@@ -228,11 +231,12 @@ class Launched:
         if time.monotonic() - self._serves_since > STABLE_S:
             self._failures = 0
         self._fail()
-        self._ending = asyncio.create_task(self._clear(group))
+        self._ending = asyncio.create_task(self._clean_up(group))
         self.died()
 
     async def end(self, wait_s: float | None = None) -> None:
-        """SIGTERM, and SIGKILL to what is left after ``wait_s`` seconds; the entry's by default."""
+        """``stop_command`` or SIGTERM, and SIGKILL after ``wait_s`` seconds to what is left; the
+        entry's by default."""
         if self._group is None:
             return
         if self._ending is None:
@@ -269,7 +273,7 @@ class Launched:
         self.error = f"{self.name}: {reason}"
         logger.warning("%s; it gets SIGKILL", self.error)
         if self._starting:
-            self._ending = asyncio.create_task(self._clear(group))
+            self._ending = asyncio.create_task(self._clean_up(group))
         else:
             self._has_died(group)
         await self._ended(_KILL_S)
@@ -294,7 +298,10 @@ class Launched:
             os.close(log)
         leader = (group.leader.pid, group.leader.started, group.leader.boot)
         try:
-            record = Record(self.name, self.entry.identity, *leader, self.port, self.admin_port)
+            record = Record(
+                *(self.name, self.entry.identity, *leader, self.port, self.admin_port),
+                stop_command=shlex.join(self._stop_words()),
+            )
             self._state.write(record)
         except BaseException:
             group.cancel()
@@ -335,16 +342,30 @@ class Launched:
                 raise CallFailed(f"{self.name}: port {port} is used by user {user}")
 
     async def _end(self, group: Group, wait_s: float) -> None:
-        while True:
+        until = time.monotonic() + wait_s
+        found = await self._stops(wait_s)
+        while not found:
             try:
                 found = group.send(signal.SIGTERM)
                 break
             except OSError as error:  # of /proc
                 logger.warning("%s gets no SIGTERM yet: %s", self.name, error)
                 await asyncio.sleep(_LOOK_S)
-        if found and not await group.gone(wait_s):
+        if found and not await group.gone(until - time.monotonic()):
             logger.warning("%s did not end within %g s; it gets SIGKILL", self.name, wait_s)
         await self._clear(group)
+
+    async def _clean_up(self, group: Group) -> None:
+        """After its leader has died, or instead of an end that it would not notice."""
+        await self._stops(self.entry.model.stop_timeout_s)
+        await self._clear(group)
+
+    def _stop_words(self) -> list[str]:
+        return self.entry.model.words(self.port, self.admin_port, stop=True)
+
+    async def _stops(self, wait_s: float) -> bool:
+        words, environment = self._stop_words(), self._environment()
+        return await _stops(self.name, words, environment, wait_s, self._state)
 
     async def _clear(self, group: Group) -> None:
         """Kill what is left of it, and forget it."""
@@ -393,6 +414,21 @@ class Launched:
 def _group_of(record: Record) -> Group:
     """That of an earlier proxy."""
     return Group(Leader(record.pid, record.started, record.boot))
+
+
+async def _stops(
+    name: str, words: list[str], environment: Mapping[str, str], wait_s: float, state: State
+) -> bool:
+    """Run the ``stop_command``. Returns whether there is one that has succeeded."""
+    if not words:
+        return False
+    try:
+        reason = await stop_command.run(words, environment, state.same_log(name), wait_s)
+    except OSError as error:
+        reason = f"has no log: {error.strerror}"
+    if reason:
+        logger.warning("%s: its stop_command %s; its log may say more", name, reason)
+    return not reason
 
 
 def _does_not_end(name: str, group: Group) -> str:
