@@ -307,11 +307,19 @@ def test_memory_by_device_model_and_tag():
         "copied_bytes": 40,
         "copy_seconds": 1.5,
     }
+    assert share_of_link(pair, 1e-8) == 1.333  # 40 bytes over two links of 10 bytes a second
     # What the server tells is of another operation.
     assert servers["one"]["last_operation"] == {"operation": "sleep", "seconds": 0.25, "ended": 6.0}
     assert servers["stock"]["memory"] is servers["stopped"]["memory"] is None
     pair.state = "stopped"
     assert ask(admin, "GET", "/status").json()["servers"][0]["memory"] is None
+
+
+def share_of_link(server: Server, link_gb_s: float) -> float:
+    turns = Turns([server], Metrics(), Settings(link_gb_s=link_gb_s))
+    (said,) = ask(Admin(turns), "GET", "/status").json()["servers"]
+    share: float = said["last_operation"]["link_share"]
+    return share
 
 
 def memory_of(admin: Admin, path: str = "/status") -> Any:

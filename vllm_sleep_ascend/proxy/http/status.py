@@ -61,7 +61,7 @@ class Status:
             "closing": server.closing,
             "retiring": server.retiring,
             "memory": recent.places if recent is not None else None,
-            "last_operation": _last_operation(server, recent),
+            "last_operation": _last_operation(server, recent, self._turns.settings.link_gb_s),
         }
         if (launched := server.launched) is not None:
             described |= {
@@ -111,15 +111,21 @@ def _recent(server: Server) -> Figures | None:
     return figures if time.monotonic() - figures.at <= RECENT_S else None
 
 
-def _last_operation(server: Server, figures: Figures | None) -> dict[str, object] | None:
-    """What the proxy has done last with it, and what that copied, if the server tells."""
+def _last_operation(
+    server: Server, figures: Figures | None, link_gb_s: float | None
+) -> dict[str, object] | None:
+    """What the proxy has done last with it, and what that copied, if the server tells; with the
+    share of its devices' links, if their speed is known."""
     last = server.last_operation
     if last is None:
         return None
     described = {"operation": last.name, "seconds": round(last.seconds, 3), "ended": last.at}
     copy = figures.copy if figures is not None else None
-    if copy is not None and copy.operation.startswith(last.name):
+    if figures is not None and copy is not None and copy.operation.startswith(last.name):
         described |= {"copied_bytes": copy.size, "copy_seconds": copy.seconds}
+        if link_gb_s is not None and copy.seconds > 0:
+            most = link_gb_s * 1e9 * len(figures.devices) * copy.seconds
+            described["link_share"] = round(copy.size / most, 3)
     return described
 
 
