@@ -38,6 +38,20 @@ class Serving(OpenAIServingRealtime):
         pass
 
 
+class Denies:
+    """Refuses sessions with a wrong key, as vLLM does with --api-key."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket" and (b"authorization", b"Bearer wrong") in scope["headers"]:
+            error = {"error": {"message": "Unauthorized"}}
+            await JSONResponse(error, 401)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
@@ -46,6 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     app = FastAPI()
     app.include_router(router)
+    app.add_middleware(Denies)
     app.state.openai_serving_realtime = Serving(args.model)
     sleeps = False
 

@@ -39,16 +39,17 @@ class Realtime:
     def _is_up(self) -> bool:
         return all(self.fleet.ask(name).status_code == 200 for name in NAMES)
 
-    def connect(self, query: str):
+    def connect(self, query: str, **headers: str):
         from websockets.sync.client import connect  # which few tests need
 
         url = f"ws://127.0.0.1:{self.fleet.port}/v1/realtime{query}"
-        return connect(url, open_timeout=60 * patience(), proxy=None)
+        wait_s = 60 * patience()
+        return connect(url, open_timeout=wait_s, proxy=None, additional_headers=headers)
 
-    def refusal(self, query: str) -> tuple[int, str]:
+    def refusal(self, query: str, **headers: str) -> tuple[int, str]:
         from websockets.exceptions import InvalidStatus
 
-        with pytest.raises(InvalidStatus) as refused, self.connect(query):
+        with pytest.raises(InvalidStatus) as refused, self.connect(query, **headers):
             pass
         answer = refused.value.response
         return answer.status_code, json.loads(answer.body)["error"]["message"]
@@ -135,6 +136,12 @@ def test_the_model_has_to_be_known_beforehand(realtime):
     assert realtime.refusal("") == (400, "name a model, one of a, b")
     assert realtime.refusal("?model=c") == (404, "no model 'c'; there are a, b")
     assert realtime.fleet.events() == before
+
+
+def test_the_server_s_refusal_comes_through(realtime):
+    refusal = realtime.refusal("?model=a", Authorization="Bearer wrong")
+    assert refusal == (401, "Unauthorized")
+    assert realtime.in_flight("a") == 0 and realtime.fleet.states()["a"] == "awake"
 
 
 def test_a_client_that_leaves_while_it_waits(realtime):

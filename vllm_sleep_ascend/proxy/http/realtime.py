@@ -119,7 +119,7 @@ async def _connect(server: Server, client: WebSocket) -> ClientConnection:
 
 
 def _denial(refused: InvalidStatus) -> Response:
-    answer = Response(refused.response.body, refused.response.status_code)
+    answer = Response(bytes(refused.response.body), refused.response.status_code)
     pairs = (
         (k.encode("latin-1"), v.encode("latin-1")) for k, v in refused.response.headers.items()
     )
