@@ -25,7 +25,7 @@ PROGRAM = ROOT / "tests" / "helpers" / "realtime_server.py"
 class Realtime:
     """Two servers, started by somebody else, behind a proxy."""
 
-    def __init__(self, folder: Path, before: str = "") -> None:
+    def __init__(self, folder: Path, quiet_s: float) -> None:
         journal = str(folder / "journal")
         self.processes = {}
         models = {}
@@ -33,6 +33,7 @@ class Realtime:
             command = (PROGRAM, "--port", str(port), "--model", name, "--journal", journal)
             self.processes[name] = WarmProcess(command, folder / f"{name}.log")
             models[name] = {"url": f"http://127.0.0.1:{port}"}
+        before = f"from vllm_sleep_ascend.proxy.http import realtime\nrealtime.QUIET_S = {quiet_s}"
         self.fleet = Fleet(folder, models, "--turn-s", "0", before=before)
         wait_for(self._is_up, "servers and proxy", 120)
 
@@ -66,10 +67,7 @@ class Realtime:
 
 @pytest.fixture(scope="module")
 def realtime(tmp_path_factory) -> Iterator[Realtime]:
-    servers = Realtime(
-        tmp_path_factory.mktemp("realtime"),
-        before="from vllm_sleep_ascend.proxy.http import realtime\nrealtime.QUIET_S = 3.0",
-    )
+    servers = Realtime(tmp_path_factory.mktemp("realtime"), quiet_s=3600)
     try:
         yield servers
     finally:
@@ -117,18 +115,21 @@ def test_a_session_wakes_its_model_and_keeps_it_awake(realtime):
     assert fleet.metric('requests_total{server="b",status="101"}') == 1
 
 
-def test_a_session_in_which_nothing_is_said_makes_way(realtime):
+def test_a_session_in_which_nothing_is_said_makes_way(tmp_path):
     from websockets.exceptions import ConnectionClosed
 
-    fleet = realtime.fleet
-    with realtime.connect("?model=b") as session, ThreadPoolExecutor() as pool:
-        assert hear(session)["type"] == "session.created"
-        waiting = pool.submit(fleet.ask, "a")
-        with pytest.raises(ConnectionClosed) as closed:
-            hear(session)
-        assert waiting.result().status_code == 200
+    servers = Realtime(tmp_path, quiet_s=0.5)
+    try:
+        with servers.connect("?model=b") as session, ThreadPoolExecutor() as pool:
+            assert hear(session)["type"] == "session.created"
+            waiting = pool.submit(servers.fleet.ask, "a")
+            with pytest.raises(ConnectionClosed) as closed:
+                hear(session)
+            assert waiting.result().status_code == 200
+    finally:
+        servers.close()
     assert closed.value.rcvd.code == 1001
-    assert closed.value.rcvd.reason == "nothing was said for 3 s"
+    assert closed.value.rcvd.reason == "nothing was said for 0.5 s"
 
 
 def test_the_model_has_to_be_known_beforehand(realtime):
