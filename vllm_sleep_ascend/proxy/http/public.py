@@ -17,6 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.http.background import Background
 from vllm_sleep_ascend.proxy.http.naming import model_of, models, server_of
+from vllm_sleep_ascend.proxy.http.realtime import PATH as REALTIME
 from vllm_sleep_ascend.proxy.http.realtime import Realtime
 from vllm_sleep_ascend.proxy.http.responses import (
     CLIENT_LEFT,
@@ -56,7 +57,7 @@ class Public:
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/health", health),
                 Route("/v1/responses/{response}", self._serve),
-                WebSocketRoute("/v1/realtime", Realtime(turns, self._enter).serve),
+                WebSocketRoute(REALTIME, Realtime(turns, self._enter).serve),
                 *(Route(path, self._serve, methods=["POST"]) for path in passed_on),
             ],
             lifespan=self._lifespan,

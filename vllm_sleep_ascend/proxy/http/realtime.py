@@ -7,8 +7,10 @@ the query, as in OpenAI's interface. A session keeps its server's turn as a requ
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 
 import httpx
 from starlette.requests import ClientDisconnect
@@ -29,12 +31,16 @@ from vllm_sleep_ascend.proxy.http.responses import (
 from vllm_sleep_ascend.proxy.operations import ASK_S
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
+from vllm_sleep_ascend.proxy.view import places
+
+PATH = "/v1/realtime"
 
 QUIET_S = 60.0
 """Seconds without a message after which a session ends, if something waits for that."""
 
 _LOOK_S = 0.5  # seconds between two looks at that
 _OF_THE_HANDSHAKE = b"sec-websocket-"
+_QUERY = re.compile(r'[!"$-~]*')
 
 
 class Realtime:
@@ -53,47 +59,63 @@ class Realtime:
         await client.receive()  # that it connects
         name, status = "", 101
         try:
+            target = _target(client)
             server = await server_of(self._turns, client.query_params.get("model"))
             name = server.name
             entering = asyncio.create_task(self._enter(server))
             await unless_client_leaves(client.receive, entering)
-            broken = True
+            broken = False
             try:
-                async with await _connect(server, client) as upstream:
-                    await client.accept(upstream.subprotocol)
-                    broken = await _Session(client, upstream, self._awaited(server)).run()
-            except (InvalidStatus, WebSocketDisconnect):
-                broken = False
+                async with await _connect(server, target, client) as upstream:
+                    await _accept(client, upstream.subprotocol)
+                    awaited = partial(is_awaited, server, self._turns.servers)
+                    broken = await _Session(client, upstream, awaited).run()
+            except NoAnswer:
+                broken = True
                 raise
             finally:
                 self._turns.leave(server, broken)
         except Refused as refused:
             status = refused.status
-            await client.send_denial_response(refused.response())
+            await _deny(client, refused.response())
         except InvalidStatus as refused:
             status = refused.response.status_code
-            await client.send_denial_response(_denial(refused))
-        except (ClientDisconnect, WebSocketDisconnect):
+            await _deny(client, _denial(refused))
+        except ClientDisconnect:
             status = CLIENT_LEFT
         self._turns.metrics.requests.labels(name, str(status)).inc()
 
-    def _awaited(self, server: Server) -> Callable[[], bool]:
-        """Whether the end of its sessions is waited for: by the operator, or by other requests."""
-        servers = self._turns.servers
-        return lambda: (
-            server.closing
-            or server.retiring
-            or any(each.waiting for each in servers if each is not server)
-        )
+
+def is_awaited(server: Server, servers: Sequence[Server]) -> bool:
+    """Whether the end of its sessions is waited for: by the operator, or by requests for another
+    server on its devices."""
+    if server.closing or server.retiring:
+        return True
+    there = places(server, servers)
+    others = (each for each in servers if each is not server and each.waiting)
+    return any(places(each, servers) & there for each in others)
 
 
-async def _connect(server: Server, client: WebSocket) -> ClientConnection:
+def _target(client: WebSocket) -> str:
+    """
+    Raises:
+        Refused: it is no URL's path and query.
+    """
+    path, query = client.scope["path"], client.scope["query_string"].decode("latin-1")
+    if path != PATH:  # such as with a line's end
+        raise Refused(400, f"{path!r} is not a path here; write {PATH}")
+    if not _QUERY.fullmatch(query):
+        raise Refused(400, f"{query!r} is no query of a URL; encode its other characters")
+    return f"{path}?{query}"
+
+
+async def _connect(server: Server, target: str, client: WebSocket) -> ClientConnection:
     """
     Raises:
         InvalidStatus: the server refuses it.
         NoAnswer: it does not answer.
     """
-    url = httpx.URL(server.url).copy_with(path=client.scope["path"])
+    base = str(httpx.URL(server.url).join("/")).rstrip("/")
     headers = [
         (key.decode("latin-1"), value.decode("latin-1"))
         for key, value in end_to_end(client.headers.raw)
@@ -101,7 +123,7 @@ async def _connect(server: Server, client: WebSocket) -> ClientConnection:
     ]
     try:
         return await connect(
-            f"{str(url).replace('http', 'ws', 1)}?{client.scope['query_string'].decode('ascii')}",
+            base.replace("http", "ws", 1) + target,
             additional_headers=headers,
             subprotocols=client.scope["subprotocols"] or None,
             user_agent_header=None,
@@ -116,6 +138,22 @@ async def _connect(server: Server, client: WebSocket) -> ClientConnection:
         raise
     except (OSError, TimeoutError, WebSocketException) as error:
         raise NoAnswer(server.name, error) from None
+
+
+async def _accept(client: WebSocket, subprotocol: str | None) -> None:
+    """
+    Raises:
+        ClientDisconnect: it has left meanwhile.
+    """
+    try:
+        await client.accept(subprotocol)
+    except OSError:
+        raise ClientDisconnect from None
+
+
+async def _deny(client: WebSocket, response: Response) -> None:
+    with contextlib.suppress(OSError):  # of a client that has left
+        await client.send_denial_response(response)
 
 
 def _denial(refused: InvalidStatus) -> Response:
@@ -135,6 +173,7 @@ class _Session:
     ) -> None:
         self._client, self._upstream, self._awaited = client, upstream, awaited
         self._last = time.monotonic()
+        self._left = False
 
     async def run(self) -> bool:
         """Returns whether the server has broken it off."""
@@ -149,7 +188,7 @@ class _Session:
                 task.cancel()
             await asyncio.wait(working)
         code, reason = self._upstream.close_code, self._upstream.close_reason or ""
-        broken = code == CloseCode.ABNORMAL_CLOSURE
+        broken = code == CloseCode.ABNORMAL_CLOSURE and not self._left
         if code is None:
             code, reason = CloseCode.GOING_AWAY, f"nothing was said for {QUIET_S:g} s"
         elif broken:
@@ -161,12 +200,14 @@ class _Session:
         return broken
 
     async def _to_server(self) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            while (message := await self._client.receive())["type"] == "websocket.receive":
-                self._last = time.monotonic()
-                text = message.get("text")
+        while (message := await self._client.receive())["type"] == "websocket.receive":
+            self._last = time.monotonic()
+            text = message.get("text")
+            # Once the server has closed, _to_client passes on what it has said, and ends.
+            with contextlib.suppress(ConnectionClosed):
                 await self._upstream.send(message["bytes"] if text is None else text)
-            await self._upstream.close()
+        self._left = True
+        await self._upstream.close()
 
     async def _to_client(self) -> None:
         with contextlib.suppress(ConnectionClosed, WebSocketDisconnect, RuntimeError):
