@@ -4,9 +4,10 @@ the same with processes that are stopped and started in place of sleeps and wake
 
 Runs on a simulated NPU: npu-sim python benchmarks/closed_loop.py MODEL..., with folders that give
 the models their names. A server that is awake is killed meanwhile, later another one, and then the
-proxy is started again. Fails unless each answer was that of its model, only requests of the killed
-servers were lost, by a 502, and never more models were awake or bytes in use than fit. A wait is
-from the first attempt of a request until its answer.
+proxy is started again. Fails unless each answer was that of its model, only requests that a killed
+server had, or got until the proxy noticed, were lost, by a 502 and before it served again, never
+more models were awake than fit, and all of them together held no more than the shares of those. A
+wait is from the first attempt of a request until its answer.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +101,7 @@ class Proxy:
 
     async def status(self) -> dict[str, Any]:
         status: dict[str, Any] = (await self._get("/status?memory=1")).json()
-        self.groups |= {server["pid"] for server in status["servers"] if server["pid"]}
+        self.groups = {server["pid"] for server in status["servers"] if server["pid"]}
         return status
 
     async def count(self, *names: str) -> float:
@@ -113,6 +116,41 @@ def _command(model: Path) -> list[str]:
     return [*serve, *where, *OPTIONS]
 
 
+@dataclass
+class Kill:
+    """Times of a server's death: until the proxy has ``noticed``, and until it serves ``again``."""
+
+    model: str
+    pid: int
+    at: float
+    noticed: float = inf
+    again: float = inf
+
+    def look(self, server: dict[str, Any], now: float) -> None:
+        is_awake, is_another = server["state"] == "awake", server["pid"] != self.pid
+        if is_another or not is_awake:
+            self.noticed = min(self.noticed, now)
+        if is_another and is_awake:
+            self.again = min(self.again, now)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A request without an answer."""
+
+    model: str
+    status: int
+    began: float
+    ended: float
+
+    def is_by(self, kill: Kill) -> bool:
+        return (
+            (self.model, self.status) == (kill.model, 502)
+            and self.began < kill.noticed
+            and kill.at < self.ended < kill.again
+        )
+
+
 class Loop:
     """Clients of ``proxy``, and what they have seen."""
 
@@ -120,12 +158,14 @@ class Loop:
         self.proxy, self._names = proxy, names
         self._texts: dict[tuple[str, str], str] = {}
         self.waits: list[float] = []
-        self.lost: list[tuple[str, int, float]] = []  # model, status, time
-        self.killed: list[tuple[str, float]] = []
-        self.used: list[int] = []
+        self.lost: list[Lost] = []
+        self.killed: list[Kill] = []
+        self.used: list[float] = []  # parts of the device
+        self.total = 0
         self.awake: list[int] = []
         self.switches = self.failures = 0.0
         self._until = 0.0
+        self._restarting = False
 
     async def run(self, clients: int, seconds: float) -> None:
         for model in self._names:  # which starts them
@@ -141,6 +181,8 @@ class Loop:
             await happens()
         await asyncio.gather(*working)
         watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching  # which raises what has ended it before
         await self._note_counts()
         self.switches -= before
 
@@ -151,7 +193,7 @@ class Loop:
             began = time.monotonic()
             answer = await self._ask(model, prompt)
             if answer.status_code != 200:
-                self.lost.append((model, answer.status_code, time.monotonic()))
+                self.lost.append(Lost(model, answer.status_code, began, time.monotonic()))
                 continue
             content = answer.json()
             found = (content["model"], content["choices"][0]["text"])
@@ -160,40 +202,52 @@ class Loop:
             self.waits.append(time.monotonic() - began)
 
     async def _ask(self, model: str, prompt: str) -> httpx.Response:
-        """Again and again while nobody listens; a request that was accepted is sent once."""
+        """Again and again while nobody listens. A request that was accepted is sent once, but a
+        proxy that ends drops connections that it has not accepted yet."""
         body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
         while True:
             try:
                 async with httpx.AsyncClient(timeout=LONGEST_S, trust_env=False) as http:
                     return await http.post(f"{self.proxy.url}/v1/completions", json=body)
-            except httpx.ConnectError:
+            except (httpx.ConnectError, httpx.ReadError) as error:
+                if isinstance(error, httpx.ReadError) and not self._restarting:
+                    raise
                 await asyncio.sleep(0.1)
 
     async def _watch(self) -> None:
         while True:
+            asked = time.monotonic()
             with contextlib.suppress(httpx.TransportError):
                 status = await self.proxy.status()
-                states = [server["state"] for server in status["servers"]]
+                servers = {server["name"]: server for server in status["servers"]}
+                states = [server["state"] for server in servers.values()]
                 self.awake.append(sum(state in ("awake", "starting") for state in states))
-                self.used += [device["total"] - device["free"] for device in status["devices"]]
+                for device in status["devices"]:
+                    self.total = device["total"]
+                    self.used.append(1 - device["free"] / device["total"])
+                for kill in self.killed:
+                    if kill.at < asked:
+                        kill.look(servers[kill.model], time.monotonic())
             await asyncio.sleep(0.2)
 
     async def _kill(self) -> None:
         """Kill a server that is working, another one than before."""
-        before = {model for model, _ in self.killed}
+        before = {kill.model for kill in self.killed}
         while True:
             servers = (await self.proxy.status())["servers"]
             busy = [s for s in servers if s["in_flight"] and s["name"] not in before]
             if busy:
                 break
             await asyncio.sleep(0.02)
-        self.killed.append((busy[0]["name"], time.monotonic()))
+        self.killed.append(Kill(busy[0]["name"], busy[0]["pid"], time.monotonic()))
         os.kill(busy[0]["pid"], signal.SIGKILL)
 
     async def _restart(self) -> None:
         await self._note_counts()
+        self._restarting = True
         await self.proxy.end()
         await self.proxy.start()
+        self._restarting = False
 
     async def _note_counts(self) -> None:
         """Of the proxy that runs, whose counters end with it."""
@@ -208,27 +262,28 @@ class Loop:
             "p95_s": quantile(self.waits, 0.95),
             "longest_s": max(self.waits),
             "lost": len(self.lost),
-            "lost_after_s": max((min(self._since(lost)) for lost in self.lost), default=0.0),
+            "lost_after_s": max(map(self._lost_after, self.lost), default=0.0),
             "most_awake": max(self.awake),
-            "most_bytes": max(self.used),
+            "most_bytes": round(max(self.used) * self.total),
         }
 
     def check(self) -> list[str]:
         """What is not as it has to be."""
         found = [
-            f"{model} was not killed, and a request got a {status}"
-            for model, status, at in self.lost
-            if status != 502 or not self._since((model, status, at))
+            f"no kill explains that a request got {lost}; there were {self.killed}"
+            for lost in self.lost
+            if not any(map(lost.is_by, self.killed))
         ]
+        if max(self.used) > FIT * SHARE:
+            found.append(f"{max(self.used):.2f} of the device was in use, by shares of {SHARE}")
         if max(self.awake) > FIT:
             found.append(f"{max(self.awake)} models were awake at once")
         if self.failures:
             found.append(f"{self.failures:.0f} starts, sleeps or wakes failed")
         return found
 
-    def _since(self, lost: tuple[str, int, float]) -> list[float]:
-        """Seconds since that model's server was killed."""
-        return [lost[2] - at for model, at in self.killed if model == lost[0] and at < lost[2]]
+    def _lost_after(self, lost: Lost) -> float:
+        return min(lost.ended - kill.at for kill in self.killed if lost.is_by(kill))
 
 
 async def measure(way: str, models: list[Path], clients: int, seconds: float) -> dict[str, Any]:

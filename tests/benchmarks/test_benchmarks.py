@@ -121,5 +121,5 @@ def test_a_closed_loop_over_four_models_loses_only_what_killed_servers_had(tmp_p
     run("closed_loop.py", *models, *loop, "--out", str(tmp_path), seconds=1800)
     (figures,) = json.loads((tmp_path / "closed_loop.json").read_text())["ways"].values()
     assert figures["answers"] > 100 and figures["switches"] > 8
-    assert figures["most_awake"] == 2 and figures["most_bytes"] <= GIB
+    assert figures["most_awake"] == 2 and figures["most_bytes"] <= 0.8 * GIB
     assert 0 < figures["p50_s"] <= figures["p95_s"]
