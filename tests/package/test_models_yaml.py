@@ -167,6 +167,7 @@ COMMAND = "command: serve --port ${PORT}"
         (f"{COMMAND}\n    wake_timeout_s: .nan", 4, "nan: write seconds, a number above 0"),
         (f"{COMMAND}\n    stop_timeout_s: soon", 4, "'soon': write seconds"),
         (f"{COMMAND}\n    stop_command: docker 'stop", 4, "No closing quotation; close it"),
+        (f"{COMMAND}\n    stop_command: halt --api-key s", 4, "a key there is in lists of"),
         ("url: http://a:1\n    stop_command: docker stop a", 4, "is for a server with a command"),
         (f"{COMMAND}\n    sleep_after: never", 4, "'never': write seconds"),
         (f"{COMMAND}\n    stop_after: 9\n    sleep_after: 9", 4, "is not after sleep_after; write"),
@@ -342,6 +343,8 @@ def test_a_command_is_shown_without_keys():
         "--t=y",
     ]
     assert Model(command=long).secrets() == ["ijklmnop1", *sorted(["abcdefgh", "qrstuvwx"])]
+    stop = Model(command=["serve"], stop_command=["halt", "--token", "abcdefgh"])
+    assert stop.secrets() == ["abcdefgh"]
     environment = {"HF_TOKEN": "0123456789", "TOKENS": "9876543210", "KEY": "1"}
     assert secrets(environment) == ["0123456789"]
 
