@@ -2,6 +2,8 @@
 """What the proxy makes of the bytes that ranks report, and the view that it chooses by."""
 
 import asyncio
+import math
+import time
 from typing import Any
 
 import pytest
@@ -104,14 +106,31 @@ LAST = {"operation": "wake", "copied_bytes": 1, "seconds": 0.5}
         [rank(tags={"weights": {}})],
         [rank(tags=tags_of(weights=-1))],
         [rank(tags={"weights": {"device": "much", "host": 0, "disk": 0}})],
-        [rank(resident=[1])],
-        [rank(last_operation=7)],
-        [rank(last_operation={"operation": "wake"})],
-        [rank(last_operation={**LAST, "seconds": float("nan")})],
     ],
 )
 def test_a_server_that_does_not_tell(ranks):
     assert figures(ranks, {}, sleeps=False, now=0).devices == {}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"resident": [1]},
+        {"resident": {"context": "much"}},
+        {"last_operation": 7},
+        {"last_operation": {"operation": "wake"}},
+        {"last_operation": {**LAST, "seconds": float("nan")}},
+    ],
+)
+def test_what_only_the_page_shows_does_not_hide_the_bytes(odd):
+    plain, found = (figures([rank(**more)], {}, sleeps=False, now=0) for more in ({}, odd))
+    assert found == plain
+
+
+def test_a_place_that_is_not_told_has_no_bytes():
+    ranks = [rank(tags={"weights": {"device": 20}})]
+    found = figures(ranks, {}, sleeps=False, now=0)
+    assert found.places == {"device": 20, "host": 0, "disk": 0} and found.devices
 
 
 def test_the_last_copy_is_that_of_all_ranks():
@@ -178,8 +197,50 @@ def test_what_a_question_finds():
         first = await found([rank()])
         assert first is not None and first.devices
         assert await found(CallFailed("an error")) is first
-        assert await found(NobodyListens("gone")) is None
-        assert await found(TooLate("hangs")) is None
+        gone = await found(NobodyListens("gone"))
+        assert gone is not None  # asleep and share are known yet
+        assert (gone.devices, gone.at) == (first.devices, -math.inf)
+        assert await found(TooLate("hangs")) is gone
+
+    asyncio.run(scenario())
+
+
+def test_only_the_page_asks_one_that_was_late():
+    client = Tells(TooLate("it sleeps just now"))
+    late = Server(client)
+    late.state = "awake"
+    memory = Memory([late])
+
+    async def scenario() -> None:
+        await memory.refresh([late], 0.0)
+        assert client.asked == 1
+        await memory.refresh([late], 0.0)
+        assert client.asked == 1
+        client.said = [rank()]
+        await memory.refresh([late], 0.0, silent_too=True)
+        assert client.asked == 2 and late.figures is not None and late.figures.devices
+        await memory.refresh([late], 0.0)  # it answers again
+        assert client.asked == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("odd", [[], 7])
+def test_one_odd_answer_does_not_stand_for_ever(odd, monkeypatch):
+    client = Tells(odd)
+    one = Server(client)
+    one.state = "awake"
+    memory = Memory([one])
+
+    async def scenario() -> None:
+        await memory.refresh([one], 0.0)
+        await memory.refresh([one], 0.0)
+        assert client.asked == 1
+        now = time.monotonic() + 61
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        client.said = [rank()]
+        await asyncio.gather(*memory.ask([one], 0.0))
+        assert client.asked == 2 and one.figures is not None and one.figures.devices
 
     asyncio.run(scenario())
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,8 @@ from vllm_sleep_ascend.proxy.servers import Server
 logger = logging.getLogger(__name__)
 
 _ASK_S = 2.0  # The schedule decides nothing else meanwhile.
-_SILENT_S = 60.0  # until one is asked again that did not answer, unless its state changes
+# Until one is asked again that did not answer, or in another form, unless its state changes.
+_SILENT_S = 60.0
 _WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -81,12 +82,16 @@ class Figures:
 
 @dataclass
 class _Asked:
-    """``own``: the number of the server's state when it was asked; ``newest``: that of all."""
+    """
+    own: the number of the server's state when it was asked; newest: that of all.
+    silent_until: when the schedule asks it again; rests_until: when it is asked again at all.
+    """
 
     own: int = 0
     newest: int = 0
     at: float = -math.inf
     silent_until: float = -math.inf
+    rests_until: float = -math.inf
     task: "asyncio.Task[None] | None" = None
 
 
@@ -97,21 +102,33 @@ class Memory:
         self._servers = servers
         self._asked: WeakKeyDictionary[Server, _Asked] = WeakKeyDictionary()
 
-    async def refresh(self, servers: Collection[Server], fresh_s: float) -> None:
+    async def refresh(
+        self, servers: Collection[Server], fresh_s: float, silent_too: bool = False
+    ) -> None:
         """``ask``, and wait for the answers."""
         for limit in (fresh_s, math.inf):  # What was under way may be from before a change.
-            if asking := self.ask(servers, limit):
+            if asking := self.ask(servers, limit, silent_too):
                 await asyncio.wait(asking)
 
-    def ask(self, servers: Iterable[Server], fresh_s: float) -> "list[asyncio.Task[None]]":
+    def ask(
+        self, servers: Iterable[Server], fresh_s: float, silent_too: bool = False
+    ) -> "list[asyncio.Task[None]]":
         """Ask those whose figures are older, or from before a change of any server's state. Returns
-        the questions that are under way."""
+        the questions that are under way.
+
+        Args:
+            silent_too: also those that have not answered in time a while ago.
+        """
         newest = max((server.history.number for server in self._servers), default=0)
         asking = []
         for server in servers:
             asked = self._asked.setdefault(server, _Asked())
+            is_silent = time.monotonic() < asked.silent_until
+            if is_silent and not silent_too and asked.own == server.history.number:
+                continue
             if asked.task is None and server.runs and _is_due(server, asked, newest, fresh_s):
                 asked.own, asked.newest = server.history.number, newest
+                asked.rests_until = -math.inf
                 asked.task = asyncio.create_task(self._learn(server, asked))
             if asked.task is not None:
                 asking.append(asked.task)
@@ -121,12 +138,18 @@ class Memory:
         """One that does not answer in time keeps its figures."""
         try:
             ranks = await server.client.ranks(_ASK_S)
+            asked.silent_until = -math.inf
             if server.history.number == asked.own:
                 before = server.figures.devices if server.figures is not None else {}
                 sleeps = server.state == "asleep"
                 server.figures = figures(ranks, before, sleeps, time.monotonic())
+            if ranks is None:
+                asked.rests_until = math.inf
+            elif server.figures is None or not server.figures.devices:
+                asked.rests_until = time.monotonic() + _SILENT_S
         except NobodyListens:
-            server.figures = None
+            if server.figures is not None:  # whose bytes asleep and share stay as they are
+                server.figures = replace(server.figures, at=-math.inf)
         except TooLate:
             asked.silent_until = time.monotonic() + _SILENT_S
         except CallFailed:
@@ -138,8 +161,7 @@ class Memory:
 def _is_due(server: Server, asked: _Asked, newest: int, fresh_s: float) -> bool:
     if asked.own != server.history.number:
         return True
-    does_not_tell = server.figures is not None and not server.figures.devices
-    if does_not_tell or time.monotonic() < asked.silent_until:  # it may log each question
+    if time.monotonic() < asked.rests_until:  # it may log each question
         return False
     return asked.newest < newest or time.monotonic() - asked.at >= fresh_s
 
@@ -169,7 +191,10 @@ def _figures(ranks: Any, before: Mapping[int, Use], sleeps: bool, now: float) ->
         on[_bytes(rank["device"])].append(rank)
     devices = {device: _use(there, before.get(device), sleeps) for device, there in on.items()}
     usages = [usage for rank in ranks for usage in rank["tags"].values()]
-    places = {place: _sum(usages, place) for place in ("device", "host", "disk")}
+    places = {
+        place: sum(_bytes(usage.get(place, 0)) for usage in usages)
+        for place in ("device", "host", "disk")
+    }
     hosts = [rank["host_memory"] for rank in ranks if "host_memory" in rank]
     free = min((_bytes(host["available"]) for host in hosts), default=None)
     return Figures(now, devices, _sum(hosts, "needed"), free, places, _copy(ranks))
@@ -185,8 +210,7 @@ def _use(ranks: Sequence[Any], before: Use | None, sleeps: bool) -> Use:
         asleep = max(0, held - sum(map(_gives_back, ranks)))
     held_for: Counter[str] = Counter()
     for rank in ranks:
-        for cause, size in rank.get("resident", {}).items():
-            held_for[cause] += _bytes(size)
+        held_for.update(_resident(rank))
         for tag, usage in rank["tags"].items():
             held_for[tag] += _bytes(usage["device"])
     free = min(_bytes(rank["free"]) for rank in ranks)
@@ -204,7 +228,23 @@ def _gives_back(rank: Any) -> int:
     return _sum(freed, "device")
 
 
+def _resident(rank: Any) -> dict[str, int]:
+    """None of another form: only the page shows it."""
+    try:
+        return {cause: _bytes(size) for cause, size in rank.get("resident", {}).items()}
+    except _WRONG:
+        return {}
+
+
 def _copy(ranks: Sequence[Any]) -> Copy | None:
+    """None also of another form: only the page shows it."""
+    try:
+        return _last_copy(ranks)
+    except _WRONG:
+        return None
+
+
+def _last_copy(ranks: Sequence[Any]) -> Copy | None:
     last = [rank.get("last_operation") for rank in ranks]
     if not all(last):
         return None

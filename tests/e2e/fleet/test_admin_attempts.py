@@ -59,7 +59,7 @@ def test_a_body_of_a_gibibyte_is_not_kept(fleet):
         with contextlib.suppress(ConnectionError):
             for _ in range(GIB // MIB):
                 client.sendall(part)
-    assert process.memory_info().rss - before < 64 * MIB
+        assert process.memory_info().rss - before < 64 * MIB
 
 
 def test_slow_clients_hold_up_nobody(fleet):

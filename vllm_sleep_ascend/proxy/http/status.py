@@ -37,11 +37,12 @@ class Status:
     def look(self) -> None:
         """Ask those servers whose figures are older, or of another state."""
         for server in self._turns.servers:
-            self._turns.memory.ask([server], FRESH_S if server.busy else IDLE_FRESH_S)
+            fresh_s = FRESH_S if server.busy else IDLE_FRESH_S
+            self._turns.memory.ask([server], fresh_s, silent_too=True)
 
     async def ask(self) -> None:
         """Ask all servers; returns once they have answered, or are late."""
-        await self._turns.memory.refresh(self._turns.servers, fresh_s=0.0)
+        await self._turns.memory.refresh(self._turns.servers, fresh_s=0.0, silent_too=True)
 
     def _server(self, server: Server) -> dict[str, object]:
         recent, figures = _recent(server), server.figures
