@@ -6,14 +6,15 @@ import shutil
 import sys
 
 import pytest
-from helpers import ROOT, programs
+from helpers import GIB, ROOT, programs
+from helpers.models import make_model
 
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, seconds: float = 300) -> str:
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
-    done = programs.run(command, 300)
+    done = programs.run(command, seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -119,3 +120,17 @@ def test_more_models_that_fit_switch_less(tmp_path):
     assert fit["switches"] < one["switches"] and fit["switching_s"] < stop["switching_s"]
     assert fit["most_bytes"] <= 64e9 and fit["most_awake"] > one["most_awake"] == 1
     assert "| fit |" in table
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_closed_loop_over_four_models_loses_only_what_killed_servers_had(tmp_path):
+    """Ten minutes, and two for the starts. The script itself fails if anything else is lost."""
+    names = ("tiny-qwen2", "tiny-llama", "tiny-gemma2", "tiny-qwen3")
+    loop = ("--ways", "sleep and wake", "--seconds", "600", "--clients", "32")
+    models = [str(make_model(name)) for name in names]
+    run("closed_loop.py", *models, *loop, "--out", str(tmp_path), seconds=1800)
+    (figures,) = json.loads((tmp_path / "closed_loop.json").read_text())["ways"].values()
+    assert figures["answers"] > 100 and figures["switches"] > 8
+    assert figures["most_awake"] == 2 and figures["most_bytes"] <= 0.8 * GIB
+    assert 0 < figures["p50_s"] <= figures["p95_s"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the admin door's key may come from, and that no refusal repeats it."""
 
+import hmac
 import os
 from types import SimpleNamespace
 
@@ -78,6 +79,16 @@ def test_keys_are_compared_as_a_whole():
     assert admin_key.is_key(KEY.encode(), digest)
     for wrong in (b"", KEY[:-1].encode(), KEY.encode() + b"\0", KEY.upper().encode(), b"\xff"):
         assert not admin_key.is_key(wrong, digest)
+
+
+def test_how_long_a_comparison_takes_tells_nothing_of_the_key(monkeypatch):
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda one, other: compared.append((one, other)))
+    digest = admin_key.digest(KEY)
+    for given in (b"", KEY[:1].encode(), KEY.encode(), b"x" * 1000):
+        admin_key.is_key(given, digest)
+    assert len(compared) == 4  # whatever is given
+    assert {len(each) for pair in compared for each in pair} == {32}  # digests of a length
 
 
 @pytest.mark.parametrize(

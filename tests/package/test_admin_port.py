@@ -22,7 +22,6 @@ from vllm_sleep_ascend.proxy import states
 from vllm_sleep_ascend.proxy.http import events, page
 from vllm_sleep_ascend.proxy.http import status as statuses
 from vllm_sleep_ascend.proxy.http.admin import Admin
-from vllm_sleep_ascend.proxy.http.told import read
 from vllm_sleep_ascend.proxy.launch import ports
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.servers import Operation, Server
@@ -244,6 +243,9 @@ def rank(index: int, free: int, copied: int, **tags: int) -> dict[str, Any]:
         "device": index,
         "free": free * MIB,
         "total": 100 * MIB,
+        "held": (100 - free) * MIB,
+        "share": 100 * MIB,
+        "enabled": True,
         "tags": usages,
         "last_operation": last,
         "resident": {"context": 2 * MIB, "graphs": 0},
@@ -305,11 +307,19 @@ def test_memory_by_device_model_and_tag():
         "copied_bytes": 40,
         "copy_seconds": 1.5,
     }
+    assert share_of_link(pair, 1e-8) == 1.333  # 40 bytes over two links of 10 bytes a second
     # What the server tells is of another operation.
     assert servers["one"]["last_operation"] == {"operation": "sleep", "seconds": 0.25, "ended": 6.0}
     assert servers["stock"]["memory"] is servers["stopped"]["memory"] is None
     pair.state = "stopped"
     assert ask(admin, "GET", "/status").json()["servers"][0]["memory"] is None
+
+
+def share_of_link(server: Server, link_gb_s: float) -> float:
+    turns = Turns([server], Metrics(), Settings(link_gb_s=link_gb_s))
+    (said,) = ask(Admin(turns), "GET", "/status").json()["servers"]
+    share: float = said["last_operation"]["link_share"]
+    return share
 
 
 def memory_of(admin: Admin, path: str = "/status") -> Any:
@@ -332,66 +342,6 @@ def test_memory_that_was_told_long_ago_or_by_a_server_that_is_gone_is_not_shown(
         assert memory_of(admin) == (None, 0)
     tells.told = NobodyListens("nobody")
     assert memory_of(admin, "/status?memory=1") == (None, 0)
-
-
-def test_servers_are_not_asked_more_often_than_needed():
-    tells, does_not = Tells([rank(0, 40, 10, weights=30)]), Tells(None)
-    servers = [Server(client, name) for client, name in ((tells, "a"), (does_not, "b"))]
-    for each in servers:
-        each.state = "awake"
-    status = statuses.Status(turns_of(*servers))
-
-    async def look() -> tuple[int, int]:
-        if asking := status.look():
-            await asyncio.wait(asking)
-        return tells.asked, does_not.asked
-
-    def pass_by(seconds: float) -> None:
-        for report in status._reports.values():
-            report.at -= seconds
-
-    async def looks() -> list[tuple[int, int]]:
-        found = [await look(), await look()]
-        pass_by(statuses.FRESH_S)
-        found.append(await look())
-        servers[0].in_flight = servers[1].in_flight = 1
-        found.append(await look())
-        servers[0].in_flight = servers[1].in_flight = 0
-        pass_by(statuses.IDLE_FRESH_S)
-        found.append(await look())
-        servers[1].state = "asleep"
-        found.append(await look())
-        return found
-
-    # First; nothing new; idle; in use; idle for longer; another state.
-    assert asyncio.run(looks()) == [(1, 1), (1, 1), (1, 1), (2, 1), (3, 1), (3, 2)]
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        {"tags": {"weights": 5}},
-        {"tags": {"weights": {"device": "much", "host": 0}}},
-        {"tags": {"weights": {"device": -1, "host": 0}}},
-        {"tags": []},
-        {"device": None},
-        {"free": 1.5},
-        {"resident": [1]},
-        {"last_operation": {"operation": "wake"}},
-        {"last_operation": {"operation": "wake", "copied_bytes": 1, "seconds": float("nan")}},
-        {"last_operation": 7},
-    ],
-)
-def test_what_an_odd_server_tells_is_left_out(odd):
-    good = rank(0, 40, 10, weights=30)
-    assert read([good]) is not None
-    assert read([{**good, **odd}]) is None
-    for other in ("ranks", {"a": 1}, [None], [[]]):
-        assert read(other) is None
-    one, two = Server(Tells([{**good, **odd}]), "a"), Server(Tells([good]), "b")
-    one.state = two.state = "awake"
-    said = ask(Admin(turns_of(one, two)), "GET", "/status?memory=1").json()
-    assert [each["memory"] is None for each in said["servers"]] == [True, False]
 
 
 def test_devices_are_in_the_order_of_their_numbers():

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the proxy makes of the bytes that ranks report, and the view that it chooses by."""
 
+import asyncio
+import math
+import time
 from typing import Any
 
 import pytest
 
+from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate
 from vllm_sleep_ascend.client.sleep_client import SleepClient
-from vllm_sleep_ascend.proxy.figures import Figures, Use, figures
+from vllm_sleep_ascend.proxy.figures import Copy, Figures, Memory, Use, figures
 from vllm_sleep_ascend.proxy.servers import Server, State
 from vllm_sleep_ascend.proxy.turns import Settings
 from vllm_sleep_ascend.proxy.view import ANY, room_for_a_start, view
@@ -15,18 +19,17 @@ FIT = Settings(max_awake=None)
 
 
 def rank(device: int = 0, held: int = 70, free: int = 30, **more: Any) -> Any:
-    tags = {
-        "weights": {"device": 20},
-        "kv_cache": {"device": 40},
-        "sleep_persistent": {"device": 5},
-    }
+    tags = tags_of(weights=20, kv_cache=40, sleep_persistent=5)
     device_bytes = {"device": device, "free": free, "total": 100, "held": held, "share": 80}
     return {**device_bytes, "enabled": True, "tags": tags, **more}
 
 
+def tags_of(**device: int) -> Any:
+    return {tag: {"device": size, "host": 3, "disk": 1} for tag, size in device.items()}
+
+
 def asleep_rank() -> Any:
-    tags = {"weights": {"device": 0}, "kv_cache": {"device": 0}, "sleep_persistent": {"device": 5}}
-    return rank(held=12, free=88, tags=tags)
+    return rank(held=12, free=88, tags=tags_of(weights=0, kv_cache=0, sleep_persistent=5))
 
 
 def server(state: State = "asleep", devices: tuple[int, ...] | None = (0,), **more: Any) -> Server:
@@ -44,14 +47,18 @@ def told(at: float = 1.0, **uses: Use) -> Figures:
 
 
 def test_before_its_first_sleep_a_server_gives_back_its_tags():
-    (awake,) = figures([rank()], {}, sleeps=False, now=0).devices.values()
-    assert awake == Use(30, 100, 70, 10, 80)
+    found = figures([rank(resident={"context": 4})], {}, sleeps=False, now=0)
+    held_for = {"weights": 20, "kv_cache": 40, "sleep_persistent": 5, "context": 4}
+    (awake,) = found.devices.values()
+    assert awake == Use(30, 100, 70, 10, 80, held_for)
+    assert found.places == {"device": 65, "host": 9, "disk": 3}
     assert (awake.takes, awake.may_take) == (70, 10)
 
 
 def test_what_it_holds_asleep_is_remembered():
     asleep = figures([asleep_rank()], {}, sleeps=True, now=0).devices
-    assert asleep == {0: Use(88, 100, 12, 12, 80)}
+    held_for = {"weights": 0, "kv_cache": 0, "sleep_persistent": 5}
+    assert asleep == {0: Use(88, 100, 12, 12, 80, held_for)}
     assert figures([rank()], asleep, sleeps=False, now=0).devices[0].takes == 80 - 12
 
 
@@ -68,26 +75,190 @@ def test_one_that_holds_more_than_its_share_takes_that():
 
 def test_ranks_on_a_device_are_added_and_devices_are_not():
     found = figures([rank(0), rank(0, free=29), rank(1)], {}, sleeps=False, now=0).devices
-    assert found == {0: Use(29, 100, 140, 20, 160), 1: Use(30, 100, 70, 10, 80)}
+    one = {"weights": 20, "kv_cache": 40, "sleep_persistent": 5}
+    two = {tag: 2 * size for tag, size in one.items()}
+    assert found == {0: Use(29, 100, 140, 20, 160, two), 1: Use(30, 100, 70, 10, 80, one)}
+
+
+LAST = {"operation": "wake", "copied_bytes": 1, "seconds": 0.5}
 
 
 @pytest.mark.parametrize(
     "ranks",
     [
+        None,
         [],
         [rank(enabled=False)],
         [{"device": 0, "free": 1}],
         7,  # from here on of another form than a status has
+        {"a": 1},
+        "ranks",
         [7],
+        [None],
+        [[]],
         [{"share": 1}],
         [rank(free=None), rank()],
+        [rank(free=1.5)],
+        [{**rank(), "device": None}],
         [rank(host_memory={})],
         [rank(tags=[])],
+        [rank(tags={"weights": 5})],
         [rank(tags={"weights": {}})],
+        [rank(tags=tags_of(weights=-1))],
+        [rank(tags={"weights": {"device": "much", "host": 0, "disk": 0}})],
     ],
 )
 def test_a_server_that_does_not_tell(ranks):
     assert figures(ranks, {}, sleeps=False, now=0).devices == {}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"resident": [1]},
+        {"resident": {"context": "much"}},
+        {"last_operation": 7},
+        {"last_operation": {"operation": "wake"}},
+        {"last_operation": {**LAST, "seconds": float("nan")}},
+    ],
+)
+def test_what_only_the_page_shows_does_not_hide_the_bytes(odd):
+    plain, found = (figures([rank(**more)], {}, sleeps=False, now=0) for more in ({}, odd))
+    assert found == plain
+
+
+def test_a_place_that_is_not_told_has_no_bytes():
+    ranks = [rank(tags={"weights": {"device": 20}})]
+    found = figures(ranks, {}, sleeps=False, now=0)
+    assert found.places == {"device": 20, "host": 0, "disk": 0} and found.devices
+
+
+def test_the_last_copy_is_that_of_all_ranks():
+    slower = {**LAST, "seconds": 0.75}
+    ranks = [rank(last_operation=last) for last in (LAST, slower)]
+    assert figures(ranks, {}, sleeps=False, now=0).copy == Copy("wake", 2, 0.75)
+    for other in (None, {**LAST, "operation": "sleep level 1"}):
+        ranks = [rank(last_operation=last) for last in (LAST, other)]
+        assert figures(ranks, {}, sleeps=False, now=0).copy is None
+
+
+class Tells(SleepClient):
+    """A server's answers about its memory."""
+
+    def __init__(self, said: Any) -> None:
+        super().__init__("http://127.0.0.1:9")
+        self.said, self.asked = said, 0
+
+    async def ranks(self, timeout_s: float | None = None) -> Any:
+        self.asked += 1
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+def test_servers_are_not_asked_more_often_than_needed():
+    clients = Tells([rank()]), Tells(None), Tells(TooLate("it sleeps just now"))
+    servers = [Server(client) for client in clients]
+    tells, other, late = servers
+    for each in servers:
+        each.state = "awake"
+    memory = Memory(servers)
+
+    async def scenario() -> None:
+        async def asked(fresh_s: float = 60.0) -> list[int]:
+            await memory.refresh(servers, fresh_s)
+            return [client.asked for client in clients]
+
+        assert await asked() == [1, 1, 1]
+        assert await asked() == [1, 1, 1]
+        assert await asked(0.0) == [2, 1, 1]  # the figures of one that tells grow old
+        other.state = "asleep"  # which may give back what others are to take
+        assert await asked() == [3, 2, 1]
+        late.state = "asleep"  # it may answer again
+        assert await asked() == [4, 2, 2]
+        tells.state = "stopped"
+        assert await asked(0.0) == [4, 2, 2]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_question_finds():
+    client = Tells([rank()])
+    one = Server(client)
+    one.state = "awake"
+    memory = Memory([one])
+
+    async def found(said: Any) -> Figures | None:
+        client.said = said
+        await memory.refresh([one], 0.0)
+        return one.figures
+
+    async def scenario() -> None:
+        first = await found([rank()])
+        assert first is not None and first.devices
+        assert await found(CallFailed("an error")) is first
+        gone = await found(NobodyListens("gone"))
+        assert gone is not None  # asleep and share are known yet
+        assert (gone.devices, gone.at) == (first.devices, -math.inf)
+        assert await found(TooLate("hangs")) is gone
+
+    asyncio.run(scenario())
+
+
+def test_only_the_page_asks_one_that_was_late():
+    client = Tells(TooLate("it sleeps just now"))
+    late = Server(client)
+    late.state = "awake"
+    memory = Memory([late])
+
+    async def scenario() -> None:
+        await memory.refresh([late], 0.0)
+        assert client.asked == 1
+        await memory.refresh([late], 0.0)
+        assert client.asked == 1
+        client.said = [rank()]
+        await memory.refresh([late], 0.0, silent_too=True)
+        assert client.asked == 2 and late.figures is not None and late.figures.devices
+        await memory.refresh([late], 0.0)  # it answers again
+        assert client.asked == 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("odd", [[], 7])
+def test_one_odd_answer_does_not_stand_for_ever(odd, monkeypatch):
+    client = Tells(odd)
+    one = Server(client)
+    one.state = "awake"
+    memory = Memory([one])
+
+    async def scenario() -> None:
+        await memory.refresh([one], 0.0)
+        await memory.refresh([one], 0.0)
+        assert client.asked == 1
+        now = time.monotonic() + 61
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        client.said = [rank()]
+        await asyncio.gather(*memory.ask([one], 0.0))
+        assert client.asked == 2 and one.figures is not None and one.figures.devices
+
+    asyncio.run(scenario())
+
+
+def test_what_was_said_before_a_change_does_not_count():
+    one = Server(client := Tells([rank()]))
+    one.state = "awake"
+    memory = Memory([one])
+
+    async def scenario() -> None:
+        (before,) = memory.ask([one], 60.0)
+        one.state = "asleep"
+        client.said = [asleep_rank()]
+        await asyncio.gather(before, memory.refresh([one], 60.0))
+        assert one.figures is not None and one.figures.devices[0].asleep == 12
+        assert client.asked == 2
+
+    asyncio.run(scenario())
 
 
 def test_host_memory_is_that_of_all_ranks():

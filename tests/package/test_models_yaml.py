@@ -79,6 +79,11 @@ def test_a_good_file(tmp_path):
     assert small.model.aliases == ("default", "gpt") and small.model.devices == (0,)
     assert small.model.level == 2 and small.model.preload
     assert large.model.words(7, 8)[2].endswith("--port 7 --admin-port 8 --home ${HOME}")
+    stop = {"stop_command": "docker stop a-${PORT}"}
+    assert Model(command=small.model.command, **stop).words(7, 8, stop=True) == [
+        *("docker", "stop", "a-7")
+    ]
+    assert small.model.words(7, 8, stop=True) == []
     assert large.model.devices == (0, 1) and large.model.start_timeout_s == 60
     assert elsewhere.model.url == "http://127.0.0.1:8001"
     assert [entry.door_key for entry in (small, large, elsewhere)] == [
@@ -162,6 +167,9 @@ COMMAND = "command: serve --port ${PORT}"
         (f"{COMMAND}\n    start_timeout_s: 0", 4, "0: write seconds, a number above 0"),
         (f"{COMMAND}\n    wake_timeout_s: .nan", 4, "nan: write seconds, a number above 0"),
         (f"{COMMAND}\n    stop_timeout_s: soon", 4, "'soon': write seconds"),
+        (f"{COMMAND}\n    stop_command: docker 'stop", 4, "No closing quotation; close it"),
+        (f"{COMMAND}\n    stop_command: halt --api-key s", 4, "a key there is in lists of"),
+        ("url: http://a:1\n    stop_command: docker stop a", 4, "is for a server with a command"),
         (f"{COMMAND}\n    sleep_after: never", 4, "'never': write seconds"),
         (f"{COMMAND}\n    stop_after: 9\n    sleep_after: 9", 4, "is not after sleep_after; write"),
         (f"{COMMAND}\n    deep_sleep_after: 5\n    sleep_after: 9", 4, "write more than 9"),
@@ -336,6 +344,8 @@ def test_a_command_is_shown_without_keys():
         "--t=y",
     ]
     assert Model(command=long).secrets() == ["ijklmnop1", *sorted(["abcdefgh", "qrstuvwx"])]
+    stop = Model(command=["serve"], stop_command=["halt", "--token", "abcdefgh"])
+    assert stop.secrets() == ["abcdefgh"]
     environment = {"HF_TOKEN": "0123456789", "TOKENS": "9876543210", "KEY": "1"}
     assert secrets(environment) == ["0123456789"]
 

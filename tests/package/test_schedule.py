@@ -11,6 +11,7 @@ import pytest
 from helpers.patience import patience
 
 from vllm_sleep_ascend.client.calls import CallFailed, OutOfMemory
+from vllm_sleep_ascend.proxy import schedule
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.schedule import Schedule
 from vllm_sleep_ascend.proxy.servers import Server
@@ -76,7 +77,7 @@ class Client:
             "held": held,
             "share": self.share,
             "enabled": True,
-            "tags": {"weights": {"device": held}},
+            "tags": {"weights": {"device": held, "host": 0, "disk": 0}},
             "host_memory": {"needed": held, "available": self.host.memory},
         }
         return [rank]
@@ -158,10 +159,10 @@ def process() -> Any:
 def test_one_without_host_memory_for_its_backup_sleeps_deeply(deep_sleep, event):
     async def scenario() -> None:
         host = Host()
+        host.memory = 39
         a = host.server("a", awake=True, deep_sleep=deep_sleep)
         b = host.server("b", 80)
         async with serving([a, b]) as users:
-            host.memory = 39
             host.events.clear()
             await users.ask(b)
             assert host.events == [f"a sleeps at {event}", "b wakes"]
@@ -173,11 +174,11 @@ def test_one_without_host_memory_for_its_backup_sleeps_deeply(deep_sleep, event)
 def test_a_deep_sleep_that_is_refused_becomes_a_normal_one():
     async def scenario() -> None:
         host = Host()
+        host.memory = 39
         a = host.server("a", awake=True, deep_sleep="disk", launched=process())
         b = host.server("b", 80)
         async with serving([a, b]) as users:
             a.client.refuses = ((1, "disk"),)  # type: ignore[attr-defined]
-            host.memory = 39
             host.events.clear()
             for server in (b, a, b):
                 await users.ask(server)
@@ -205,10 +206,10 @@ def test_one_that_cannot_sleep_for_want_of_host_memory_serves_on(lost):
 
     async def scenario() -> None:
         host = Host()
+        host.memory = 39
         a, b = one_that_loses(lost, host), host.server("b", 80)
         async with serving([a, b]) as users:
             a.client.refuses = ((1, None), (2, None))  # type: ignore[attr-defined]
-            host.memory = 39
             with pytest.raises(CallFailed, match=f"a does not fall asleep, .*{lost or 'host'}"):
                 await users.ask(b)
             assert a.launched is not None
@@ -274,7 +275,9 @@ def test_one_that_was_awake_all_the_time_has_nobody_go(state):
     run(scenario())
 
 
-def test_only_servers_on_the_devices_in_question_are_asked_for_their_bytes():
+def test_only_servers_on_the_devices_in_question_are_asked_for_their_bytes(monkeypatch):
+    monkeypatch.setattr(schedule, "_FRESH_S", 0.0)
+
     async def scenario() -> None:
         host = Host()
         a, b = host.server("a"), host.server("b")

@@ -16,6 +16,7 @@ VLLM_API_KEY; users send theirs.
 import argparse
 import asyncio
 import logging
+import math
 import os
 import resource
 import signal
@@ -62,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--turn-s", type=float, default=2.0, help="served on for, once awake, while another waits")
     add("--idle-s", type=float, default=0.0, help="without a request before sleep; 0: never")
     add("--max-awake", type=_max_awake, default=1, help=f"servers on a device, or {models.FIT}")
+    add(
+        "--link-gbps",
+        type=float,
+        help="GB/s of a device's link, for the page: its share that is used",
+    )
     add("--timeout-s", type=float, default=600.0, help="that a sleep or a wake may take")
     add("--grace-s", type=int, default=60, help="that running requests get when the proxy ends")
     return parser
@@ -88,7 +94,7 @@ def _servers(args: argparse.Namespace, door_key: str | None) -> list[Server]:
 async def _serve(args: argparse.Namespace) -> int:
     door_key = admin_key.read(args.admin_key_file)
     max_awake = None if args.max_awake == models.FIT else args.max_awake
-    settings = Settings(args.max_queue, args.turn_s, args.idle_s, max_awake)
+    settings = Settings(args.max_queue, args.turn_s, args.idle_s, max_awake, args.link_gbps)
     turns = Turns(_servers(args, door_key), Metrics(), settings)
     admin = Admin(turns, door_key)
     listeners = Listeners(
@@ -145,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("turn_s", "idle_s"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if args.link_gbps is not None and not 0 < args.link_gbps < math.inf:
+        parser.error("--link-gbps must be above 0")
     if bool(args.urls) == (args.config is not None):
         parser.error("name either URLs or --config models.yaml")
     if args.config is None and (args.check or args.state_dir or args.leave_servers):

@@ -12,7 +12,7 @@ from typing import Self
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config.lines import Invalid
-from vllm_sleep_ascend.proxy.config.model import API_KEY, STOP_S
+from vllm_sleep_ascend.proxy.config.model import API_KEY
 from vllm_sleep_ascend.proxy.config.models import FIT, Entry, Models, load
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.launch.state import Record, State
@@ -220,9 +220,8 @@ class Fleet:
     async def _end_stray(self, record: Record) -> None:
         """End a server of an earlier proxy that is not one of these."""
         entry = self._entries.get(record.name)
-        stop_s = entry.model.stop_timeout_s if entry is not None else STOP_S
         try:
-            if await Launched.end_stray(record, stop_s):
+            if await Launched.end_stray(record, entry, self._state):
                 logger.info("%s of an earlier proxy has ended", record.name)
         except CallFailed as error:
             logger.error("%s", error)

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.choice import Step, choose, surplus
-from vllm_sleep_ascend.proxy.figures import Memory
 from vllm_sleep_ascend.proxy.idle import RETRY_S, Background, Idle
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.servers import Server
@@ -21,6 +20,8 @@ from vllm_sleep_ascend.proxy.turns import Turns
 from vllm_sleep_ascend.proxy.view import places, room_for_a_start, view
 
 logger = logging.getLogger(__name__)
+
+_FRESH_S = 1.0  # The choice by bytes goes by figures that are no older.
 
 
 class Schedule:
@@ -30,7 +31,6 @@ class Schedule:
         self.turns = turns
         self.servers = turns.servers
         self.operations = turns.operations
-        self.memory = Memory()
         self.background = Background(turns.changed)
         self.idle = Idle(turns, self.background)
 
@@ -76,7 +76,7 @@ class Schedule:
             elif server.launched is not None and server.runs:
                 self._start(server, server.launched)  # of an earlier proxy
         if self.fits_by_bytes:
-            await self.memory.refresh(self.servers)
+            await self.turns.memory.refresh(self.servers, _FRESH_S)
         for key in surplus(view(self.servers, self.turns.settings)):
             await self.operations.sleep(self.servers[key])
         return 0
@@ -95,7 +95,8 @@ class Schedule:
         wanted = [s for s in self.servers if (s.waiting or s.due) and not s.on_device]
         resting = [server for server in wanted if self._has_to_rest(server, pauses)]
         if self.fits_by_bytes:
-            await self.memory.refresh(self._beside(s for s in wanted if s not in resting))
+            near = self._beside(s for s in wanted if s not in resting)
+            await self.turns.memory.refresh(near, _FRESH_S)
         servers = dict(enumerate(self.servers))
         choice = choose(view(self.servers, self.turns.settings, resting))
         pauses.append(choice.later_s)

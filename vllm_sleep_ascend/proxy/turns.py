@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from vllm_sleep_ascend.client.calls import CallFailed
+from vllm_sleep_ascend.proxy.figures import Memory
 from vllm_sleep_ascend.proxy.metrics import Metrics
 from vllm_sleep_ascend.proxy.operations import Operations
 from vllm_sleep_ascend.proxy.servers import Server
@@ -29,12 +30,14 @@ class Settings:
     turn_s: seconds that a server keeps its turn while requests wait for another one.
     idle_s: seconds without a request after which a server is put to sleep; 0 for never.
     max_awake: how many servers may be awake on a device; None: as many as fit by bytes.
+    link_gb_s: how fast a device's link is, for the page; None: not known.
     """
 
     max_queue: int = 256
     turn_s: float = 2.0
     idle_s: float = 0.0
     max_awake: int | None = 1
+    link_gb_s: float | None = None
 
 
 class Turns:
@@ -46,6 +49,7 @@ class Turns:
         self.metrics = metrics
         self.settings = settings
         self.operations = Operations(metrics)
+        self.memory = Memory(servers)
         self.changed = asyncio.Event()
         self._models_asked = -math.inf
         self._asking: asyncio.Task[None] | None = None

@@ -31,7 +31,7 @@ def fleet(tmp_path_factory) -> Iterator[Fleet]:
         name: stand_in(folder, name, "--reports-memory", "--says", log_line, devices=0)
         for name in ("model-a", "model-b", MARKUP)
     }
-    with Fleet(folder, models) as fleet:
+    with Fleet(folder, models, "--link-gbps", "4") as fleet:
         yield fleet
 
 
@@ -106,7 +106,7 @@ def test_a_switch_between_two_models(page, fleet):
     page.wait(f'document.querySelector("{a} .memory").innerText.includes("host 300 MiB")')
     assert page.text(f"{a} .state") == "asleep\n\nlevel 1"
     assert "fell asleep in" in page.text(f"{a} .last")
-    assert "300 MiB at 3.15 GB/s" in page.text(f"{a} .last")
+    assert "300 MiB at 3.15 GB/s\n\n79 % of the link" in page.text(f"{a} .last")
     assert "started in" in page.text(f"{b} .last") and "GB/s" not in page.text(f"{b} .last")
     page.wait("document.getElementById('said').innerText.endsWith('model-b is awake')")
     lanes = (

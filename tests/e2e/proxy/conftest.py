@@ -16,6 +16,7 @@ from helpers.server import SMALL, Server
 OPTIONS = (
     "--enable-sleep-mode",
     "--enable-scale-out",
+    "--enable-request-id-headers",
     "--dtype",
     "float32",
     *SMALL,

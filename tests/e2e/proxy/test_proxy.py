@@ -63,6 +63,13 @@ def test_clients_that_leave_hold_nothing_up(pair, proxy):
     assert text(proxy.complete(b)) == b.texts[PROMPTS[0]]
 
 
+def test_a_request_s_id_is_that_of_its_answer(pair, proxy):
+    headers = {"X-Request-Id": "of-this-test"}
+    answer = proxy.users.post("/v1/completions", json=body(pair[0]), headers=headers)
+    assert answer.headers["x-request-id"] == "of-this-test"
+    assert answer.json()["id"] == "cmpl-of-this-test"
+
+
 def test_running_answers_end_before_their_model_sleeps(pair, proxy):
     a, b = pair
     before = generated(a)

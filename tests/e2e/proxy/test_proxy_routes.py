@@ -189,3 +189,15 @@ def test_what_the_proxy_lacks_is_refused_in_vllm_s_form(proxy):
     for method, path, status in (("GET", "/nothing", 404), ("PUT", "/v1/completions", 405)):
         answer = proxy.users.request(method, path)
         assert answer.status_code == answer.json()["error"]["code"] == status
+
+
+def test_a_server_without_realtime_refuses_a_session_itself(pair, proxy):
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect  # which few tests need
+
+    url = f"ws://127.0.0.1:{proxy.port}/v1/realtime?model={pair[0].model}"
+    with pytest.raises(InvalidStatus) as refused, connect(url, proxy=None):
+        pass
+    assert refused.value.response.status_code == 403
+    assert in_flight(proxy, pair[0]) == 0
+    awake(proxy, pair[1])

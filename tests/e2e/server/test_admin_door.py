@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import httpx
 import psutil
 import pytest
-from helpers import MIB
+from helpers import MIB, another_user
 from helpers.cli import vllm_sleep
 from helpers.patience import patience, wait_for
 from helpers.proxy import Proxy, text
@@ -368,9 +369,17 @@ def served(path: Path) -> httpx.Client:
     return httpx.Client(base_url="http://door", transport=transport, timeout=120 * patience())
 
 
+@pytest.fixture
+def opened() -> Iterator[Path]:
+    """A folder that all users may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
 @pytest.mark.slow
-def test_a_socket_is_its_users_alone_and_a_stale_one_is_no_obstacle(tiny_model, tmp_path):
-    path = tmp_path / "admin"
+def test_a_socket_is_its_users_alone_and_a_stale_one_is_no_obstacle(tiny_model, tmp_path, opened):
+    path = opened / "admin"
     env = environment("socket")
     options = (*OPTIONS, *config(admin_socket=str(path)))
     path.write_text("a file of somebody")
@@ -383,6 +392,9 @@ def test_a_socket_is_its_users_alone_and_a_stale_one_is_no_obstacle(tiny_model, 
         found = path.stat()
         assert stat.S_ISSOCK(found.st_mode)
         assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o600, os.geteuid())
+        if os.geteuid() == 0:
+            refused = another_user.ask(path, request("/sleep", method="POST"))
+            assert refused == "not permitted"
         before = server.complete()
         with served(path) as http:
             assert http.post("/sleep").json()["status"] == "sleeping"

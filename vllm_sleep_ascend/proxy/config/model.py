@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
 
@@ -32,7 +32,9 @@ _SHORTEST_SECRET = 8  # characters; others say nothing, and are in many texts
 _LONGEST_NAME = 200
 _LADDER = ("sleep_after", "deep_sleep_after", "stop_after")
 _HIGHEST_PRIORITY = 100
-_FOR_COMMANDS = ("env", "preload", "start_timeout_s", "stop_timeout_s", "stop_after")
+_FOR_COMMANDS = (
+    *("env", "preload", "start_timeout_s", "stop_command", "stop_timeout_s", "stop_after"),
+)
 
 
 def _command(value: object) -> object:
@@ -197,7 +199,8 @@ class Model(BaseModel):
     preload: it starts before the first request.
     start_timeout_s: until it serves.
     wake_timeout_s: that a sleep or a wake may take, in place of ``--timeout-s``.
-    stop_timeout_s: that it gets after SIGTERM, before SIGKILL.
+    stop_command: ends it, in place of SIGTERM; also what a server that died has left behind.
+    stop_timeout_s: that it gets from SIGTERM or ``stop_command`` on, before SIGKILL.
     sleep_after: seconds without a request until it sleeps, in place of ``--idle-s``.
     deep_sleep_after: seconds until its sleep is a deep one.
     deep_sleep: at level 2, or with its backup on disk. Also where the host has no memory for it.
@@ -218,6 +221,7 @@ class Model(BaseModel):
     preload: Flag = False
     start_timeout_s: Seconds = 1800.0
     wake_timeout_s: Seconds | None = None
+    stop_command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
     stop_timeout_s: Seconds = STOP_S
     sleep_after: Seconds | None = None
     deep_sleep_after: Seconds | None = None
@@ -242,8 +246,9 @@ class Model(BaseModel):
             return
         if not any(PORT in word for word in self.command):
             yield "command", f"it has no {PORT}; write --port {PORT}, or how it gets its port"
-        if any(_API_KEY_OPTION.search(word) for word in self.command):
-            yield "command", f"a key there is in lists of processes; write {API_KEY} in env"
+        for name in ("command", "stop_command"):
+            if any(_API_KEY_OPTION.search(word) for word in getattr(self, name) or ()):
+                yield name, f"a key there is in lists of processes; write {API_KEY} in env"
         if self.admin is not None and self.has_admin_port:
             yield "admin", f"the command has {ADMIN_PORT} as well; remove one of the two"
         if self.devices is not None and DEVICES in self.env:
@@ -262,38 +267,24 @@ class Model(BaseModel):
         found = _MEMORY_SHARE.findall(" ".join(self.command or ()))
         return float(found[-1]) if found else None
 
-    def words(self, port: int, admin_port: int) -> list[str]:
-        """The command with its ports."""
+    def words(self, port: int, admin_port: int, stop: bool = False) -> list[str]:
+        """The command, or ``stop_command``, with its ports."""
         ports = {PORT: str(port), ADMIN_PORT: str(admin_port)}
         return [
             re.sub(r"\$\{(ADMIN_)?PORT\}", lambda found: ports[found[0]], word)
-            for word in self.command or ()
+            for word in (self.stop_command if stop else self.command) or ()
         ]
 
     def shown(self) -> str:
         """The command for a message, without what may be a secret."""
-        return " ".join(shown for shown, _ in self._parts())
+        return " ".join(shown for shown, _ in _parts(self.command or ()))
 
     def secrets(self) -> list[str]:
-        """What ``shown`` leaves out and no log shows, the longest first."""
-        found = {secret for _, hidden in self._parts() for secret in hidden}
+        """What no log shows of the commands, as ``shown`` does not; the longest first."""
+        parts = (*_parts(self.command or ()), *_parts(self.stop_command or ()))
+        found = {secret for _, hidden in parts for secret in hidden}
         long = (secret for secret in found if len(secret) >= _SHORTEST_SECRET)
         return sorted(long, key=lambda secret: (-len(secret), secret))
-
-    def _parts(self) -> Iterator[tuple[str, list[str]]]:
-        """Each word of the command as it is shown, and what was left out of it."""
-        hide = False
-        for word in self.command or ():
-            option, equals, value = word.partition("=")
-            is_secret = option.startswith("-") and _SECRET.search(option) is not None
-            if hide and not word.startswith("-"):
-                yield "***", [word]
-            elif is_secret and equals:
-                yield f"{option}=***", [value]
-            else:
-                within = [found[2] for found in _SECRET_WITHIN.finditer(word)]
-                yield _SECRET_WITHIN.sub(r"\1***", word), within
-            hide = is_secret and not equals
 
     def identity(self, door_key: str | None) -> str:
         """Equal for entries with the same server: another one needs a restart."""
@@ -302,3 +293,19 @@ class Model(BaseModel):
         if self.command is not None:
             server.append(self.devices)
         return hashlib.sha256(json.dumps(server).encode()).hexdigest()
+
+
+def _parts(command: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each word of a command as it is shown, and what was left out of it."""
+    hide = False
+    for word in command:
+        option, equals, value = word.partition("=")
+        is_secret = option.startswith("-") and _SECRET.search(option) is not None
+        if hide and not word.startswith("-"):
+            yield "***", [word]
+        elif is_secret and equals:
+            yield f"{option}=***", [value]
+        else:
+            within = [found[2] for found in _SECRET_WITHIN.finditer(word)]
+            yield _SECRET_WITHIN.sub(r"\1***", word), within
+        hide = is_secret and not equals

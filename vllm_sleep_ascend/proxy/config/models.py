@@ -209,7 +209,7 @@ def _text(error: dict[str, object], fields: list[str]) -> str:
     if error["type"] == "missing":
         return f"there is no {field}; write it"
     reason = str(error["msg"]).removeprefix("Value error, ")
-    if field in ("env", "command", "admin_key_file"):
+    if field in ("env", "command", "stop_command", "admin_key_file"):
         return reason
     value = error["input"]
     return reason if isinstance(value, str) and "@" in value else f"{_show(value)}: {reason}"

@@ -12,17 +12,20 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.http.background import Background
 from vllm_sleep_ascend.proxy.http.naming import model_of, models, server_of
+from vllm_sleep_ascend.proxy.http.realtime import PATH as REALTIME
+from vllm_sleep_ascend.proxy.http.realtime import Realtime
 from vllm_sleep_ascend.proxy.http.responses import (
     CLIENT_LEFT,
     NoAnswer,
     PassedOn,
     Refused,
     end_to_end,
+    unless_client_leaves,
 )
 from vllm_sleep_ascend.proxy.operations import ASK_S
 from vllm_sleep_ascend.proxy.schedule import Schedule
@@ -54,6 +57,7 @@ class Public:
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/health", health),
                 Route("/v1/responses/{response}", self._serve),
+                WebSocketRoute(REALTIME, Realtime(turns, self._enter).serve),
                 *(Route(path, self._serve, methods=["POST"]) for path in passed_on),
             ],
             lifespan=self._lifespan,
@@ -101,7 +105,7 @@ class Public:
                 server = await server_of(self.turns, await model_of(request, body))
                 name = server.name
                 answer = self._pass_on(request, server, body)
-            response = await _unless_client_leaves(request, asyncio.create_task(answer))
+            response = await unless_client_leaves(request.receive, asyncio.create_task(answer))
         except Refused as refused:
             response = refused.response()
         except ClientDisconnect:
@@ -136,14 +140,7 @@ class Public:
         url, asked = server.url, self._to(server, request, body)
         if needs(request.method, _path(request)) is Needs.TEXT and server.runs:
             return await self._pass_by(server, asked)
-        try:
-            await self.turns.enter(server)
-        except QueueFull as full:
-            raise Refused(503, str(full), full.retry_after_s) from None
-        except CallFailed as error:
-            rest_s = server.launched.rest_s() if server.launched is not None else 0
-            message = f"the model cannot be woken: {error}"
-            raise Refused(503, message, max(_RETRY_AFTER_S, math.ceil(rest_s))) from None
+        await self._enter(server)
         try:
             if server.url != url:  # it has started on another port
                 asked = self._to(server, request, body)
@@ -154,6 +151,21 @@ class Public:
         if _path(request) == "/v1/responses" and _is_json(upstream):
             return await self._background.begun(server, upstream)
         return PassedOn(upstream, lambda broken: self.turns.leave(server, broken))
+
+    async def _enter(self, server: Server) -> None:
+        """Wait for the server's turn.
+
+        Raises:
+            Refused: the queue is full, or the server does not wake.
+        """
+        try:
+            await self.turns.enter(server)
+        except QueueFull as full:
+            raise Refused(503, str(full), full.retry_after_s) from None
+        except CallFailed as error:
+            rest_s = server.launched.rest_s() if server.launched is not None else 0
+            message = f"the model cannot be woken: {error}"
+            raise Refused(503, message, max(_RETRY_AFTER_S, math.ceil(rest_s))) from None
 
     async def _pass_by(self, server: Server, asked: httpx.Request) -> Response:
         """Send the server a request that does not need its turn.
@@ -284,26 +296,3 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def health(_: Request) -> Response:
     """200 if the proxy is running. The admin port's /status has the state of its servers."""
     return Response(status_code=200)
-
-
-async def _unless_client_leaves(request: Request, working: asyncio.Task[Response]) -> Response:
-    """The result of the task, which is cancelled if the client disconnects.
-
-    Raises:
-        ClientDisconnect: the client has disconnected.
-    """
-    leaving = asyncio.create_task(_disconnect(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.wait({working, leaving})
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Responses of the proxy: a server's answer, streamed, or a refusal with the reason."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import TypeVar
 
 import httpx
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 CLIENT_LEFT = 499
 
@@ -78,3 +83,26 @@ class PassedOn(StreamingResponse):
 def end_to_end(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """The headers that are passed on."""
     return [(key, value) for key, value in headers if key.lower() not in HOP_BY_HOP]
+
+
+async def unless_client_leaves(receive: Receive, working: "asyncio.Task[_T]") -> _T:
+    """The result of the work, which is cancelled if the client disconnects.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
+    """
+    leaving = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.wait({working, leaving})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while not (await receive())["type"].endswith(".disconnect"):
+        pass

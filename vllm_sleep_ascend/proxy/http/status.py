@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the proxy knows of its servers and their memory, for /status and the page."""
 
-import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 from vllm_sleep_ascend import admin_key
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
-from vllm_sleep_ascend.proxy.http.told import Told, read
-from vllm_sleep_ascend.proxy.operations import ASK_S
+from vllm_sleep_ascend.proxy.figures import Figures
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
 
@@ -25,26 +20,12 @@ RECENT_S = 20.0
 """Seconds for which figures count as those of now."""
 
 
-@dataclass
-class _Report:
-    """``number``: of the server's state when it was asked; ``told_number``: when it told."""
-
-    told: Told | None = None
-    told_at: float = 0.0
-    told_number: int = 0
-    at: float = float("-inf")
-    number: int = 0
-    tells: bool = True
-    asking: "asyncio.Task[None] | None" = None
-
-
 class Status:
     """Describes the servers of ``turns``. They are asked for their memory only by ``look`` and
     ``ask``: while somebody wants to see it."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
-        self._reports: WeakKeyDictionary[Server, _Report] = WeakKeyDictionary()
 
     def describe(self) -> dict[str, object]:
         servers = self._turns.servers
@@ -53,51 +34,18 @@ class Status:
             "devices": self._devices(servers),
         }
 
-    def look(self, at_once: bool = False) -> "list[asyncio.Task[None]]":
-        """Ask those servers whose report is older, or of another state. Returns what runs."""
-        now, asking = time.monotonic(), []
+    def look(self) -> None:
+        """Ask those servers whose figures are older, or of another state."""
         for server in self._turns.servers:
-            if not server.runs:
-                self._reports.pop(server, None)
-                continue
-            report = self._reports.setdefault(server, _Report())
-            # One that does not tell would log each question.
-            is_old = report.tells and now - report.at >= (FRESH_S if server.busy else IDLE_FRESH_S)
-            changed = report.number != server.history.number
-            if report.asking is None and (at_once or is_old or changed):
-                report.asking = asyncio.create_task(self._ask(server, report))
-            if report.asking is not None:
-                asking.append(report.asking)
-        return asking
+            fresh_s = FRESH_S if server.busy else IDLE_FRESH_S
+            self._turns.memory.ask([server], fresh_s, silent_too=True)
 
     async def ask(self) -> None:
         """Ask all servers; returns once they have answered, or are late."""
-        if asking := self.look(at_once=True):
-            await asyncio.wait(asking)
-
-    async def _ask(self, server: Server, report: _Report) -> None:
-        report.number = number = server.history.number
-        try:
-            report.told = read(await server.client.ranks(timeout_s=ASK_S))
-            report.told_at, report.told_number = time.monotonic(), number
-            report.tells = report.told is not None
-        except NobodyListens:
-            report.told = None
-        except CallFailed:
-            pass  # a sleep may be under way; what it said before stays
-        finally:
-            report.at, report.asking = time.monotonic(), None
-
-    def _told(self, server: Server) -> Told | None:
-        """What it has said of its memory as it is now; None if it has not, or does not tell."""
-        report, now = self._reports.get(server), time.monotonic()
-        if report is None or not server.runs or now - report.at > RECENT_S:
-            return None
-        is_same = report.told_number == server.history.number
-        return report.told if is_same or now - report.told_at <= RECENT_S else None
+        await self._turns.memory.refresh(self._turns.servers, fresh_s=0.0, silent_too=True)
 
     def _server(self, server: Server) -> dict[str, object]:
-        told, figures = self._told(server), server.figures
+        recent, figures = _recent(server), server.figures
         described: dict[str, object] = {
             "id": server.history.id,
             "name": server.name,
@@ -113,8 +61,8 @@ class Status:
             "in_flight": server.in_flight,
             "closing": server.closing,
             "retiring": server.retiring,
-            "memory": told.memory if told is not None else None,
-            "last_operation": _last_operation(server, told),
+            "memory": recent.places if recent is not None else None,
+            "last_operation": _last_operation(server, recent, self._turns.settings.link_gb_s),
         }
         if (launched := server.launched) is not None:
             described |= {
@@ -132,16 +80,15 @@ class Status:
         newest: dict[tuple[str, int], tuple[float, int, int]] = {}
         held: dict[tuple[str, int], Counter[tuple[int, str]]] = {}
         for server in servers:
-            if (told := self._told(server)) is None:
+            if (figures := _recent(server)) is None:
                 continue
-            at = self._reports[server].told_at
-            for each in told.devices:
-                device = _device(server, each.index)
-                if device not in newest or newest[device][0] < at:
-                    newest[device] = (at, each.total, each.free)
+            for index, use in figures.devices.items():
+                device = _device(server, index)
+                if device not in newest or newest[device][0] < figures.at:
+                    newest[device] = (figures.at, use.total, use.free)
                 here = held.setdefault(device, Counter())
-                for tag, size in each.held.items():
-                    here[server.history.id, tag] += size
+                for cause, size in use.held_for.items():
+                    here[server.history.id, cause] += size
         return [
             {
                 "device": f"{host} {number}" if host else str(number),
@@ -157,14 +104,29 @@ class Status:
         ]
 
 
-def _last_operation(server: Server, told: Told | None) -> dict[str, object] | None:
-    """What the proxy has done last with it, and what that copied, if the server tells."""
+def _recent(server: Server) -> Figures | None:
+    """What it has said of its memory as it is now; None if it has not, or does not tell."""
+    figures = server.figures
+    if figures is None or not figures.devices or not server.runs:
+        return None
+    return figures if time.monotonic() - figures.at <= RECENT_S else None
+
+
+def _last_operation(
+    server: Server, figures: Figures | None, link_gb_s: float | None
+) -> dict[str, object] | None:
+    """What the proxy has done last with it, and what that copied, if the server tells; with the
+    share of its devices' links, if their speed is known."""
     last = server.last_operation
     if last is None:
         return None
     described = {"operation": last.name, "seconds": round(last.seconds, 3), "ended": last.at}
-    if told is not None and told.copy is not None and told.copy.operation.startswith(last.name):
-        described |= {"copied_bytes": told.copy.size, "copy_seconds": told.copy.seconds}
+    copy = figures.copy if figures is not None else None
+    if figures is not None and copy is not None and copy.operation.startswith(last.name):
+        described |= {"copied_bytes": copy.size, "copy_seconds": copy.seconds}
+        if link_gb_s is not None and copy.seconds > 0:
+            most = link_gb_s * 1e9 * len(figures.devices) * copy.seconds
+            described["link_share"] = round(copy.size / most, 3)
     return described
 
 

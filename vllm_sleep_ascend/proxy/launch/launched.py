@@ -5,18 +5,20 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.calls import CallFailed
-from vllm_sleep_ascend.proxy.config.model import DEVICES, secrets
+from vllm_sleep_ascend.proxy.config.model import DEVICES, STOP_S, secrets
 from vllm_sleep_ascend.proxy.config.models import Entry
 from vllm_sleep_ascend.proxy.launch import ports
 from vllm_sleep_ascend.proxy.launch.group import Group, Leader
 from vllm_sleep_ascend.proxy.launch.state import Record, State
+from vllm_sleep_ascend.proxy.launch.stop_command import StopCommand
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ LONGEST_PAUSE_S = 60.0
 
 _LOOK_S = 0.1  # seconds between two looks at a server that starts
 _KILL_S = 5.0  # that the end of a process may take, which a driver can hold up
+_GRACE_S = 3.0  # from SIGTERM on, also if a stop_command has used up all the time
 _STUCK_S = 30.0  # after SIGKILL, until its processes count as stuck
 _HIDDEN = "***"
 _SAYS_MORE = "; the admin port's /status says more"
@@ -70,6 +73,7 @@ class Launched:
         """Whether SIGKILL did not end it, as of a process that waits for its driver."""
         self._state, self._taken = state, taken
         self._group: Group | None = None
+        self._stop_command = StopCommand()
         self._record: Record | None = None
         self._starting = self._cancelled = self._closed = False
         self._ending: asyncio.Task[None] | None = None
@@ -148,16 +152,23 @@ class Launched:
                 logger.warning("the record of %s cannot be written: %s", self.name, error)
 
     @staticmethod
-    async def end_stray(record: Record, wait_s: float) -> bool:
+    async def end_stray(record: Record, entry: Entry | None, state: State) -> bool:
         """End the process of an earlier proxy, with its group. Returns whether there was one.
+
+        Args:
+            entry: the present one of its name.
 
         Raises:
             CallFailed: it does not end.
         """
-        group = _group_of(record)
-        if not group.send(signal.SIGTERM):
+        group, words = _group_of(record), shlex.split(record.stop_command)
+        wait_s = entry.model.stop_timeout_s if entry is not None else STOP_S
+        environment = _environment(entry) if entry is not None else os.environ
+        until = time.monotonic() + wait_s
+        stops = _stops(StopCommand(), record.name, words, environment, wait_s, state)
+        if not await stops and not group.send(signal.SIGTERM):
             return False
-        if not await group.gone(wait_s) and not await group.gone(_STUCK_S, kill=True):
+        if not await group.gone(_rest(until, wait_s)) and not await group.gone(_STUCK_S, kill=True):
             raise CallFailed(_does_not_end(record.name, group))
         return True
 
@@ -228,11 +239,12 @@ class Launched:
         if time.monotonic() - self._serves_since > STABLE_S:
             self._failures = 0
         self._fail()
-        self._ending = asyncio.create_task(self._clear(group))
+        self._ending = asyncio.create_task(self._clean_up(group))
         self.died()
 
     async def end(self, wait_s: float | None = None) -> None:
-        """SIGTERM, and SIGKILL to what is left after ``wait_s`` seconds; the entry's by default."""
+        """``stop_command`` or SIGTERM, and SIGKILL after ``wait_s`` seconds to what is left; the
+        entry's by default."""
         if self._group is None:
             return
         if self._ending is None:
@@ -256,8 +268,9 @@ class Launched:
         self._closed = True
 
     def hurry(self) -> None:
-        """SIGKILL, if it is ending."""
+        """SIGKILL, if it is ending, and less time for its ``stop_command``."""
         if self._group is not None and self._ending is not None:
+            self._stop_command.hurry()
             with contextlib.suppress(OSError):  # it gets it later
                 self._group.send(signal.SIGKILL)
 
@@ -269,7 +282,7 @@ class Launched:
         self.error = f"{self.name}: {reason}"
         logger.warning("%s; it gets SIGKILL", self.error)
         if self._starting:
-            self._ending = asyncio.create_task(self._clear(group))
+            self._ending = asyncio.create_task(self._clean_up(group))
         else:
             self._has_died(group)
         await self._ended(_KILL_S)
@@ -289,12 +302,15 @@ class Launched:
         command = model.words(self.port, self.admin_port)
         log = self._state.new_log(self.name)
         try:
-            group = Group.prepare(command, self._environment(), log)
+            group = Group.prepare(command, _environment(self.entry), log)
         finally:
             os.close(log)
         leader = (group.leader.pid, group.leader.started, group.leader.boot)
         try:
-            record = Record(self.name, self.entry.identity, *leader, self.port, self.admin_port)
+            record = Record(
+                *(self.name, self.entry.identity, *leader, self.port, self.admin_port),
+                stop_command=shlex.join(self._stop_words()),
+            )
             self._state.write(record)
         except BaseException:
             group.cancel()
@@ -315,7 +331,8 @@ class Launched:
                     return
                 if self._ending is None and not group.is_running():
                     reason = self._obituary(group)
-                    await self.end(0)
+                    self._ending = asyncio.create_task(self._clean_up(group))
+                    await self._ended()
                     raise reason
             if self._ending is not None:
                 await self._ended()
@@ -335,16 +352,30 @@ class Launched:
                 raise CallFailed(f"{self.name}: port {port} is used by user {user}")
 
     async def _end(self, group: Group, wait_s: float) -> None:
-        while True:
+        until = time.monotonic() + wait_s
+        found = await self._stops(wait_s)
+        while not found:
             try:
                 found = group.send(signal.SIGTERM)
                 break
             except OSError as error:  # of /proc
                 logger.warning("%s gets no SIGTERM yet: %s", self.name, error)
                 await asyncio.sleep(_LOOK_S)
-        if found and not await group.gone(wait_s):
+        if found and not await group.gone(_rest(until, wait_s)):
             logger.warning("%s did not end within %g s; it gets SIGKILL", self.name, wait_s)
         await self._clear(group)
+
+    async def _clean_up(self, group: Group) -> None:
+        """After its leader has died, or instead of an end that it would not notice."""
+        await self._stops(self.entry.model.stop_timeout_s)
+        await self._clear(group)
+
+    def _stop_words(self) -> list[str]:
+        return self.entry.model.words(self.port, self.admin_port, stop=True)
+
+    async def _stops(self, wait_s: float) -> bool:
+        words, environment = self._stop_words(), _environment(self.entry)
+        return await _stops(self._stop_command, self.name, words, environment, wait_s, self._state)
 
     async def _clear(self, group: Group) -> None:
         """Kill what is left of it, and forget it."""
@@ -374,18 +405,9 @@ class Launched:
         details = f": {self.entry.model.shown()} wrote last: {last} (in {self.log})"
         return _Missed(f"{self.name} {what}", details)
 
-    def _environment(self) -> dict[str, str]:
-        model, key = self.entry.model, self.entry.door_key
-        environment = {**os.environ, **model.env}
-        if model.devices is not None:
-            environment[DEVICES] = ",".join(map(str, model.devices))
-        if key is not None:
-            environment[admin_key.VARIABLE] = key
-        return environment
-
     def _conceal(self, text: str) -> str:
         """The text without the keys that the server was given."""
-        for secret in (*secrets(self._environment()), *self.entry.model.secrets()):
+        for secret in (*secrets(_environment(self.entry)), *self.entry.model.secrets()):
             text = text.replace(secret, _HIDDEN)
         return text
 
@@ -393,6 +415,42 @@ class Launched:
 def _group_of(record: Record) -> Group:
     """That of an earlier proxy."""
     return Group(Leader(record.pid, record.started, record.boot))
+
+
+def _environment(entry: Entry) -> dict[str, str]:
+    """Of its command and its ``stop_command``."""
+    model, key = entry.model, entry.door_key
+    environment = {**os.environ, **model.env}
+    if model.devices is not None:
+        environment[DEVICES] = ",".join(map(str, model.devices))
+    if key is not None:
+        environment[admin_key.VARIABLE] = key
+    return environment
+
+
+def _rest(until: float, wait_s: float) -> float:
+    """Seconds until SIGKILL, of ``wait_s`` in all or a few more."""
+    return max(until - time.monotonic(), min(wait_s, _GRACE_S))
+
+
+async def _stops(
+    command: StopCommand,
+    name: str,
+    words: list[str],
+    environment: Mapping[str, str],
+    wait_s: float,
+    state: State,
+) -> bool:
+    """Run the ``stop_command``. Returns whether there is one that has succeeded."""
+    if not words:
+        return False
+    try:
+        reason = await command.run(words, environment, state.same_log(name), wait_s)
+    except OSError as error:
+        reason = f"has no log: {error.strerror}"
+    if reason:
+        logger.warning("%s: its stop_command %s; its log may say more", name, reason)
+    return not reason
 
 
 def _does_not_end(name: str, group: Group) -> str:

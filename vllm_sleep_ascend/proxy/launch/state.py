@@ -25,8 +25,8 @@ _TAIL = 1 << 18  # bytes of a log in which its last lines are looked for
 
 @dataclass(frozen=True)
 class Record:
-    """A server that was started; ``identity`` is that of its entry in models.yaml, and ``slept_at``
-    the level at which it may sleep, 0 for none."""
+    """A server that was started; ``identity`` is that of its entry in models.yaml, ``slept_at`` the
+    level at which it may sleep, 0 for none, and ``stop_command`` a line as for a shell, or ""."""
 
     name: str
     identity: str
@@ -36,6 +36,7 @@ class Record:
     port: int
     admin_port: int
     slept_at: int = 0
+    stop_command: str = ""
 
 
 def default(port: int) -> Path:
@@ -130,6 +131,10 @@ class State:
         with contextlib.suppress(FileNotFoundError):
             os.rename(file, file + ".1", src_dir_fd=self._folder, dst_dir_fd=self._folder)
         return self._open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+
+    def same_log(self, name: str) -> int:
+        """A descriptor for more output, after what is there."""
+        return self._open(self.log(name).name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def last_line(self, name: str) -> str:
         """Of the log; "" if there is none."""

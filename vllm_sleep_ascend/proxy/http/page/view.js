@@ -118,6 +118,9 @@ function switched(last) {
   if (last.copied_bytes && last.copy_seconds) {
     const speed = perSecond(last.copied_bytes / 1e9 / last.copy_seconds);
     parts.push(line(say("speed", { size: bytes(last.copied_bytes), speed })));
+    if (last.link_share) {
+      parts.push(line(say("link_share", { percent: Math.round(100 * last.link_share) })));
+    }
   }
   parts.push(line(clock(last.ended)));
   return parts;
