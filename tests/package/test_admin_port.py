@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from helpers.tells import Tells
 
 from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
 from vllm_sleep_ascend.client.sleep_client import SleepClient
@@ -252,20 +253,6 @@ def rank(index: int, free: int, copied: int, **tags: int) -> dict[str, Any]:
     }
 
 
-class Tells(SleepClient):
-    """A server's answers about its memory."""
-
-    def __init__(self, ranks: list[Any] | CallFailed | None) -> None:
-        super().__init__("http://127.0.0.1:1")
-        self.told, self.asked = ranks, 0
-
-    async def ranks(self, timeout_s: float | None = None) -> Any:
-        self.asked += 1
-        if isinstance(self.told, CallFailed):
-            raise self.told
-        return self.told
-
-
 def test_memory_by_device_model_and_tag():
     both = Tells([rank(0, 40, 10, weights=30, kv_cache=20), rank(1, 60, 30, weights=30)])
     pair = Server(both, "pair", devices=(4, 6))
@@ -335,12 +322,12 @@ def test_memory_that_was_told_long_ago_or_by_a_server_that_is_gone_is_not_shown(
     told = {"device": 30 * MIB, "host": 3 * MIB, "disk": 0}
     assert memory_of(admin, "/status?memory=1") == (told, 1)
     assert memory_of(admin) == (told, 1)
-    tells.told = CallFailed("it sleeps just now")
+    tells.said = CallFailed("it sleeps just now")
     assert memory_of(admin, "/status?memory=1") == (told, 1)
     with monkeypatch.context() as later:
         later.setattr(statuses, "RECENT_S", 0.0)
         assert memory_of(admin) == (None, 0)
-    tells.told = NobodyListens("nobody")
+    tells.said = NobodyListens("nobody")
     assert memory_of(admin, "/status?memory=1") == (None, 0)
 
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from helpers.tells import Tells
 
 from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate
 from vllm_sleep_ascend.client.sleep_client import SleepClient
@@ -140,20 +141,6 @@ def test_the_last_copy_is_that_of_all_ranks():
     for other in (None, {**LAST, "operation": "sleep level 1"}):
         ranks = [rank(last_operation=last) for last in (LAST, other)]
         assert figures(ranks, {}, sleeps=False, now=0).copy is None
-
-
-class Tells(SleepClient):
-    """A server's answers about its memory."""
-
-    def __init__(self, said: Any) -> None:
-        super().__init__("http://127.0.0.1:9")
-        self.said, self.asked = said, 0
-
-    async def ranks(self, timeout_s: float | None = None) -> Any:
-        self.asked += 1
-        if isinstance(self.said, Exception):
-            raise self.said
-        return self.said
 
 
 def test_servers_are_not_asked_more_often_than_needed():
