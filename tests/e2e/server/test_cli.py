@@ -171,7 +171,7 @@ def test_a_stock_server(pair, a_is_awake, tiny_model, tmp_path):
         "patches.EVERYWHERE = tuple(p for p in patches.EVERYWHERE if p not in own)\n"
         "patches.DEVELOPMENT = ()\n"
     )
-    env = {**pair.env, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    env = {**pair.env, "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{tmp_path}"}
     with Server(tiny_model, *OPTIONS, log=tmp_path / "stock", env=env, cold=True) as stock:
         assert stock.http.get("/sleep_status").status_code == 404
         expected = stock.complete()
