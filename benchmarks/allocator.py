@@ -137,7 +137,6 @@ def main() -> None:
         touch_host(min(3 * MODELS[options.model].bytes(), 90 * GIB))
     runs = children.run_each(f"{options.ours},{options.peer}", environment)
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
         "model": options.model,
         "weights_bytes": MODELS[options.model].bytes(),

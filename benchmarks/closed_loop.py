@@ -327,8 +327,7 @@ def main() -> None:
         rows.append(["ratio", "", "", *ratios, "", ""])
     print_table(rows)
     if args.out is not None:
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "device": "sim"}
-        settings = {"command": sys.argv, **machine}
+        settings = {"cores": os.cpu_count(), "machine": platform.machine(), "device": "sim"}
         write_json(args.out / "closed_loop.json", {"settings": settings, "ways": result})
 
 

@@ -12,7 +12,6 @@ is not written again.
 
 import argparse
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -161,7 +160,6 @@ def main() -> None:
     environment = children.environment_for(options.device)
     runs = children.run_each(f"{options.ours},{options.peer}", environment)
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
         "model": options.model,
         "disk_blocks_mib": options.disk_blocks_mib,

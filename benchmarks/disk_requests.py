@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -93,7 +92,6 @@ def main() -> None:
     if options.out is not None:
         version = subprocess.run([options.fio, "--version"], capture_output=True, text=True)
         result = {
-            "command": " ".join(["python", *sys.argv]),
             "machine": Machine.describe_host(options.device),
             "fio": version.stdout.strip(),
             "file_bytes": size,

@@ -156,8 +156,7 @@ def main() -> None:
     report.print_table(rows_of(run["gb_s"]))
     if options.out is not None:
         machine = Machine.describe_host(options.device)
-        command = " ".join(["python", *sys.argv])
-        result = {"command": command, "machine": machine, "model": options.model, **run}
+        result = {"machine": machine, "model": options.model, **run}
         report.write_json(options.out / f"image_{options.device}_{options.model}.json", result)
     if not run["contents_kept"]:
         raise SystemExit("contents were lost")

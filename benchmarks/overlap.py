@@ -120,7 +120,6 @@ def main() -> None:
     ratio = median["overlapped"]["total_s"] / median["serial"]["total_s"]
     print(f"overlapped / serial: {ratio:.3f}")
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
         "model": options.model,
         "weights_bytes": MODELS[options.model].bytes(),

@@ -159,7 +159,6 @@ def main() -> None:
         rows.append(cells)
     report.print_table(rows)
     summary = {
-        "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
         "model": options.model,
         "weights_bytes": weights,

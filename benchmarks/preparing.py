@@ -11,7 +11,6 @@ and a wait for the result. It depends on both the launching thread and the drive
 import argparse
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,6 @@ def main() -> None:
     report.print_table(rows)
     if options.out is not None:
         summary = {
-            "command": " ".join(["python", *sys.argv]),
             "machine": Machine.describe_host(options.device),
             "model": options.model,
             "ways": figures,

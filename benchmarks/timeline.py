@@ -11,7 +11,6 @@ its KV cache. Host memory is prepared first, as by an engine that is ready to se
 import argparse
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -121,7 +120,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             time.sleep(options.pause_s)
     cache[0].fill_(1)
     return {
-        "command": " ".join(["python", *sys.argv]),
         "machine": Machine.describe_host(options.device),
         "device": options.device,
         "model": options.model,

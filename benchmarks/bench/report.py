@@ -2,6 +2,7 @@
 """Results as a table, JSON and a picture."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    """With the command that is running."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    content = {"command": " ".join(["python", *sys.argv]), **result}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -82,17 +82,23 @@ class Figures:
 
 @dataclass
 class _Asked:
-    """
-    own: the number of the server's state when it was asked; newest: that of all.
+    """What was asked of a server in one of its states.
+
+    own: the number of that state; newest: of all servers' when it was asked.
     silent_until: when the schedule asks it again; rests_until: when it is asked again at all.
     """
 
-    own: int = 0
-    newest: int = 0
+    own: int
+    newest: int = -1
     at: float = -math.inf
     silent_until: float = -math.inf
     rests_until: float = -math.inf
-    task: "asyncio.Task[None] | None" = None
+
+    def is_due(self, newest: int, fresh_s: float) -> bool:
+        now = time.monotonic()
+        if now < self.rests_until:  # it may log each question
+            return False
+        return self.newest < newest or now - self.at >= fresh_s
 
 
 class Memory:
@@ -101,6 +107,7 @@ class Memory:
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = servers
         self._asked: WeakKeyDictionary[Server, _Asked] = WeakKeyDictionary()
+        self._asking: dict[Server, asyncio.Task[None]] = {}
 
     async def refresh(
         self, servers: Collection[Server], fresh_s: float, silent_too: bool = False
@@ -122,16 +129,16 @@ class Memory:
         newest = max((server.history.number for server in self._servers), default=0)
         asking = []
         for server in servers:
-            asked = self._asked.setdefault(server, _Asked())
-            is_silent = time.monotonic() < asked.silent_until
-            if is_silent and not silent_too and asked.own == server.history.number:
+            asked = self._asked.get(server)
+            if asked is None or asked.own != server.history.number:
+                asked = self._asked[server] = _Asked(server.history.number)
+            if not silent_too and time.monotonic() < asked.silent_until:
                 continue
-            if asked.task is None and server.runs and _is_due(server, asked, newest, fresh_s):
-                asked.own, asked.newest = server.history.number, newest
-                asked.rests_until = -math.inf
-                asked.task = asyncio.create_task(self._learn(server, asked))
-            if asked.task is not None:
-                asking.append(asked.task)
+            if server not in self._asking and server.runs and asked.is_due(newest, fresh_s):
+                asked.newest = newest
+                self._asking[server] = asyncio.create_task(self._learn(server, asked))
+            if server in self._asking:
+                asking.append(self._asking[server])
         return asking
 
     async def _learn(self, server: Server, asked: _Asked) -> None:
@@ -155,15 +162,8 @@ class Memory:
         except CallFailed:
             pass
         finally:
-            asked.at, asked.task = time.monotonic(), None
-
-
-def _is_due(server: Server, asked: _Asked, newest: int, fresh_s: float) -> bool:
-    if asked.own != server.history.number:
-        return True
-    if time.monotonic() < asked.rests_until:  # it may log each question
-        return False
-    return asked.newest < newest or time.monotonic() - asked.at >= fresh_s
+            asked.at = time.monotonic()
+            del self._asking[server]
 
 
 def figures(ranks: object, before: Mapping[int, Use], sleeps: bool, now: float) -> Figures:

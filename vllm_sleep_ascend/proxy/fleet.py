@@ -14,6 +14,7 @@ from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.config.lines import Invalid
 from vllm_sleep_ascend.proxy.config.model import API_KEY
 from vllm_sleep_ascend.proxy.config.models import FIT, Entry, Models, load
+from vllm_sleep_ascend.proxy.launch.ending import end_stray
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.launch.state import Record, State
 from vllm_sleep_ascend.proxy.servers import Server
@@ -221,7 +222,7 @@ class Fleet:
         """End a server of an earlier proxy that is not one of these."""
         entry = self._entries.get(record.name)
         try:
-            if await Launched.end_stray(record, entry, self._state):
+            if await end_stray(record, entry, self._state):
                 logger.info("%s of an earlier proxy has ended", record.name)
         except CallFailed as error:
             logger.error("%s", error)

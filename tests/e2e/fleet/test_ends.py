@@ -114,8 +114,8 @@ def test_a_process_that_sigkill_does_not_end(tmp_path):
     """As one that waits for its driver. Requests for its device fail, and the proxy can end."""
     before = (
         "import signal\n"
-        "from vllm_sleep_ascend.proxy.launch import launched\n"
-        "launched._STUCK_S = 0.3\n"
+        "from vllm_sleep_ascend.proxy.launch import ending\n"
+        "ending._STUCK_S = 0.3\n"
         "real = signal.pidfd_send_signal\n"
         "def send(descriptor, number):\n"
         "    if number != signal.SIGKILL:\n"

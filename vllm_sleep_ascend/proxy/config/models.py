@@ -2,6 +2,7 @@
 """Reads models.yaml, and says of each problem its line, the value and the remedy."""
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.proxy.config.groups import Group, GroupEntry
 from vllm_sleep_ascend.proxy.config.lines import Document, Invalid, Place, Problem
-from vllm_sleep_ascend.proxy.config.model import Model, name_problem
+from vllm_sleep_ascend.proxy.config.model import DEVICES, Model, name_problem
 
 FIT: Literal["fit"] = "fit"
 """Of ``max_awake``: as many as the devices have bytes for."""
@@ -35,6 +36,15 @@ class Entry:
     @property
     def identity(self) -> str:
         return self.model.identity(self.door_key)
+
+    def environment(self) -> dict[str, str]:
+        """Of its command and its ``stop_command``: this proxy's, with what the entry adds."""
+        environment = {**os.environ, **self.model.env}
+        if self.model.devices is not None:
+            environment[DEVICES] = ",".join(map(str, self.model.devices))
+        if self.door_key is not None:
+            environment[admin_key.VARIABLE] = self.door_key
+        return environment
 
 
 @dataclass(frozen=True)

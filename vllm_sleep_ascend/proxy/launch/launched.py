@@ -8,30 +8,23 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import astuple, replace
 
-from vllm_sleep_ascend import admin_key
 from vllm_sleep_ascend.client.calls import CallFailed
-from vllm_sleep_ascend.proxy.config.model import DEVICES, STOP_S, secrets
+from vllm_sleep_ascend.proxy.config.model import secrets
 from vllm_sleep_ascend.proxy.config.models import Entry
 from vllm_sleep_ascend.proxy.launch import ports
-from vllm_sleep_ascend.proxy.launch.group import Group, Leader
+from vllm_sleep_ascend.proxy.launch.ending import Ending, does_not_end
+from vllm_sleep_ascend.proxy.launch.group import Group
+from vllm_sleep_ascend.proxy.launch.pauses import Pauses
 from vllm_sleep_ascend.proxy.launch.state import Record, State
 from vllm_sleep_ascend.proxy.launch.stop_command import StopCommand
 
 logger = logging.getLogger(__name__)
 
-STABLE_S = 60.0
-"""Seconds after which a server that dies is started again as at first."""
-
-LONGEST_PAUSE_S = 60.0
-"""Between two starts of a server that dies again and again."""
-
 _LOOK_S = 0.1  # seconds between two looks at a server that starts
 _KILL_S = 5.0  # that the end of a process may take, which a driver can hold up
-_GRACE_S = 3.0  # from SIGTERM on, also if a stop_command has used up all the time
-_STUCK_S = 30.0  # after SIGKILL, until its processes count as stuck
 _HIDDEN = "***"
 _SAYS_MORE = "; the admin port's /status says more"
 
@@ -77,8 +70,7 @@ class Launched:
         self._record: Record | None = None
         self._starting = self._cancelled = self._closed = False
         self._ending: asyncio.Task[None] | None = None
-        self._failures = 0  # in a row, of starts and of what they have started
-        self._rests_until = self._serves_since = float("-inf")
+        self._pauses = Pauses()
         self.port = self.admin_port = 0
         self._choose_ports()
 
@@ -115,25 +107,25 @@ class Launched:
 
     def rest_s(self) -> float:
         """Seconds until the next attempt to start it."""
-        return max(0.0, self._rests_until - time.monotonic())
+        return self._pauses.rest_s()
 
     def adopt(self, record: Record) -> bool:
         """Take over the process of an earlier proxy. Returns whether it runs."""
-        group = _group_of(record)
+        group = Group(record.leader)
         if not group.is_running():
             return False
         self._group, self._record, self.starts = group, record, 1
         self.port, self.admin_port = record.port, record.admin_port
         self._taken |= {record.port, record.admin_port}
-        self._serves_since = time.monotonic()
+        self._pauses.serves()
         self.moved()
         return True
 
     def wait_out(self, record: Record) -> None:
         """Count as stuck until the process of an earlier proxy ends, which SIGKILL did not end."""
-        group = _group_of(record)
+        group = Group(record.leader)
         self._group, self._record = group, record
-        self.is_stuck, self.error = True, _does_not_end(self.name, group)
+        self.is_stuck, self.error = True, does_not_end(self.name, group)
         self._ending = asyncio.create_task(self._clear(group))
         self.stuck()
 
@@ -150,27 +142,6 @@ class Launched:
                 self._state.write(self._record)
             except OSError as error:
                 logger.warning("the record of %s cannot be written: %s", self.name, error)
-
-    @staticmethod
-    async def end_stray(record: Record, entry: Entry | None, state: State) -> bool:
-        """End the process of an earlier proxy, with its group. Returns whether there was one.
-
-        Args:
-            entry: the present one of its name.
-
-        Raises:
-            CallFailed: it does not end.
-        """
-        group, words = _group_of(record), shlex.split(record.stop_command)
-        wait_s = entry.model.stop_timeout_s if entry is not None else STOP_S
-        environment = _environment(entry) if entry is not None else os.environ
-        until = time.monotonic() + wait_s
-        stops = _stops(StopCommand(), record.name, words, environment, wait_s, state)
-        if not await stops and not group.send(signal.SIGTERM):
-            return False
-        if not await group.gone(_rest(until, wait_s)) and not await group.gone(_STUCK_S, kill=True):
-            raise CallFailed(_does_not_end(record.name, group))
-        return True
 
     async def start(self, serves: Callable[[], Awaitable[bool]]) -> None:
         """Start it, unless it runs, and wait until it ``serves``.
@@ -193,7 +164,7 @@ class Launched:
                 self._note_failure(error)
             await self.end()
             if self.is_stuck and self._group is not None:
-                self.error = self.reason = _does_not_end(self.name, self._group)
+                self.error = self.reason = does_not_end(self.name, self._group)
             elif self._cancelled:
                 self.failed, self.error = False, ""
                 raise Cancelled(f"{self.name} was stopped while it started") from None
@@ -201,7 +172,7 @@ class Launched:
         finally:
             self._starting = self._cancelled = False
         self.failed, self.error = False, ""
-        self._serves_since = time.monotonic()
+        self._pauses.serves()
 
     def cancel(self) -> None:
         """End what ``start`` starts, now or once it is called."""
@@ -217,7 +188,7 @@ class Launched:
         details = getattr(error, "details", "") if known else f": {error!r}"
         self.error = self._conceal(brief + details)
         self.reason = self._conceal(brief) + (_SAYS_MORE if details else "")
-        self._fail()
+        self._pauses.has_failed()
         self.failed = True
         logger.warning("start: %s", self.error)
 
@@ -236,9 +207,7 @@ class Launched:
 
     def _has_died(self, group: Group) -> None:
         self.deaths += 1
-        if time.monotonic() - self._serves_since > STABLE_S:
-            self._failures = 0
-        self._fail()
+        self._pauses.has_died()
         self._ending = asyncio.create_task(self._clean_up(group))
         self.died()
 
@@ -302,13 +271,13 @@ class Launched:
         command = model.words(self.port, self.admin_port)
         log = self._state.new_log(self.name)
         try:
-            group = Group.prepare(command, _environment(self.entry), log)
+            group = Group.prepare(command, self.entry.environment(), log)
         finally:
             os.close(log)
-        leader = (group.leader.pid, group.leader.started, group.leader.boot)
         try:
             record = Record(
-                *(self.name, self.entry.identity, *leader, self.port, self.admin_port),
+                *(self.name, self.entry.identity, *astuple(group.leader)),
+                *(self.port, self.admin_port),
                 stop_command=shlex.join(self._stop_words()),
             )
             self._state.write(record)
@@ -352,35 +321,25 @@ class Launched:
                 raise CallFailed(f"{self.name}: port {port} is used by user {user}")
 
     async def _end(self, group: Group, wait_s: float) -> None:
-        until = time.monotonic() + wait_s
-        found = await self._stops(wait_s)
-        while not found:
-            try:
-                found = group.send(signal.SIGTERM)
-                break
-            except OSError as error:  # of /proc
-                logger.warning("%s gets no SIGTERM yet: %s", self.name, error)
-                await asyncio.sleep(_LOOK_S)
-        if found and not await group.gone(_rest(until, wait_s)):
-            logger.warning("%s did not end within %g s; it gets SIGKILL", self.name, wait_s)
+        await self._ending_of(group).ask(wait_s)
         await self._clear(group)
 
     async def _clean_up(self, group: Group) -> None:
         """After its leader has died, or instead of an end that it would not notice."""
-        await self._stops(self.entry.model.stop_timeout_s)
+        await self._ending_of(group).stop(self.entry.model.stop_timeout_s)
         await self._clear(group)
 
     def _stop_words(self) -> list[str]:
         return self.entry.model.words(self.port, self.admin_port, stop=True)
 
-    async def _stops(self, wait_s: float) -> bool:
-        words, environment = self._stop_words(), _environment(self.entry)
-        return await _stops(self._stop_command, self.name, words, environment, wait_s, self._state)
+    def _ending_of(self, group: Group) -> Ending:
+        words, environment = self._stop_words(), self.entry.environment()
+        return Ending(self.name, group, words, environment, self._state, self._stop_command)
 
     async def _clear(self, group: Group) -> None:
         """Kill what is left of it, and forget it."""
-        if not await group.gone(_STUCK_S, kill=True):
-            self.is_stuck, self.error = True, _does_not_end(self.name, group)
+        if not await self._ending_of(group).kill():
+            self.is_stuck, self.error = True, does_not_end(self.name, group)
             logger.error("%s", self.error)
             self.stuck()
             await group.gone(kill=True)
@@ -392,11 +351,6 @@ class Launched:
         self.is_stuck = False
         self.gone()
 
-    def _fail(self) -> None:
-        self._failures += 1
-        pause = min(LONGEST_PAUSE_S, 2.0 ** min(self._failures - 1, 30))
-        self._rests_until = time.monotonic() + pause
-
     def _obituary(self, group: Group) -> "_Missed":
         return self._about(group.end())
 
@@ -407,51 +361,6 @@ class Launched:
 
     def _conceal(self, text: str) -> str:
         """The text without the keys that the server was given."""
-        for secret in (*secrets(_environment(self.entry)), *self.entry.model.secrets()):
+        for secret in (*secrets(self.entry.environment()), *self.entry.model.secrets()):
             text = text.replace(secret, _HIDDEN)
         return text
-
-
-def _group_of(record: Record) -> Group:
-    """That of an earlier proxy."""
-    return Group(Leader(record.pid, record.started, record.boot))
-
-
-def _environment(entry: Entry) -> dict[str, str]:
-    """Of its command and its ``stop_command``."""
-    model, key = entry.model, entry.door_key
-    environment = {**os.environ, **model.env}
-    if model.devices is not None:
-        environment[DEVICES] = ",".join(map(str, model.devices))
-    if key is not None:
-        environment[admin_key.VARIABLE] = key
-    return environment
-
-
-def _rest(until: float, wait_s: float) -> float:
-    """Seconds until SIGKILL, of ``wait_s`` in all or a few more."""
-    return max(until - time.monotonic(), min(wait_s, _GRACE_S))
-
-
-async def _stops(
-    command: StopCommand,
-    name: str,
-    words: list[str],
-    environment: Mapping[str, str],
-    wait_s: float,
-    state: State,
-) -> bool:
-    """Run the ``stop_command``. Returns whether there is one that has succeeded."""
-    if not words:
-        return False
-    try:
-        reason = await command.run(words, environment, state.same_log(name), wait_s)
-    except OSError as error:
-        reason = f"has no log: {error.strerror}"
-    if reason:
-        logger.warning("%s: its stop_command %s; its log may say more", name, reason)
-    return not reason
-
-
-def _does_not_end(name: str, group: Group) -> str:
-    return f"{name}: process {group.leader.pid} does not end, also by SIGKILL; see its driver"

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vllm_sleep_ascend.proxy.launch.group import Leader
+
 logger = logging.getLogger(__name__)
 
 _RECORD, _LOG = ".json", ".log"
@@ -37,6 +39,10 @@ class Record:
     admin_port: int
     slept_at: int = 0
     stop_command: str = ""
+
+    @property
+    def leader(self) -> Leader:
+        return Leader(self.pid, self.started, self.boot)
 
 
 def default(port: int) -> Path:
