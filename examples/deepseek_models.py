@@ -52,7 +52,17 @@ def configs(tiny: Config) -> dict[str, Config]:
         "model_type": "deepseek_v2",
         "architectures": ["DeepseekV2ForCausalLM"],
     }
-    v3 = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    v3 = {
+        **v2,
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": _YARN,
+    }
     return {
         # Queries are projected at once, and any experts are chosen.
         "tiny-deepseek-v2-lite": {
@@ -76,17 +86,24 @@ def configs(tiny: Config) -> dict[str, Config]:
             "n_routed_experts": 0,
         },
         # They are chosen by a sigmoid with a bias, and positions are stretched.
-        "tiny-deepseek-v3": {
-            **v2,
-            **v3,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "num_nextn_predict_layers": 0,
-            "rope_scaling": _YARN,
-        },
+        "tiny-deepseek-v3": v3,
+        # The same with a layer that predicts the token after the next.
+        "tiny-deepseek-v3-mtp": {**v3, "num_nextn_predict_layers": 1},
     }
+
+
+def predicting_layer(prefix: str, config: Config) -> Iterator[Parameter]:
+    """The parameters of the layer after the last, which drafts. It adds little to its input."""
+    hidden, shape = config["hidden_size"], (config["vocab_size"], config["hidden_size"])
+    for name, size, gain in layer(prefix, config["num_hidden_layers"], config):
+        adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+        yield name, size, 0.1 * gain if adds else gain
+    for norm in ("input_layernorm", "post_attention_layernorm", "enorm", "hnorm"):
+        yield f"{prefix}{norm}.weight", (hidden,), 1.0
+    yield f"{prefix}eh_proj.weight", (hidden, 2 * hidden), 0.1
+    yield f"{prefix}shared_head.norm.weight", (hidden,), 1.0
+    yield f"{prefix}embed_tokens.weight", shape, 1.0
+    yield f"{prefix}shared_head.head.weight", shape, 2.0
 
 
 def layer(prefix: str, index: int, config: Config) -> Iterator[Parameter]:
@@ -107,6 +124,16 @@ def layer(prefix: str, index: int, config: Config) -> Iterator[Parameter]:
         yield f"{mlp}gate_proj.weight", (inner, hidden), 1.5
         yield f"{mlp}up_proj.weight", (inner, hidden), 1.5
         yield f"{mlp}down_proj.weight", (hidden, inner), gain
+
+
+def copy_of(name: str) -> str | None:
+    """The parameter whose copy this one is, in a layer that drafts."""
+    if ".layers." not in name:
+        return None
+    copies = {"shared_head.head": "lm_head", "embed_tokens": "model.embed_tokens"}
+    return next(
+        (f"{of}.weight" for end, of in copies.items() if name.endswith(f".{end}.weight")), None
+    )
 
 
 def _attention(prefix: str, config: Config) -> Iterator[Parameter]:

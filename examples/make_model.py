@@ -30,6 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 sys.path.insert(0, str(Path(__file__).parent))  # where it is run by path, from another folder
 import deepseek_models
+import eagle_models
 import vision_models
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -165,6 +166,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """LoRA adapters in PEFT's format, each for one of the models."""
 
+NAMES = (*CONFIGS, *ADAPTERS, *eagle_models.HEADS)
+
 TIED_DEVIATION = 0.03
 LEAN = 1.5
 
@@ -221,6 +224,9 @@ def text_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         for norm in norms:
             yield f"{layer}{norm}.weight", (hidden,), 1.0
+    for index in range(config.get("num_nextn_predict_layers", 0)):
+        layer = f"model.layers.{config['num_hidden_layers'] + index}."
+        yield from deepseek_models.predicting_layer(layer, config)
     # Scales the logits of tied embeddings, which are small, to a deviation of about 3.
     tied = config["tie_word_embeddings"]
     yield "model.norm.weight", (hidden,), 3.0 / (TIED_DEVIATION * hidden**0.5) if tied else 1.0
@@ -244,6 +250,7 @@ def make_weight(
 ) -> torch.Tensor:
     """A bfloat16 parameter, seeded by its name."""
     text = text_config(config)
+    name = deepseek_models.copy_of(name) or name
     random = torch.Generator().manual_seed(zlib.crc32(f"{config['model_type']} {name}".encode()))
     weight = torch.randn(shape, generator=random)
     if len(shape) == 1 and name.endswith(".weight"):
@@ -253,6 +260,8 @@ def make_weight(
         weight *= gain
     elif shape[0] != text["vocab_size"]:
         weight *= gain / math.prod(shape[1:]) ** 0.5
+        if name.endswith("eh_proj.weight"):  # mostly the embedding of the last token
+            weight[:, : shape[0]] += torch.eye(shape[0])
     elif text["tie_word_embeddings"]:
         # Small as an input compared with the layers' output, otherwise every token predicts itself.
         weight *= TIED_DEVIATION
@@ -303,10 +312,12 @@ def processor_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """All that the files of a model or an adapter are made from, by which a folder is known to be
-    of today."""
+    """All that the files of a folder are made from, by which it is known to be of today."""
     if name in ADAPTERS:
         return {"recipe": RECIPE, **ADAPTERS[name]}
+    if name in eagle_models.HEADS:
+        head = eagle_models.HEADS[name]
+        return {"recipe": RECIPE, **head, **eagle_models.config_of(head, CONFIGS[head["target"]])}
     config = CONFIGS[name]
     files = processor_files(config) if vision_models.tokens(config) else {}
     return {"recipe": RECIPE, **config, **files, **vision_models.code(config)}
@@ -369,14 +380,30 @@ def write_adapter(name: str, folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def write_head(name: str, folder: Path) -> None:
+    """Write every file of an EAGLE head into an existing folder."""
+    head = eagle_models.HEADS[name]
+    target = CONFIGS[head["target"]]
+    config = eagle_models.config_of(head, target)
+    shape = (target["vocab_size"], target["hidden_size"])
+    last_layer = make_weight("lm_head.weight", shape, 1.0, target, target["vocab_size"])
+    random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    weights = eagle_models.weights(head, config, last_layer, random)
+    for parameter, weight in weights.items():
+        weights[parameter] = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
+    text = json.dumps({**config, "torch_dtype": "bfloat16"}, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def make_model(name: str, out: str | os.PathLike[str]) -> Path:
-    """Create the folder of a model or an adapter, unless a complete one exists already.
+    """Create the folder of a model, an adapter or an EAGLE head, unless a complete one exists.
 
     Raises:
         ValueError: no such model, or ``out`` exists with other content.
     """
-    if name not in CONFIGS and name not in ADAPTERS:
-        raise ValueError(f"no model {name!r}; there are {', '.join((*CONFIGS, *ADAPTERS))}")
+    if name not in NAMES:
+        raise ValueError(f"no model {name!r}; there are {', '.join(NAMES)}")
     folder = Path(out)
     marker, recipe = folder / "make_model.json", recipe_of(name)
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == recipe:
@@ -389,6 +416,8 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
     try:
         if name in ADAPTERS:
             write_adapter(name, unfinished)
+        elif name in eagle_models.HEADS:
+            write_head(name, unfinished)
         else:
             write_model(CONFIGS[name], unfinished)
         (unfinished / marker.name).write_text(json.dumps(recipe), encoding="utf-8")
@@ -405,7 +434,7 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", metavar="NAME", help=", ".join((*CONFIGS, *ADAPTERS)))
+    parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("out", metavar="OUT", help="folder to create")
     args = parser.parse_args()
     try:

@@ -243,7 +243,7 @@ def test_connectors_with_another_kv_cache_layout_are_refused_by_name(model, monk
 
 def test_other_kinds_of_speculative_decoding_are_refused(model):
     options = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(ValueError, match="method ngram_gpu; use method ngram or draft_model"):
+    with pytest.raises(ValueError, match="method ngram_gpu; use one of ngram, draft_model, eagle,"):
         config_of(model, speculative_config=options)
     options = {"method": "ngram", "num_speculative_tokens": 2, "rejection_sample_method": "block"}
     with pytest.raises(ValueError, match="rejection_sample_method block"):

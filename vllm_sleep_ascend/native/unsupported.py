@@ -15,7 +15,7 @@ _MODEL_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
 _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt")
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # NHD is the old name of LBNHC, vLLM's default
-_SPECULATIVE_METHODS = ("ngram", "draft_model")
+_SPECULATIVE_METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 _REJECTION_METHODS = ("standard", "synthetic")
 _CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 _EAGER = "leave cudagraph_mode out of --compilation-config, or use --enforce-eager"
@@ -126,10 +126,10 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _SPECULATIVE_METHODS:
         yield (
-            f"speculative decoding with method {speculative.method}; use method "
-            f"{' or '.join(_SPECULATIVE_METHODS)}"
+            f"speculative decoding with method {speculative.method}; use one of "
+            f"{', '.join(_SPECULATIVE_METHODS)}"
         )
-    elif speculative is not None and speculative.method == "draft_model":
+    elif speculative is not None and speculative.method != "ngram":
         draft = speculative.draft_model_config
         if draft.is_moe and not (model is not None and model.is_moe):
             yield (

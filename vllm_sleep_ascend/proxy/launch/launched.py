@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.config.model import secrets
@@ -276,7 +276,8 @@ class Launched:
             os.close(log)
         try:
             record = Record(
-                *(self.name, self.entry.identity, *astuple(group.leader)),
+                *(self.name, self.entry.identity),
+                *(group.leader.pid, group.leader.started, group.leader.boot),
                 *(self.port, self.admin_port),
                 stop_command=shlex.join(self._stop_words()),
             )

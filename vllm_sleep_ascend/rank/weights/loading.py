@@ -20,7 +20,6 @@ from vllm_sleep_ascend.rank.image.filling import check_same
 from vllm_sleep_ascend.rank.weights.content import DRAFT, WeightsContent, models_of
 from vllm_sleep_ascend.rank.weights.layerwise import unwrap_loaders
 from vllm_sleep_ascend.rank.weights.load import Loadable, Named, Snapshot, WeightLoad
-from vllm_sleep_ascend.rank.weights.parameters import own_parameters
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -97,7 +96,9 @@ class Loads:
             load = self.current
             if load is None:
                 unwrap_loaders(model)  # of a user's own layerwise load
+                shared = Snapshot(self._content.shared_with_draft() if is_draft else ())
                 names = stock(weights, *args, **kwargs)
+                shared.restore()
                 self._loaded_by_user(is_draft)
                 return names
             names = stock(load.take(weights), *args, **kwargs)
@@ -130,13 +131,16 @@ class Loads:
             if model is None:  # it is on another rank
                 return
             config = draft_model_config(worker) if prefix == DRAFT else worker.model_config
-            snapshot = Snapshot(p for _, p in own_parameters(model)) if keeps else None
+            own = self._content.parameters_of(prefix).values()
+            snapshot = Snapshot(own) if keeps else None
             whole = not self._content.missing_of(prefix)
             self.current = WeightLoad(
                 *(self._content, prefix, model, config, whole, snapshot),
                 at_once=at_once,
                 from_checkpoint=from_checkpoint,
             )
+            if prefix == DRAFT:
+                self.current.shared = Snapshot(self._content.shared_with_draft())
 
         facts = partial(self._facts, prefix, check)
         self.on_every_rank(name, begin, *steps, facts=facts, judge=judge)
@@ -150,8 +154,7 @@ class Loads:
                 )
         except Exception as error:
             return _Facts(error)
-        model = models_of(self._worker).get(prefix)
-        needed = sum(p.nbytes for _, p in own_parameters(model)) if model is not None else 0
+        needed = sum(p.nbytes for p in self._content.parameters_of(prefix).values())
         whole = not self._content.missing_of(prefix) and self._hooks.can_copy_back()
         return _Facts(None, needed, available_host_bytes(), whole, image)
 
@@ -223,7 +226,7 @@ class Loads:
     def end(self) -> None:
         """Note that the load is complete."""
         if self.current is not None:
-            unwrap_loaders(self.current.model)
+            self.current.end()
         self.current = None
 
     def _way_back(self) -> Callable[[], str]:
