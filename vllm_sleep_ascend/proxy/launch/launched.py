@@ -274,11 +274,10 @@ class Launched:
             group = Group.prepare(command, self.entry.environment(), log)
         finally:
             os.close(log)
+        leader = (group.leader.pid, group.leader.started, group.leader.boot)
         try:
             record = Record(
-                *(self.name, self.entry.identity),
-                *(group.leader.pid, group.leader.started, group.leader.boot),
-                *(self.port, self.admin_port),
+                *(self.name, self.entry.identity, *leader, self.port, self.admin_port),
                 stop_command=shlex.join(self._stop_words()),
             )
             self._state.write(record)
