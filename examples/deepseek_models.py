@@ -92,7 +92,7 @@ def configs(tiny: Config) -> dict[str, Config]:
     }
 
 
-def predicting_layer(prefix: str, config: Config) -> Iterator[Parameter]:
+def mtp_layer(prefix: str, config: Config) -> Iterator[Parameter]:
     """The parameters of the layer after the last, which drafts. It adds little to its input."""
     hidden, shape = config["hidden_size"], (config["vocab_size"], config["hidden_size"])
     for name, size, gain in layer(prefix, config["num_hidden_layers"], config):
@@ -127,7 +127,7 @@ def layer(prefix: str, index: int, config: Config) -> Iterator[Parameter]:
 
 
 def copy_of(name: str) -> str | None:
-    """The parameter whose copy this one is, in a layer that drafts."""
+    """The parameter whose copy this one is, in a layer for drafts."""
     if ".layers." not in name:
         return None
     copies = {"shared_head.head": "lm_head", "embed_tokens": "model.embed_tokens"}

@@ -15,7 +15,7 @@ Config = dict[str, Any]
 _NOISE = 0.05  # so that each parameter matters
 
 HEADS: dict[str, Config] = {
-    # Takes the target's last layer as well.
+    # Shares the target's last layer too.
     "tiny-llama-eagle": {"target": "tiny-llama", "method": "eagle"},
     # Sees the states of three layers, and knows three of four tokens.
     "tiny-llama-eagle3": {"target": "tiny-llama", "method": "eagle3"},

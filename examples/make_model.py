@@ -226,7 +226,7 @@ def text_parameters(config: dict[str, Any]) -> Iterator[tuple[str, Shape, float]
             yield f"{layer}{norm}.weight", (hidden,), 1.0
     for index in range(config.get("num_nextn_predict_layers", 0)):
         layer = f"model.layers.{config['num_hidden_layers'] + index}."
-        yield from deepseek_models.predicting_layer(layer, config)
+        yield from deepseek_models.mtp_layer(layer, config)
     # Scales the logits of tied embeddings, which are small, to a deviation of about 3.
     tied = config["tie_word_embeddings"]
     yield "model.norm.weight", (hidden,), 3.0 / (TIED_DEVIATION * hidden**0.5) if tied else 1.0
@@ -312,7 +312,7 @@ def processor_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """All that the files of a folder are made from, by which it is known to be of today."""
+    """All that the files of a folder are made from, to tell whether it is up to date."""
     if name in ADAPTERS:
         return {"recipe": RECIPE, **ADAPTERS[name]}
     if name in eagle_models.HEADS:

@@ -2,6 +2,7 @@
 """Results as a table, JSON and a picture."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,9 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """With the command that is running."""
+    """Write the result, with the command line that is running."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": " ".join(["python", *sys.argv]), **result}
+    content = {"command": shlex.join(["python", *sys.argv]), **result}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
 

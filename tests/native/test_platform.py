@@ -289,6 +289,34 @@ def test_a_draft_with_experts_beside_a_model_without_is_refused(model):
         config_of(model, speculative_config=draft)
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"pipeline_parallel_size": 2}, "method eagle with pipeline parallelism; use tensor"),
+        ({"parallel_drafting": True}, "parallel drafting with method eagle; leave out parallel"),
+    ],
+)
+def test_what_eagle_lacks_is_refused_by_name(options, message):
+    head = {"method": "eagle", "num_speculative_tokens": 2}
+    head["model"] = str(make_model("tiny-llama-eagle"))
+    target = str(make_model("tiny-llama"))
+    config_of(target, speculative_config=head)
+    if "parallel_drafting" in options:
+        head, options = head | options, {}
+    with pytest.raises(ValueError, match=message):
+        config_of(target, speculative_config=head, **options)
+
+
+def test_multi_token_prediction_of_another_model_is_refused():
+    from vllm_sleep_ascend.native.unsupported import refuse_unsupported
+
+    mtp = {"method": "mtp", "num_speculative_tokens": 2}
+    config = config_of(str(make_model("tiny-deepseek-v3-mtp")), speculative_config=mtp)
+    config.speculative_config.draft_model_config.hf_config.model_type = "mimo_mtp"
+    with pytest.raises(ValueError, match="multi-token prediction of mimo_mtp; use a draft model"):
+        refuse_unsupported(config)
+
+
 def test_adapters_of_experts_are_refused():
     with pytest.raises(ValueError, match="LoRA adapters of experts; merge the adapter"):
         config_of(str(make_model("tiny-qwen3-moe")), enable_lora=True)

@@ -16,6 +16,7 @@ _CUDA_WEIGHT_TRANSFER = ("nccl", "ipc", "sparse_nccl", "nccl_m2n", "sharded_rdt"
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _KV_CACHE_LAYOUTS = (None, "LBNHC", "NHD")  # NHD is the old name of LBNHC, vLLM's default
 _SPECULATIVE_METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
+_MTP = "deepseek_mtp"  # what vLLM calls the layer of DeepSeek-V3 and R1
 _REJECTION_METHODS = ("standard", "synthetic")
 _CUDA_KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 _EAGER = "leave cudagraph_mode out of --compilation-config, or use --enforce-eager"
@@ -131,6 +132,7 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         )
     elif speculative is not None and speculative.method != "ngram":
         draft = speculative.draft_model_config
+        yield from _not_with_heads(vllm_config)
         if draft.is_moe and not (model is not None and model.is_moe):
             yield (
                 f"draft model {draft.model}: experts beside a model without, for which vLLM has no "
@@ -155,6 +157,20 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield from (f"{what}; {_EAGER}" for what in _not_in_graphs(vllm_config))
     if vllm_config.use_v2_model_runner:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
+
+
+def _not_with_heads(vllm_config: VllmConfig) -> Iterator[str]:
+    """What a draft lacks that sees the hidden states of its target."""
+    speculative = vllm_config.speculative_config
+    method, kind = speculative.method, speculative.draft_model_config.hf_config.model_type
+    if method == "draft_model":
+        return
+    if method == "mtp" and kind != _MTP:
+        yield f"multi-token prediction of {kind}; use a draft model, or a model of DeepSeek's shape"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        yield f"method {method} with pipeline parallelism; use tensor parallelism"
+    if speculative.parallel_drafting:
+        yield f"parallel drafting with method {method}; leave out parallel_drafting"
 
 
 def _not_with_latents(model: ModelConfig, vllm_config: VllmConfig) -> Iterator[str]:

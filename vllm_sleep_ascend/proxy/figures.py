@@ -84,7 +84,7 @@ class Figures:
 class _Asked:
     """What was asked of a server in one of its states.
 
-    own: the number of that state; newest: of all servers' when it was asked.
+    own: the number of that state; newest: the highest of all servers when it was asked.
     silent_until: when the schedule asks it again; rests_until: when it is asked again at all.
     """
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding by EAGLE heads and by a model's own layer for it (MTP): the target's tokens
-and the same drafts, also after sleep. Both share parameters with the target."""
+and the same drafts, also after sleep. What they share with the target stays the target's."""
 
 import pytest
 import torch
@@ -9,6 +9,9 @@ from helpers.models import make_model
 from helpers.reference import PROMPTS, assert_greedy, hf_greedy
 from safetensors.torch import load_file, save_file
 
+from vllm_sleep_ascend.errors import SleepModeError, WeightsError
+from vllm_sleep_ascend.rank.weights.content import DRAFT
+
 TOKENS = 16
 SOME = PROMPTS[:4]
 
@@ -16,7 +19,7 @@ SOME = PROMPTS[:4]
 KINDS = {
     "eagle": ("tiny-llama", "tiny-llama-eagle", 3, 0.6),
     "eagle3": ("tiny-llama", "tiny-llama-eagle3", 3, 0.2),
-    "mtp": ("tiny-deepseek-v3-mtp", None, 1, 0.6),
+    "mtp": ("tiny-deepseek-v3-mtp", None, 2, 0.5),
 }
 
 
@@ -76,22 +79,65 @@ def test_level_2_keeps_what_is_the_drafts_own(llm):
     llm.wake_up(tags=["kv_cache"])
 
 
-def test_an_update_of_the_draft_leaves_the_target_as_it_is(llm, tmp_path):
-    """Also of what they share: the target's tokens would be wrong."""
-    if llm.kind == "eagle3":
-        pytest.skip("its checkpoint has no parameter that it shares")
-    before = answer(llm)
-    path = tmp_path / "draft.safetensors"
-    head = KINDS[llm.kind][1]
-    weights = load_file(make_model(head or KINDS[llm.kind][0]) / "model.safetensors")
+@pytest.fixture
+def weights(llm):
+    """All that a checkpoint may have for the draft, with zeros where it shares with the target."""
+    target, head, *_ = KINDS[llm.kind]
+    found = load_file(make_model(head or target) / "model.safetensors")
     if head is None:
-        weights = {name: w for name, w in weights.items() if ".layers.4." in name}
-    shared = "embed_tokens.weight" if head else "model.embed_tokens.weight"
-    weights[shared] = torch.zeros(2048, 128, dtype=torch.bfloat16)
+        last = llm.llm_engine.model_config.hf_config.num_hidden_layers
+        found = {name: weight for name, weight in found.items() if f".layers.{last}." in name}
+    embedding = load_file(make_model(target) / "model.safetensors")["model.embed_tokens.weight"]
+    found["model.embed_tokens.weight" if head is None else "embed_tokens.weight"] = embedding
+    ends = ("embed_tokens.weight", "shared_head.head.weight")
+    return {n: torch.zeros_like(w) if n.endswith(ends) else w for n, w in found.items()}
+
+
+def update(llm, path, weights):
     save_file(weights, path)
     llm.collective_rpc("start_draft_weight_update")
     llm.update_weights({"update_info": {"path": str(path)}})
     llm.finish_weight_update()
+
+
+def test_loads_of_the_draft_leave_the_target_as_it_is(llm, weights, tmp_path):
+    before = answer(llm)
+    update(llm, tmp_path / "all", weights)
+    assert answer(llm) == before
+    ends = ("mlp.up_proj.weight", "shared_experts.up_proj.weight")
+    part = next(name for name in weights if name.endswith(ends))
+    lacking = {name: weight for name, weight in weights.items() if name != part}
+    with pytest.raises(WeightsError, match=r"no weights for draft\..*up_proj"):
+        update(llm, tmp_path / "part", lacking)
+    assert answer(llm) == before
+
+    def breaks_off():
+        yield from weights.items()
+        raise OSError("the disk is gone")
+
+    draft = driver_worker(llm).get_draft_model()
+    with pytest.raises(OSError, match="the disk is gone"):
+        draft.load_weights(breaks_off())
+    assert answer(llm) == before
+
+
+def test_what_is_lost_of_the_target_is_not_brought_by_the_draft(llm, weights, tmp_path):
+    before = answer(llm)
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    update(llm, tmp_path / "all", weights)
+    llm.wake_up(tags=["kv_cache"])
+    with pytest.raises(SleepModeError, match="have not been loaded since"):
+        tokens(llm, SOME, TOKENS)
+    llm.collective_rpc("reload_weights")
+    assert answer(llm) == before
+
+
+def test_a_draft_that_is_lost_comes_from_its_checkpoint(llm):
+    """As when a backup of it was damaged."""
+    before = answer(llm)
+    driver_worker(llm).rank_weights.content.spoil(DRAFT)
+    llm.collective_rpc("reload_weights")
     assert answer(llm) == before
 
 
@@ -108,3 +154,23 @@ def kind_of_sixteen(request):
     target = make_model(KINDS[request.param][0])
     with engine(target, dtype="bfloat16", **options_of(request.param)) as llm:
         yield request.param, llm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [{"tensor_parallel_size": 2}, {"quantization": "fp8", "dtype": "bfloat16"}],
+    ids=["two ranks", "8 bits"],
+)
+def test_other_engines(kind, options):
+    with engine(
+        make_model(KINDS[kind][0]), enable_sleep_mode=True, **options_of(kind), **options
+    ) as llm:
+        first = answer(llm)
+        assert first[2] > 0
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert answer(llm) == first, f"after level {level}"
+        if "quantization" not in options:
+            assert first[0] == hf_greedy(make_model(KINDS[kind][0]), SOME, TOKENS)

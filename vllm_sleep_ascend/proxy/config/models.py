@@ -38,7 +38,7 @@ class Entry:
         return self.model.identity(self.door_key)
 
     def environment(self) -> dict[str, str]:
-        """Of its command and its ``stop_command``: this proxy's, with what the entry adds."""
+        """The environment of its command and its ``stop_command``."""
         environment = {**os.environ, **self.model.env}
         if self.model.devices is not None:
             environment[DEVICES] = ",".join(map(str, self.model.devices))

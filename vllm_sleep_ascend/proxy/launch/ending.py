@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 _STUCK_S = 30.0  # after SIGKILL, until processes count as stuck
 _GRACE_S = 3.0  # from SIGTERM on, also if a stop_command has used up all the time
-_AGAIN_S = 0.1  # until the next attempt to send a signal
+_RETRY_S = 0.1  # until the next attempt to send a signal
 
 
 @dataclass(frozen=True)
 class Ending:
     """The end of the server ``name``, whose processes are ``group``.
 
-    words: of its ``stop_command``; none if it has no such.
+    words: of its ``stop_command``; empty if it has none.
     environment: that of the ``stop_command``, whose output goes to the server's log in ``state``.
     """
 
@@ -39,7 +39,7 @@ class Ending:
     state: State
     stop_command: StopCommand = field(default_factory=StopCommand)
 
-    async def ask(self, wait_s: float) -> bool:
+    async def terminate(self, wait_s: float) -> bool:
         """``stop_command`` or SIGTERM, and wait. Returns whether there was anything to end."""
         until = time.monotonic() + wait_s
         found = await self.stop(wait_s)
@@ -49,7 +49,7 @@ class Ending:
                 break
             except OSError as error:  # of /proc
                 logger.warning("%s gets no SIGTERM yet: %s", self.name, error)
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
         rest_s = max(until - time.monotonic(), min(wait_s, _GRACE_S))
         if found and not await self.group.gone(rest_s):
             logger.warning("%s did not end within %g s; it gets SIGKILL", self.name, wait_s)
@@ -68,9 +68,10 @@ class Ending:
             logger.warning("%s: its stop_command %s; its log may say more", self.name, reason)
         return not reason
 
-    async def kill(self) -> bool:
-        """SIGKILL to what is left. Returns whether nothing is left; if not, it is stuck."""
-        return await self.group.gone(_STUCK_S, kill=True)
+
+async def kill(group: Group) -> bool:
+    """SIGKILL to what is left. Returns whether nothing is left; if not, it is stuck."""
+    return await group.gone(_STUCK_S, kill=True)
 
 
 async def end_stray(record: Record, entry: Entry | None, state: State) -> bool:
@@ -84,14 +85,15 @@ async def end_stray(record: Record, entry: Entry | None, state: State) -> bool:
     """
     words = shlex.split(record.stop_command)
     environment = entry.environment() if entry is not None else os.environ
-    ending = Ending(record.name, Group(record.leader), words, environment, state)
-    if not await ending.ask(entry.model.stop_timeout_s if entry is not None else STOP_S):
+    wait_s = entry.model.stop_timeout_s if entry is not None else STOP_S
+    group = Group(record.leader)
+    if not await Ending(record.name, group, words, environment, state).terminate(wait_s):
         return False
-    if not await ending.kill():
-        raise CallFailed(does_not_end(record.name, ending.group))
+    if not await kill(group):
+        raise CallFailed(does_not_end(record.name, group))
     return True
 
 
 def does_not_end(name: str, group: Group) -> str:
-    """Of a server that is stuck."""
+    """The error of a server that is stuck."""
     return f"{name}: process {group.leader.pid} does not end, also by SIGKILL; see its driver"

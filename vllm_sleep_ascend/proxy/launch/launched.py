@@ -15,7 +15,7 @@ from vllm_sleep_ascend.client.calls import CallFailed
 from vllm_sleep_ascend.proxy.config.model import secrets
 from vllm_sleep_ascend.proxy.config.models import Entry
 from vllm_sleep_ascend.proxy.launch import ports
-from vllm_sleep_ascend.proxy.launch.ending import Ending, does_not_end
+from vllm_sleep_ascend.proxy.launch.ending import Ending, does_not_end, kill
 from vllm_sleep_ascend.proxy.launch.group import Group
 from vllm_sleep_ascend.proxy.launch.pauses import Pauses
 from vllm_sleep_ascend.proxy.launch.state import Record, State
@@ -321,7 +321,7 @@ class Launched:
                 raise CallFailed(f"{self.name}: port {port} is used by user {user}")
 
     async def _end(self, group: Group, wait_s: float) -> None:
-        await self._ending_of(group).ask(wait_s)
+        await self._ending_of(group).terminate(wait_s)
         await self._clear(group)
 
     async def _clean_up(self, group: Group) -> None:
@@ -338,7 +338,7 @@ class Launched:
 
     async def _clear(self, group: Group) -> None:
         """Kill what is left of it, and forget it."""
-        if not await self._ending_of(group).kill():
+        if not await kill(group):
             self.is_stuck, self.error = True, does_not_end(self.name, group)
             logger.error("%s", self.error)
             self.stuck()

@@ -12,10 +12,10 @@ LONGEST_S = 60.0
 
 
 class Pauses:
-    """Those before its next starts: 1 s after the first failure, then twice as long each time."""
+    """How long to wait before the next start: 1 s after a failure, then twice as long each time."""
 
     def __init__(self) -> None:
-        self._failures = 0  # in a row
+        self._failures = 0  # in a row, of starts and of what they have started
         self._until = self._serves_since = -math.inf
 
     def rest_s(self) -> float:
@@ -32,6 +32,6 @@ class Pauses:
         self.has_failed()
 
     def has_failed(self) -> None:
-        """To start."""
+        """A start, or what it has started."""
         self._failures += 1
         self._until = time.monotonic() + min(LONGEST_S, 2.0 ** min(self._failures - 1, 30))

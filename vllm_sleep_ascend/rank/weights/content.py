@@ -52,18 +52,10 @@ class WeightsContent:
         return found
 
     def parameters_of(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Those of one model, by their names in it. One that a draft model shares is the model's
-        own."""
+        """One model's parameters, by their names in it. What a draft model shares belongs to the
+        target."""
         found = self.parameters().items()
         return {name.removeprefix(prefix): p for name, p in found if of_model(name, prefix)}
-
-    def shared_with_draft(self) -> list[torch.Tensor]:
-        """Parameters that a draft model shares with the model, as an EAGLE head its embedding."""
-        models = models_of(self._worker)
-        if DRAFT not in models:
-            return []
-        of_draft = {id(parameter) for parameter in models[DRAFT].parameters()}
-        return [p for _, p in own_parameters(models[""]) if id(p) in of_draft]
 
     def lose(self, names: Iterable[str]) -> None:
         """These parameters have lost their content."""

@@ -52,8 +52,7 @@ class WeightLoad:
     ``snapshot`` exists if the model had all of its content and the host has enough memory.
     ``at_once``: a call loads whole layers; ``from_checkpoint``: and all of them. ``in_wake``: if
     the load fails, the weights sleep again. ``begun``: the model has been changed. ``besides``:
-    what else than parameters the load replaces. ``shared``: parameters of another model, which stay
-    as they are.
+    what else than parameters the load replaces.
     """
 
     content: WeightsContent
@@ -67,7 +66,6 @@ class WeightLoad:
     in_wake: bool = False
     begun: bool = False
     besides: Snapshot | None = None
-    shared: Snapshot | None = None
     _lacking: bool = field(default=False, init=False)
     _taken: set[str] = field(default_factory=set, init=False)
 
@@ -117,19 +115,11 @@ class WeightLoad:
         names = self.content.parameters_of(self.prefix)
         self._check(sorted({plain(n) for n in names} - set(loaded)))
 
-    def end(self) -> None:
-        """The load is complete."""
-        layerwise.unwrap_loaders(self.model)
-        if self.shared is not None:
-            self.shared.restore()
-
     def take_back(self) -> None:
         """Roll the model back. If that is not possible, its weights count as lost."""
         layerwise.call_off(self.model, self.model_config)
         if self.besides is not None:
             self.besides.restore()
-        if self.shared is not None:
-            self.shared.restore()
         if self.snapshot is not None:
             self.snapshot.restore()
         elif self.begun and (self.was_whole or not self._lacking):

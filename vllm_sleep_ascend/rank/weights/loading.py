@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a rank loads weights again: whole, or not at all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
@@ -88,6 +88,10 @@ class Loads:
     def _watch(self, model: nn.Module, is_draft: bool) -> None:
         loadable = cast(Loadable, model)
         stock = loadable.load_weights
+        shared = self._shared_with_target(model) if is_draft else frozenset()
+
+        def without_shared(weights: Iterable[Named]) -> Iterator[Named]:
+            return ((name, weight) for name, weight in weights if _end(name) not in shared)
 
         @wraps(stock)
         def load_weights(
@@ -96,18 +100,24 @@ class Loads:
             load = self.current
             if load is None:
                 unwrap_loaders(model)  # of a user's own layerwise load
-                shared = Snapshot(self._content.shared_with_draft() if is_draft else ())
-                names = stock(weights, *args, **kwargs)
-                shared.restore()
+                names = stock(without_shared(weights), *args, **kwargs)
                 self._loaded_by_user(is_draft)
                 return names
-            names = stock(load.take(weights), *args, **kwargs)
+            names = stock(without_shared(load.take(weights)), *args, **kwargs)
             if load.at_once:
                 load.check_layers()
                 load.check_all(names)
             return names
 
         loadable.load_weights = load_weights
+
+    def _shared_with_target(self, draft: nn.Module) -> frozenset[str]:
+        """The ends of the names of a draft's parameters that are the target's too, such as the
+        embedding of an EAGLE head. No load of the draft may write them: the target's tokens would
+        be wrong. Checkpoints and models agree on the ends of names alone."""
+        targets = {id(parameter) for parameter in models_of(self._worker)[""].parameters()}
+        named = draft.named_parameters(remove_duplicate=False)
+        return frozenset(_end(name) for name, parameter in named if id(parameter) in targets)
 
     def begin(
         self,
@@ -139,8 +149,6 @@ class Loads:
                 at_once=at_once,
                 from_checkpoint=from_checkpoint,
             )
-            if prefix == DRAFT:
-                self.current.shared = Snapshot(self._content.shared_with_draft())
 
         facts = partial(self._facts, prefix, check)
         self.on_every_rank(name, begin, *steps, facts=facts, judge=judge)
@@ -226,7 +234,7 @@ class Loads:
     def end(self) -> None:
         """Note that the load is complete."""
         if self.current is not None:
-            self.current.end()
+            unwrap_loaders(self.current.model)
         self.current = None
 
     def _way_back(self) -> Callable[[], str]:
@@ -254,3 +262,8 @@ class Loads:
             return ""
 
         return take_back
+
+
+def _end(name: str) -> str:
+    """A parameter's name with that of its layer."""
+    return ".".join(name.split(".")[-2:])
