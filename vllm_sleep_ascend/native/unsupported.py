@@ -5,7 +5,15 @@ import os
 from collections.abc import Iterator
 
 from vllm import envs
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.config import (
+    CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
+    ModelConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.logger import init_logger
 
 # A child of vLLM's logger, so that its handlers and level apply.
@@ -132,7 +140,7 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         )
     elif speculative is not None and speculative.method != "ngram":
         draft = speculative.draft_model_config
-        yield from _not_with_heads(vllm_config)
+        yield from _not_with_heads(speculative, vllm_config.parallel_config)
         if draft.is_moe and not (model is not None and model.is_moe):
             yield (
                 f"draft model {draft.model}: experts beside a model without, for which vLLM has no "
@@ -159,15 +167,14 @@ def _reasons(vllm_config: VllmConfig) -> Iterator[str]:
         yield "Model Runner V2, which watermarking and HiSparse need; turn these off"
 
 
-def _not_with_heads(vllm_config: VllmConfig) -> Iterator[str]:
+def _not_with_heads(speculative: SpeculativeConfig, parallel: ParallelConfig) -> Iterator[str]:
     """What a draft lacks that sees the hidden states of its target."""
-    speculative = vllm_config.speculative_config
     method, kind = speculative.method, speculative.draft_model_config.hf_config.model_type
     if method == "draft_model":
         return
     if method == "mtp" and kind != _MTP:
         yield f"multi-token prediction of {kind}; use a draft model, or a model of DeepSeek's shape"
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if parallel.pipeline_parallel_size > 1:
         yield f"method {method} with pipeline parallelism; use tensor parallelism"
     if speculative.parallel_drafting:
         yield f"parallel drafting with method {method}; leave out parallel_drafting"

@@ -3,15 +3,13 @@
 
 import pytest
 import torch
-from helpers.engine import draft_counts, driver_worker, engine, sleep_and_wake, tokens
+from helpers.drafts import SOME, TOKENS, answer
+from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
-from helpers.reference import PROMPTS, assert_greedy, hf_greedy
+from helpers.reference import assert_greedy, hf_greedy
 from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
-
-TOKENS = 8
-SOME = PROMPTS[:4]
 
 
 @pytest.fixture(scope="module", params=["itself", "another"])
@@ -36,14 +34,6 @@ def llm(request, tiny_model):
 @pytest.fixture(scope="module")
 def expected(tiny_model):
     return hf_greedy(tiny_model, SOME, TOKENS)
-
-
-def answer(llm):
-    """Tokens, the number of drafted tokens, and the number of accepted ones."""
-    llm.reset_prefix_cache()
-    before = draft_counts(llm)
-    said = tokens(llm, SOME, TOKENS)
-    return said, *(new - old for new, old in zip(draft_counts(llm), before, strict=True))
 
 
 def test_tokens_and_drafts_before_and_after_sleep(llm, expected):

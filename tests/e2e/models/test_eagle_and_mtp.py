@@ -4,31 +4,14 @@ and the same drafts, also after sleep. What they share with the target stays the
 
 import pytest
 import torch
+from helpers.drafts import KINDS, SOME, TOKENS, answer, options_of
 from helpers.engine import draft_counts, driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
-from helpers.reference import PROMPTS, assert_greedy, hf_greedy
+from helpers.reference import assert_greedy, hf_greedy
 from safetensors.torch import load_file, save_file
 
 from vllm_sleep_ascend.errors import SleepModeError, WeightsError
 from vllm_sleep_ascend.rank.weights.content import DRAFT
-
-TOKENS = 16
-SOME = PROMPTS[:4]
-
-# Method, target, head, drafts in a row, the share of them that is accepted at least.
-KINDS = {
-    "eagle": ("tiny-llama", "tiny-llama-eagle", 3, 0.6),
-    "eagle3": ("tiny-llama", "tiny-llama-eagle3", 3, 0.2),
-    "mtp": ("tiny-deepseek-v3-mtp", None, 2, 0.5),
-}
-
-
-def options_of(kind: str) -> dict:
-    _, head, in_a_row, _ = KINDS[kind]
-    speculative = {"method": kind, "num_speculative_tokens": in_a_row}
-    if head is not None:
-        speculative["model"] = str(make_model(head))
-    return {"speculative_config": speculative, "disable_log_stats": False}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -45,14 +28,6 @@ def llm(request):
         llm.expected = hf_greedy(target, SOME, TOKENS)
         llm.init_weight_transfer_engine({"init_info": {}})
         yield llm
-
-
-def answer(llm):
-    """Tokens, the number of drafted tokens, and the number of accepted ones."""
-    llm.reset_prefix_cache()
-    before = draft_counts(llm)
-    said = tokens(llm, SOME, TOKENS)
-    return said, *(new - old for new, old in zip(draft_counts(llm), before, strict=True))
 
 
 def test_tokens_and_drafts_before_and_after_sleep(llm):
@@ -154,23 +129,3 @@ def kind_of_sixteen(request):
     target = make_model(KINDS[request.param][0])
     with engine(target, dtype="bfloat16", **options_of(request.param)) as llm:
         yield request.param, llm
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "options",
-    [{"tensor_parallel_size": 2}, {"quantization": "fp8", "dtype": "bfloat16"}],
-    ids=["two ranks", "8 bits"],
-)
-def test_other_engines(kind, options):
-    with engine(
-        make_model(KINDS[kind][0]), enable_sleep_mode=True, **options_of(kind), **options
-    ) as llm:
-        first = answer(llm)
-        assert first[2] > 0
-        for level in (1, 2):
-            sleep_and_wake(llm, level)
-            assert answer(llm) == first, f"after level {level}"
-        if "quantization" not in options:
-            assert first[0] == hf_greedy(make_model(KINDS[kind][0]), SOME, TOKENS)
