@@ -2,7 +2,10 @@
 """Speculative decoding: answers with counts of drafts, EAGLE heads, and models with a layer for it
 (MTP)."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from helpers.engine import draft_counts, tokens
 from helpers.models import make_model
@@ -34,3 +37,14 @@ def answer(llm: Any) -> tuple[list[list[int]], int, int]:
     said = tokens(llm, SOME, TOKENS)
     drafted, taken = (new - old for new, old in zip(draft_counts(llm), before, strict=True))
     return said, drafted, taken
+
+
+def assert_kept_by_level_2(llm: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Asleep and awake again, before any load, they have their content."""
+    before = {name: tensor.cpu() for name, tensor in tensors.items()}
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.cpu(), before[name]), name
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])

@@ -290,21 +290,23 @@ def test_a_draft_with_experts_beside_a_model_without_is_refused(model):
 
 
 @pytest.mark.parametrize(
-    "options,message",
+    "options,more,message",
     [
-        ({"pipeline_parallel_size": 2}, "method eagle with pipeline parallelism; use tensor"),
-        ({"parallel_drafting": True}, "parallel drafting with method eagle; leave out parallel"),
+        ({"pipeline_parallel_size": 2}, {}, "method eagle with pipeline parallelism; use tensor"),
+        (
+            {},
+            {"parallel_drafting": True},
+            "parallel drafting with method eagle; leave out parallel",
+        ),
     ],
 )
-def test_what_eagle_lacks_is_refused_by_name(options, message):
+def test_what_eagle_lacks_is_refused_by_name(options, more, message):
     head = {"method": "eagle", "num_speculative_tokens": 2}
     head["model"] = str(make_model("tiny-llama-eagle"))
     target = str(make_model("tiny-llama"))
     config_of(target, speculative_config=head)
-    if "parallel_drafting" in options:
-        head, options = head | options, {}
     with pytest.raises(ValueError, match=message):
-        config_of(target, speculative_config=head, **options)
+        config_of(target, speculative_config=head | more, **options)
 
 
 def test_multi_token_prediction_of_another_model_is_refused():

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from helpers.drafts import SOME, TOKENS, answer
+from helpers.drafts import SOME, TOKENS, answer, assert_kept_by_level_2
 from helpers.engine import driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
 from helpers.reference import assert_greedy, hf_greedy
@@ -50,13 +50,7 @@ def test_level_2_keeps_the_drafts_buffers_and_parameters(llm):
     draft = driver_worker(llm).get_draft_model()
     tensors = {**dict(draft.named_buffers()), **dict(draft.named_parameters())}
     assert dict(draft.named_buffers())
-    before = {name: tensor.cpu() for name, tensor in tensors.items()}
-    llm.sleep(level=2)
-    llm.wake_up(tags=["weights"])
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor.cpu(), before[name]), name
-    llm.collective_rpc("reload_weights")
-    llm.wake_up(tags=["kv_cache"])
+    assert_kept_by_level_2(llm, tensors)
 
 
 def test_an_update_of_the_draft_after_level_2_is_whole_or_taken_back(llm, expected, tmp_path):

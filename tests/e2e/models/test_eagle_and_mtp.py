@@ -4,7 +4,7 @@ and the same drafts, also after sleep. What they share with the target stays the
 
 import pytest
 import torch
-from helpers.drafts import KINDS, SOME, TOKENS, answer, options_of
+from helpers.drafts import KINDS, SOME, TOKENS, answer, assert_kept_by_level_2, options_of
 from helpers.engine import draft_counts, driver_worker, engine, sleep_and_wake, tokens
 from helpers.models import make_model
 from helpers.reference import assert_greedy, hf_greedy
@@ -45,13 +45,7 @@ def test_level_2_keeps_what_is_the_drafts_own(llm):
     whole = {id(parameter) for parameter in target.parameters()}
     own = {n: p for n, p in draft.named_parameters() if id(p) not in whole}
     assert len(own) < len(dict(draft.named_parameters()))
-    before = {name: tensor.cpu() for name, tensor in own.items()}
-    llm.sleep(level=2)
-    llm.wake_up(tags=["weights"])
-    for name, tensor in own.items():
-        assert torch.equal(tensor.cpu(), before[name]), name
-    llm.collective_rpc("reload_weights")
-    llm.wake_up(tags=["kv_cache"])
+    assert_kept_by_level_2(llm, own)
 
 
 @pytest.fixture
@@ -116,16 +110,11 @@ def test_a_draft_that_is_lost_comes_from_its_checkpoint(llm):
     assert answer(llm) == before
 
 
-def test_sixteen_bits(kind_of_sixteen):
-    kind, llm = kind_of_sixteen
-    answers = tokens(llm)
-    drafted, taken = draft_counts(llm)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_bits(kind):
+    target = make_model(KINDS[kind][0])
+    with engine(target, dtype="bfloat16", **options_of(kind)) as llm:
+        answers = tokens(llm)
+        drafted, taken = draft_counts(llm)
     assert taken > KINDS[kind][3] * drafted > 0
-    assert_greedy(make_model(KINDS[kind][0]), answers)
-
-
-@pytest.fixture(params=KINDS)
-def kind_of_sixteen(request):
-    target = make_model(KINDS[request.param][0])
-    with engine(target, dtype="bfloat16", **options_of(request.param)) as llm:
-        yield request.param, llm
+    assert_greedy(target, answers)
