@@ -8,7 +8,7 @@
 #   make test-profiles the allocator on other simulated machines
 #   make test-all      all of these, and the sweeps, soaks and loads in full, and the sanitizers
 #   make test-chance   all that threads, clocks, processes, ports or faults touch, 20 times
-#   make test-newest   the tests that depend on vLLM, with vLLM 0.33, in .venv-newest
+#   make test-previous the tests that depend on vLLM, with vLLM 0.32, in .venv-previous
 #   make test-ascend   the tests beside vllm-ascend, in an environment of its own, .venv-ascend
 #   make next VLLM=x TORCH=y TORCH_NPU=z TORCHVISION=v
 #                      a release that is not known yet, in .venv-next: what no longer holds, then the
@@ -34,19 +34,19 @@ BUILD_TOOLS := 'setuptools>=77.0.3,<81' 'setuptools-scm>=8' 'setuptools-rust>=1.
 SIM := $(BIN)/npu-sim
 MODELS := $(CURDIR)/build/models
 
-VLLM := 0.32.0
-TORCH := 2.13.0
-TORCH_NPU := 2.13.0
-TORCHVISION := 0.28.0
+VLLM := 0.33.0
+TORCH := 2.14.0
+TORCH_NPU := 2.14.0
+TORCHVISION := 0.29.0
 
 VERSIONS = $(VLLM) $(TORCH) $(TORCH_NPU) $(TORCHVISION)
 
-NEWEST_VLLM := 0.33.0
-NEWEST_TORCH := 2.14.0
-NEWEST_TORCH_NPU := 2.14.0
-NEWEST_TORCHVISION := 0.29.0
-NEWEST := VENV=$(CURDIR)/.venv-newest \
-  $(foreach name,VLLM TORCH TORCH_NPU TORCHVISION,$(name)=$(NEWEST_$(name)))
+PREVIOUS_VLLM := 0.32.0
+PREVIOUS_TORCH := 2.13.0
+PREVIOUS_TORCH_NPU := 2.13.0
+PREVIOUS_TORCHVISION := 0.28.0
+PREVIOUS := VENV=$(CURDIR)/.venv-previous \
+  $(foreach name,VLLM TORCH TORCH_NPU TORCHVISION,$(name)=$(PREVIOUS_$(name)))
 
 # vllm-ascend, the vLLM that it is for, and a torch that is newer than its own pins.
 ASCEND := $(CURDIR)/.venv-ascend
@@ -60,7 +60,7 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup toolkit build setup-ascend demo demo-proxy next test test-newest test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo demo-proxy next test test-previous test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -149,9 +149,9 @@ next:
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next setup release
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next test
 
-test-newest:
+test-previous:
 	@rm -f $(CURDIR)/.venv*/.installed
-	@$(MAKE) --no-print-directory $(NEWEST) test TESTS='tests/native tests/package tests/e2e'
+	@$(MAKE) --no-print-directory $(PREVIOUS) test TESTS='tests/native tests/package tests/e2e'
 
 # vLLM's tests are in its source distribution alone.
 $(VENV)/sdist/vllm-$(VLLM).tar.gz: | $(VENV)/.packages

@@ -21,8 +21,8 @@ _CAP_IPC_LOCK = 14
 # The tested combinations, by distribution name.
 _TORCH = {"torch": "2.13.0", "torch_npu": "2.13.0"}
 TESTED: tuple[Mapping[str, str], ...] = (
-    {"vllm": "0.32.0", **_TORCH},
     {"vllm": "0.33.0", "torch": "2.14.0", "torch_npu": "2.14.0"},
+    {"vllm": "0.32.0", **_TORCH},
     {"vllm": "0.23.0", "vllm-ascend": "0.23.0", **_TORCH},
     {"vllm": "0.23.0", "vllm-ascend": "0.23.0.post1", **_TORCH},
 )
