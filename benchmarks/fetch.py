@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.build import DEPENDENCIES, PEERS
 
-VLLM = "vllm==0.32.0"
+VLLM = "vllm==0.33.0"
 MEMORY_SAVER = "torch-memory-saver==0.0.10"
 PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64")
 VLLM_FILES = (
