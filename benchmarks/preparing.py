@@ -6,6 +6,9 @@ a decode with a dense model's shape, with and without preparation in turns.
 
 A step is an eager decode of one token: some hundred small operators that are launched one by one,
 and a wait for the result. It depends on both the launching thread and the driver's locks.
+
+Each turn has all ways, every other one in reverse order. The share of a way is its steps per second
+by those of the same turn without preparation: the median of the turns, with quartiles.
 """
 
 import argparse
@@ -60,20 +63,21 @@ def seconds_of_steps(camem: Any, decode: Decode, seconds: float, told: bool) -> 
     return took
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each step, for each way."""
+def measure(options: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Seconds of each step, for each way and turn."""
     machine = Machine(options.device)
     ours: Any = allocators.make("ours", machine, options.chunk_mib)
     weights = Weights(MODELS[options.model], ours, machine)
     decode = Decode(machine, options.layers, options.width)
     seconds_of_steps(ours.camem, decode, options.seconds, False)  # warms up
-    steps: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(options.turns):
-        for way, (arguments, told) in WAYS.items():
+    steps: dict[str, list[list[float]]] = {way: [] for way in options.ways}
+    for turn in range(options.turns):
+        for way in options.ways if turn % 2 == 0 else reversed(options.ways):
+            arguments, told = WAYS[way]
             seconds_of_steps(ours.camem, decode, 0.2, told)  # serving has begun
             if arguments is not None:
                 ours.camem.prepare(["weights"], **arguments)
-            steps[way] += seconds_of_steps(ours.camem, decode, options.seconds, told)
+            steps[way].append(seconds_of_steps(ours.camem, decode, options.seconds, told))
             ours.camem.release_prepared()
             ours.camem.prepare([])  # waits until everything is freed
     if not weights.kept():
@@ -81,10 +85,29 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     return steps
 
 
+def figures_of(turns: list[list[float]], without: list[list[float]]) -> dict[str, Any]:
+    """Figures of a way from the seconds of its steps and of those without preparation, by turn."""
+    took = [seconds for turn in turns for seconds in turn]
+    centiles = statistics.quantiles(took, n=100)
+    rates = [[len(turn) / sum(turn) for turn in way] for way in (turns, without)]
+    shares = [rate / base for rate, base in zip(*rates, strict=True)]
+    return {
+        "steps": len(took),
+        "steps_per_s": len(took) / sum(took),
+        "share": statistics.median(shares),
+        "share_quartiles": statistics.quantiles(shares * 2, method="inclusive")[::2],
+        "shares": shares,
+        "median_s": centiles[49],
+        "p99_s": centiles[98],
+        "max_s": max(took),
+    }
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("npu", "cuda", "sim"), default="npu")
     parser.add_argument("--model", default=None, help="model for whose weights memory is prepared")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=None, help="seconds of each way in a turn")
     parser.add_argument("--layers", type=int, default=28)
@@ -97,6 +120,8 @@ def parse() -> argparse.Namespace:
     options.seconds = options.seconds or (0.5 if toy else 5.0)
     options.width = options.width or (64 if toy else 3584)
     options.chunk_mib = options.chunk_mib or (4 if toy else 64)
+    if "not" not in options.ways:
+        parser.error("--ways needs 'not', which the others are compared with")
     return options
 
 
@@ -106,20 +131,13 @@ def main() -> None:
         build.build()
         os.environ.setdefault("NPU_SIM_HBM_GIB", str(build.device_gib() - 4))
     steps = measure(options)
+    figures = {way: figures_of(turns, steps["not"]) for way, turns in steps.items()}
     rows = [["memory is prepared", "steps/s", "share", "median", "99 %", "longest"]]
-    figures = {}
-    for way, took in steps.items():
-        centiles = statistics.quantiles(took, n=100)
-        figures[way] = {
-            "steps": len(took),
-            "steps_per_s": len(took) / sum(took),
-            "median_s": centiles[49],
-            "p99_s": centiles[98],
-            "max_s": max(took),
-        }
-        share = figures[way]["steps_per_s"] / figures["not"]["steps_per_s"]
-        times = [f"{figures[way][key] * 1e3:.2f} ms" for key in ("median_s", "p99_s", "max_s")]
-        rows.append([way, f"{figures[way]['steps_per_s']:.0f}", f"{share * 100:.1f} %", *times])
+    for way, of in figures.items():
+        low, high = of["share_quartiles"]
+        share = f"{of['share'] * 100:.1f} % ({low * 100:.1f} to {high * 100:.1f})"
+        times = [f"{of[key] * 1e3:.2f} ms" for key in ("median_s", "p99_s", "max_s")]
+        rows.append([way, f"{of['steps_per_s']:.0f}", share, *times])
     report.print_table(rows)
     if options.out is not None:
         summary = {
