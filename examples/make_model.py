@@ -31,6 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 sys.path.insert(0, str(Path(__file__).parent))  # where it is run by path, from another folder
 import deepseek_models
 import eagle_models
+import lora_adapters
 import vision_models
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -152,21 +153,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **vision_models.configs(_TINY),
 }
 
-ADAPTERS: dict[str, dict[str, Any]] = {
-    name: {
-        "base_model_name_or_path": "tiny-qwen2",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": [f"{kind}_proj" for kind in kinds.split()],
-    }
-    for name, rank, kinds in (
-        ("tiny-qwen2-lora", 8, "q k v o gate up down"),
-        ("tiny-qwen2-lora-attention", 4, "q v"),
-    )
-}
-"""LoRA adapters in PEFT's format, each for one of the models."""
-
-NAMES = (*CONFIGS, *ADAPTERS, *eagle_models.HEADS)
+NAMES = (*CONFIGS, *lora_adapters.ADAPTERS, *eagle_models.HEADS)
 
 TIED_DEVIATION = 0.03
 LEAN = 1.5
@@ -313,14 +300,18 @@ def processor_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def recipe_of(name: str) -> dict[str, Any]:
     """All that the files of a folder are made from, to tell whether it is up to date."""
-    if name in ADAPTERS:
-        return {"recipe": RECIPE, **ADAPTERS[name]}
+    if name in lora_adapters.ADAPTERS:
+        return {"recipe": RECIPE, **lora_adapters.ADAPTERS[name]}
     if name in eagle_models.HEADS:
         head = eagle_models.HEADS[name]
         return {"recipe": RECIPE, **head, **eagle_models.config_of(head, CONFIGS[head["target"]])}
     config = CONFIGS[name]
     files = processor_files(config) if vision_models.tokens(config) else {}
     return {"recipe": RECIPE, **config, **files, **vision_models.code(config)}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_model(config: dict[str, Any], folder: Path) -> None:
@@ -352,7 +343,7 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
     for name, code in vision_models.code(config).items():
         (folder / name).write_text(code, encoding="utf-8")
     for name, content in texts.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content)
     used_vocab = tokenizer.get_vocab_size()
     weights = {
         name: make_weight(name, shape, gain, config, used_vocab)
@@ -363,20 +354,10 @@ def write_model(config: dict[str, Any], folder: Path) -> None:
 
 def write_adapter(name: str, folder: Path) -> None:
     """Write every file of an adapter into an existing folder."""
-    adapter = ADAPTERS[name]
-    rank, weights = adapter["r"], {}
-    for parameter, shape, gain in parameters(CONFIGS[adapter["base_model_name_or_path"]]):
-        module = parameter.removesuffix(".weight")
-        if module.split(".")[-1] not in adapter["target_modules"] or len(shape) != 2:
-            continue
-        for half, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
-            key = f"base_model.model.{module}.lora_{half}.weight"
-            random = torch.Generator().manual_seed(zlib.crc32(f"{name} {key}".encode()))
-            weight = torch.randn(size, generator=random) * (gain / 2 / size[1]) ** 0.5
-            weights[key] = weight.to(torch.bfloat16)
-    config = {**adapter, "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    adapter = lora_adapters.ADAPTERS[name]
+    base = parameters(CONFIGS[adapter["base_model_name_or_path"]])
+    weights = {key: weight.to(torch.bfloat16) for key, weight in lora_adapters.weights(name, base)}
+    write_json(folder / "adapter_config.json", lora_adapters.config_of(adapter))
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -391,8 +372,7 @@ def write_head(name: str, folder: Path) -> None:
     weights = eagle_models.weights(head, config, last_layer, random)
     for parameter, weight in weights.items():
         weights[parameter] = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
-    text = json.dumps({**config, "torch_dtype": "bfloat16"}, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", {**config, "torch_dtype": "bfloat16"})
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -414,7 +394,7 @@ def make_model(name: str, out: str | os.PathLike[str]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        if name in ADAPTERS:
+        if name in lora_adapters.ADAPTERS:
             write_adapter(name, unfinished)
         elif name in eagle_models.HEADS:
             write_head(name, unfinished)
