@@ -70,7 +70,7 @@ HostChoice Backups::try_registered_memory(int device) {
   } catch (const std::exception& error) {
     why = std::string("registered memory could not be tried: ") + error.what();
   }
-  if (sample) registry_.doom(std::move(sample), nullptr);
+  if (sample) registry_.free_later(std::move(sample), nullptr);
   if (!why.empty()) return {HostSource::kAcl, why};
   return {HostSource::kRegistered, "copies from and to it were tried: asynchronous and exact"};
 }
@@ -156,7 +156,7 @@ void Backups::take_place(Place place, const Tasks& offloads, const Tasks& moves)
   }
 }
 
-void Backups::take_back(const Task& task, Place place) noexcept {
+void Backups::roll_back(const Task& task, Place place) noexcept {
   Chunk& chunk = *task.chunk;
   if (chunk.place != task.place) {  // nothing was written to the backup that it had
     chunk.place = task.place;

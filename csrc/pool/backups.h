@@ -57,7 +57,7 @@ class Backups {
   // A backup in the other place counts again. Takes back what a failed sleep or move has allocated
   // for a backup in this place, and keeps it if it was prepared. A kept file stays, less what was
   // written to it. A sweep frees what could not be freed here.
-  void take_back(const Task& task, Place place) noexcept;
+  void roll_back(const Task& task, Place place) noexcept;
 
   // Page-locks memory for the backups of these tags in the background, and returns at once. With
   // `slowly`, one thread does it and pauses half of the time.

@@ -124,7 +124,7 @@ void Pool::free(void* address, aclrtStream stream) noexcept {
   const Allocation* allocation = registry_.find(start);
   if (allocation == nullptr) return;
   if (prepared_) prepared_->transaction.forget(*allocation);
-  registry_.doom(start, stream);
+  registry_.free_later(start, stream);
   sweep();
   if (registry_.is_empty()) backups_.clear();
 }
@@ -152,7 +152,7 @@ void Pool::begin(const char* operation, bool waits) {
     fail(operation, "nothing was touched, and the same call can be repeated");
   }
   try {
-    const std::string trouble = take_back().trouble;
+    const std::string trouble = roll_back().trouble;
     if (!trouble.empty()) throw std::runtime_error(trouble);
   } catch (...) {
     fail(operation, std::string("what had been prepared could not be rolled back; ") + kComesBack);
@@ -167,7 +167,7 @@ Report Pool::run(const char* operation, Time start, Until until, const Prepare& 
   try {
     prepare(prepared_->transaction);
   } catch (...) {
-    const RolledBack result = take_back();
+    const RolledBack result = roll_back();
     const char* scratch = result.lost_scratch ? " (KV cache and workspace without content)" : "";
     if (!result.trouble.empty()) {
       fail(operation, "the rollback failed too (" + result.trouble + "); " + kComesBack + scratch);
@@ -190,9 +190,9 @@ Report Pool::commit_prepared() {
   return report;
 }
 
-RolledBack Pool::take_back() noexcept {
+RolledBack Pool::roll_back() noexcept {
   if (!prepared_) return {};
-  const RolledBack result = prepared_->transaction.take_back();
+  const RolledBack result = prepared_->transaction.roll_back();
   prepared_.reset();
   return result;
 }
@@ -210,7 +210,7 @@ Report Pool::sleep(const Plan& plan, const Sums& sums, Until until) {
 Report Pool::wake(const std::set<TagId>& tags, std::chrono::duration<double> timeout, Until until) {
   const Time start = std::chrono::steady_clock::now();
   const Lock guard = lock();
-  begin("wake", registry_.has_doomed());
+  begin("wake", registry_.has_deferred());
   std::optional<Steps::Deadline> deadline;
   if (timeout.count() > 0) deadline = start + std::chrono::duration_cast<Time::duration>(timeout);
   return run("wake", start, until,
@@ -224,7 +224,7 @@ Report Pool::commit() {
 
 std::string Pool::abort() {
   const Lock guard = lock();
-  const std::string trouble = take_back().trouble;
+  const std::string trouble = roll_back().trouble;
   backups_.resume_background();
   return trouble;
 }

@@ -142,7 +142,7 @@ class Pool {
   template <class Prepare>
   Report run(const char* operation, Time start, Until until, const Prepare& prepare);
   Report commit_prepared();
-  RolledBack take_back() noexcept;
+  RolledBack roll_back() noexcept;
   [[noreturn]] void fail(const char* operation, const std::string& outcome);
 
   std::mutex tags_mutex_;  // protects only the names, because their readers may hold the GIL

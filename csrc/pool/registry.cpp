@@ -31,13 +31,13 @@ Allocation* Registry::find(std::uintptr_t address) const {
   return found == allocations_.end() ? nullptr : found->second.get();
 }
 
-void Registry::doom(std::unique_ptr<Allocation> allocation, aclrtStream stream) {
-  doomed_.push_back({std::move(allocation), stream});
+void Registry::free_later(std::unique_ptr<Allocation> allocation, aclrtStream stream) {
+  deferred_.push_back({std::move(allocation), stream});
 }
 
-void Registry::doom(std::uintptr_t address, aclrtStream stream) {
+void Registry::free_later(std::uintptr_t address, aclrtStream stream) {
   const auto found = allocations_.find(address);
-  doom(std::move(found->second), stream);
+  free_later(std::move(found->second), stream);
   allocations_.erase(found);
 }
 
@@ -64,16 +64,17 @@ std::set<aclrtContext> Registry::contexts() const {
   for (const auto& [address, allocation] : allocations_) {
     contexts.insert(default_context(allocation->device));
   }
-  for (const Doomed& doomed : doomed_) contexts.insert(default_context(doomed.allocation->device));
+  for (const Deferred& deferred : deferred_)
+    contexts.insert(default_context(deferred.allocation->device));
   if (const aclrtContext own = current_context(); own != nullptr) contexts.insert(own);
   return contexts;
 }
 
 void Registry::sweep(Keep keep, bool synchronized) noexcept {
-  bool again = unswept_ || !doomed_.empty();
+  bool again = unswept_ || !deferred_.empty();
   for (int attempt = 0; again && attempt < 2; ++attempt, again = unswept_) {
     unswept_ = false;
-    for (auto& [allocation, stream] : doomed_) {
+    for (auto& [allocation, stream] : deferred_) {
       try {
         const ContextGuard guard(default_context(allocation->device));
         if (!is_idle(stream).value_or(synchronized)) continue;
@@ -83,9 +84,9 @@ void Registry::sweep(Keep keep, bool synchronized) noexcept {
         unswept_ = true;
       }
     }
-    doomed_.erase(std::remove_if(doomed_.begin(), doomed_.end(),
-                                 [](const Doomed& doomed) { return !doomed.allocation; }),
-                  doomed_.end());
+    deferred_.erase(std::remove_if(deferred_.begin(), deferred_.end(),
+                                   [](const Deferred& deferred) { return !deferred.allocation; }),
+                    deferred_.end());
     for (auto& [address, allocation] : allocations_) {
       for (Chunk& chunk : allocation->chunks) {
         if (!chunk.settle(keep)) unswept_ = true;

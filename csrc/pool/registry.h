@@ -41,9 +41,9 @@ class Registry {
   bool is_empty() const { return allocations_.empty(); }
 
   // Nobody needs this any more, once `stream` is idle. A sweep gives it back.
-  void doom(std::unique_ptr<Allocation> allocation, aclrtStream stream);
-  void doom(std::uintptr_t address, aclrtStream stream);
-  bool has_doomed() const { return !doomed_.empty(); }
+  void free_later(std::unique_ptr<Allocation> allocation, aclrtStream stream);
+  void free_later(std::uintptr_t address, aclrtStream stream);
+  bool has_deferred() const { return !deferred_.empty(); }
 
   // The chunks for which `wanted` is true, sorted by device, without trimmed allocations.
   Tasks select(const std::function<bool(const Allocation&, const Chunk&)>& wanted) const;
@@ -63,13 +63,13 @@ class Registry {
   void unpark() noexcept;
 
  private:
-  struct Doomed {
+  struct Deferred {
     std::unique_ptr<Allocation> allocation;
     aclrtStream stream;
   };
 
   Allocations allocations_;
-  std::vector<Doomed> doomed_;
+  std::vector<Deferred> deferred_;
   bool unswept_ = false;
 };
 

@@ -147,7 +147,7 @@ Report Transaction::commit() {
   return report;
 }
 
-RolledBack Transaction::take_back() noexcept {
+RolledBack Transaction::roll_back() noexcept {
   RolledBack result;
   const auto attempt = [&](const auto& work) {
     try {
@@ -182,8 +182,8 @@ RolledBack Transaction::take_back() noexcept {
     remap(task);
   });
   for_each_mapped_before(Content::kDevice,
-                         [&](const Task& task) { backups_.take_back(task, place_); });
-  for (const Task& task : to_place_) backups_.take_back(task, place_);
+                         [&](const Task& task) { backups_.roll_back(task, place_); });
+  for (const Task& task : to_place_) backups_.roll_back(task, place_);
   // What is not mapped again: what was written of it may not be on the disk, and no checksum of an
   // earlier backup is that of its content.
   for (const Task& task : to_backup_) {

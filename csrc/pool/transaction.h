@@ -56,7 +56,7 @@ struct RolledBack {
   bool lost_scratch = false;  // scratch memory was freed, and is mapped again without content
 };
 
-// First one of the two prepares, which may throw; then commit() or take_back(). The pool's lock
+// First one of the two prepares, which may throw; then commit() or roll_back(). The pool's lock
 // must be held during each call, but not in between.
 class Transaction {
  public:
@@ -77,7 +77,7 @@ class Transaction {
 
   // Rolls back: every chunk is as before. A chunk that cannot be mapped keeps its content, and a
   // wake restores it.
-  RolledBack take_back() noexcept;
+  RolledBack roll_back() noexcept;
 
   // torch has freed this allocation meanwhile.
   void forget(const Allocation& allocation);

@@ -437,7 +437,7 @@ struct Chooser {
     do {
       transfer.is_stuck();
       registry.sweep(camem::Keep::kNothing, false);
-    } while (registry.has_doomed());
+    } while (registry.has_deferred());
     transfer.close();
   }
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from helpers.tells import Tells
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.client.calls import CallFailed, NoServer
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy import states
 from vllm_sleep_ascend.proxy.http import events, page
@@ -327,7 +327,7 @@ def test_memory_that_was_told_long_ago_or_by_a_server_that_is_gone_is_not_shown(
     with monkeypatch.context() as later:
         later.setattr(statuses, "RECENT_S", 0.0)
         assert memory_of(admin) == (None, 0)
-    tells.said = NobodyListens("nobody")
+    tells.said = NoServer("nobody")
     assert memory_of(admin, "/status?memory=1") == (None, 0)
 
 

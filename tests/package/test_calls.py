@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vllm_sleep_ascend.client.calls import Calls, NobodyListens, Unreachable
+from vllm_sleep_ascend.client.calls import Calls, NoServer, Unreachable
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def test_a_client_without_free_descriptors_does_not_take_a_server_for_gone(tmp_p
 async def ask(url: str) -> None:
     calls = Calls(url, 5, None)
     try:
-        with pytest.raises(NobodyListens):
+        with pytest.raises(NoServer):
             await calls.call("GET", "/health")
         assert await calls.is_gone(5)
         with no_free_descriptor():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.tells import Tells
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate
+from vllm_sleep_ascend.client.calls import CallFailed, NoServer, TooLate
 from vllm_sleep_ascend.client.sleep_client import SleepClient
 from vllm_sleep_ascend.proxy.figures import Copy, Figures, Memory, Use, figures
 from vllm_sleep_ascend.proxy.servers import Server, State
@@ -184,7 +184,7 @@ def test_what_a_question_finds():
         first = await found([rank()])
         assert first is not None and first.devices
         assert await found(CallFailed("an error")) is first
-        gone = await found(NobodyListens("gone"))
+        gone = await found(NoServer("gone"))
         assert gone is not None  # asleep and share are known yet
         assert (gone.devices, gone.at) == (first.devices, -math.inf)
         assert await found(TooLate("hangs")) is gone

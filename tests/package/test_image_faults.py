@@ -208,12 +208,12 @@ def test_a_rollback_that_fails_too_loses_no_image(exchanging, disk: Path) -> Non
         save(OLD, one)
         publisher, other = two_ranks(one)
         publisher.publish()
-        assert other.take_back() == ""
+        assert other.roll_back() == ""
         other.close()
         return publisher
 
     def end(publisher: saving._Attempt) -> str:
-        trouble = publisher.take_back()
+        trouble = publisher.roll_back()
         publisher.close()
         return trouble
 

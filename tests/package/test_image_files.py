@@ -214,7 +214,7 @@ def test_a_load_that_fails_is_taken_back_with_buffers_and_derived_tensors(copied
     assert load.besides.bytes < 1000
     with pytest.raises(ImageError, match="is not what was written"):
         image.reopened().fill(target)
-    load.take_back()
+    load.roll_back()
     for name, tensor in target.content().items():
         assert torch.equal(tensor, before[name]), name
 

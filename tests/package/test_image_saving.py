@@ -89,7 +89,7 @@ def test_two_ranks_that_give_up_after_they_have_published_leave_the_image_before
     both = ["image.json", "rank-0.json", "rank-0.weights", "rank-1.json", "rank-1.weights"]
     assert names(tmp_path / "one") == both
     for number in order:
-        assert ranks[number].take_back() == ""
+        assert ranks[number].roll_back() == ""
         ranks[number].close()
     assert names(tmp_path) == ["one"]
     assert_filled(tmp_path / "one", Model(3, 10), rows=10)
@@ -98,12 +98,12 @@ def test_two_ranks_that_give_up_after_they_have_published_leave_the_image_before
 def test_a_rank_that_has_given_up_cannot_be_published(tmp_path: Path) -> None:
     save(Model(3, 10), tmp_path / "one")
     publisher, other = two_ranks(tmp_path / "one")
-    assert other.take_back() == ""
+    assert other.roll_back() == ""
     with pytest.raises(
         ImageError, match=r"saving has no rank-0.json any more: another rank has given up"
     ):
         publisher.publish()
-    assert publisher.take_back() == ""
+    assert publisher.roll_back() == ""
     assert names(tmp_path) == ["one"]
     assert_filled(tmp_path / "one", Model(3, 10), rows=10)
     for rank in (publisher, other):
@@ -135,7 +135,7 @@ def test_what_is_there_instead_of_the_image_that_was_to_be_replaced_stays(tmp_pa
     (tmp_path / "one/of.something").touch()
     with pytest.raises(ImageError, match=r"one is not the image any more that was there when"):
         publisher.publish()
-    assert publisher.take_back() == ""
+    assert publisher.roll_back() == ""
     assert names(tmp_path) == ["moved", "one"]
     assert names(tmp_path / "one") == ["of.something"]
 
@@ -165,7 +165,7 @@ def test_what_another_engine_has_published_meanwhile_stays(replaces: bool, tmp_p
     publisher, _ = two_ranks(one)
     publisher.publish()
     save(Model(6, 10), one, replace=True)
-    trouble = publisher.take_back()
+    trouble = publisher.roll_back()
     publisher.close()
     if replaces:
         (before,) = (path for path in tmp_path.iterdir() if path.suffix == ".replaced")

@@ -30,7 +30,7 @@ class Unreachable(CallFailed):
     """No answer from the server: the connection was refused or broke."""
 
 
-class NobodyListens(Unreachable):
+class NoServer(Unreachable):
     """The connection was refused: there is no server process."""
 
 
@@ -80,7 +80,7 @@ class Calls:
 
         Raises:
             OutOfMemory: the server found too little free device memory.
-            Unreachable: it gave no answer; NobodyListens: there is no process.
+            Unreachable: it gave no answer; NoServer: there is no process.
             CallFailed: it refused or failed the call.
         """
         try:
@@ -88,7 +88,7 @@ class Calls:
         except httpx.ConnectError as error:
             if _no_descriptor_is_free(error):
                 raise Unreachable(f"{self.url}: no file descriptor is free to connect") from None
-            raise NobodyListens(
+            raise NoServer(
                 f"{self.url}: cannot connect ({error}); is the server up, and is this its address?"
             ) from None
         except httpx.ConnectTimeout:

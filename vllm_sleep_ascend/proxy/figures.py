@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens, TooLate
+from vllm_sleep_ascend.client.calls import CallFailed, NoServer, TooLate
 from vllm_sleep_ascend.policy import DEFERRABLE_TAGS, POLICY
 from vllm_sleep_ascend.proxy.servers import Server
 
@@ -154,7 +154,7 @@ class Memory:
                 asked.rests_until = math.inf
             elif server.figures is None or not server.figures.devices:
                 asked.rests_until = time.monotonic() + _SILENT_S
-        except NobodyListens:
+        except NoServer:
             if server.figures is not None:  # whose bytes asleep and share stay as they are
                 server.figures = replace(server.figures, at=-math.inf)
         except TooLate:

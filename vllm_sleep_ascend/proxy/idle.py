@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
-from vllm_sleep_ascend.client.calls import CallFailed, NobodyListens
+from vllm_sleep_ascend.client.calls import CallFailed, NoServer
 from vllm_sleep_ascend.proxy.launch.launched import Launched
 from vllm_sleep_ascend.proxy.servers import Server
 from vllm_sleep_ascend.proxy.turns import Turns
@@ -114,7 +114,7 @@ class Idle:
         error = await self._operations.ask(server)
         if error is None:
             return 0 if await self._operations.sleep(server) else RETRY_S
-        return 0 if isinstance(error, NobodyListens) else _NO_ANSWER_S
+        return 0 if isinstance(error, NoServer) else _NO_ANSWER_S
 
     async def go_down(self) -> float | None:
         """Have idle servers sleep, sleep deeper, or end. Returns the seconds until there is more to

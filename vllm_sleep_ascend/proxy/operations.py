@@ -12,7 +12,7 @@ import time
 
 from vllm_sleep_ascend.client.calls import (
     CallFailed,
-    NobodyListens,
+    NoServer,
     OutOfMemory,
     TooLate,
     Unreachable,
@@ -106,7 +106,7 @@ class Operations:
         try:
             awake = not await server.client.is_sleeping(timeout_s=ASK_S)
         except CallFailed as error:
-            if server.runs and (server.state == "awake" or isinstance(error, NobodyListens)):
+            if server.runs and (server.state == "awake" or isinstance(error, NoServer)):
                 server.state, server.open = "unknown", False
             return error
         if not server.runs:
@@ -161,7 +161,7 @@ class Operations:
             if not server.runs:
                 return not server.on_device
             server.state = "unknown"
-            if isinstance(error, NobodyListens) or await server.client.is_gone(ASK_S):
+            if isinstance(error, NoServer) or await server.client.is_gone(ASK_S):
                 await self._clear(server)
                 return not server.on_device  # else its memory is not free yet
             self.metrics.failures.labels(server.name, "sleep").inc()

@@ -86,7 +86,7 @@ class Agreement:
             reports = self._exchange_for(operation, self._report(failure), failure)
             failed = [report for report in reports if report is not None]
             if failed:
-                self._take_back(operation, failed)
+                self._roll_back(operation, failed)
         operation.commit()
 
     def exchange(self, mine: T, timeout: timedelta | None = None) -> list[T]:
@@ -130,7 +130,7 @@ class Agreement:
                 f"as it was{_and(trouble)}. If the other does not answer again, restart the engine"
             ) from failure
 
-    def _take_back(self, operation: Operation, failed: list[_Report]) -> None:
+    def _roll_back(self, operation: Operation, failed: list[_Report]) -> None:
         troubles = [operation.abort(), operation.abort_together()]
         mine = "; ".join(trouble for trouble in troubles if trouble)
         others = self.exchange(mine and f"rank {self.rank}, device {self.device}: {mine}")

@@ -217,7 +217,7 @@ class SleepingWorker(StockWorker):
         return self.rank_weights.origin()
 
     def give_weight_version(self, version: str) -> None:
-        self.rank_weights.give_version(version)
+        self.rank_weights.set_version(version)
 
     def save_image(self, directory: str, replace: bool = False) -> None:
         check_enabled(self.vllm_config)

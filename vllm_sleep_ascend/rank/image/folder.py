@@ -97,7 +97,7 @@ class Folder:
             _remove(self._replaced)
         self._remove_left("saving|publishing|replaced|off")
 
-    def take_back(self) -> str:
+    def roll_back(self) -> str:
         """Leave what was there before. Returns what failed in that, or ``""``."""
         try:
             if self._published:

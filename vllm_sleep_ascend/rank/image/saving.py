@@ -76,7 +76,7 @@ def save(
         "save_image",
         (attempt.write, attempt.publish),
         commit=attempt.finish,
-        abort=attempt.take_back,
+        abort=attempt.roll_back,
         facts=attempt.facts,
         judge=attempt.judge,
         timeout=SLOWEST_LOAD,
@@ -258,9 +258,9 @@ class _Attempt:
         if self._folder is not None:
             self._folder.finish()
 
-    def take_back(self) -> str:
+    def roll_back(self) -> str:
         """Leave what was there before. Returns what failed in that, or ``""``."""
-        return "" if self._folder is None else self._folder.take_back()
+        return "" if self._folder is None else self._folder.roll_back()
 
     def close(self) -> None:
         """Let other processes remove the folder, if it is still there."""

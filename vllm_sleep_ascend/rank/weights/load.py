@@ -115,7 +115,7 @@ class WeightLoad:
         names = self.content.parameters_of(self.prefix)
         self._check(sorted({plain(n) for n in names} - set(loaded)))
 
-    def take_back(self) -> None:
+    def roll_back(self) -> None:
         """Roll the model back. If that is not possible, its weights count as lost."""
         layerwise.call_off(self.model, self.model_config)
         if self.besides is not None:

@@ -174,21 +174,21 @@ class Loads:
         judge: Callable[[list[Any]], None] = lambda _: None,
     ) -> None:
         """Load on every rank, or have every rank as it was."""
-        take_back = self._way_back()
+        roll_back = self._way_back()
         if self._agreement.size == 1:
             judge([facts()])
             try:
                 for step in steps:
                     step()
             except BaseException:
-                take_back()
+                roll_back()
                 raise
             return
         operation = Operation(
             name,
             steps,
             commit=lambda: None,
-            abort=take_back,
+            abort=roll_back,
             facts=facts,
             judge=judge,
             timeout=SLOWEST_LOAD,
@@ -206,7 +206,7 @@ class Loads:
         Raises:
             SleepModeError: it cannot be loaded, or lacks a parameter.
         """
-        worker, take_back = self._worker, self._way_back()
+        worker, roll_back = self._worker, self._way_back()
         model, config = models_of(worker)[""], worker.model_config
         self.current = WeightLoad(
             *(self._content, "", model, config),
@@ -219,7 +219,7 @@ class Loads:
         try:
             load()
         except Exception as error:
-            take_back()
+            roll_back()
             raise SleepModeError(f"the weights cannot be loaded from {path}: {error}") from error
         self.end()
 
@@ -244,7 +244,7 @@ class Loads:
         names = ("model", "model_weights", "revision")
         source = {name: getattr(config, name) for name in names if hasattr(config, name)}
 
-        def take_back() -> str:
+        def roll_back() -> str:
             for name, value in source.items():
                 setattr(config, name, value)
             # A rank on which the load went well has dropped them, and encoding is collective.
@@ -253,7 +253,7 @@ class Loads:
                 drop_images()
             if self.current is None:
                 return ""
-            self.current.take_back()
+            self.current.roll_back()
             self.current = None
             worker._weight_update_active = False
             engine = worker.weight_transfer_engine
@@ -261,7 +261,7 @@ class Loads:
                 engine.reset_weight_update_target()
             return ""
 
-        return take_back
+        return roll_back
 
 
 def _end(name: str) -> str:

@@ -72,9 +72,9 @@ class RankWeights:
         image = self._sources.image
         return self._sources.checkpoint() if image is None else str(image.directory)
 
-    def give_version(self, version: str) -> None:
+    def set_version(self, version: str) -> None:
         """Note the version that the engine was given for the weights that are there now."""
-        self._sources.model.give_version(version)
+        self._sources.model.set_version(version)
 
     def discarded(self, names: Iterable[str]) -> None:
         """Note that these parameters have no content any more."""

@@ -40,7 +40,7 @@ class WeightsSource:
         another = self.path is not None and self.path != self._first
         return str(self.path) if another else FIRST_VERSION
 
-    def give_version(self, version: str) -> None:
+    def set_version(self, version: str) -> None:
         """Note the version of the weights that are there now."""
         self._given = version
 
