@@ -60,7 +60,7 @@ PIP_ASCEND := $(ASCEND)/bin/pip --disable-pip-version-check -q install -c tests/
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup setup-previous toolkit build setup-ascend demo demo-proxy next test test-previous test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: setup toolkit build setup-ascend demo demo-proxy next test test-previous test-slow test-profiles test-long test-all test-chance test-ascend sanitize sanitize-address sanitize-thread lint format clean
 
 setup: $(VENV)/.packages toolkit build
 
@@ -148,9 +148,6 @@ next:
 	@rm -f $(CURDIR)/.venv*/.installed
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next setup release
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next test
-
-setup-previous:
-	@$(MAKE) --no-print-directory $(PREVIOUS) $(CURDIR)/.venv-previous/.packages
 
 test-previous:
 	@rm -f $(CURDIR)/.venv*/.installed
