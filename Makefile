@@ -73,8 +73,9 @@ $(VENV)/.versions $(ASCEND)/.versions: FORCE
 FORCE:
 
 # torch first, so that nothing else chooses another build of it; vLLM before torch_npu, since a plain
-# `import torch` fails where torch_npu finds no CANN. Vision models import torchvision and num2words,
-# and not what these would bring along.
+# `import torch` fails where torch_npu finds no CANN. An environment of other versions has a torch_npu
+# already, which vLLM's build must not load. Vision models import torchvision and num2words, and not
+# what these would bring along.
 $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -82,7 +83,7 @@ $(VENV)/.packages: $(CONSTRAINTS) $(VENV)/.versions
 	$(BIN)/pip --disable-pip-version-check -q install 'pip>=26'
 	$(PIP) torch==$(TORCH)
 	$(PIP) $(BUILD_TOOLS)
-	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) \
 	  $(PIP) --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(PIP) torch_npu==$(TORCH_NPU)
 	$(PIP) --no-deps torchvision==$(TORCHVISION) num2words
@@ -142,7 +143,8 @@ demo-proxy: setup
 	@for model in $(DEMO_MODELS); do $(BIN)/python examples/make_model.py $$(basename $$model) $$model; done
 	@$(BIN)/python examples/demo_proxy.py build/demo-proxy $(DEMO_MODELS)
 
-# All environments use the allocator in this folder, so each builds it again after another.
+# All environments use the allocator in this folder. CANN's headers of an unknown release may differ,
+# so each environment builds it again.
 next:
 	@$(if $(filter command,$(origin VLLM)),,echo 'Name the release: make next VLLM=x TORCH=y TORCH_NPU=z TORCHVISION=v'; exit 2)
 	@rm -f $(CURDIR)/.venv*/.installed
@@ -150,7 +152,6 @@ next:
 	@$(MAKE) --no-print-directory VENV=$(CURDIR)/.venv-next test
 
 test-previous:
-	@rm -f $(CURDIR)/.venv*/.installed
 	@$(MAKE) --no-print-directory $(PREVIOUS) test TESTS='tests/native tests/package tests/e2e'
 
 # vLLM's tests are in its source distribution alone.

@@ -7,8 +7,9 @@ a decode with a dense model's shape, with and without preparation in turns.
 A step is an eager decode of one token: some hundred small operators that are launched one by one,
 and a wait for the result. It depends on both the launching thread and the driver's locks.
 
-Each turn has all ways, every other one in reverse order. The share of a way is its steps per second
-by those of the same turn without preparation: the median of the turns, with quartiles.
+Each turn runs all ways, every second turn in reverse order. The share of a way is its steps per
+second divided by those without preparation in the same turn. It is the median of the turns, with
+quartiles.
 """
 
 import argparse
@@ -88,14 +89,17 @@ def measure(options: argparse.Namespace) -> dict[str, list[list[float]]]:
 def figures_of(turns: list[list[float]], without: list[list[float]]) -> dict[str, Any]:
     """Figures of a way from the seconds of its steps and of those without preparation, by turn."""
     took = [seconds for turn in turns for seconds in turn]
-    centiles = statistics.quantiles(took, n=100)
+    centiles = statistics.quantiles(took, n=100, method="inclusive")
     rates = [[len(turn) / sum(turn) for turn in way] for way in (turns, without)]
     shares = [rate / base for rate, base in zip(*rates, strict=True)]
+    quartiles = shares * 2  # of a single turn
+    if len(shares) > 1:
+        quartiles = statistics.quantiles(shares, method="inclusive")[::2]
     return {
         "steps": len(took),
         "steps_per_s": len(took) / sum(took),
         "share": statistics.median(shares),
-        "share_quartiles": statistics.quantiles(shares * 2, method="inclusive")[::2],
+        "share_quartiles": quartiles,
         "shares": shares,
         "median_s": centiles[49],
         "p99_s": centiles[98],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make_model.py` needs to make LoRA adapters in PEFT's format, each for one of its models.
 
-Both halves of a product are random, so that an adapter changes the model from the first token on.
+Both factors, A and B, are random, so that an adapter changes the model from the first token on.
 """
 
 import zlib
@@ -34,7 +34,7 @@ def config_of(adapter: Config) -> Config:
 def weights(
     name: str, base: Iterable[tuple[str, tuple[int, ...], float]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and float32 contents, seeded by them.
+    """Names and float32 contents of all parameters. A name seeds its content.
 
     Args:
         base: name, shape and gain of each of the base model's parameters.

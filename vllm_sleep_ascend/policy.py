@@ -37,7 +37,7 @@ SCHEDULING_TAG = "scheduling"
 # What the engine calls of its workers about sleep. Every rank does the same work.
 OUR_CALLS = (
     *("sleep", "wake_up", "discard", "sleep_refusal", "sleeping_tags", "sleep_status"),
-    *("weights_content", "give_weight_version", "synchronize_device"),
+    *("weights_content", "set_weight_version", "synchronize_device"),
 )
 # Methods of a worker that touch no memory that sleeps. Any other is refused while weights sleep.
 SAFE_CALLS = (

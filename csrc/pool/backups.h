@@ -54,9 +54,9 @@ class Backups {
   unsigned disk_threads() const;
   // A prepared block, or none.
   std::optional<HostMemory> take(std::size_t bytes) { return reserve_.take(bytes); }
-  // A backup in the other place counts again. Takes back what a failed sleep or move has allocated
-  // for a backup in this place, and keeps it if it was prepared. A kept file stays, less what was
-  // written to it. A sweep frees what could not be freed here.
+  // A backup in the other place counts again. Frees what a failed sleep or move has allocated
+  // for a backup in this place, or keeps it if it was prepared before. A kept file stays, less what
+  // was written to it. A sweep frees what could not be freed here.
   void roll_back(const Task& task, Place place) noexcept;
 
   // Page-locks memory for the backups of these tags in the background, and returns at once. With

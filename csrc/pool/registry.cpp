@@ -64,8 +64,9 @@ std::set<aclrtContext> Registry::contexts() const {
   for (const auto& [address, allocation] : allocations_) {
     contexts.insert(default_context(allocation->device));
   }
-  for (const Deferred& deferred : deferred_)
+  for (const Deferred& deferred : deferred_) {
     contexts.insert(default_context(deferred.allocation->device));
+  }
   if (const aclrtContext own = current_context(); own != nullptr) contexts.insert(own);
   return contexts;
 }

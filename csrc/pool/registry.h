@@ -40,7 +40,7 @@ class Registry {
   const Allocations& allocations() const { return allocations_; }
   bool is_empty() const { return allocations_.empty(); }
 
-  // Nobody needs this any more, once `stream` is idle. A sweep gives it back.
+  // A sweep frees it once `stream` is idle.
   void free_later(std::unique_ptr<Allocation> allocation, aclrtStream stream);
   void free_later(std::uintptr_t address, aclrtStream stream);
   bool has_deferred() const { return !deferred_.empty(); }

@@ -212,7 +212,7 @@ TEST(a_moved_backup_keeps_its_checksum) {
   CHECK(block.intact());
 }
 
-TEST(a_prepared_move_can_be_taken_back) {
+TEST(a_prepared_move_can_be_rolled_back) {
   const Disk disk(false, Place::kHost);
   World world;
   sleep_all();
@@ -230,7 +230,7 @@ TEST(a_prepared_move_can_be_taken_back) {
       CHECK_EQ(disk_bytes(), before == Place::kHost ? 0 : kAll);
     }
     pool().sleep(level_1_to(place), {}, Until::kPrepared);
-    wake_all();  // which takes it back first
+    wake_all();  // which rolls it back first
     world.check_intact();
     sleep_to(before);
   }

@@ -401,7 +401,7 @@ TEST(of_two_hanging_copies_through_blocks_both_have_to_end) {
 }
 
 // Any next operation rolls back a prepared sleep.
-TEST(a_wake_that_cannot_take_back_what_was_prepared_says_so) {
+TEST(a_wake_that_cannot_roll_back_what_was_prepared_says_so) {
   configure();
   Block block("weights", 4 * kMiB);
   pool().sleep(level_1(), {}, Until::kPrepared);

@@ -10,7 +10,7 @@ from vllm_sleep_ascend.rank.agreement import Agreement, Operation
 @pytest.mark.parametrize(
     ("memory", "communicators"), [("unmap failed", ""), ("", "not made"), ("", "")]
 )
-def test_what_was_not_taken_back_and_how_it_comes_back(memory: str, communicators: str) -> None:
+def test_what_was_not_rolled_back_and_how_it_comes_back(memory: str, communicators: str) -> None:
     def fail() -> None:
         raise SleepModeError("no room")
 
@@ -21,5 +21,5 @@ def test_what_was_not_taken_back_and_how_it_comes_back(memory: str, communicator
     if not memory + communicators:
         assert text.endswith("no room")
         return
-    assert f"not be taken back (rank 0, device 3: {memory + communicators})" in text
+    assert f"not be rolled back (rank 0, device 3: {memory + communicators})" in text
     assert text.endswith("memory comes back with wake_up, and communicators with their next use")

@@ -195,7 +195,7 @@ def test_a_torn_piece_is_named_and_nothing_of_it_is_copied(copied: Path) -> None
     assert torch.equal(target.large[of_piece], before[of_piece])
 
 
-def test_a_load_that_fails_is_taken_back_with_buffers_and_derived_tensors(copied: Path) -> None:
+def test_a_load_that_fails_is_rolled_back_with_buffers_and_derived_tensors(copied: Path) -> None:
     target = Model(2)
     image = Image(copied, 0, ENGINE)
     image.fill(target)

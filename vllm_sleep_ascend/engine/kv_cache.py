@@ -23,7 +23,7 @@ def check_connector(vllm_config: "VllmConfig") -> None:
     """Let an engine with sleep mode have a KV connector only if a sleep leaves nothing of it stale.
 
     vLLM's interface has a call that empties a connector's store (``reset_cache``), and from 0.33 on
-    one that takes back the registration of the cache's memory (``unregister_kv_caches``).
+    one that unregisters the cache's memory (``unregister_kv_caches``).
 
     Raises:
         ValueError: names the connector, why it cannot be used, and what to do.

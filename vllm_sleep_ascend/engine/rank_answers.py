@@ -35,7 +35,7 @@ logger = init_logger(f"vllm.{__name__}")
 _ALONE = ("reload_weights", "save_image", "save_sharded_state", "save_tensorized_model")
 _LOOK_S = 1.0  # how often to look at the other ranks while one does not answer
 _MOST_OWED = 5  # vLLM's queue of calls holds ten that a rank has not read; more would block
-_ABORT_S = 10.0  # to take back what a rank holds
+_ABORT_S = 10.0  # to roll back what a rank has prepared
 _LARGE_S = 60.0  # for a large answer to follow its mark
 
 _Answer = tuple["WorkerProc.ResponseStatus", Any]  # what the method returned, or the error's text

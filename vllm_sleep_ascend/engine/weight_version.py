@@ -27,7 +27,7 @@ def set_weight_version(
 ) -> Callable[["EngineCore", str], None]:
     def set_weight_version(self: "EngineCore", weight_version: str) -> None:
         if _sleeps(self):
-            self.model_executor.collective_rpc("give_weight_version", args=(weight_version,))
+            self.model_executor.collective_rpc("set_weight_version", args=(weight_version,))
         stock(self, weight_version)
 
     return set_weight_version

@@ -169,6 +169,6 @@ def _and(trouble: str) -> str:
     if not trouble:
         return ""
     return (
-        f", apart from what could not be taken back ({trouble}); nothing is lost: memory comes "
+        f", apart from what could not be rolled back ({trouble}); nothing is lost: memory comes "
         "back with wake_up, and communicators with their next use"
     )

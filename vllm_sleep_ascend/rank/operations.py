@@ -89,7 +89,7 @@ class Operations:
     ) -> Operation:
         worker, backend, communicators = self._worker, self._backend, self.communicators
         if fate == "release" and backend.state() == "RUNNING":
-            communicators.forget()  # of a sleep that was taken back without the other ranks
+            communicators.forget()  # of a sleep that was rolled back without the other ranks
         release = fate == "release" and not communicators.released
         if release and SleepModeConfig.releases_communicators(worker.vllm_config):
             steps = (*steps, communicators.release)
@@ -106,7 +106,7 @@ class Operations:
                 torch_npu.npu.set_device(worker.device)
                 wait_for_device()
             except RuntimeError as error:
-                if is_running(error):  # on what would be unmapped: the next operation takes it back
+                if is_running(error):  # on what would be unmapped: the next operation rolls it back
                     return str(error)
             trouble = backend.abort()
             if not release:

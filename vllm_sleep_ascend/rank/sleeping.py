@@ -157,7 +157,7 @@ class SleepMode:
         try:
             self._operations.together("wake", resume, finish, communicators="restore")
         except Exception:
-            if not self._operations.alone:  # it was taken back, with what was loaded
+            if not self._operations.alone:  # it was rolled back, with what was loaded
                 self._wake_unfinished = was_unfinished
                 content.restore(snapshot)
             raise
@@ -321,7 +321,7 @@ class SleepMode:
 
 
 def _tell_connector(method: str) -> None:
-    """Have a KV connector take back what it registered of the KV cache, or register it again.
+    """Have a KV connector unregister the KV cache, or register it again.
     Repeating either changes nothing. Connectors of vLLM 0.32 register nothing with sleep mode."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 

@@ -216,7 +216,7 @@ class SleepingWorker(StockWorker):
     def weights_status(self) -> WeightsOrigin:
         return self.rank_weights.origin()
 
-    def give_weight_version(self, version: str) -> None:
+    def set_weight_version(self, version: str) -> None:
         self.rank_weights.set_version(version)
 
     def save_image(self, directory: str, replace: bool = False) -> None:

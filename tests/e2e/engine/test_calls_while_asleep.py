@@ -45,7 +45,7 @@ ARGUMENTS = {
     "sleep_refusal": (1,),
     "profile": (False,),
     "init_weight_transfer_engine": ({},),
-    "give_weight_version": ("default",),
+    "set_weight_version": ("default",),
 }
 # The method's own error in an engine without its option.
 NEEDS_AN_OPTION = {

@@ -113,7 +113,7 @@ def set_model(worker, rank: int, path: str) -> None:
         worker.model_config.model = path
 
 
-def test_what_a_rank_knew_of_its_weights_is_taken_back_with_the_wake(tiny_model):
+def test_what_a_rank_knew_of_its_weights_is_rolled_back_with_the_wake(tiny_model):
     expected = hf_few(tiny_model)
     config = {"sleep_mode": {"verify_wake": True, "after_level2": "reload"}}
     with engine(

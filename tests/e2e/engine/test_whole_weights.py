@@ -108,7 +108,7 @@ def test_an_update_that_lacks_a_shard_leaves_the_weights_before_it(case, tmp_pat
     assert case.tokens() == case.old
 
 
-def test_an_update_that_brings_a_shard_twice_is_taken_back(case):
+def test_an_update_that_brings_a_shard_twice_is_rolled_back(case):
     """vLLM counts elements, so the duplicate would hide a missing shard."""
     twice = [(name, w) for name, w in case.weights.items() for _ in range(1 + ("q_proj" in name))]
     with pytest.raises(WeightsError, match=r"brings .*q_proj.* twice; .* before it"):
@@ -220,7 +220,7 @@ def test_a_load_by_user_code_after_one_that_left_a_layer_out_writes_all(case, tm
     case.reload()
 
 
-def test_a_load_by_parameter_is_whole_or_taken_back(case):
+def test_a_load_by_parameter_is_whole_or_rolled_back(case):
     """In the kernels' format, without the loaders: a partial layer, and an interrupted load."""
     llm, model = case.llm, driver_worker(case.llm).model_runner.get_model()
 
@@ -261,7 +261,7 @@ def test_a_load_by_parameter_is_whole_or_taken_back(case):
     case.reload()
 
 
-def test_an_update_past_the_loaders_is_whole_or_taken_back(case, tmp_path):
+def test_an_update_past_the_loaders_is_whole_or_rolled_back(case, tmp_path):
     """With a backend that writes directly into the parameters."""
     worker = driver_worker(case.llm)
     model, usual = worker.model_runner.get_model(), worker.weight_transfer_engine

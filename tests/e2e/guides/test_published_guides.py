@@ -162,7 +162,7 @@ def test_the_russian_page_lists_the_calls_of_level_2(run, server):
     ["vllm.utils.mem_constants", pytest.param("vllm.utils", marks=pytest.mark.slow)],
 )
 def test_the_guides_offline_scripts(tiny_model, tmp_path, imports):
-    """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM 0.32 no longer has it,
+    """The first guide imports ``GiB_bytes`` from ``vllm.utils``, where vLLM no longer has it,
     so its script ends at once, with or without this package. The model is a folder of this machine,
     which ModelScope takes as it is.
     """

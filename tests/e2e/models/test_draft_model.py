@@ -53,7 +53,7 @@ def test_level_2_keeps_the_drafts_buffers_and_parameters(llm):
     assert_kept_by_level_2(llm, tensors)
 
 
-def test_an_update_of_the_draft_after_level_2_is_whole_or_taken_back(llm, expected, tmp_path):
+def test_an_update_of_the_draft_after_level_2_is_whole_or_rolled_back(llm, expected, tmp_path):
     before = answer(llm)
     weights = load_file(llm.draft / "model.safetensors")
     lacking, path = "model.layers.0.mlp.up_proj.weight", tmp_path / "draft.safetensors"

@@ -71,7 +71,7 @@ def test_nothing_is_unmapped_while_work_runs_on_it(ranks, expected) -> None:
     """The simulator would abort the process. The next operation frees what stays mapped."""
     ranks.sleep(level=1)
     ranks.collective_rpc(get_stuck_when_awake)
-    with pytest.raises(AclError, match=r"rank 1, device 1: .*could not be taken back \(.*rank 1"):
+    with pytest.raises(AclError, match=r"rank 1, device 1: .*could not be rolled back \(.*rank 1"):
         ranks.wake_up()
     with pytest.raises(AclError, match=r"rank 1, device 1: .*\(device_timeout_s\)"):
         ranks.wake_up()

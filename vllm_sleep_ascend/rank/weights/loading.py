@@ -174,7 +174,7 @@ class Loads:
         judge: Callable[[list[Any]], None] = lambda _: None,
     ) -> None:
         """Load on every rank, or have every rank as it was."""
-        roll_back = self._way_back()
+        roll_back = self._rollback()
         if self._agreement.size == 1:
             judge([facts()])
             try:
@@ -206,7 +206,7 @@ class Loads:
         Raises:
             SleepModeError: it cannot be loaded, or lacks a parameter.
         """
-        worker, roll_back = self._worker, self._way_back()
+        worker, roll_back = self._worker, self._rollback()
         model, config = models_of(worker)[""], worker.model_config
         self.current = WeightLoad(
             *(self._content, "", model, config),
@@ -237,7 +237,7 @@ class Loads:
             unwrap_loaders(self.current.model)
         self.current = None
 
-    def _way_back(self) -> Callable[[], str]:
+    def _rollback(self) -> Callable[[], str]:
         """What ends the load and has the model, and where it is loaded from, as they are now."""
         worker = self._worker
         config = worker.model_config
