@@ -21,8 +21,23 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     """An ``LLM``, shut down at the end."""
     from helpers import engine as plain
 
-    with plain.engine(model, **{"enforce_eager": True, **options}) as llm:
-        yield llm
+    try:
+        with plain.engine(model, **{"enforce_eager": True, **options}) as llm:
+            yield llm
+    finally:
+        _forget_rotary_tables()
+
+
+def _forget_rotary_tables() -> None:
+    """vllm-ascend keeps them in a module for the life of a process. They are in memory of the
+    weights, and it refuses another engine with sleep mode as long as there is any."""
+    import torch
+    from vllm_ascend.ops import rotary_embedding
+
+    for name, value in list(vars(rotary_embedding).items()):
+        if isinstance(value, torch.Tensor):
+            setattr(rotary_embedding, name, None)
+    torch.npu.empty_cache()
 
 
 @contextmanager
