@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-ascend's engines in this process, and their expected tokens."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,10 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
 def _forget_rotary_tables() -> None:
     """vllm-ascend keeps them in a module for the life of a process. They are in memory of the
     weights, and it refuses another engine with sleep mode as long as there is any."""
+    rotary_embedding = sys.modules.get("vllm_ascend.ops.rotary_embedding")
+    if rotary_embedding is None:  # the engine ran in other processes
+        return
     import torch
-    from vllm_ascend.ops import rotary_embedding
 
     for name, value in list(vars(rotary_embedding).items()):
         if isinstance(value, torch.Tensor):
